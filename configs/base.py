@@ -1,0 +1,133 @@
+"""Every option of both trainers, with its default and one comment.
+
+A system's file calls `get_config()` here and changes what it needs, so a run is read in two files at most.
+Each option means the same in JAX and in PyTorch.  Times are in [0, 1], 1 is noise; images in data units.
+"""
+
+import ml_collections
+
+# Depth, width and heads of the DiT family: arXiv:2212.09748 table 1; M is MeanFlow's own, arXiv:2505.13447 table 4.
+DIT_SIZES = {
+    "S": {"depth": 12, "width": 384, "num_heads": 6},
+    "B": {"depth": 12, "width": 768, "num_heads": 12},
+    "M": {"depth": 16, "width": 1024, "num_heads": 16},
+    "L": {"depth": 24, "width": 1024, "num_heads": 16},
+    "XL": {"depth": 28, "width": 1152, "num_heads": 16},
+}
+
+
+def get_config() -> ml_collections.ConfigDict:
+    """Return a fresh config: the published MeanFlow settings where they exist, a small network elsewhere."""
+    config = ml_collections.ConfigDict()
+    config.name = "base"  # shown in logs and in the work directory
+    config.seed = 0  # initial weights, order of the data, every draw of training
+    config.data = data()
+    config.model = model()
+    config.method = method()
+    config.train = train()
+    config.sample = sample()
+    config.evaluation = evaluation()
+    return config
+
+
+def data() -> ml_collections.ConfigDict:
+    """What to learn: an image dataset by its TFDS name."""
+    c = ml_collections.ConfigDict()
+    c.name = "digits"  # `digits` (embedded) or any TFDS image dataset with a label, e.g. mnist, cifar10
+    c.split = "train"  # TFDS split to train on
+    c.dir = ""  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
+    c.flip = False  # mirror each image left-right with probability 0.5
+    c.num_workers = 0  # loader processes; 0 loads in the trainer's own process
+    return c
+
+
+def model() -> ml_collections.ConfigDict:
+    """The network."""
+    c = ml_collections.ConfigDict()
+    c.name = "dit"  # file of the architecture in models/
+    c.input_size = 8  # height and width of the data
+    c.channels = 1  # channels of the data
+    c.num_classes = 10  # classes; the label `num_classes` means "no class"
+    c.patch_size = 2  # side of a patch: tokens = (input_size / patch_size)^2
+    c.depth = 4  # transformer blocks
+    c.width = 128  # channels of a token
+    c.num_heads = 4  # attention heads
+    c.mlp_ratio = 4.0  # hidden width of a block's MLP over `width`
+    c.compute_dtype = "float32"  # of matmuls: float32 | bfloat16 | float64 (float64 needs parameters in float64)
+    return c
+
+
+def method() -> ml_collections.ConfigDict:
+    """The objective: MeanFlow, arXiv:2505.13447, and what its public implementations added."""
+    c = ml_collections.ConfigDict()
+    c.name = "meanflow"  # file of the method in methods/
+    c.path = "linear"  # z(t): linear (1-t)x + te | cosine cos(pi t/2)x + sin(pi t/2)e
+    c.time_sampler = "logit_normal"  # of both times: logit_normal | uniform
+    c.time_mean = -0.4  # mean of the normal under the logistic
+    c.time_std = 1.0  # its standard deviation
+    c.flow_rows = "split"  # rows with r = t: split (static, cheapest) | front (first rows) | coin (each row by chance)
+    c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
+    c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
+    c.label_drop_prob = 0.1  # probability of losing it
+    c.guidance = True  # train on the guided velocity v_g = w v + k u(y) + (1-w-k) u(no class)
+    c.omega = 1.0  # w; the effective guidance scale is omega / (1 - kappa)
+    c.kappa = 0.5  # k, in [0, 1)
+    c.guidance_start = 0.0  # guide where guidance_start <= t <= guidance_end
+    c.guidance_end = 1.0
+    c.clip_interval = True  # clip t - r to [0, 1] in the target, as the official JAX code does
+    c.weighting = "adaptive"  # of a row's squared error: adaptive | adaptive_squared (PyTorch reproduction) | uniform
+    c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
+    c.adaptive_eps = 0.01  # eps
+    return c
+
+
+def train() -> ml_collections.ConfigDict:
+    """The run."""
+    c = ml_collections.ConfigDict()
+    c.steps = 1000  # optimizer steps
+    c.batch_size = 256  # images a step, over all processes and devices
+    c.accumulate = 1  # micro-batches a step: less memory, same result
+    c.fsdp = 1  # devices that share one copy of parameters, EMA and optimizer state
+    c.optimizer = "adam"  # adam | adamw
+    c.learning_rate = 1e-4  # peak
+    c.beta1 = 0.9  # Adam's decay of the gradient
+    c.beta2 = 0.95  # Adam's decay of the squared gradient
+    c.adam_eps = 1e-8  # Adam's epsilon
+    c.weight_decay = 0.0  # decoupled decay; adamw only
+    c.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
+    c.schedule = "constant"  # after the warm-up: constant | cosine
+    c.warmup_steps = 0  # linear warm-up
+    c.warmup_from = 0.0  # learning rate at step 0 of the warm-up
+    c.final_factor = 0.1  # cosine: last learning rate over the peak
+    c.cosine_end = "steps"  # cosine reaches its floor at: steps | early (warmup_steps before, as official iMF)
+    c.ema_decays = (0.9999,)  # one EMA of the parameters each; the first is sampled from
+    c.compile = True  # PyTorch: torch.compile the step (JAX always compiles)
+    c.matmul_precision = "highest"  # float32 matmuls: highest (full float32) | default (TF32 where the device has it)
+    c.log_every = 100  # steps between log lines
+    c.sample_every = 1000  # steps between sample grids in TensorBoard; 0: never
+    c.evaluate_every = 0  # steps between evaluations; 0: only by the evaluate command
+    c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
+    c.keep_checkpoints = 2  # newest checkpoints kept
+    c.load_from = ""  # canonical .safetensors to start from; empty: fresh weights
+    return c
+
+
+def sample() -> ml_collections.ConfigDict:
+    """How to generate."""
+    c = ml_collections.ConfigDict()
+    c.steps = 1  # network evaluations, at uniform times
+    c.times = ()  # times from 1 down to 0 instead, e.g. (1.0, 0.5, 0.0)
+    c.cfg_scale = 1.0  # guidance at sampling, for models trained without it; 1: none
+    c.batch_size = 500  # images generated at once
+    c.ema = 0  # which of train.ema_decays to use; -1: the raw parameters
+    c.seed = 0  # of noise and labels
+    return c
+
+
+def evaluation() -> ml_collections.ConfigDict:
+    """How to judge the samples."""
+    c = ml_collections.ConfigDict()
+    c.num_samples = 2000  # generated images
+    c.split = "train"  # real images to compare with
+    c.classifier = True  # score class accuracy under an SVM trained on the real images (small images only)
+    return c

@@ -1,0 +1,22 @@
+"""The one exception for what a user can cause and mend."""
+
+import contextlib
+import sys
+from collections.abc import Iterator
+
+
+class UserError(ValueError):
+    """A mistake outside the code: a wrong option, file or disk.
+
+    Its message names the thing and the way out.  Entry points print it without a traceback and exit with code 2.
+    """
+
+
+@contextlib.contextmanager
+def exit_on_user_error() -> Iterator[None]:
+    """Turn a `UserError` into one line on stderr and exit code 2; everything else passes through."""
+    try:
+        yield
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        sys.exit(2)

@@ -1,0 +1,63 @@
+"""The command line that all commands share: absl flags, and configs by `--config=FILE[:variant]`."""
+
+import os
+import sys
+from collections.abc import Callable
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from configs import base
+from configs.errors import UserError, exit_on_user_error
+from configs.resolve import flatten
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Python file of the run, e.g. configs/digits.py[:variant].")
+_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, checkpoints, logs, samples.")
+
+
+def config():
+    """Return the config of `--config`, its overrides applied, or None without the flag."""
+    return _CONFIG.value
+
+
+def workdir() -> str:
+    """Return `--workdir`.  Raises UserError if it is not given."""
+    if not _WORKDIR.value:
+        raise UserError("--workdir is missing: name the directory of the run, e.g. --workdir=runs/digits")
+    return os.path.abspath(_WORKDIR.value)
+
+
+def run(main: Callable[[], None]) -> None:
+    """Parse the command line and call `main`; what the user got wrong becomes one line and exit code 2."""
+    with exit_on_user_error():
+        app.run(lambda _: main(), flags_parser=_parse)
+
+
+def overrides(argv: list[str]) -> list[str]:
+    """Return the dotted options that `--config.OPTION=VALUE` arguments name."""
+    return [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
+
+
+def _parse(argv: list[str]) -> list[str]:
+    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
+    if path is not None and not os.path.isfile(path.split(":")[0]):
+        raise UserError(f"there is no config file {path.split(':')[0]}; configs/digits.py is one that is")
+    try:
+        rest = flags.FLAGS(argv)
+    except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
+        if flags.FLAGS.is_parsed() and flags.FLAGS.help:
+            raise
+        unknown = [name for name in overrides(argv) if name not in flatten(base.get_config())]
+        if unknown:
+            raise UserError(f"there is no option config.{unknown[0]}; configs/base.py lists the options") from error
+        reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
+        raise UserError(f"{reason}  (--help lists the flags, configs/base.py the options)") from error
+    if len(rest) > 1:
+        raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
+    if flags.FLAGS.help or flags.FLAGS.helpshort:
+        print(sys.modules["__main__"].__doc__)
+        print(flags.FLAGS.module_help("configs.flags"))
+        print(flags.FLAGS.main_module_help())
+        print("--config.SECTION.OPTION=VALUE overrides an option of the config; configs/base.py lists them all.")
+        sys.exit(0)
+    return rest

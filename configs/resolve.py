@@ -1,0 +1,149 @@
+"""Checks a config, and keeps it in the work directory as text."""
+
+import json
+import os
+import pathlib
+
+import ml_collections
+
+from configs import base
+from configs.errors import UserError
+
+CHOICES = {
+    "model.compute_dtype": ("float32", "bfloat16", "float64"),
+    "method.path": ("linear", "cosine"),
+    "method.time_sampler": ("logit_normal", "uniform"),
+    "method.flow_rows": ("split", "front", "coin"),
+    "method.label_drop": ("coin", "front"),
+    "method.weighting": ("adaptive", "adaptive_squared", "uniform"),
+    "train.optimizer": ("adam", "adamw"),
+    "train.schedule": ("constant", "cosine"),
+    "train.cosine_end": ("steps", "early"),
+    "train.matmul_precision": ("highest", "default"),
+}
+# Least and largest value of numbers; None: no bound.
+RANGES = {
+    "model.depth": (1, None),
+    "model.patch_size": (1, None),
+    "model.num_classes": (1, None),
+    "method.flow_fraction": (0, 1),
+    "method.label_drop_prob": (0, 1),
+    "method.kappa": (0, 1),
+    "train.steps": (1, None),
+    "train.batch_size": (1, None),
+    "train.accumulate": (1, None),
+    "train.fsdp": (1, None),
+    "train.log_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.keep_checkpoints": (1, None),
+    "sample.steps": (1, None),
+    "sample.batch_size": (1, None),
+    "evaluation.num_samples": (2, None),
+}
+# A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
+FREE = (
+    "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
+    "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
+    "train.keep_checkpoints", "sample.", "evaluation.",
+)  # fmt: skip
+FILE_NAME = "config.json"
+
+
+def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
+    """Return {dotted option: value}."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, ml_collections.ConfigDict)
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def check(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+    """Return `config`.  Raises UserError naming the first option that is missing, unknown or has no sense."""
+    if config is None:
+        raise UserError("--config is missing: name the file of the run, e.g. --config=configs/digits.py")
+    flat, known = flatten(config), flatten(base.get_config())
+    for key in flat.keys() ^ known.keys():
+        raise UserError(f"config.{key} is {'unknown' if key in flat else 'missing'}; configs/base.py lists the options")
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
+    for key, (least, most) in RANGES.items():
+        if flat[key] < least or (most is not None and flat[key] > most):
+            raise UserError(f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else ""))
+    if config.model.input_size % config.model.patch_size:
+        raise UserError(
+            f"config.model.patch_size {config.model.patch_size} does not divide config.model.input_size "
+            f"{config.model.input_size}"
+        )
+    if config.model.width % config.model.num_heads or config.model.width % 4:
+        raise UserError(f"config.model.width {config.model.width} must be a multiple of model.num_heads and of 4")
+    if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
+        raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
+    if not -1 <= config.sample.ema < len(config.train.ema_decays):
+        raise UserError(f"config.sample.ema is {config.sample.ema}, but there are {len(config.train.ema_decays)} EMAs")
+    return config
+
+
+def check_divisible(config: ml_collections.ConfigDict, devices: int, kind: str) -> None:
+    """Raise UserError unless every device gets whole rows: kind is what the message calls the `devices`."""
+    batch, parts = config.train.batch_size, devices * config.train.accumulate
+    if batch % parts:
+        raise UserError(
+            f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times config.train.accumulate "
+            f"{config.train.accumulate}); {batch // parts * parts or parts} is"
+        )
+    if devices % config.train.fsdp:
+        raise UserError(f"config.train.fsdp {config.train.fsdp} does not divide the {devices} {kind}")
+
+
+def to_json(config: ml_collections.ConfigDict) -> str:
+    """Return the config as indented JSON."""
+    return json.dumps(config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str) -> ml_collections.ConfigDict:
+    """Return the config of a JSON text, every option as in `configs/base.py`.
+
+    Raises UserError for an unknown or a missing option, such as one of another version of this project.
+    """
+    config = base.get_config()
+    given = flatten(ml_collections.ConfigDict(json.loads(text)))
+    for key in given.keys() ^ flatten(config).keys():
+        raise UserError(f"the stored config {'has the unknown' if key in given else 'lacks the'} option {key}")
+    for key, value in given.items():
+        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
+    return config
+
+
+def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+    """Make the work directory of a run and write its config there.
+
+    A run that is there already goes on if its config is the same but for what may change (`FREE`).
+    Raises UserError naming the options that differ, or if the directory cannot be written.
+    """
+    path = pathlib.Path(workdir) / FILE_NAME
+    if path.exists():
+        old, new = flatten(read_workdir(workdir)), flatten(config)
+        differing = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]
+        if differing:
+            shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
+            raise UserError(f"{workdir} was written by another config: {shown}.  Choose another --workdir, or delete it")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        unfinished = path.with_suffix(f".{os.getpid()}")
+        unfinished.write_text(to_json(config))
+        unfinished.replace(path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}.  Choose a --workdir on a disk with room") from error
+
+
+def read_workdir(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+    """Return the config that a run left in its work directory.  Raises UserError if there is none."""
+    path = pathlib.Path(workdir) / FILE_NAME
+    try:
+        return from_json(path.read_text())
+    except OSError as error:
+        raise UserError(f"{workdir} is not the work directory of a run: cannot read {path}") from error
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}") from error

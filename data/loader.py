@@ -1,0 +1,194 @@
+"""Loads batches for training, and whole splits for evaluation.
+
+The order of the examples is one function of config.seed: neither the number of processes nor that of loader workers
+changes it, so both trainers, on any number of devices, see the same global batches.
+"""
+
+import dataclasses
+import json
+import math
+from collections.abc import Iterator
+
+import grain
+import ml_collections
+import numpy as np
+from absl import flags
+
+from configs.errors import UserError
+from data import datasets
+
+FLIP_PROB = 0.5
+# Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+BATCHES_PER_WORKER = 2
+MAX_KEPT_BYTES = 2**28  # in each loader process, of decoded images
+
+
+@dataclasses.dataclass(frozen=True)
+class Examples:
+    """Records of a source, checked against config.model and brought to data units.
+
+    `examples[i]` is {'image': float32 [h w c], 'label': int32 scalar}.  uint8 images become x/127.5 - 1, in [-1, 1];
+    floating images (latents) are taken to be in data units already and only cast to float32.
+    A small dataset stays in memory once read: decoding an 8x8 image costs more than the rest of loading it.
+    Raises UserError for a record that does not fit the model.
+    """
+
+    source: datasets.ImageSource
+    title: str  # of the dataset, for messages
+    shape: tuple[int, int, int]
+    num_classes: int
+    kept: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
+
+    def __len__(self) -> int:
+        return len(self.source)
+
+    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
+        example = self.kept.get(index)
+        if example is None:
+            example = self._read(index)
+            if 4 * len(self) * math.prod(self.shape) <= MAX_KEPT_BYTES:
+                self.kept[index] = example
+        return example
+
+    def _read(self, index: int) -> dict[str, np.ndarray]:
+        record = self.source[index]
+        image, label = np.asarray(record["image"]), record["label"]
+        where = f"record {index} of {self.title}"
+        if image.shape != self.shape:
+            raise UserError(
+                f"{where} is an image of shape {image.shape}, but the model expects {self.shape}: set "
+                "--config.model.input_size (height and width) and --config.model.channels, or choose another dataset"
+            )
+        if not 0 <= label < self.num_classes:
+            raise UserError(
+                f"{where} has label {label}, outside [0, {self.num_classes}): set --config.model.num_classes, or "
+                "choose a labelled split"
+            )
+        return {"image": _to_data_units(image, where), "label": np.int32(label)}
+
+
+class Loader(Iterator):
+    """Endless batches of one process; made by `make_loader`.
+
+    Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}.
+    """
+
+    def __init__(self, batches: grain.MapDataset, identity: dict[str, int | str], num_workers: int):
+        """batches: those of this process, by step.  identity: what the order depends on, kept in the state."""
+        self._batches = batches
+        self._identity = identity
+        self._num_workers = num_workers
+        self._step = 0
+        self._iterator = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        if self._iterator is None:
+            self._iterator = self._start()
+        batch = next(self._iterator)
+        self._step += 1
+        # Worker processes hand over Grain's own subclass; a plain view of it keeps the shared memory alive.
+        return {key: np.asarray(value) for key, value in batch.items()}
+
+    def get_state(self) -> str:
+        """Return the position after the last batch returned, as JSON text; the same in every process."""
+        return json.dumps({"step": self._step} | self._identity)
+
+    def set_state(self, state: str) -> None:
+        """Continue exactly after the batch at which `state` was taken, whatever the number of processes or workers.
+
+        Raises UserError if `state` is of another dataset, seed or global batch size.
+        """
+        saved = json.loads(state)
+        for key, value in self._identity.items():
+            if saved[key] != value:
+                raise UserError(
+                    f"the checkpoint's loader had {key} {saved[key]!r}, this run has {value!r}: set it back, or start "
+                    "a new work directory"
+                )
+        self.close()
+        self._step = saved["step"]
+
+    def close(self) -> None:
+        """Stop the threads and worker processes; the next batch would start them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _start(self) -> grain.DatasetIterator:
+        # A batch is a function of its step alone, so that resuming is slicing and needs no state of Grain's.
+        batches = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
+        if self._num_workers > 0:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they have their defaults
+            options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
+            batches = batches.mp_prefetch(options)
+        return iter(batches)
+
+
+def make_loader(config: ml_collections.ConfigDict, batch_size: int, process: int = 0, num_processes: int = 1) -> Loader:
+    """Return the training batches of process `process` of `num_processes`.
+
+    batch_size: global; each process receives batch_size / num_processes rows.
+    With b rows a process, the batch of process p at step k is rows [p b, (p+1) b) of global batch k: concatenated over
+    the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
+    and batches run across the ends of epochs, so that no example is dropped.
+    config.data.flip mirrors arrays as they are; the mirror image of a latent is only nearly the latent of the mirror
+    image.
+    Raises UserError: batch_size not divisible, seed outside [0, 2^32), empty split, whatever `open_source` raises;
+    while iterating, for a record that does not fit config.model.
+    """
+    if batch_size <= 0 or batch_size % num_processes:
+        raise UserError(
+            f"a batch of {batch_size} (config.train.batch_size) cannot be divided among {num_processes} processes: "
+            "set a multiple"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}; it must be in [0, 2^32)")
+    examples = _examples(config, config.data.split)
+    identity = {
+        "dataset": examples.title,
+        "num_examples": len(examples),
+        "seed": config.seed,
+        "batch_size": batch_size,
+    }
+    rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
+    if config.data.flip:
+        rows = rows.random_map(_flip)
+    batches = rows.batch(batch_size // num_processes)[process::num_processes]
+    return Loader(batches, identity, config.data.num_workers)
+
+
+def load_arrays(config: ml_collections.ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order, unflipped.
+
+    Raises UserError as `make_loader` does.
+    """
+    examples = _examples(config, split)
+    images = np.empty((len(examples), *examples.shape), np.float32)
+    labels = np.empty(len(examples), np.int32)
+    for i in range(len(examples)):
+        example = examples[i]
+        images[i], labels[i] = example["image"], example["label"]
+    return images, labels
+
+
+def _examples(config: ml_collections.ConfigDict, split: str) -> Examples:
+    source = datasets.open_source(config.data.name, split, config.data.dir)
+    title = f"{config.data.name} ({split})"
+    size = config.model.input_size
+    return Examples(source, title, (size, size, config.model.channels), config.model.num_classes)
+
+
+def _to_data_units(image: np.ndarray, where: str) -> np.ndarray:
+    if image.dtype == np.uint8:
+        return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
+    if np.issubdtype(image.dtype, np.floating):
+        return image.astype(np.float32)
+    raise UserError(f"{where} is an image of {image.dtype}: only uint8 and floating images can be read")
+
+
+def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if rng.random() < FLIP_PROB:
+        return example | {"image": example["image"][:, ::-1]}
+    return example

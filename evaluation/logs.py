@@ -1,0 +1,125 @@
+"""Logs of a run, the same from both trainers: TensorBoard, the console and metrics.jsonl.
+
+clu and TensorFlow take seconds to import, so they are imported only where a log is opened.
+"""
+
+import json
+import os
+import pathlib
+
+import numpy as np
+from absl import flags, logging
+
+from configs.errors import UserError
+from data import quiet
+from evaluation import files
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROGRESS_SECONDS = 30.0
+
+
+def setup_logging() -> None:
+    """Show absl's INFO lines on stderr, whether the program runs under absl's app or not.  Call first in main.
+
+    Orbax tells of each of its inner steps at that level; only its warnings are shown.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else absl warns that its flags were not parsed
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname or record.levelname != "INFO")
+
+
+class MetricLog:
+    """The log of one run in its work directory.
+
+    Scalars go to WORKDIR/metrics.jsonl (one object a line, {"step": 100, "loss": ...}), to TensorBoard event files in
+    WORKDIR/tensorboard and to the console.  With active=False (every rank but the first) all methods do nothing.
+    Raises UserError if the directory cannot be written.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, active: bool = True):
+        self.active = active
+        self.tensorboard = None  # clu's writer, or None if inactive
+        self._path = pathlib.Path(workdir) / FILE_NAME
+        if active:
+            self._open(pathlib.Path(workdir) / TENSORBOARD)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log scalars (anything that `float` takes) at `step`.  The line is on disk when this returns."""
+        if not self.active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": int(step)} | values) + "\n")
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
+        self.tensorboard.write_scalars(step, values)
+        self._console.write_scalars(step, values)
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """Show a picture, uint8 [H W 1] or [H W 3], in TensorBoard."""
+        if self.active:
+            self.tensorboard.write_images(step, {name: grid[None]})
+
+    def rewind(self, step: int) -> None:
+        """Drop the lines of metrics.jsonl after `step`, so that a resumed run leaves the file of an unbroken one.
+
+        Also drops a last line that was cut short when the run was killed.  TensorBoard's files stay as they are, and
+        hold the steps done again twice.  Raises UserError for any other line that is not JSON.
+        """
+        if not self.active or not self._path.exists():
+            return
+        lines = self._path.read_text().splitlines(keepends=True)
+        if lines and not lines[-1].endswith("\n"):
+            lines.pop()
+        kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
+        files.replace_text(self._path, "".join(kept))
+
+    def flush(self) -> None:
+        """Bring TensorBoard's files up to date."""
+        if self.active:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and end the log."""
+        if self.active:
+            self.tensorboard.close()
+
+    def _open(self, directory: pathlib.Path) -> None:
+        quiet.silence_tensorflow()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.cannot_write(directory, error) from error
+        from clu import metric_writers
+
+        self.tensorboard = metric_writers.SummaryWriter(str(directory))
+        self._console = metric_writers.LoggingWriter()
+
+    def _step_of(self, line: str, number: int) -> int:
+        try:
+            return json.loads(line)["step"]
+        except (json.JSONDecodeError, KeyError, TypeError) as error:
+            raise UserError(f"{self._path}, line {number} is not a log line: {line!r}; delete it") from error
+
+
+class Progress:
+    """Tells on the console how far a run is: steps/s, percentage, ETA; the rate goes to TensorBoard too."""
+
+    def __init__(self, num_steps: int, log: MetricLog):
+        """num_steps: optimizer steps of the whole run.  log: an inactive one keeps this silent."""
+        self._report = None
+        if log.active:
+            from clu import periodic_actions
+
+            self._report = periodic_actions.ReportProgress(
+                num_train_steps=num_steps, writer=log.tensorboard, every_secs=PROGRESS_SECONDS
+            )
+
+    def __call__(self, step: int) -> None:
+        """Call after every step with the number of steps done; reports every `PROGRESS_SECONDS` and at the end."""
+        if self._report is not None:
+            self._report(step)

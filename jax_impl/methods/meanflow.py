@@ -1,0 +1,245 @@
+"""MeanFlow: the average velocity of a flow, learnt from its own total derivative.  Source: arXiv:2505.13447.
+
+Every option of the two public systems (Gsunshine/meanflow, meanflow.py; zhuyu-cs/MeanFlow, loss.py) is a setting of
+`config.method`; `docs/differences.md` lists what differs between them and which setting reproduces it.
+
+A step runs as few forwards as the mathematics allows.  With F one forward of the whole batch and p the share of rows
+with r < t: the primal and its gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
+"""
+
+import math
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+
+class Draws(NamedTuple):
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+
+    noise: jax.Array  # [b h w c] unit normals
+    times: jax.Array  # [b 2] unit normals (logit_normal) or uniforms (uniform)
+    coin: jax.Array  # [b] uniforms: which rows are flow rows (flow_rows = coin)
+    drop: jax.Array  # [b] uniforms: which rows lose their label
+
+
+class Rows(NamedTuple):
+    """A static interleaving of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
+
+    Groups, not one block of each, keep a contiguous shard of the batch whole: to split it moves no data between
+    devices, and which rows are flow rows does not depend on how many devices there are.
+    """
+
+    groups: int
+    flow: int
+    rest: int
+
+
+def draw(key, shape, cfg):
+    """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
+    keys = jax.random.split(key, 4)
+    times = jax.random.normal if cfg.time_sampler == "logit_normal" else jax.random.uniform
+    return Draws(
+        noise=jax.random.normal(keys[0], shape),
+        times=times(keys[1], (shape[0], 2)),
+        coin=jax.random.uniform(keys[2], shape[:1]),
+        drop=jax.random.uniform(keys[3], shape[:1]),
+    )
+
+
+def loss(net, batch, draws, cfg):
+    """MeanFlow objective.  Source: arXiv:2505.13447, algorithm 1, eqs. 10 and 11, and with guidance eqs. 19 to 21.
+
+    net: (z, t, r, y) -> u, all of shape [b h w c] but t, r, y of [b]; `net.num_classes` is the null label.
+    batch: x [b h w c] in data units, y [b] int labels.  cfg: `config.method`.
+    Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b h w c], err [b] (squared,
+    summed over a row), weight [b] and row_loss [b].  No gradient flows through v_g, du_dt, target and weight.
+    Departs from the paper: flow rows are a fixed share of the batch, not drawn (but for flow_rows = coin).
+    """
+    x, y = batch
+    t, r = sample_times(draws, cfg)
+    z, v = path(x, draws.noise, t, cfg)
+    y, kept = drop_labels(y, draws, net.num_classes, cfg)
+    rows = split_rows(len(y), cfg)
+    u_flow = flow_velocity(net, z, t, y, rows)
+    v_g = guide(net, z, v, t, y, kept, u_flow, cfg)
+    u, du_dt = average_velocity(net, z, v_g, t, r, y, u_flow, rows)
+    target = stop_gradient(v_g - expand(interval(t, r, cfg), v) * du_dt)
+    err = sum_squares(u - target)
+    weight, row_loss = weigh(err, cfg)
+    aux = {
+        "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
+        "weight": weight, "row_loss": row_loss,
+    }  # fmt: skip
+    return row_loss.mean(), aux
+
+
+def sample_times(draws, cfg):
+    """Return t >= r, [b] each in [0, 1]: the larger and the smaller of two draws, and r = t on flow rows."""
+    times = draws.times
+    if cfg.time_sampler == "logit_normal":
+        times = jax.nn.sigmoid(times * cfg.time_std + cfg.time_mean)
+    t, r = times.max(1), times.min(1)
+    return t, jnp.where(is_flow(draws, cfg), t, r)
+
+
+def is_flow(draws, cfg):
+    """Return [b] bool: the rows with r = t.
+
+    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows, as the official JAX
+    code.  `coin`: each row with probability flow_fraction, as the PyTorch reproduction.
+    """
+    if cfg.flow_rows == "coin":
+        return draws.coin < cfg.flow_fraction
+    row = jnp.arange(len(draws.coin))
+    if cfg.flow_rows == "front":
+        return row < int(len(row) * cfg.flow_fraction)
+    rows = split_rows(len(row), cfg)
+    return row % (rows.flow + rows.rest) < rows.flow
+
+
+def split_rows(batch_size, cfg):
+    """Return the static split of a batch: all rows are `rest` unless flow_rows = split."""
+    num_flow = int(batch_size * cfg.flow_fraction) if cfg.flow_rows == "split" else 0
+    groups = math.gcd(batch_size, num_flow)
+    return Rows(groups, num_flow // groups, (batch_size - num_flow) // groups)
+
+
+def path(x, e, t, cfg):
+    """Return the state z and its velocity v = dz/dt [b h w c] between data x (t = 0) and noise e (t = 1)."""
+    t = expand(t, x)
+    if cfg.path == "cosine":
+        angle = t * (math.pi / 2)
+        z = jnp.cos(angle) * x + jnp.sin(angle) * e
+        return z, (jnp.cos(angle) * e - jnp.sin(angle) * x) * (math.pi / 2)
+    return (1 - t) * x + t * e, e - x
+
+
+def drop_labels(y, draws, null, cfg):
+    """Return labels [b] with some replaced by `null`, and [b] bool: the rows that kept theirs.
+
+    `coin`: each row with probability label_drop_prob.  `front`: as many rows as that gives, but the first ones, as
+    the official JAX code.
+    """
+    dropped = draws.drop < cfg.label_drop_prob
+    if cfg.label_drop == "front":
+        dropped = jnp.arange(len(y)) < dropped.sum()
+    return jnp.where(dropped, null, y), ~dropped
+
+
+def flow_velocity(net, z, t, y, rows):
+    """Return u(z, t, t, y) on the flow rows of a static split [groups*flow h w c]: one plain forward."""
+    z, t, y = (take(a, rows, "flow") for a in (z, t, y))
+    return net(z, t, t, y) if rows.flow else z
+
+
+def guide(net, z, v, t, y, kept, u_flow, cfg):
+    """Return the guided velocity v_g [b h w c]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), w = omega, k = kappa.
+
+    Only where the label was kept and guidance_start <= t <= guidance_end; v elsewhere.  On flow rows u(z,t,t,y) is
+    the row's own prediction `u_flow`; the null forward of all rows and the conditional forward of the rest run as
+    one batch.  With k = 0 no conditional forward is needed.  Source: eq. 21 of arXiv:2505.13447, appendix B.1.
+    """
+    if not cfg.guidance:
+        return v
+    rows = split_rows(len(y), cfg)
+    null = jnp.full_like(y, net.num_classes)
+    if cfg.kappa == 0:
+        v_g = cfg.omega * v + (1 - cfg.omega) * net(z, t, t, null)
+    else:
+        both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)  # the null forward of all, then the rest's own
+        z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
+        u = net(z2, t2, t2, y2)
+        u_null, u_cond = take(u, both, "flow"), join(u_flow, take(u, both, "rest"), rows)
+        v_g = cfg.omega * v + cfg.kappa * u_cond + (1 - cfg.omega - cfg.kappa) * u_null
+    guided = kept & (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
+    return stop_gradient(jnp.where(expand(guided, v), v_g, v))
+
+
+def average_velocity(net, z, v_g, t, r, y, u_flow, rows):
+    """Return u(z, t, r, y) and its total derivative du/dt along (v_g, 1, 0), [b h w c] each.
+
+    The JVP runs on the rest of a static split; flow rows have their forward already, and du/dt = 0 there because
+    nothing reads it.
+    """
+    z, v_g, t, r, y = (take(a, rows, "rest") for a in (z, v_g, t, r, y))
+    u, du_dt = z, z
+    if rows.rest:
+        u, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), (v_g, jnp.ones_like(t), jnp.zeros_like(r)))
+    return join(u_flow, u, rows), stop_gradient(join(jnp.zeros_like(u_flow), du_dt, rows))
+
+
+def interval(t, r, cfg):
+    """Return t - r [b], clipped to [0, 1] if clip_interval."""
+    return jnp.clip(t - r, 0, 1) if cfg.clip_interval else t - r
+
+
+def weigh(err, cfg):
+    """Return the constant weight [b] and the weighted loss [b] of each row's summed squared error err [b].
+
+    `adaptive`: err / (err + eps)^p, arXiv:2505.13447 eq. 22.  `adaptive_squared`: the same of err^2, as the PyTorch
+    reproduction.  `uniform`: err itself.
+    """
+    if cfg.weighting == "uniform":
+        return jnp.ones_like(err), err
+    if cfg.weighting == "adaptive_squared":
+        err = err**2
+    weight = stop_gradient((err + cfg.adaptive_eps) ** -cfg.adaptive_power)
+    return weight, weight * err
+
+
+def sample(net, noise, y, cfg):
+    """Carry noise [b h w c] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y).
+
+    y: [b] labels.  cfg: `config.sample`; with cfg_scale s not 1, u = u(null) + s (u(y) - u(null)), two forwards as
+    one batch.  Source: arXiv:2505.13447, algorithm 2; zhuyu-cs/MeanFlow, meanflow_sampler.py.
+    """
+
+    def step(z, times):
+        t, r = (jnp.full(len(y), time) for time in times)
+        if cfg.cfg_scale == 1:
+            u = net(z, t, r, y)
+        else:
+            both = jnp.concatenate([y, jnp.full_like(y, net.num_classes)])
+            u, u_null = jnp.split(net(*(jnp.concatenate([a, a]) for a in (z, t, r)), both), 2)
+            u = u_null + cfg.cfg_scale * (u - u_null)
+        return z - expand(t - r, z) * u, None
+
+    times = jnp.asarray(sampling_times(cfg), noise.dtype)
+    return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
+
+
+def sampling_times(cfg):
+    """Return the times of sampling, from noise to data: cfg.times, or cfg.steps uniform steps from 1 to 0.
+
+    Raises ValueError unless they fall strictly and stay in [0, 1].
+    """
+    times = tuple(cfg.times) or tuple(1 - i / cfg.steps for i in range(cfg.steps + 1))
+    if len(times) < 2 or any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[0] > 1 or times[-1] < 0:
+        raise ValueError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
+    return times
+
+
+def take(a, rows, part):
+    """Return the `flow` or the `rest` rows of a [b ...]."""
+    a = a.reshape(rows.groups, -1, *a.shape[1:])
+    a = a[:, : rows.flow] if part == "flow" else a[:, rows.flow :]
+    return a.reshape(-1, *a.shape[2:])
+
+
+def join(a, b, rows):
+    """Join rows a and b group by group; the inverse of `take` for a flow and a rest part."""
+    a, b = (part.reshape(rows.groups, len(part) // rows.groups, *part.shape[1:]) for part in (a, b))
+    joined = jnp.concatenate([a, b], axis=1)
+    return joined.reshape(-1, *joined.shape[2:])
+
+
+def expand(a, like):
+    """Give a [b] the rank of `like` [b ...]."""
+    return a.reshape(-1, *[1] * (like.ndim - 1))
+
+
+def sum_squares(a):
+    """Return the sum of squares over each row of a [b ...], [b], in float32 at least."""
+    return jnp.square(a).sum(tuple(range(1, a.ndim)))

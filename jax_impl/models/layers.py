@@ -1,0 +1,115 @@
+"""Layers that several networks share: initialisers, norms, embeddings of time, label and position.
+
+Parameters are kept in `param_dtype`; matmuls run in `dtype`; time features and norms in at least float32.
+Attribute names are those of the official PyTorch checkpoints, so a parameter's path is its canonical name but for
+the leaf (`kernel` there `weight`, transposed).
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+xavier_uniform = nnx.initializers.xavier_uniform()
+normal_002 = nnx.initializers.normal(0.02)
+zeros = nnx.initializers.zeros_init()
+
+
+def linear(in_features, out_features, *, dtype, rngs, kernel_init=xavier_uniform):
+    """Return an affine layer in -> out with zero bias, computed in `dtype` from float32 parameters."""
+    return nnx.Linear(in_features, out_features, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs)
+
+
+def layer_norm(x, eps=1e-6):
+    """Normalise the last axis to mean 0 and variance 1, without affine; float32 statistics at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    x = x - x.mean(-1, keepdims=True)
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
+def modulate(x, shift, scale):
+    """Shift and scale the tokens x [b n d] by vectors [b d]: x (1 + scale) + shift."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_features(t, dim=256, max_period=10_000.0):
+    """Return sinusoidal features [b dim] of times t [b] in [0, 1]: cosines first, then sines.
+
+    Frequencies exp(-ln(max_period) i / (dim/2)), i < dim/2; t is not multiplied by 1000.
+    Source: Gsunshine/meanflow, models/models_dit.py, TimestepEmbedder.
+    """
+    t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+    frequencies = np.exp(-math.log(max_period) * np.arange(dim // 2) / (dim // 2))
+    angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def position_table(grid_size, dim):
+    """Return the fixed 2-D sin-cos table [grid_size^2, dim], float32, rows of the grid first.
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
+    Source: Gsunshine/meanflow, models/models_dit.py (after MAE, arXiv:2111.06377).
+    """
+    omega = 10_000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+    angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
+    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    column = np.tile(one_axis, (grid_size, 1))
+    row = np.repeat(one_axis, grid_size, axis=0)
+    return np.concatenate([column, row], axis=-1).astype(np.float32)
+
+
+class TimestepEmbedder(nnx.Module):
+    """Embed times [b] into vectors [b width]: sinusoidal features, then a two-layer MLP in float32."""
+
+    def __init__(self, width, *, rngs, features=256):
+        self.features = features
+        self.mlp = nnx.Dict({
+            "0": linear(features, width, dtype=None, kernel_init=normal_002, rngs=rngs),
+            "2": linear(width, width, dtype=None, kernel_init=normal_002, rngs=rngs),
+        })
+
+    def __call__(self, t):
+        x = timestep_features(t, self.features)
+        x = nnx.silu(self.mlp["0"](x))
+        return self.mlp["2"](x)
+
+
+class LabelEmbedder(nnx.Module):
+    """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
+
+    def __init__(self, num_classes, width, *, rngs):
+        self.embedding_table = nnx.Embed(num_classes + 1, width, embedding_init=normal_002, rngs=rngs)
+
+    def __call__(self, y):
+        return self.embedding_table.embedding[y]  # nnx.Embed would cast to float32
+
+
+class PatchEmbed(nnx.Module):
+    """Cut images [b h w c] into patches and map each to a token [b n width]."""
+
+    def __init__(self, patch_size, channels, width, *, dtype, rngs):
+        window = (patch_size, patch_size)
+        self.proj = nnx.Conv(
+            channels, width, window, window, padding="VALID", dtype=dtype, kernel_init=xavier_patches, bias_init=zeros,
+            rngs=rngs,
+        )  # fmt: skip
+
+    def __call__(self, x):
+        x = self.proj(x)
+        return x.reshape(x.shape[0], -1, x.shape[-1])
+
+
+def xavier_patches(key, shape, dtype=jnp.float32):
+    """Draw a patch kernel [p p c width] as the matrix (p p c) -> width, Xavier-uniform."""
+    *window, out_features = shape
+    return xavier_uniform(key, (math.prod(window), out_features), dtype).reshape(shape)
+
+
+def unpatchify(x, channels):
+    """Reassemble tokens [b n p*p*c], channel fastest, into images [b h w c]."""
+    batch, tokens, features = x.shape
+    grid, patch = math.isqrt(tokens), math.isqrt(features // channels)
+    x = x.reshape(batch, grid, grid, patch, patch, channels)
+    return x.transpose(0, 1, 3, 2, 4, 5).reshape(batch, grid * patch, grid * patch, channels)

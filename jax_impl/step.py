@@ -1,0 +1,184 @@
+"""One training step: gradients, optimizer and EMA, as one compiled function over a device mesh."""
+
+import math
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_impl.methods import METHODS
+from jax_impl.models import ARCHITECTURES
+
+BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch over all devices
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds of the optimization; the draws of a step follow from its number and the seed."""
+
+    step: jax.Array  # optimizer steps done
+    params: Any  # nnx.State of the network, float32
+    opt_state: Any  # optax
+    emas: tuple  # one nnx.State for each of train.ema_decays
+
+
+def build_net(config):
+    """Return the network's graph definition and fresh parameters (nnx.State) drawn from config.seed.
+
+    Parameters are float32; float64 where that is the compute dtype, which needs `jax_enable_x64`.
+    """
+    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 0))
+    graphdef, params = nnx.split(ARCHITECTURES[config.model.name](config.model, rngs))
+    dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
+    return graphdef, jax.tree.map(lambda a: a.astype(dtype), params)
+
+
+def make_mesh(config):
+    """Return the mesh (data, fsdp) over all devices.  Raises ValueError if train.fsdp does not divide their number."""
+    num_devices, fsdp = jax.device_count(), config.train.fsdp
+    if num_devices % fsdp:
+        raise ValueError(f"train.fsdp={fsdp} does not divide the {num_devices} devices")
+    return jax.make_mesh((num_devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+
+
+def state_shardings(state, mesh):
+    """Return the sharding of each array of `state`: its longest axis that fsdp divides, whole if there is none."""
+    fsdp = mesh.shape["fsdp"]
+
+    def sharding(a):
+        spec: list[str | None] = [None] * a.ndim
+        axes = [axis for axis in range(a.ndim) if a.shape[axis] % fsdp == 0]
+        if fsdp > 1 and axes:
+            spec[max(axes, key=lambda axis: a.shape[axis])] = "fsdp"
+        return NamedSharding(mesh, PartitionSpec(*spec))
+
+    return jax.tree.map(sharding, state)
+
+
+def create_state(config, mesh, params=None):
+    """Return the graph definition and the state of step 0, sharded; `params` (nnx.State) replace the fresh weights."""
+
+    def create(params):
+        emas = tuple(jax.tree.map(jnp.copy, params) for _ in config.train.ema_decays)
+        return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.train).init(params), emas)
+
+    graphdef, fresh = build_net(config)
+    params = fresh if params is None else params
+    shardings = state_shardings(jax.eval_shape(create, params), mesh)
+    return graphdef, jax.jit(create, out_shardings=shardings)(params)
+
+
+def learning_rate(step, c):
+    """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
+
+    The cosine falls to final_factor of the peak at the last step, or warmup_steps before it (cosine_end = early), as
+    in the official iMF code, which passes optax a length that already excludes the warm-up.
+    """
+    warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
+    end = c.steps - (c.warmup_steps if c.cosine_end == "early" else 0)
+    progress = jnp.clip((step - c.warmup_steps) / max(end - c.warmup_steps, 1), 0, 1)
+    cosine = c.final_factor + (1 - c.final_factor) * (1 + jnp.cos(math.pi * progress)) / 2
+    rate = c.learning_rate * (cosine if c.schedule == "cosine" else 1.0)
+    return jnp.where(step < c.warmup_steps, warmup, rate)
+
+
+def make_optimizer(c):
+    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway."""
+    return optax.adamw(
+        lambda step: learning_rate(step, c), b1=c.beta1, b2=c.beta2, eps=c.adam_eps,
+        weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0,
+    )  # fmt: skip
+
+
+def apply_gradients(state, grads, c):
+    """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
+
+    EMA: d ema + (1 - d) params, from the first step on, after the update.  Source: Gsunshine/meanflow,
+    utils/ema_util.py.
+    """
+    norm = optax.global_norm(grads)
+    if c.clip_norm > 0:
+        scale = jnp.minimum(1.0, c.clip_norm / norm)
+        grads = jax.tree.map(lambda g: g * scale, grads)
+    updates, opt_state = make_optimizer(c).update(grads, state.opt_state, state.params)
+    params = optax.apply_updates(state.params, updates)
+    emas = tuple(
+        jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, ema, params)
+        for d, ema in zip(c.ema_decays, state.emas, strict=True)
+    )
+    return TrainState(state.step + 1, params, opt_state, emas), norm
+
+
+def measure(loss, aux):
+    """Return the scalars of a step that are logged: raw errors are squared and summed over a row."""
+    jvp_row = aux["r"] < aux["t"]
+    du_dt_norm = jnp.sqrt(jnp.square(aux["du_dt"]).sum((1, 2, 3)))
+
+    def mean_over(rows, a):
+        return jnp.where(rows, a, 0).sum() / jnp.maximum(rows.sum(), 1)
+
+    return {
+        "loss": loss,
+        "raw_error": aux["err"].mean(),
+        "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
+        "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
+        "du_dt_norm": mean_over(jvp_row, du_dt_norm),
+    }
+
+
+def make_train_step(config, graphdef, mesh):
+    """Return the compiled step: (state, batch) -> (state, metrics).
+
+    batch: {'image' [b h w c] float32, 'label' [b] int32}, rows sharded over all devices.  The state is donated.
+    Draws depend on (seed, step) alone and the rows are split inside each device's shard, so the result does not
+    depend on the number of devices or micro-batches.
+    """
+    method, c = METHODS[config.method.name], config.train
+    rows_sharding = NamedSharding(mesh, BATCH)
+
+    def loss_fn(params, x, y, draws):
+        net = nnx.merge(graphdef, params)
+        loss, aux = method.loss(net, (x, y), draws, config.method)
+        return loss, measure(loss, aux)
+
+    def micro_batches(a):
+        """[b ...] -> [accumulate b/accumulate ...], each device keeping its own rows."""
+        a = a.reshape(mesh.size, c.accumulate, -1, *a.shape[1:]).swapaxes(0, 1)
+        return a.reshape(c.accumulate, -1, *a.shape[3:])
+
+    def gradients(params, *rows):
+        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+        if c.accumulate == 1:
+            (_, metrics), grads = value_and_grad(params, *rows)
+            return grads, metrics
+
+        def add(total, rows):
+            (_, metrics), grads = value_and_grad(params, *rows)
+            return jax.tree.map(jnp.add, total, (grads, metrics)), None
+
+        shapes = jax.eval_shape(lambda *rows: value_and_grad(params, *rows), *jax.tree.map(lambda a: a[0], rows))
+        zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[1], shapes[0][1]))
+        total, _ = jax.lax.scan(add, zeros, rows)
+        return jax.tree.map(lambda a: a / c.accumulate, total)
+
+    def train_step(state, batch):
+        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
+        draws = method.draw(key, batch["image"].shape, config.method)
+        rows = jax.lax.with_sharding_constraint((batch["image"], batch["label"], draws), rows_sharding)
+        if c.accumulate > 1:
+            rows = jax.tree.map(micro_batches, rows)
+        grads, metrics = gradients(state.params, *rows)
+        rate = learning_rate(state.step, c)
+        state, norm = apply_gradients(state, grads, c)
+        return state, metrics | {"grad_norm": norm, "learning_rate": rate}
+
+    return jax.jit(train_step, donate_argnums=0)
+
+
+def put_batch(batch, mesh):
+    """Put this process's rows of a numpy batch on its devices, as its part of the global batch."""
+    sharding = NamedSharding(mesh, BATCH)
+    return {name: jax.make_array_from_process_local_data(sharding, np.asarray(a)) for name, a in batch.items()}

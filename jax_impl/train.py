@@ -1,0 +1,154 @@
+"""The training loop: batches in, steps, and what happens every so many steps."""
+
+import math
+import signal
+
+import jax
+from absl import logging
+from flax import nnx
+from jax.experimental import multihost_utils
+
+from configs import resolve
+from configs.errors import UserError
+from data.loader import make_loader
+from evaluation import grids
+from evaluation.logs import MetricLog, Progress
+from jax_impl import weights
+from jax_impl.checkpoints import Checkpoints
+from jax_impl.evaluate import evaluate
+from jax_impl.sample import generate, make_sampler
+from jax_impl.step import create_state, make_mesh, make_train_step, put_batch
+
+GRID_SAMPLES = 64  # images in the grids shown during training
+
+
+def train(config, workdir):
+    """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
+
+    A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
+    among it; the last checkpoint is then from before it.
+    """
+    resolve.check_divisible(config, jax.device_count(), "devices")
+    first = jax.process_index() == 0
+    if first:
+        resolve.open_workdir(workdir, config)
+    multihost_utils.sync_global_devices("workdir")
+    loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
+    mesh = make_mesh(config)
+    graphdef, state = start_state(config, mesh)
+    checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
+    restored = checkpoints.restore(state)
+    if restored:
+        state, loader_state = restored
+        if loader_state:
+            loader.set_state(loader_state)
+        logging.info("resuming from step %d", state.step)
+    log.rewind(int(state.step))
+    reports = make_reports(config, graphdef, log)
+    try:
+        return loop(config, make_train_step(config, graphdef, mesh), state, loader, mesh, checkpoints, log, reports)
+    finally:
+        loader.close()
+        checkpoints.close()
+        log.close()
+
+
+def start_state(config, mesh):
+    """Return the graph definition and the state of step 0, from `train.load_from` if that is set."""
+    graphdef, state = create_state(config, mesh)
+    if config.train.load_from:
+        net = nnx.merge(graphdef, state.params)
+        graphdef, state = create_state(config, mesh, weights.from_canonical(net, weights.load(config.train.load_from)))
+    return graphdef, state
+
+
+def loop(config, train_step, state, loader, mesh, checkpoints, log, reports):
+    """Run the steps; log, report and save when due.  Returns the last state."""
+    c = config.train
+    progress, window = Progress(c.steps, log), Window()
+    step = int(state.step)
+    with Termination() as termination:
+        while step < c.steps:
+            state, metrics = train_step(state, put_batch(next(loader), mesh))
+            step += 1
+            window.add(step, metrics)
+            progress(step)
+            stop = termination.requested(step)
+            if step % c.log_every == 0:
+                log.write(step, window.close())
+            for every, report in reports:
+                if every and step % every == 0:
+                    report(step, state)
+            if stop or step % c.checkpoint_every == 0 or step == c.steps:
+                window.check()
+                checkpoints.save(state, loader.get_state())
+            if stop:
+                logging.info("asked to stop: saved step %d", step)
+                break
+    return state
+
+
+class Window:
+    """The metrics of the steps since the last log line, left on the device until they are needed."""
+
+    def __init__(self):
+        self.steps = []
+
+    def add(self, step, metrics):
+        """Keep the scalars of a step."""
+        self.steps.append((step, metrics))
+
+    def check(self):
+        """Read the scalars back.  Raises UserError naming the first step whose loss is not finite."""
+        self.steps = jax.device_get(self.steps)
+        for step, metrics in self.steps:
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                raise UserError(
+                    f"the loss of step {step} is {metrics['loss']}, its gradient norm {metrics['grad_norm']}; the last "
+                    "checkpoint is from before it.  Try a lower train.learning_rate, a larger train.adam_eps or "
+                    "train.clip_norm"
+                )
+
+    def close(self):
+        """Return the mean of each scalar over the window, and start the next one."""
+        self.check()
+        steps, self.steps = self.steps, []
+        return {name: sum(float(m[name]) for _, m in steps) / len(steps) for name in steps[0][1]}
+
+
+class Termination:
+    """Notices SIGTERM, the same step in every process."""
+
+    def __enter__(self):
+        self.received = False
+        if jax.process_count() == 1:
+            self.previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        if jax.process_count() == 1:
+            signal.signal(signal.SIGTERM, self.previous)
+
+    def _receive(self, *_):
+        self.received = True
+
+    def requested(self, step):
+        """Return whether to stop after `step`.  With several processes JAX's own service makes them agree."""
+        return self.received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+
+
+def make_reports(config, graphdef, log):
+    """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
+    sampler = make_sampler(config, graphdef)
+
+    def sampled_params(state):
+        return state.params if config.sample.ema < 0 else state.emas[config.sample.ema]
+
+    def grid(step, state):
+        images, _ = generate(config, sampler, sampled_params(state), GRID_SAMPLES)
+        log.image(step, "samples", grids.grid(images))
+
+    def evaluation(step, state):
+        log.write(step, evaluate(config, sampler, sampled_params(state)))
+
+    return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

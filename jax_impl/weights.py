@@ -1,0 +1,92 @@
+"""Canonical weights: the names and layouts of the official PyTorch state dicts, as numpy arrays and safetensors.
+
+A parameter's path is its canonical name but for the leaf: `kernel` is `weight`, transposed, and `embedding` is
+`weight`.  The rule is total and bijective: an unknown or a missing name is an error, a round trip is bitwise.
+"""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import safetensors
+from flax import nnx
+from safetensors.numpy import load_file, save_file
+
+from configs.errors import UserError
+
+LEAVES = {"kernel": "weight", "embedding": "weight"}
+
+
+def to_canonical(net, params):
+    """Return {canonical name: numpy array} of `params` (nnx.State of `net`), with the fixed tables of the net."""
+    weights = dict(net.tables())
+    for path, leaf in nnx.to_flat_state(params):
+        array = np.asarray(jax.device_get(leaf.get_value()))
+        weights[canonical_name(path)] = array.transpose(to_torch(array)) if path[-1] == "kernel" else array
+    return {name: np.ascontiguousarray(a) for name, a in sorted(weights.items())}
+
+
+def from_canonical(net, weights):
+    """Return the parameters (nnx.State, in the dtypes of `net`) held by canonical `weights` {name: array}.
+
+    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
+    """
+    params = nnx.state(net, nnx.Param)
+    flat = nnx.to_flat_state(params)
+    names = {canonical_name(path): path for path, _ in flat}
+    check_names(weights, {*names, *net.tables()})
+    for name, table in net.tables().items():
+        if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
+            raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
+    leaves = []
+    for path, leaf in flat:
+        array = np.asarray(weights[canonical_name(path)])
+        array = array.transpose(to_flax(array)) if path[-1] == "kernel" else array
+        check_shape(canonical_name(path), array.shape, leaf.shape)
+        leaves.append((path, leaf.replace(jnp.array(array, leaf.dtype))))
+    return nnx.from_flat_state(leaves)
+
+
+def canonical_name(path):
+    """Return the canonical name of a parameter path such as ('blocks', 0, 'attn', 'qkv', 'kernel')."""
+    *modules, leaf = path
+    return ".".join([*map(str, modules), LEAVES.get(leaf, leaf)])
+
+
+def to_torch(kernel):
+    """Return the axes that carry a kernel [... in out] to a weight [out in ...]."""
+    return (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
+
+
+def to_flax(weight):
+    """Return the axes that carry a weight [out in ...] to a kernel [... in out]."""
+    return (*range(2, weight.ndim), 1, 0)
+
+
+def check_names(given, expected):
+    """Raise UserError naming up to three canonical names that are missing from `given` or unknown to the network."""
+    for problem, names in (("lack", expected - set(given)), ("hold the unknown", set(given) - expected)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise UserError(f"the weights {problem} {some} ({len(names)} in all); does the config fit them?")
+
+
+def check_shape(name, given, expected):
+    """Raise UserError unless both shapes are the same."""
+    if tuple(given) != tuple(expected):
+        raise UserError(f"{name} has shape {tuple(given)}, the network wants {tuple(expected)}; does the config fit?")
+
+
+def save(path, weights, metadata):
+    """Write canonical weights and text metadata {str: str} as safetensors.  Raises UserError if it cannot."""
+    try:
+        save_file(dict(weights), path, metadata=metadata)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load(path):
+    """Return canonical weights {name: array} of a safetensors file.  Raises UserError if it is not a whole one."""
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from error

@@ -1,0 +1,158 @@
+"""Opening datasets by name, and what a user is told when that fails."""
+
+import concurrent.futures
+import errno
+import time
+
+import numpy as np
+import pytest
+import requests
+import tensorflow_datasets as tfds
+from etils import epath
+
+from configs.errors import UserError
+from data import datasets
+
+
+class ColourPatches(tfds.core.GeneratorBasedBuilder):
+    """12x12 RGB images of three classes; image i is filled with i."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = epath.Path(__file__).parent  # TFDS looks it up by itself only for a module inside a package
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(12, 12, 3)), "label": tfds.features.ClassLabel(num_classes=3)}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples(30), "validation": self._generate_examples(9)}
+
+    def _generate_examples(self, num):
+        for i in range(num):
+            yield i, {"image": np.full((12, 12, 3), i, np.uint8), "label": i % 3}
+
+
+class UnlabelledPatches(ColourPatches):
+    """The same without labels."""
+
+    def _info(self):
+        features = {"image": tfds.features.Image(shape=(12, 12, 3))}
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, num):
+        for i in range(num):
+            yield i, {"image": np.full((12, 12, 3), i, np.uint8)}
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    """Holds `colour_patches`."""
+    path = str(tmp_path_factory.mktemp("datasets"))
+    datasets.open_source("colour_patches", "train", path)
+    return path
+
+
+def values(source):
+    return {int(source[i]["image"][0, 0, 0]) for i in range(len(source))}
+
+
+def test_builder_of_ones_own(directory):
+    source = datasets.open_source("colour_patches", "train", directory)
+    assert values(source) == set(range(30))
+    for i in range(30):
+        record = source[i]
+        assert set(record) == {"image", "label"}
+        assert record["image"].shape == (12, 12, 3)
+        assert record["label"] == record["image"][0, 0, 0] % 3
+
+
+def test_part_of_a_split(directory):
+    first = datasets.open_source("colour_patches", "train[:20%]", directory)
+    rest = datasets.open_source("colour_patches", "train[20%:]", directory)
+    assert len(first) == 6
+    assert values(first) | values(rest) == set(range(30))
+
+
+def test_prepared_directory_by_path(directory):
+    source = datasets.open_source(f"{directory}/colour_patches/1.0.0", "validation", "")
+    assert values(source) == set(range(9))
+
+
+def test_split_names(directory):
+    assert datasets.split_names("colour_patches", directory) == ("train", "validation")
+
+
+def test_first_use_by_several_at_once_prepares_once(tmp_path, monkeypatch):
+    """The others wait for the first, rather than prepare a second time or read half a dataset."""
+    prepare, calls = ColourPatches.download_and_prepare, []
+
+    def slow(self, **kwargs):
+        calls.append(1)
+        time.sleep(0.2)
+        prepare(self, **kwargs)
+
+    monkeypatch.setattr(ColourPatches, "download_and_prepare", slow)
+    with concurrent.futures.ThreadPoolExecutor(4) as pool:
+        opened = [pool.submit(datasets.open_source, "colour_patches", "train", str(tmp_path)) for _ in range(4)]
+    assert [len(one.result()) for one in opened] == [30] * 4
+    assert len(calls) == 1
+
+
+def test_preparing_leaves_stdout_alone(tmp_path, capsys):
+    datasets.open_source("colour_patches", "train", str(tmp_path))
+    assert capsys.readouterr().out == ""
+
+
+def test_a_read_only_copy_is_enough(directory, monkeypatch):
+    """A prepared dataset takes no lock, so that it may lie where nothing can be written."""
+    monkeypatch.setattr(datasets, "_lock", None)
+    assert len(datasets.open_source("colour_patches", "train", directory)) == 30
+
+
+@pytest.mark.parametrize(
+    ("name", "split", "words"),
+    [
+        ("colour_patchs", "train", ["colour_patchs", "did you mean colour_patches"]),
+        ("qqqqzzzz", "train", ["qqqqzzzz", "catalog", "imports its module"]),
+        ("not a name!", "train", ["not a name!", "config.data.name"]),
+        ("colour_patches:9.9.9", "train", ["colour_patches:9.9.9", "1.0.0"]),
+        ("colour_patches", "trian", ["'trian'", "config.data.split", "train, validation"]),
+        ("colour_patches", "train[:0]", ["'train[:0]'", "is empty"]),
+        ("unlabelled_patches", "train", ["unlabelled_patches", "no feature 'label'"]),
+        ("imagenet2012", "train", ["imagenet2012", "ILSVRC2012_img_train.tar"]),  # to be fetched by hand
+    ],
+)
+def test_errors_name_the_thing_and_the_way_out(directory, name, split, words):
+    with pytest.raises(UserError) as error:
+        datasets.open_source(name, split, directory)
+    for word in words:
+        assert word in str(error.value)
+
+
+def test_other_file_format(tmp_path):
+    tfds.builder("colour_patches", data_dir=tmp_path).download_and_prepare(file_format="tfrecord")
+    with pytest.raises(UserError, match=r"stored as tfrecord.*--config.data.dir.*tfds convert_format"):
+        datasets.open_source("colour_patches", "train", str(tmp_path))
+
+
+def test_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"/file/data.*--config.data.dir to a directory that you can write"):
+        datasets.open_source("digits", "train", str(tmp_path / "file" / "data"))
+
+
+@pytest.mark.parametrize(
+    ("failure", "words"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left.*Free space"),
+        (OSError("Not enough disk space. Needed: 1 GiB"), "Not enough disk space.*Free space"),
+        (requests.exceptions.ConnectionError("Failed to resolve 'host'"), "Failed to resolve.*no network"),
+    ],
+)
+def test_preparation_that_fails(tmp_path, monkeypatch, failure, words):
+    def fail(self, **kwargs):
+        raise failure
+
+    monkeypatch.setattr(ColourPatches, "download_and_prepare", fail)
+    with pytest.raises(UserError, match=words):
+        datasets.open_source("colour_patches", "train", str(tmp_path))

@@ -1,0 +1,224 @@
+"""The order of the data is one function of the seed; each record fits the model or is named."""
+
+import collections
+import itertools
+
+import numpy as np
+import pytest
+
+from configs import digits
+from configs.errors import UserError
+from data import loader
+
+BATCH = 256
+STEPS = 8  # more than one epoch of 1397 examples
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("loader"))
+
+
+@pytest.fixture
+def config(directory):
+    config = digits.get_config()
+    config.data.dir = directory
+    return config
+
+
+def take(batches, num):
+    return list(itertools.islice(batches, num))
+
+
+def rows(batches):
+    return np.concatenate([batch["image"] for batch in batches]), np.concatenate([batch["label"] for batch in batches])
+
+
+def assert_same(a, b):
+    assert len(a) == len(b)
+    for one, other in zip(a, b, strict=True):
+        np.testing.assert_array_equal(one["image"], other["image"])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
+def count(images, labels):
+    return collections.Counter((image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True))
+
+
+def test_batch(config):
+    batch = next(loader.make_loader(config, BATCH))
+    assert set(batch) == {"image", "label"}
+    assert batch["image"].shape == (BATCH, 8, 8, 1)
+    assert batch["image"].dtype == np.float32
+    assert batch["image"].min() == -1
+    assert batch["image"].max() == 1
+    assert batch["label"].shape == (BATCH,)
+    assert batch["label"].dtype == np.int32
+
+
+def test_an_epoch_has_each_example_once_and_the_next_another_order(config):
+    config.data.flip = False
+    images, labels = rows(take(loader.make_loader(config, 11 * 127), 2))  # 11 * 127 = 1397
+    everything = count(*loader.load_arrays(config, "train"))
+    assert count(images[:1397], labels[:1397]) == everything
+    assert count(images[1397:], labels[1397:]) == everything
+    assert np.any(labels[:1397] != labels[1397:])
+
+
+def test_batches_run_across_the_end_of_an_epoch(config):
+    """1397 is no multiple of 256, so dropping the remainder would lose examples."""
+    images, labels = rows(take(loader.make_loader(config, BATCH), STEPS))
+    assert count(images[:1397], labels[:1397]) == count(*loader.load_arrays(config, "train"))
+
+
+@pytest.mark.parametrize("num_processes", [2, 4])
+def test_processes_share_the_batch_of_one(config, num_processes):
+    config.data.flip = True
+    whole = take(loader.make_loader(config, BATCH), STEPS)
+    parts = [take(loader.make_loader(config, BATCH, p, num_processes), STEPS) for p in range(num_processes)]
+    joined = [dict(zip(("image", "label"), rows(step), strict=True)) for step in zip(*parts, strict=True)]
+    assert_same(joined, whole)
+
+
+def test_the_seed_decides_the_order(config):
+    first = take(loader.make_loader(config, BATCH), 2)
+    assert_same(take(loader.make_loader(config, BATCH), 2), first)
+    config.seed = 1
+    assert np.any(next(loader.make_loader(config, BATCH))["label"] != first[0]["label"])
+
+
+def test_flips_half_of_the_images_anew_in_each_epoch(config):
+    plain, labels = rows(take(loader.make_loader(config, 1397), 2))
+    config.data.flip = True
+    flipped, same_labels = rows(take(loader.make_loader(config, 1397), 2))
+    np.testing.assert_array_equal(labels, same_labels)
+    mirrored = np.any(plain != flipped, axis=(1, 2, 3))
+    np.testing.assert_array_equal(flipped[mirrored], plain[mirrored][:, :, ::-1])
+    assert 0.45 < mirrored.mean() < 0.55
+
+    first, second = (
+        dict(zip(map(bytes, part), flags, strict=True))
+        for part, flags in ((plain[:1397], mirrored[:1397]), (plain[1397:], mirrored[1397:]))
+    )
+    assert 0.4 < np.mean([first[image] != second[image] for image in first]) < 0.6
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_resumes_after_the_last_batch_returned(config, num_workers):
+    """Whatever was prefetched beyond it; and the number of workers changes nothing."""
+    config.data.flip = True
+    expected = take(loader.make_loader(config, BATCH), STEPS)
+    config.data.num_workers = num_workers
+    batches = loader.make_loader(config, BATCH)
+    assert_same(take(batches, 3), expected[:3])
+    state = batches.get_state()
+    batches.close()
+    resumed = loader_at(config, state, 0, 1)
+    assert_same(take(resumed, STEPS - 3), expected[3:])
+    resumed.close()
+
+
+def test_a_running_loader_can_be_set_back(config):
+    batches = loader.make_loader(config, BATCH)
+    state = batches.get_state()
+    first = take(batches, 2)
+    batches.set_state(state)
+    assert_same(take(batches, 2), first)
+
+
+def test_a_state_serves_any_number_of_processes(config):
+    batches = loader.make_loader(config, BATCH)
+    take(batches, 2)
+    expected = next(loader_at(config, batches.get_state(), 0, 1))
+    halves = [next(loader_at(config, batches.get_state(), p, 2)) for p in range(2)]
+    np.testing.assert_array_equal(np.concatenate([half["image"] for half in halves]), expected["image"])
+
+
+def loader_at(config, state, process, num_processes):
+    batches = loader.make_loader(config, BATCH, process, num_processes)
+    batches.set_state(state)
+    return batches
+
+
+@pytest.mark.parametrize(
+    ("change", "batch_size", "words"),
+    [
+        ({"seed": 3}, BATCH, "seed 0, this run has 3"),
+        ({}, 128, "batch_size 256, this run has 128"),
+        ({"data.split": "test"}, BATCH, r"dataset 'digits \(train\)', this run has 'digits \(test\)'"),
+    ],
+)
+def test_a_state_of_another_run(config, change, batch_size, words):
+    state = loader.make_loader(config, BATCH).get_state()
+    config.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=words):
+        loader.make_loader(config, batch_size).set_state(state)
+
+
+@pytest.mark.parametrize(
+    ("change", "num_workers", "words"),
+    [
+        (
+            {"model.input_size": 32},
+            0,
+            r"record \d+ of digits \(train\) .* \(8, 8, 1\).* \(32, 32, 1\).*model.input_size",
+        ),
+        ({"model.channels": 3}, 0, r"\(8, 8, 1\).* \(8, 8, 3\).*--config.model.channels"),
+        ({"model.num_classes": 4}, 0, r"record \d+ of digits \(train\) has label [4-9].*--config.model.num_classes"),
+        ({"model.num_classes": 4}, 1, r"record \d+ of digits \(train\) has label [4-9].*--config.model.num_classes"),
+    ],
+)
+def test_a_record_that_does_not_fit(config, change, num_workers, words):
+    config.update_from_flattened_dict(change)
+    config.data.num_workers = num_workers
+    batches = loader.make_loader(config, 16)
+    with pytest.raises(UserError, match=words):
+        take(batches, 3)
+    batches.close()
+    with pytest.raises(UserError, match=words):
+        loader.load_arrays(config, "train")
+
+
+def test_wrong_arguments(config):
+    with pytest.raises(UserError, match="batch of 10 .*train.batch_size.* 4 processes"):
+        loader.make_loader(config, 10, 0, 4)
+    config.seed = -1
+    with pytest.raises(UserError, match="config.seed is -1"):
+        loader.make_loader(config, 8)
+
+
+def test_load_arrays(config):
+    images, labels = loader.load_arrays(config, "test")
+    assert images.shape == (400, 8, 8, 1)
+    assert images.dtype == np.float32
+    assert labels.shape == (400,)
+    assert labels.dtype == np.int32
+    again, _ = loader.load_arrays(config, "test")
+    np.testing.assert_array_equal(images, again)
+
+
+def example(image):
+    return loader.Examples([{"image": image, "label": 0}], "made", (2, 2, 1), 10)[0]["image"]
+
+
+def test_data_units():
+    stored = np.array([0, 51, 204, 255], np.uint8).reshape(2, 2, 1)
+    np.testing.assert_allclose(example(stored).ravel(), [-1, -0.6, 0.6, 1], atol=1e-7)
+
+
+def test_floats_pass_unscaled():
+    latent = np.array([-7.5, 0, 3, 200]).reshape(2, 2, 1)
+    assert example(latent).dtype == np.float32
+    np.testing.assert_array_equal(example(latent), latent)
+
+
+@pytest.mark.parametrize("label", [-1, 10])
+def test_labels_just_outside(label):
+    image = np.zeros((2, 2, 1), np.uint8)
+    with pytest.raises(UserError, match=rf"record 0 of made has label {label}, outside \[0, 10\)"):
+        loader.Examples([{"image": image, "label": label}], "made", (2, 2, 1), 10)[0]
+
+
+def test_other_integers_are_refused():
+    with pytest.raises(UserError, match="record 0 of made is an image of uint16"):
+        example(np.zeros((2, 2, 1), np.uint16))

@@ -1,0 +1,84 @@
+"""The verdict on samples, with real digits in the place of samples."""
+
+import json
+
+import numpy as np
+import pytest
+
+from configs import digits
+from configs.errors import UserError
+from data import loader
+from evaluation import report
+
+
+@pytest.fixture(scope="module")
+def directory(tmp_path_factory):
+    return str(tmp_path_factory.mktemp("report"))
+
+
+@pytest.fixture
+def config(directory):
+    config = digits.get_config()
+    config.data.dir = directory
+    return config
+
+
+def test_real_images_reach_the_real_numbers(config):
+    images, labels = loader.load_arrays(config, "test")
+    result = report.evaluate_samples(images, labels, config)
+    assert result["num_samples"] == 400
+    assert result["class_accuracy"] == result["real_class_accuracy"] > 0.97
+    assert result["frechet_distance_pixels"] == result["real_frechet_distance_pixels"] > 0
+
+
+def test_the_training_images_are_at_no_distance(config):
+    images, labels = loader.load_arrays(config, "train")
+    assert report.evaluate_samples(images, labels, config)["frechet_distance_pixels"] == pytest.approx(0, abs=1e-9)
+
+
+def test_noise_is_worse(config):
+    images = np.random.default_rng(0).standard_normal((200, 8, 8, 1)).astype(np.float32)
+    result = report.evaluate_samples(images, np.arange(200) % 10, config)
+    assert result["class_accuracy"] < 0.3
+    assert result["frechet_distance_pixels"] > 5 * result["real_frechet_distance_pixels"]
+
+
+def test_options(config):
+    """Without the classifier only the distance; against `test` there is no other split to compare with."""
+    images, labels = loader.load_arrays(config, "train")
+    config.evaluation.split = "test"
+    result = report.evaluate_samples(images, labels, config)
+    assert set(result) == {"num_samples", "class_accuracy", "frechet_distance_pixels"}
+    config.evaluation.split = "train"
+    config.evaluation.classifier = False
+    assert set(report.evaluate_samples(images, labels, config)) == {"num_samples", "frechet_distance_pixels"}
+
+
+def test_a_dataset_without_a_test_split(config, monkeypatch):
+    images, labels = loader.load_arrays(config, "test")
+    monkeypatch.setattr(report.datasets, "split_names", lambda name, directory: ("train",))
+    assert "real_class_accuracy" not in report.evaluate_samples(images, labels, config)
+
+
+@pytest.mark.parametrize(
+    ("images", "num_labels", "words"),
+    [
+        (np.zeros((4, 8, 8, 3)), 4, r"\(4, 8, 8, 3\).*\(1397, 8, 8, 1\)"),
+        (np.zeros((4, 8, 8, 1)), 3, r"labels \(3,\)"),
+        (np.zeros((1, 8, 8, 1)), 1, "--config.evaluation.num_samples"),
+        (np.stack([np.zeros((8, 8, 1)), np.full((8, 8, 1), np.inf)]), 2, "1 of 2 samples .*not finite"),
+    ],
+)
+def test_samples_that_cannot_be_judged(config, images, num_labels, words):
+    with pytest.raises(UserError, match=words):
+        report.evaluate_samples(images, np.zeros(num_labels, int), config)
+
+
+def test_write_evaluation(tmp_path):
+    line = report.write_evaluation(tmp_path / "run", {"class_accuracy": 0.5, "frechet_distance_pixels": 1.5})
+    assert "\n" not in line
+    assert json.loads(line) == {"class_accuracy": 0.5, "frechet_distance_pixels": 1.5}
+    assert (tmp_path / "run" / "evaluation.json").read_text() == line + "\n"
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file/evaluation.json"):
+        report.write_evaluation(tmp_path / "file", {})

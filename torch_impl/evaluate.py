@@ -1,0 +1,32 @@
+"""Judge a trained model: generate, compare with the real images, print one JSON line, write DIR/evaluation.json.
+
+    python torch_impl/evaluate.py --workdir=runs/digits
+"""
+
+from absl import flags
+
+from configs.flags import run, workdir
+from evaluation import report
+from evaluation.logs import setup_logging
+from torch_impl import sample
+from torch_impl.devices import choose_device
+
+
+def evaluate(config, sampler, canonical):
+    """Return {metric: value} of config.evaluation.num_samples samples."""
+    images, labels = sample.generate(config, sampler, canonical, config.evaluation.num_samples)
+    return report.evaluate_samples(images, labels, config)
+
+
+def main():
+    """Load, evaluate, report."""
+    setup_logging()
+    config, canonical = sample.load(workdir(), "", None)
+    if flags.FLAGS["num_samples"].present:
+        config.evaluation.num_samples = flags.FLAGS.num_samples
+    result = evaluate(config, sample.make_sampler(config, choose_device()), canonical)
+    print(report.write_evaluation(workdir(), result))
+
+
+if __name__ == "__main__":
+    run(main)

@@ -1,0 +1,132 @@
+"""Layers that several networks share: initialisers, norms, embeddings of time, label and position.
+
+Parameters are kept in float32 (or float64); matmuls run in `dtype`; time features and norms in at least float32.
+Attribute names are those of the official PyTorch checkpoints: the canonical names.
+"""
+
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+
+def xavier_uniform(weight):
+    """Fill a weight [out ...] as the matrix (all else) -> out, Xavier-uniform."""
+    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
+
+
+def normal_002(weight):
+    """Fill a weight with normals of standard deviation 0.02."""
+    nn.init.normal_(weight, std=0.02)
+
+
+def zeros(weight):
+    """Fill a weight with zeros."""
+    nn.init.zeros_(weight)
+
+
+class Linear(nn.Linear):
+    """An affine layer with zero bias, computed in `dtype` from float32 parameters; dtype None: that of the input."""
+
+    def __init__(self, in_features, out_features, *, dtype, kernel_init=xavier_uniform):
+        super().__init__(in_features, out_features)
+        self.compute_dtype = dtype
+        kernel_init(self.weight)
+        zeros(self.bias)
+
+    def forward(self, x):
+        dtype = self.compute_dtype or x.dtype
+        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+
+
+def layer_norm(x, eps=1e-6):
+    """Normalise the last axis to mean 0 and variance 1, without affine; float32 statistics at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return F.layer_norm(x, x.shape[-1:], eps=eps)
+
+
+def modulate(x, shift, scale):
+    """Shift and scale the tokens x [b n d] by vectors [b d]: x (1 + scale) + shift."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+def timestep_features(t, dim=256, max_period=10_000.0):
+    """Return sinusoidal features [b dim] of times t [b] in [0, 1]: cosines first, then sines.
+
+    Frequencies exp(-ln(max_period) i / (dim/2)), i < dim/2; t is not multiplied by 1000.
+    Source: Gsunshine/meanflow, models/models_dit.py, TimestepEmbedder.
+    """
+    t = t.to(torch.promote_types(t.dtype, torch.float32))
+    i = torch.arange(dim // 2, dtype=torch.float64, device=t.device)
+    frequencies = torch.exp(-math.log(max_period) * i / (dim // 2))
+    angles = t[:, None] * frequencies.to(t.dtype)
+    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
+
+
+def position_table(grid_size, dim):
+    """Return the fixed 2-D sin-cos table [grid_size^2, dim], float32, rows of the grid first.
+
+    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
+    Source: Gsunshine/meanflow, models/models_dit.py (after MAE, arXiv:2111.06377).
+    """
+    omega = 10_000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
+    angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
+    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
+    column = np.tile(one_axis, (grid_size, 1))
+    row = np.repeat(one_axis, grid_size, axis=0)
+    return np.concatenate([column, row], axis=-1).astype(np.float32)
+
+
+class TimestepEmbedder(nn.Module):
+    """Embed times [b] into vectors [b width]: sinusoidal features, then a two-layer MLP in float32."""
+
+    def __init__(self, width, *, features=256):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.ModuleDict({
+            "0": Linear(features, width, dtype=None, kernel_init=normal_002),
+            "2": Linear(width, width, dtype=None, kernel_init=normal_002),
+        })
+
+    def forward(self, t):
+        x = timestep_features(t, self.features)
+        x = F.silu(self.mlp["0"](x))
+        return self.mlp["2"](x)
+
+
+class LabelEmbedder(nn.Module):
+    """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        self.embedding_table = nn.Embedding(num_classes + 1, width)
+        normal_002(self.embedding_table.weight)
+
+    def forward(self, y):
+        return self.embedding_table(y)
+
+
+class PatchEmbed(nn.Module):
+    """Cut images [b c h w] into patches and map each to a token [b n width]."""
+
+    def __init__(self, patch_size, channels, width, *, dtype):
+        super().__init__()
+        self.compute_dtype = dtype
+        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
+        xavier_uniform(self.proj.weight)
+        zeros(self.proj.bias)
+
+    def forward(self, x):
+        x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.proj.weight, self.proj.bias))
+        x = F.conv2d(x, weight, bias, stride=self.proj.stride)
+        return x.flatten(2).transpose(1, 2)
+
+
+def unpatchify(x, channels):
+    """Reassemble tokens [b n p*p*c], channel fastest, into images [b c h w]."""
+    batch, tokens, features = x.shape
+    grid, patch = math.isqrt(tokens), math.isqrt(features // channels)
+    x = x.reshape(batch, grid, grid, patch, patch, channels)
+    return x.permute(0, 5, 1, 3, 2, 4).reshape(batch, channels, grid * patch, grid * patch)

@@ -1,0 +1,239 @@
+"""One training step: gradients, optimizer and EMA, around one compiled loss, over one process or many."""
+
+import contextlib
+import math
+from types import SimpleNamespace
+from typing import NamedTuple
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.tensor import DTensor
+from torch.nn.parallel import DistributedDataParallel
+
+from torch_impl.methods import METHODS
+from torch_impl.models import ARCHITECTURES
+
+
+class TrainState(NamedTuple):
+    """What a checkpoint holds of the optimization; the draws of a step follow from its number and the seed."""
+
+    step: int  # optimizer steps done
+    net: nn.Module  # the bare network, float32 parameters
+    optimizer: torch.optim.Optimizer
+    emas: tuple  # one {name: tensor} of the parameters for each of train.ema_decays
+    loss: nn.Module  # the network inside its loss, compiled and wrapped for several processes
+
+
+class Loss(nn.Module):
+    """A method's loss as a module: what is compiled and what DDP or FSDP wraps.
+
+    `torch.func.jvp` through a DDP-wrapped network skips gradient synchronisation without an error, so the wrapper
+    goes around the loss.
+    """
+
+    def __init__(self, net, method, cfg):
+        super().__init__()
+        self.net, self.method, self.cfg = net, method, cfg
+
+    def forward(self, x, y, draws):
+        """Return the mean loss of the rows and the scalars that are logged."""
+        loss, aux = self.method.loss(self.net, (x, y), draws, self.cfg)
+        return loss, measure(loss.detach(), aux)
+
+
+class Sharded(nn.Module):
+    """A plain parent for FSDP, whose hooks then run outside the compiled module."""
+
+    def __init__(self, module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, *args):
+        """Call the module."""
+        return self.module(*args)
+
+
+def build_net(config):
+    """Return the network with fresh parameters drawn from config.seed; the global random state is left alone.
+
+    Parameters are float32; float64 where that is the compute dtype.
+    """
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(fold(config.seed, 0))
+        net = ARCHITECTURES[config.model.name](config.model)
+    return net.double() if config.model.compute_dtype == "float64" else net
+
+
+def make_mesh(config, device):
+    """Return the mesh (data, fsdp) over all processes, None for one process.
+
+    Raises ValueError if train.fsdp does not divide their number.
+    """
+    world, fsdp = (dist.get_world_size() if dist.is_initialized() else 1), config.train.fsdp
+    if world % fsdp:
+        raise ValueError(f"train.fsdp={fsdp} does not divide the {world} processes")
+    if world == 1:
+        return None
+    return init_device_mesh(device.type, (world // fsdp, fsdp), mesh_dim_names=("data", "fsdp"))
+
+
+def wrap(loss: nn.Module, config, mesh: DeviceMesh | None):
+    """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
+    if config.train.compile:
+        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+    if mesh is None:
+        return loss
+    if config.train.fsdp > 1:
+        return fully_shard(Sharded(loss), mesh=mesh if mesh["data"].size() > 1 else mesh["fsdp"])
+    device = next(loss.parameters()).device
+    return DistributedDataParallel(loss, device_ids=[device.index] if device.type == "cuda" else None)
+
+
+def create_state(config, mesh, device, params=None):
+    """Return the state of step 0 on `device`; `params` {name: tensor} replace the fresh weights."""
+    net = build_net(config)
+    if params is not None:
+        net.load_state_dict(params)
+    net = net.to(device)
+    loss = wrap(Loss(net, METHODS[config.method.name], SimpleNamespace(**config.method)), config, mesh)
+    emas = tuple(
+        {name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays
+    )
+    return TrainState(0, net, make_optimizer(net, config.train), emas, loss)
+
+
+def learning_rate(step, c):
+    """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
+
+    The cosine falls to final_factor of the peak at the last step, or warmup_steps before it (cosine_end = early), as
+    in the official iMF code, which passes optax a length that already excludes the warm-up.
+    """
+    warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
+    end = c.steps - (c.warmup_steps if c.cosine_end == "early" else 0)
+    progress = min(max((step - c.warmup_steps) / max(end - c.warmup_steps, 1), 0), 1)
+    cosine = c.final_factor + (1 - c.final_factor) * (1 + math.cos(math.pi * progress)) / 2
+    rate = c.learning_rate * (cosine if c.schedule == "cosine" else 1.0)
+    return warmup if step < c.warmup_steps else rate
+
+
+def make_optimizer(net, c):
+    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway."""
+    optimizer = torch.optim.AdamW(
+        net.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
+        weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0, fused=True,
+    )  # fmt: skip
+    for p in net.parameters():  # what the first step would make, so that a checkpoint always has the same names
+        optimizer.state[p] = {
+            "step": torch.zeros((), device=p.device),
+            "exp_avg": torch.zeros_like(p),
+            "exp_avg_sq": torch.zeros_like(p),
+        }
+    return optimizer
+
+
+def apply_gradients(state, c):
+    """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
+
+    EMA: d ema + (1 - d) params, from the first step on, after the update.  Source: Gsunshine/meanflow,
+    utils/ema_util.py.
+    """
+    params = [p for p in state.net.parameters() if p.grad is not None]
+    grads = [p.grad for p in params]
+    norm = torch.nn.utils.get_total_norm(grads)
+    norm = norm.full_tensor() if isinstance(norm, DTensor) else norm
+    if c.clip_norm > 0:
+        torch._foreach_mul_(grads, torch.clamp(c.clip_norm / norm, max=1.0))
+    for group in state.optimizer.param_groups:
+        group["lr"] = learning_rate(state.step, c)
+    state.optimizer.step()
+    state.optimizer.zero_grad()
+    with torch.no_grad():
+        params = list(state.net.parameters())
+        for decay, ema in zip(c.ema_decays, state.emas, strict=True):
+            torch._foreach_mul_(list(ema.values()), decay)
+            torch._foreach_add_(list(ema.values()), params, alpha=1 - decay)
+    return state._replace(step=state.step + 1), norm
+
+
+def measure(loss, aux):
+    """Return the scalars of a step that are logged: raw errors are squared and summed over a row."""
+    jvp_row = aux["r"] < aux["t"]
+    du_dt_norm = aux["du_dt"].square().sum((1, 2, 3)).sqrt()
+
+    def mean_over(rows, a):
+        return torch.where(rows, a, 0).sum() / rows.sum().clamp(min=1)
+
+    return {
+        "loss": loss,
+        "raw_error": aux["err"].mean(),
+        "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
+        "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
+        "du_dt_norm": mean_over(jvp_row, du_dt_norm),
+    }
+
+
+def make_train_step(config):
+    """Return the step: (state, batch) -> (state, metrics).
+
+    batch: {'image' [b c h w] float32, 'label' [b] int}, this process's rows.  The state's tensors change in place.
+    Draws depend on (seed, step) alone, each process taking its own rows of them, so the result does not depend on
+    the number of processes or micro-batches.  Metrics are of this process's rows until `reduce_metrics`.
+    """
+    method, c = METHODS[config.method.name], config.train
+
+    def gradients(state, x, y, draws):
+        total = {}
+        parts = [a.chunk(c.accumulate) for a in (x, y, *draws)]
+        for i, (x, y, *draws) in enumerate(zip(*parts, strict=True)):
+            with synchronised(state.loss, i == c.accumulate - 1):
+                loss, metrics = state.loss(x, y, type_of_draws(*draws))
+                (loss / c.accumulate).backward()
+            total = {name: total.get(name, 0) + a / c.accumulate for name, a in metrics.items()}
+        return total
+
+    def train_step(state, batch):
+        x, y = batch["image"], batch["label"]
+        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+        key = torch.Generator(x.device).manual_seed(fold(config.seed, 1, state.step))
+        draws = method.draw(key, (world * len(x), *x.shape[1:]), config.method)
+        metrics = gradients(state, x, y, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws])
+        rate = learning_rate(state.step, c)
+        state, norm = apply_gradients(state, c)
+        return state, metrics | {"grad_norm": norm, "learning_rate": torch.tensor(rate)}
+
+    type_of_draws = method.Draws
+    return train_step
+
+
+@contextlib.contextmanager
+def synchronised(loss, last):
+    """Average gradients over the processes only in the last micro-batch of a step."""
+    if isinstance(loss, FSDPModule):
+        loss.set_requires_gradient_sync(last)
+    with loss.no_sync() if isinstance(loss, DistributedDataParallel) and not last else contextlib.nullcontext():
+        yield
+
+
+def reduce_metrics(metrics):
+    """Return {name: float}, each the mean over the processes."""
+    values = torch.stack([a.detach().double() for a in metrics.values()])
+    if dist.is_initialized():
+        dist.all_reduce(values)
+        values /= dist.get_world_size()
+    return dict(zip(metrics, values.tolist(), strict=True))
+
+
+def put_batch(batch, device):
+    """Put this process's rows of a numpy batch [b h w c] on its device as [b c h w], channels last in memory."""
+    image = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(device, non_blocking=True)
+    label = torch.from_numpy(np.ascontiguousarray(batch["label"])).to(device, non_blocking=True)
+    return {"image": image.permute(0, 3, 1, 2), "label": label.long()}
+
+
+def fold(*numbers):
+    """Return one 63-bit seed for a sequence of integers, such as (seed, purpose, step)."""
+    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)

@@ -1,0 +1,189 @@
+"""Train in PyTorch, on one device a process; also the training loop: batches in, steps, and what happens between.
+
+    torchrun torch_impl/train.py --config=configs/digits.py --workdir=runs/digits_torch
+    torchrun --nproc_per_node=8 torch_impl/train.py --config=configs/meanflow_imagenet.py:b4 --workdir=runs/b4
+
+Run again with the same arguments to resume.
+"""
+
+import math
+import signal
+
+import torch
+import torch.distributed as dist
+from absl import logging
+
+from configs import resolve
+from configs.errors import UserError
+from configs.flags import config as config_flag
+from configs.flags import run, workdir
+from data.loader import make_loader
+from evaluation import grids
+from evaluation.logs import MetricLog, Progress, setup_logging
+from torch_impl import weights
+from torch_impl.checkpoints import Checkpoints
+from torch_impl.devices import start_torch
+from torch_impl.evaluate import evaluate
+from torch_impl.sample import generate, make_sampler
+from torch_impl.step import create_state, make_mesh, make_train_step, put_batch, reduce_metrics
+
+GRID_SAMPLES = 64  # images in the grids shown during training
+AGREE_EVERY = 10  # steps between agreements of several processes to stop
+
+
+def train(config, workdir, device):
+    """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
+
+    A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
+    among it; the last checkpoint is then from before it.
+    """
+    resolve.check_divisible(config, dist.get_world_size(), "processes")
+    first = dist.get_rank() == 0
+    if first:
+        resolve.open_workdir(workdir, config)
+    dist.barrier()
+    loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
+    mesh = make_mesh(config, device)
+    state = start_state(config, mesh, device)
+    checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
+    restored = checkpoints.restore(state)
+    if restored:
+        state, loader_state = restored
+        if loader_state:
+            loader.set_state(loader_state)
+        logging.info("resuming from step %d", state.step)
+    log.rewind(state.step)
+    reports = make_reports(config, device, log)
+    try:
+        return loop(config, make_train_step(config), state, loader, device, checkpoints, log, reports)
+    finally:
+        loader.close()
+        checkpoints.close()
+        log.close()
+
+
+def start_state(config, mesh, device):
+    """Return the state of step 0, from `train.load_from` if that is set."""
+    state = create_state(config, mesh, device)
+    if config.train.load_from:
+        params = weights.from_canonical(state.net, weights.load(config.train.load_from))
+        state = create_state(config, mesh, device, params)
+    return state
+
+
+def loop(config, train_step, state, loader, device, checkpoints, log, reports):
+    """Run the steps; log, report and save when due.  Returns the last state."""
+    c = config.train
+    progress, window = Progress(c.steps, log), Window()
+    step = state.step
+    with Termination(device) as termination:
+        while step < c.steps:
+            state, metrics = train_step(state, put_batch(next(loader), device))
+            step += 1
+            window.add(step, metrics)
+            progress(step)
+            stop = termination.requested(step)
+            if step % c.log_every == 0:
+                log.write(step, window.close())
+            for every, report in reports:
+                if every and step % every == 0:
+                    report(step, state)
+            if stop or step % c.checkpoint_every == 0 or step == c.steps:
+                window.check()
+                checkpoints.save(state, loader.get_state())
+            if stop:
+                logging.info("asked to stop: saved step %d", step)
+                break
+    return state
+
+
+class Window:
+    """The metrics of the steps since the last log line, left on the device until they are needed."""
+
+    def __init__(self):
+        self.steps = []
+
+    def add(self, step, metrics):
+        """Keep the scalars of a step."""
+        self.steps.append((step, metrics))
+
+    def check(self):
+        """Read the scalars back, averaged over the processes.
+
+        Raises UserError naming the first step whose loss is not finite.
+        """
+        self.steps = [(step, reduce_metrics(m) if torch.is_tensor(m["loss"]) else m) for step, m in self.steps]
+        for step, metrics in self.steps:
+            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
+                raise UserError(
+                    f"the loss of step {step} is {metrics['loss']}, its gradient norm {metrics['grad_norm']}; the last "
+                    "checkpoint is from before it.  Try a lower train.learning_rate, a larger train.adam_eps or "
+                    "train.clip_norm"
+                )
+
+    def close(self):
+        """Return the mean of each scalar over the window, and start the next one."""
+        self.check()
+        steps, self.steps = self.steps, []
+        return {name: sum(m[name] for _, m in steps) / len(steps) for name in steps[0][1]}
+
+
+class Termination:
+    """Notices SIGTERM, the same step in every process."""
+
+    def __init__(self, device):
+        self.device = device
+
+    def __enter__(self):
+        self.received = False
+        self.previous = signal.signal(signal.SIGTERM, self._receive)
+        return self
+
+    def __exit__(self, *_):
+        signal.signal(signal.SIGTERM, self.previous)
+
+    def _receive(self, *_):
+        self.received = True
+
+    def requested(self, step):
+        """Return whether to stop after `step`; several processes agree every AGREE_EVERY steps."""
+        if dist.get_world_size() == 1:
+            return self.received
+        if step % AGREE_EVERY:
+            return False
+        received = torch.tensor(float(self.received), device=self.device)
+        dist.all_reduce(received, dist.ReduceOp.MAX)
+        return bool(received)
+
+
+def make_reports(config, device, log):
+    """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
+    sampler = make_sampler(config, device)
+
+    def sampled_weights(state):
+        params = dict(state.net.named_parameters()) if config.sample.ema < 0 else state.emas[config.sample.ema]
+        return weights.to_canonical(state.net, params)
+
+    def grid(step, state):
+        images, _ = generate(config, sampler, sampled_weights(state), GRID_SAMPLES)
+        log.image(step, "samples", grids.grid(images))
+
+    def evaluation(step, state):
+        log.write(step, evaluate(config, sampler, sampled_weights(state)))
+
+    return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]
+
+
+def main():
+    """Check the config and train."""
+    setup_logging()
+    c = resolve.check(config_flag())
+    device = start_torch(c.train.matmul_precision)
+    try:
+        train(c, workdir(), device)
+    finally:
+        dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    run(main)

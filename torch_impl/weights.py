@@ -1,0 +1,73 @@
+"""Canonical weights: the names and layouts of the official PyTorch state dicts, as numpy arrays and safetensors.
+
+They are this network's own state dict, but fixed tables are computed: given ones are verified, never loaded.  An
+unknown or a missing name is an error, a round trip is bitwise.
+"""
+
+import numpy as np
+import safetensors
+import torch
+from safetensors.numpy import load_file, save_file
+from torch.distributed.tensor import DTensor
+
+from configs.errors import UserError
+
+
+def to_canonical(net, params):
+    """Return {canonical name: numpy array} of `params` {name: tensor}, with the fixed tables of the net.
+
+    Gathers sharded tensors: call it on every process.
+    """
+    weights = dict(net.tables())
+    for name, tensor in params.items():
+        whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
+        weights[name] = whole.detach().cpu().numpy()
+    return {name: np.ascontiguousarray(a) for name, a in sorted(weights.items())}
+
+
+def from_canonical(net, weights):
+    """Return the state dict {name: tensor} in the dtypes of `net` held by canonical `weights` {name: array}.
+
+    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
+    """
+    params = net.state_dict()
+    check_names(weights, set(params))
+    for name, table in net.tables().items():
+        if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
+            raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
+    state = {}
+    for name, tensor in params.items():
+        array = net.tables().get(name, weights[name])
+        check_shape(name, array.shape, tensor.shape)
+        state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype)
+    return state
+
+
+def check_names(given, expected):
+    """Raise UserError naming up to three canonical names that are missing from `given` or unknown to the network."""
+    for problem, names in (("lack", expected - set(given)), ("hold the unknown", set(given) - expected)):
+        if names:
+            some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
+            raise UserError(f"the weights {problem} {some} ({len(names)} in all); does the config fit them?")
+
+
+def check_shape(name, given, expected):
+    """Raise UserError unless both shapes are the same."""
+    if tuple(given) != tuple(expected):
+        raise UserError(f"{name} has shape {tuple(given)}, the network wants {tuple(expected)}; does the config fit?")
+
+
+def save(path, weights, metadata):
+    """Write canonical weights and text metadata {str: str} as safetensors.  Raises UserError if it cannot."""
+    try:
+        save_file(dict(weights), path, metadata=metadata)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load(path):
+    """Return canonical weights {name: array} of a safetensors file.  Raises UserError if it is not a whole one."""
+    try:
+        return load_file(path)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from error
