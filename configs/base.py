@@ -4,7 +4,11 @@ A system's file calls `get_config()` here and changes what it needs, so a run is
 Each option means the same in JAX and in PyTorch.  Times are in [0, 1], 1 is noise; images in data units.
 """
 
+from typing import Any, TypeAlias
+
 import ml_collections
+
+Config: TypeAlias = Any  # an ml_collections.ConfigDict, whose options a type checker cannot see
 
 # Depth, width and heads of the DiT family: arXiv:2212.09748 table 1; M is MeanFlow's own, arXiv:2505.13447 table 4.
 DIT_SIZES = {
@@ -16,7 +20,7 @@ DIT_SIZES = {
 }
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> Config:
     """Return a fresh config: the published MeanFlow settings where they exist, a small network elsewhere."""
     config = ml_collections.ConfigDict()
     config.name = "base"  # shown in logs and in the work directory
@@ -30,7 +34,7 @@ def get_config() -> ml_collections.ConfigDict:
     return config
 
 
-def data() -> ml_collections.ConfigDict:
+def data() -> Config:
     """What to learn: an image dataset by its TFDS name."""
     c = ml_collections.ConfigDict()
     c.name = "digits"  # `digits` (embedded) or any TFDS image dataset with a label, e.g. mnist, cifar10
@@ -41,7 +45,7 @@ def data() -> ml_collections.ConfigDict:
     return c
 
 
-def model() -> ml_collections.ConfigDict:
+def model() -> Config:
     """The network."""
     c = ml_collections.ConfigDict()
     c.name = "dit"  # file of the architecture in models/
@@ -57,7 +61,7 @@ def model() -> ml_collections.ConfigDict:
     return c
 
 
-def method() -> ml_collections.ConfigDict:
+def method() -> Config:
     """The objective: MeanFlow, arXiv:2505.13447, and what its public implementations added."""
     c = ml_collections.ConfigDict()
     c.name = "meanflow"  # file of the method in methods/
@@ -81,7 +85,7 @@ def method() -> ml_collections.ConfigDict:
     return c
 
 
-def train() -> ml_collections.ConfigDict:
+def train() -> Config:
     """The run."""
     c = ml_collections.ConfigDict()
     c.steps = 1000  # optimizer steps
@@ -112,7 +116,7 @@ def train() -> ml_collections.ConfigDict:
     return c
 
 
-def sample() -> ml_collections.ConfigDict:
+def sample() -> Config:
     """How to generate."""
     c = ml_collections.ConfigDict()
     c.steps = 1  # network evaluations, at uniform times
@@ -124,7 +128,7 @@ def sample() -> ml_collections.ConfigDict:
     return c
 
 
-def evaluation() -> ml_collections.ConfigDict:
+def evaluation() -> Config:
     """How to judge the samples."""
     c = ml_collections.ConfigDict()
     c.num_samples = 2000  # generated images

@@ -1,15 +1,13 @@
 """MeanFlow on the 8x8 digits of scikit-learn, small enough for a laptop.
 
-    python -m jax_impl.main --config=configs/digits.py --workdir=runs/digits
-    torchrun torch_impl/train.py --config=configs/digits.py --workdir=runs/digits_torch
+python -m jax_impl.main --config=configs/digits.py --workdir=runs/digits
+torchrun torch_impl/train.py --config=configs/digits.py --workdir=runs/digits_torch
 """
-
-import ml_collections
 
 from configs import base
 
 
-def get_config() -> ml_collections.ConfigDict:
+def get_config() -> base.Config:
     """Return the config of the demo."""
     config = base.get_config()
     config.name = "digits"

@@ -5,8 +5,6 @@
 `*` official JAX code; FID-50k of one-step samples unless noted.
 """
 
-import ml_collections
-
 from configs import base
 
 STEPS_PER_EPOCH = 1_281_167 // 256  # ImageNet's training images at batch 256, the last partial batch dropped
@@ -24,7 +22,7 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def get_config(variant: str = "b4") -> ml_collections.ConfigDict:
+def get_config(variant: str = "b4") -> base.Config:
     """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for another."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of meanflow_imagenet; there are {', '.join(VARIANTS)}")

@@ -49,7 +49,7 @@ FREE = (
 FILE_NAME = "config.json"
 
 
-def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, object]:
+def flatten(config: base.Config, prefix: str = "") -> dict[str, object]:
     """Return {dotted option: value}."""
     flat = {}
     for key, value in config.items():
@@ -58,7 +58,7 @@ def flatten(config: ml_collections.ConfigDict, prefix: str = "") -> dict[str, ob
     return flat
 
 
-def check(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict:
+def check(config: base.Config) -> base.Config:
     """Return `config`.  Raises UserError naming the first option that is missing, unknown or has no sense."""
     if config is None:
         raise UserError("--config is missing: name the file of the run, e.g. --config=configs/digits.py")
@@ -70,7 +70,9 @@ def check(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict
             raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
     for key, (least, most) in RANGES.items():
         if flat[key] < least or (most is not None and flat[key] > most):
-            raise UserError(f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else ""))
+            raise UserError(
+                f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
+            )
     if config.model.input_size % config.model.patch_size:
         raise UserError(
             f"config.model.patch_size {config.model.patch_size} does not divide config.model.input_size "
@@ -85,24 +87,24 @@ def check(config: ml_collections.ConfigDict | None) -> ml_collections.ConfigDict
     return config
 
 
-def check_divisible(config: ml_collections.ConfigDict, devices: int, kind: str) -> None:
+def check_divisible(config: base.Config, devices: int, kind: str) -> None:
     """Raise UserError unless every device gets whole rows: kind is what the message calls the `devices`."""
     batch, parts = config.train.batch_size, devices * config.train.accumulate
     if batch % parts:
         raise UserError(
-            f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times config.train.accumulate "
-            f"{config.train.accumulate}); {batch // parts * parts or parts} is"
+            f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times "
+            f"config.train.accumulate {config.train.accumulate}); {batch // parts * parts or parts} is"
         )
     if devices % config.train.fsdp:
         raise UserError(f"config.train.fsdp {config.train.fsdp} does not divide the {devices} {kind}")
 
 
-def to_json(config: ml_collections.ConfigDict) -> str:
+def to_json(config: base.Config) -> str:
     """Return the config as indented JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
 
 
-def from_json(text: str) -> ml_collections.ConfigDict:
+def from_json(text: str) -> base.Config:
     """Return the config of a JSON text, every option as in `configs/base.py`.
 
     Raises UserError for an unknown or a missing option, such as one of another version of this project.
@@ -116,7 +118,7 @@ def from_json(text: str) -> ml_collections.ConfigDict:
     return config
 
 
-def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) -> None:
+def open_workdir(workdir: str | os.PathLike, config: base.Config) -> None:
     """Make the work directory of a run and write its config there.
 
     A run that is there already goes on if its config is the same but for what may change (`FREE`).
@@ -128,7 +130,9 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
         differing = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]
         if differing:
             shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
-            raise UserError(f"{workdir} was written by another config: {shown}.  Choose another --workdir, or delete it")
+            raise UserError(
+                f"{workdir} was written by another config: {shown}.  Choose another --workdir, or delete it"
+            )
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         unfinished = path.with_suffix(f".{os.getpid()}")
@@ -138,7 +142,7 @@ def open_workdir(workdir: str | os.PathLike, config: ml_collections.ConfigDict) 
         raise UserError(f"cannot write {path}: {error.strerror}.  Choose a --workdir on a disk with room") from error
 
 
-def read_workdir(workdir: str | os.PathLike) -> ml_collections.ConfigDict:
+def read_workdir(workdir: str | os.PathLike) -> base.Config:
     """Return the config that a run left in its work directory.  Raises UserError if there is none."""
     path = pathlib.Path(workdir) / FILE_NAME
     try:

@@ -9,6 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
+from typing import Any
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -55,7 +56,7 @@ def open_source(name: str, split: str, directory: str) -> ImageSource:
     """
     builder = _open(name, directory)
     _check(builder, name, split)
-    return ImageSource(builder.as_data_source(split))
+    return ImageSource(builder.as_data_source(split))  # pyright: ignore  # a subclass takes the source
 
 
 def split_names(name: str, directory: str) -> tuple[str, ...]:
@@ -131,11 +132,12 @@ def _check(builder: tfds.core.DatasetBuilder, name: str, split: str) -> None:
             f"Set --config.data.dir to another directory to prepare it anew, or convert it: "
             f"tfds convert_format --dataset_version_dir={builder.data_dir} --out_file_format={FILE_FORMAT}"
         )
-    missing = [key for key in ("image", "label") if key not in builder.info.features]
+    features: Any = builder.info.features
+    missing = [key for key in ("image", "label") if key not in features]
     if missing:
         raise UserError(
             f"dataset {name!r} has no feature {' and no '.join(map(repr, missing))}, only "
-            f"{', '.join(builder.info.features)}: choose a dataset of labelled images (config.data.name)"
+            f"{', '.join(features)}: choose a dataset of labelled images (config.data.name)"
         )
     options = f"(config.data.split, config.evaluation.split); there are {', '.join(builder.info.splits)}"
     try:

@@ -8,12 +8,13 @@ import dataclasses
 import json
 import math
 from collections.abc import Iterator
+from typing import Any
 
 import grain
-import ml_collections
 import numpy as np
 from absl import flags
 
+from configs import base
 from configs.errors import UserError
 from data import datasets
 
@@ -51,7 +52,7 @@ class Examples:
                 self.kept[index] = example
         return example
 
-    def _read(self, index: int) -> dict[str, np.ndarray]:
+    def _read(self, index: int) -> dict[str, Any]:
         record = self.source[index]
         image, label = np.asarray(record["image"]), record["label"]
         where = f"record {index} of {self.title}"
@@ -126,7 +127,7 @@ class Loader(Iterator):
         return iter(batches)
 
 
-def make_loader(config: ml_collections.ConfigDict, batch_size: int, process: int = 0, num_processes: int = 1) -> Loader:
+def make_loader(config: base.Config, batch_size: int, process: int = 0, num_processes: int = 1) -> Loader:
     """Return the training batches of process `process` of `num_processes`.
 
     batch_size: global; each process receives batch_size / num_processes rows.
@@ -159,7 +160,7 @@ def make_loader(config: ml_collections.ConfigDict, batch_size: int, process: int
     return Loader(batches, identity, config.data.num_workers)
 
 
-def load_arrays(config: ml_collections.ConfigDict, split: str) -> tuple[np.ndarray, np.ndarray]:
+def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order, unflipped.
 
     Raises UserError as `make_loader` does.
@@ -173,7 +174,7 @@ def load_arrays(config: ml_collections.ConfigDict, split: str) -> tuple[np.ndarr
     return images, labels
 
 
-def _examples(config: ml_collections.ConfigDict, split: str) -> Examples:
+def _examples(config: base.Config, split: str) -> Examples:
     source = datasets.open_source(config.data.name, split, config.data.dir)
     title = f"{config.data.name} ({split})"
     size = config.model.input_size

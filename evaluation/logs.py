@@ -6,6 +6,7 @@ clu and TensorFlow take seconds to import, so they are imported only where a log
 import json
 import os
 import pathlib
+from typing import Any
 
 import numpy as np
 from absl import flags, logging
@@ -41,7 +42,7 @@ class MetricLog:
 
     def __init__(self, workdir: str | os.PathLike, active: bool = True):
         self.active = active
-        self.tensorboard = None  # clu's writer, or None if inactive
+        self.tensorboard: Any = None  # clu's writer, or None if inactive
         self._path = pathlib.Path(workdir) / FILE_NAME
         if active:
             self._open(pathlib.Path(workdir) / TENSORBOARD)

@@ -4,9 +4,9 @@ import json
 import os
 import pathlib
 
-import ml_collections
 import numpy as np
 
+from configs import base
 from configs.errors import UserError
 from data import datasets, loader
 from evaluation import files, metrics
@@ -15,7 +15,7 @@ FILE_NAME = "evaluation.json"
 TEST_SPLIT = "test"
 
 
-def evaluate_samples(images: np.ndarray, labels: np.ndarray, config: ml_collections.ConfigDict) -> dict[str, float]:
+def evaluate_samples(images: np.ndarray, labels: np.ndarray, config: base.Config) -> dict[str, float]:
     """Compare generated images with the real split config.evaluation.split.
 
     images [n h w c] in data units, n >= 2; labels [n], the classes they were generated for.

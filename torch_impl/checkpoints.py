@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import shutil
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -34,7 +35,7 @@ class Checkpoints:
         """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError for an unwritable disk."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
-        self.saving = None
+        self.saving: Any = None
         try:
             self.path.mkdir(parents=True, exist_ok=True)
         except OSError as error:

@@ -3,7 +3,7 @@
 import contextlib
 import math
 from types import SimpleNamespace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -25,7 +25,7 @@ class TrainState(NamedTuple):
     net: nn.Module  # the bare network, float32 parameters
     optimizer: torch.optim.Optimizer
     emas: tuple  # one {name: tensor} of the parameters for each of train.ema_decays
-    loss: nn.Module  # the network inside its loss, compiled and wrapped for several processes
+    loss: Any  # the network inside its loss, compiled and wrapped for several processes
 
 
 class Loss(nn.Module):
@@ -81,7 +81,7 @@ def make_mesh(config, device):
     return init_device_mesh(device.type, (world // fsdp, fsdp), mesh_dim_names=("data", "fsdp"))
 
 
-def wrap(loss: nn.Module, config, mesh: DeviceMesh | None):
+def wrap(loss, config, mesh: DeviceMesh | None):
     """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
     if config.train.compile:
         loss = torch.compile(loss, fullgraph=True, dynamic=False)
@@ -90,7 +90,10 @@ def wrap(loss: nn.Module, config, mesh: DeviceMesh | None):
     if config.train.fsdp > 1:
         return fully_shard(Sharded(loss), mesh=mesh if mesh["data"].size() > 1 else mesh["fsdp"])
     device = next(loss.parameters()).device
-    return DistributedDataParallel(loss, device_ids=[device.index] if device.type == "cuda" else None)
+    # Buffers are fixed tables, the same in every process.
+    return DistributedDataParallel(
+        loss, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
+    )
 
 
 def create_state(config, mesh, device, params=None):
@@ -100,9 +103,7 @@ def create_state(config, mesh, device, params=None):
         net.load_state_dict(params)
     net = net.to(device)
     loss = wrap(Loss(net, METHODS[config.method.name], SimpleNamespace(**config.method)), config, mesh)
-    emas = tuple(
-        {name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays
-    )
+    emas = tuple({name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays)
     return TrainState(0, net, make_optimizer(net, config.train), emas, loss)
 
 

@@ -7,12 +7,15 @@ A step runs as few forwards as the mathematics allows.  With F one forward of th
 with r < t: the primal and its gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
+
+from configs.errors import UserError
 
 
 class Draws(NamedTuple):
@@ -213,11 +216,11 @@ def sample(net, noise, y, cfg):
 def sampling_times(cfg):
     """Return the times of sampling, from noise to data: cfg.times, or cfg.steps uniform steps from 1 to 0.
 
-    Raises ValueError unless they fall strictly and stay in [0, 1].
+    Raises UserError unless they fall strictly and stay in [0, 1].
     """
     times = tuple(cfg.times) or tuple(1 - i / cfg.steps for i in range(cfg.steps + 1))
-    if len(times) < 2 or any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
+    if len(times) < 2 or any(a <= b for a, b in itertools.pairwise(times)) or times[0] > 1 or times[-1] < 0:
+        raise UserError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
     return times
 
 

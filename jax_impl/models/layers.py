@@ -65,10 +65,12 @@ class TimestepEmbedder(nnx.Module):
 
     def __init__(self, width, *, rngs, features=256):
         self.features = features
-        self.mlp = nnx.Dict({
-            "0": linear(features, width, dtype=None, kernel_init=normal_002, rngs=rngs),
-            "2": linear(width, width, dtype=None, kernel_init=normal_002, rngs=rngs),
-        })
+        self.mlp = nnx.Dict(
+            {
+                "0": linear(features, width, dtype=None, kernel_init=normal_002, rngs=rngs),
+                "2": linear(width, width, dtype=None, kernel_init=normal_002, rngs=rngs),
+            }
+        )
 
     def __call__(self, t):
         x = timestep_features(t, self.features)

@@ -7,10 +7,13 @@ A step runs as few forwards as the mathematics allows.  With F one forward of th
 with r < t: the primal and its gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
 """
 
+import itertools
 import math
 from typing import NamedTuple
 
 import torch
+
+from configs.errors import UserError
 
 
 class Draws(NamedTuple):
@@ -168,7 +171,7 @@ def average_velocity(net, z, v_g, t, r, y, u_flow, rows):
     u, du_dt = z, z
     if rows.rest:
         tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
-        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)
+        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)  # pyright: ignore
     return join(u_flow, u, rows), join(torch.zeros_like(u_flow), du_dt, rows).detach()
 
 
@@ -208,8 +211,7 @@ def sample(net, noise, y, cfg):
             u = u_null + cfg.cfg_scale * (u - u_null)
         return z - expand(t - r, z) * u
 
-    times = sampling_times(cfg)
-    for t, r in zip(times[:-1], times[1:], strict=True):
+    for t, r in itertools.pairwise(sampling_times(cfg)):
         noise = step(noise, (t, r))
     return noise
 
@@ -217,11 +219,11 @@ def sample(net, noise, y, cfg):
 def sampling_times(cfg):
     """Return the times of sampling, from noise to data: cfg.times, or cfg.steps uniform steps from 1 to 0.
 
-    Raises ValueError unless they fall strictly and stay in [0, 1].
+    Raises UserError unless they fall strictly and stay in [0, 1].
     """
     times = tuple(cfg.times) or tuple(1 - i / cfg.steps for i in range(cfg.steps + 1))
-    if len(times) < 2 or any(a <= b for a, b in zip(times, times[1:], strict=False)) or times[0] > 1 or times[-1] < 0:
-        raise ValueError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
+    if len(times) < 2 or any(a <= b for a, b in itertools.pairwise(times)) or times[0] > 1 or times[-1] < 0:
+        raise UserError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
     return times
 
 

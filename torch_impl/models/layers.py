@@ -85,10 +85,12 @@ class TimestepEmbedder(nn.Module):
     def __init__(self, width, *, features=256):
         super().__init__()
         self.features = features
-        self.mlp = nn.ModuleDict({
-            "0": Linear(features, width, dtype=None, kernel_init=normal_002),
-            "2": Linear(width, width, dtype=None, kernel_init=normal_002),
-        })
+        self.mlp = nn.ModuleDict(
+            {
+                "0": Linear(features, width, dtype=None, kernel_init=normal_002),
+                "2": Linear(width, width, dtype=None, kernel_init=normal_002),
+            }
+        )
 
     def forward(self, t):
         x = timestep_features(t, self.features)

@@ -1,0 +1,41 @@
+# Two commands: `make demo` trains, converts, samples and compares; `make test` runs the tests.  Both set up first.
+
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+DEMO := runs/demo
+# An index with the CPU build of PyTorch, where PyPI would give the CUDA one.
+TORCH_INDEX ?=
+# Idle OpenMP threads sleep instead of spinning, which matters as soon as two programs share the cores.
+export OMP_WAIT_POLICY ?= passive
+
+.PHONY: install demo test lint parity benchmark clean
+
+install: $(VENV)/.installed
+
+$(VENV)/.installed: setup.py constraints.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.13.0"
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	touch $@
+
+demo: install
+	launch/demo.sh $(DEMO)
+
+test: install
+	$(BIN)/python -m pytest
+
+lint: install
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+parity: install
+	$(BIN)/python parity/check.py
+
+benchmark: install
+	$(BIN)/python benchmarks/step.py --framework=jax
+	$(BIN)/python benchmarks/step.py --framework=torch
+
+clean:
+	rm -rf $(VENV) runs build *.egg-info

@@ -1,0 +1,23 @@
+#!/usr/bin/env bash
+# The demo: train on digits in JAX, move the weights to PyTorch, sample both from one noise, prove the two equal.
+#   launch/demo.sh [DIR]      finished training is not done again; delete DIR to start over
+set -euo pipefail
+cd "$(dirname "$0")/.."
+python=.venv/bin/python
+dir=${1:-runs/demo}
+export OMP_WAIT_POLICY=${OMP_WAIT_POLICY:-passive}
+
+echo "== 1/5 training in JAX"
+time $python -m jax_impl.main --config=configs/digits.py --workdir="$dir/jax"
+echo "== 2/5 evaluating the one-step samples"
+$python -m jax_impl.evaluate --workdir="$dir/jax"
+echo "== 3/5 moving the weights to PyTorch"
+$python parity/convert.py "$dir/jax" "$dir/weights.safetensors"
+echo "== 4/5 sampling both in one step, from the same noise"
+$python -m jax_impl.sample --workdir="$dir/jax" --labels=0,1,2,3,4,5,6,7,8,9 --output="$dir/samples_jax"
+$python torch_impl/sample.py --weights="$dir/weights.safetensors" --config=configs/digits.py \
+    --labels=0,1,2,3,4,5,6,7,8,9 --output="$dir/samples_torch"
+$python parity/compare.py "$dir/samples_jax/samples.npz" "$dir/samples_torch/samples.npz" --bound=1e-4
+echo "== 5/5 checking that the two implementations are equal"
+$python parity/check.py --report "$dir/parity.html"
+echo "Samples: $dir/samples_jax/samples.png  Report: $dir/parity.html"

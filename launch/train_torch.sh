@@ -1,0 +1,9 @@
+#!/usr/bin/env bash
+# Train in PyTorch, a process for each GPU of this node (one without):
+#   launch/train_torch.sh configs/meanflow_imagenet.py:b4 runs/b4_torch [overrides]
+set -euo pipefail
+cd "$(dirname "$0")/.."
+config=${1:?config file, e.g. configs/digits.py} workdir=${2:?work directory}
+gpus=$(.venv/bin/python -c "import torch; print(max(1, torch.cuda.device_count()))")
+exec .venv/bin/torchrun --standalone --nproc_per_node="$gpus" torch_impl/train.py \
+    --config="$config" --workdir="$workdir" "${@:3}"

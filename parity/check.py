@@ -1,0 +1,165 @@
+"""Checks that the JAX and the PyTorch implementation are the same mathematics, and that of the official code.
+
+    python parity/check.py [--golden DIR] [--only REGEX] [--json FILE] [--report FILE.html]
+
+float64: both implementations under the same weights and draws, and each against a second derivation.  float32 and
+bfloat16: what each loses.  golden: both against stored outputs of the official repositories.
+Exit code 0 if every check holds, 1 if not, 2 for a mistake on the command line.
+"""
+
+import argparse
+import json
+import math
+import pathlib
+import re
+import sys
+import time
+from typing import NamedTuple
+
+from configs.errors import UserError, exit_on_user_error
+from parity import cases, frameworks, golden, precision
+from parity.checks import Case, Check, Measure
+
+GOLDEN = pathlib.Path(__file__).parent / "golden"
+
+
+class Result(NamedTuple):
+    """What a run found."""
+
+    checks: list[Check]
+    not_covered: list[str]  # golden files and keys that no check looked at
+    strict: bool  # whether not_covered is a failure
+
+    @property
+    def ok(self) -> bool:
+        """Whether every check holds and nothing that must be covered is not."""
+        return all(check.ok for check in self.checks) and not (self.strict and self.not_covered)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run the command line and return the exit code.  Raises UserError for mistakes on it."""
+    args = parse(argv)
+    result = run(args.golden, args.only)
+    print_table(result)
+    if args.json:
+        write(args.json, json.dumps([as_json(check) for check in result.checks], indent=2, allow_nan=False) + "\n")
+    if args.report:
+        from parity import report  # matplotlib is slow to import
+
+        write(args.report, report.html(result.checks, result.not_covered))
+    return 0 if result.ok else 1
+
+
+def parse(argv: list[str] | None) -> argparse.Namespace:
+    """Return the arguments."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument(
+        "--golden", metavar="DIR", type=pathlib.Path,
+        help="directory of golden fixtures, *.npz (default: parity/golden); given explicitly, files of unknown "
+        "systems and results that no check looks at are failures",
+    )  # fmt: skip
+    parser.add_argument(
+        "--only", metavar="REGEX",
+        help="run the cases whose name contains a match, e.g. float64/split, golden/sit_torch/loss",
+    )  # fmt: skip
+    parser.add_argument(
+        "--json", metavar="FILE",
+        help="write the checks there: a list of {case, framework, quantity, error, bound, ok}; framework is jax, torch "
+        "or jax-torch; an error that is not a finite number is null",
+    )  # fmt: skip
+    parser.add_argument("--report", metavar="FILE.html", help="write a page with table, plots and samples there")
+    return parser.parse_args(argv)
+
+
+def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -> Result:
+    """Run the cases whose name matches `only`, all if None.
+
+    Raises UserError if nothing matches, the expression is none, or a fixture cannot be read.
+    """
+    try:
+        pattern = re.compile(only or "")
+    except re.error as error:
+        raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
+    frameworks.start()
+    fixtures = golden.plan(golden_directory or GOLDEN)
+    own = [] if golden_directory else [*cases.all_cases(), *precision.all_cases()]
+    selected = [case for case in [*own, *fixtures.cases] if pattern.search(case.name)]
+    not_covered = [name for name in fixtures.not_covered if pattern.search(name)]
+    if not selected and not not_covered:
+        raise UserError(f"no case matches --only {only!r}; names begin with float64/, float32/, bfloat16/ or golden/")
+    checks = []
+    for number, case in enumerate(selected, 1):
+        checks += timed(case, number, len(selected))
+        fixture, keys = fixtures.keys.get(case.name, (None, []))
+        if all(check.error < math.inf for check in checks if check.case == case.name):
+            not_covered += [f"golden/{fixture.name}/{key}" for key in keys if key not in fixture.used]
+    return Result(checks, not_covered, strict=bool(golden_directory or only))
+
+
+def timed(case: Case, number: int, total: int) -> list[Check]:
+    """Run one case with a line of progress on stderr."""
+    began = time.perf_counter()
+    print(f"[{number}/{total}] {case.name} ...", end="", file=sys.stderr, flush=True)
+    checks = run_case(case)
+    print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
+    return checks
+
+
+def run_case(case: Case) -> list[Check]:
+    """Return the checks of one case; a fixture that lacks something or does not fit is a failed check."""
+    measure = Measure(case.name)
+    try:
+        case.run(measure)
+    except UserError as error:
+        measure.add("jax-torch", f"cannot be checked: {error}", math.inf, 0.0)
+    if not measure.checks:
+        measure.add("jax-torch", "the case measured nothing", math.inf, 0.0)
+    return measure.checks
+
+
+def print_table(result: Result) -> None:
+    """Print every check under its system, what is not covered, and a summary."""
+    section = None
+    for check in result.checks:
+        if section != (section := "/".join(check.case.split("/")[: 2 if check.case.startswith("golden") else 1])):
+            print(f"\n{section}\n{'case':36} {'framework':9} {'error':>9} {'bound':>9}  verdict  quantity")
+        verdict = "ok" if check.ok else "FAILED"
+        print(f"{check.case:36} {check.framework:9} {check.error:9.1e} {check.bound:9.1e}  {verdict:7}  {check.quantity}")
+    print()
+    for name in result.not_covered:
+        print(f"not covered: {name}")
+    failed = [check for check in result.checks if not check.ok]
+    for check in failed:
+        print(f"FAILED: {check.case} {check.framework} {check.quantity}: {check.error:.3g} > {check.bound:.3g}")
+    print(summary(result, len(failed)))
+
+
+def summary(result: Result, num_failed: int) -> str:
+    """Return one line: counts and the check nearest to its bound, or farthest beyond it."""
+    text = f"{len(result.checks)} checks, {num_failed} failed, {len(result.not_covered)} not covered"
+    if not result.checks:
+        return text
+    worst = max(result.checks, key=lambda check: check.ratio)
+    return f"{text}; worst error/bound {worst.ratio:.2g}: {worst.case} {worst.framework} {worst.quantity}"
+
+
+def as_json(check: Check) -> dict:
+    """Return a check as JSON values."""
+    error = check.error if math.isfinite(check.error) else None
+    return {
+        "case": check.case, "framework": check.framework, "quantity": check.quantity, "error": error,
+        "bound": check.bound, "ok": check.ok,
+    }  # fmt: skip
+
+
+def write(path: str, text: str) -> None:
+    """Write a text file.  Raises UserError if it cannot be written."""
+    try:
+        pathlib.Path(path).write_text(text, encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}") from error
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        sys.exit(main())

@@ -1,0 +1,90 @@
+"""What one check is, and how an error is measured."""
+
+import dataclasses
+import math
+from collections.abc import Callable
+
+import numpy as np
+
+
+@dataclasses.dataclass(frozen=True)
+class Check:
+    """One measured error and the bound it must keep."""
+
+    case: str  # e.g. float64/split/kappa
+    framework: str  # jax | torch, each against a reference, or jax-torch: one against the other
+    quantity: str  # what was compared
+    error: float  # relative L2 norm of the difference, unless the quantity says otherwise; inf: not comparable
+    bound: float  # largest error allowed
+
+    @property
+    def ok(self) -> bool:
+        """Whether the error is finite and within the bound."""
+        return math.isfinite(self.error) and self.error <= self.bound
+
+    @property
+    def ratio(self) -> float:
+        """Error over bound: above 1 is a failure; inf for anything that is not finite, or above a bound of 0."""
+        if self.ok:
+            return self.error / self.bound if self.bound else 0.0
+        return self.error / self.bound if self.bound and math.isfinite(self.error) else math.inf
+
+
+@dataclasses.dataclass(frozen=True)
+class Case:
+    """A named group of checks that share their computation."""
+
+    name: str
+    run: Callable[["Measure"], None]
+
+
+class Measure:
+    """Collects the checks of one case."""
+
+    def __init__(self, case: str):
+        self.case = case
+        self.checks: list[Check] = []
+
+    def add(self, framework: str, quantity: str, error: float, bound: float) -> None:
+        """Record a measured error."""
+        self.checks.append(Check(self.case, framework, quantity, float(error), bound))
+
+    def compare(self, framework: str, quantity: str, got, want, bound: float) -> None:
+        """Record the relative error of `got` against `want`, arrays of one shape; another shape is a failure."""
+        got, want = np.asarray(got), np.asarray(want)
+        if got.shape != want.shape:
+            quantity = f"{quantity} (shape {got.shape}, expected {want.shape})"
+        self.add(framework, quantity, relative_error(got, want), bound)
+
+    def equal(self, framework: str, quantity: str, got, want) -> None:
+        """Record how many entries of two arrays of integers differ: none may."""
+        got, want = np.asarray(got), np.asarray(want)
+        differ = (got != want).sum() if got.shape == want.shape else math.inf
+        self.add(framework, f"{quantity} (entries that differ)", differ, 0.0)
+
+    def compare_worst(self, framework: str, quantity: str, got: dict, want: dict, bound) -> None:
+        """Record the worst entry of two dicts of arrays, by name; other names are a failure.
+
+        bound: a number, or a function of the name.
+        """
+        if got.keys() != want.keys():
+            names = ", ".join(sorted(got.keys() ^ want.keys())[:3])
+            self.add(framework, f"{quantity} (only on one side: {names})", math.inf, 0.0)
+            return
+        checks = []
+        for name in want:
+            limit = bound(name) if callable(bound) else bound
+            error = relative_error(np.asarray(got[name]), np.asarray(want[name]))
+            checks.append(Check(self.case, framework, f"{quantity} (worst: {name})", error, limit))
+        self.checks.append(max(checks, key=lambda check: check.ratio))
+
+
+def relative_error(got: np.ndarray, want: np.ndarray) -> float:
+    """Return ||got - want|| / ||want||, in float64; 0 where both are exactly 0, inf for other shapes."""
+    if got.shape != want.shape:
+        return math.inf
+    got, want = got.astype(np.float64), want.astype(np.float64)
+    difference, norm = np.linalg.norm(got - want), np.linalg.norm(want)
+    if difference == 0:
+        return 0.0
+    return float(difference / norm) if norm else math.inf

@@ -1,0 +1,186 @@
+"""The JAX implementation, called with numpy arrays: images [b h w c], weights and gradients by canonical names.
+
+The method runs unjitted around a jitted network, so that every setting of a method shares the compiled network.
+"""
+
+import functools
+import json
+from types import SimpleNamespace
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from configs import base
+from jax_impl import step, weights
+from jax_impl.methods import METHODS
+from jax_impl.models import layers
+
+
+class Net(NamedTuple):
+    """A network as a function of (z, t, r, y), under given parameters."""
+
+    module: Any  # the network for its names and tables; its own parameters are only shapes
+    apply: Any  # (params, z, t, r, y) -> u, jitted
+    params: Any  # nnx.State
+    dtype: str  # of inputs and draws
+
+    @property
+    def num_classes(self):
+        """The null class."""
+        return self.module.num_classes
+
+    def __call__(self, z, t, r, y):
+        """Return u."""
+        return self.apply(self.params, z, t, r, y)
+
+
+def start():
+    """Switch on float64 and full float32 matmuls, and forget the networks compiled before."""
+    jax.config.update("jax_enable_x64", True)
+    jax.config.update("jax_default_matmul_precision", "highest")
+    _network.cache_clear()
+
+
+def build(config, canonical):
+    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit."""
+    module, apply = _network(json.dumps(config.model.to_dict(), sort_keys=True))
+    params = weights.from_canonical(module, canonical)
+    return Net(module, apply, params, "float64" if config.model.compute_dtype == "float64" else "float32")
+
+
+def fresh_weights(config, seeds):
+    """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
+    module, _ = _network(json.dumps(config.model.to_dict(), sort_keys=True))
+    draw = jax.jit(lambda seed: step.build_net(SimpleNamespace(seed=seed, model=config.model))[1])
+    return [weights.to_canonical(module, draw(seed)) for seed in seeds]
+
+
+def tables(net):
+    """Return the fixed tables {name: array}."""
+    return net.module.tables()
+
+
+def forward(net, z, t, r, y):
+    """Return u [b h w c]."""
+    return _to_numpy(net(*_arrays(net, (z, t, r, y))))
+
+
+def jvp(net, z, t, r, y, tangent):
+    """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
+    method = METHODS["meanflow"]
+    z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
+    rows = method.Rows(groups=1, flow=0, rest=len(y))
+    return _to_numpy(method.average_velocity(net, z, tangent, t, r, y, z[:0], rows))
+
+
+def loss(net, x, y, draws, cfg):
+    """Return the loss, its aux, and its gradients by canonical name.  cfg: `config.method`."""
+    method = METHODS[cfg.name]
+    x, y, *draws = _arrays(net, (x, y, *draws))
+
+    def loss_of(params):
+        return method.loss(net._replace(params=params), (x, y), method.Draws(*draws), cfg)
+
+    (value, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(net.params)
+    return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
+
+
+def regression_gradients(net, z, t, r, y, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u(z, t, r, y) - target||^2."""
+    z, t, r, y, target, scale = _arrays(net, (z, t, r, y, target, scale))
+
+    def loss_of(params):
+        return (scale * jnp.square(net.apply(params, z, t, r, y) - target).sum((1, 2, 3))).mean()
+
+    return _gradients(net, jax.grad(loss_of)(net.params))
+
+
+def sample_times(net, draws, cfg):
+    """Return t and r [b]."""
+    method = METHODS[cfg.name]
+    return _to_numpy(method.sample_times(method.Draws(*_arrays(net, draws)), cfg))
+
+
+def path(net, x, e, t, cfg):
+    """Return z and v [b h w c]."""
+    return _to_numpy(METHODS[cfg.name].path(*_arrays(net, (x, e, t)), cfg))
+
+
+def sample(net, noise, y, cfg):
+    """Return the images that noise becomes.  cfg: `config.sample`."""
+    noise, y = _arrays(net, (noise, y))
+    return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
+
+
+def time_features(t, dim):
+    """Return the sinusoidal features [b dim] of float32 times."""
+    return _to_numpy(layers.timestep_features(jnp.asarray(t), dim))
+
+
+def train(net, config, batches):
+    """Take an optimizer and EMA step for each (x, y, draws) of `batches`, through the trainer's own step functions.
+
+    Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
+    """
+    _, state = step.create_state(config, step.make_mesh(config), net.params)
+    apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, config.train))
+    scalars = {"grad_norm": [], "learning_rate": []}
+    for x, y, draws in batches:
+        params = weights.from_canonical(net.module, weights.to_canonical(net.module, state.params))  # off the mesh:
+        _, _, grads = loss(net._replace(params=params), x, y, draws, config.method)  # nothing compiles anew
+        scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
+        state, norm = apply_gradients(state, weights.from_canonical(net.module, grads | tables(net)))
+        scalars["grad_norm"].append(float(norm))
+    trees = {"params": state.params} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
+    return {name: weights.to_canonical(net.module, tree) for name, tree in trees.items()}, scalars
+
+
+def optimize(start_at, grads, c, params=None):
+    """Take optimizer and EMA steps on one array.  c: `config.train`.
+
+    start_at: [n].  grads: [steps n].  params: [steps n] that replace the parameters after each step, before its EMA,
+    which is exact at a learning rate of 0.  Returns the parameters and EMAs after each step and the gradient norms.
+    """
+    w = {"w": jnp.asarray(start_at)}
+    state = step.TrainState(jnp.zeros((), jnp.int32), w, step.make_optimizer(c).init(w), (w,) * len(c.ema_decays))
+    apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, c))
+    history, norms = [], []
+    for k, grad in enumerate(grads):
+        if params is not None:
+            state = state._replace(params={"w": jnp.asarray(params[k])})
+        state, norm = apply_gradients(state, {"w": jnp.asarray(grad)})
+        history.append([np.asarray(tree["w"]) for tree in (state.params, *state.emas)])
+        norms.append(float(norm))
+    params, *emas = np.stack(history, axis=1)
+    return params, emas, np.array(norms)
+
+
+def learning_rates(num_steps, c):
+    """Return the learning rate of each of the first steps.  c: `config.train`."""
+    return np.array([float(step.learning_rate(k, c)) for k in range(num_steps)])
+
+
+@functools.cache
+def _network(model):
+    config = base.get_config()
+    config.model.update(json.loads(model))
+    graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
+    apply = jax.jit(lambda params, z, t, r, y: nnx.merge(graphdef, params)(z, t, r, y))
+    return nnx.merge(graphdef, shapes), apply
+
+
+def _arrays(net, arrays):
+    """Floats in the dtype of the network, labels as integers."""
+    return [jnp.asarray(a, net.dtype if a.dtype.kind == "f" else "int32") for a in map(np.asarray, arrays)]
+
+
+def _to_numpy(tree):
+    return jax.tree.map(np.asarray, tree)
+
+
+def _gradients(net, grads):
+    canonical = weights.to_canonical(net.module, grads)
+    return {name: a for name, a in canonical.items() if name not in tables(net)}

@@ -1,0 +1,178 @@
+"""The PyTorch implementation, called with numpy arrays: images [b h w c], weights and gradients by canonical names.
+
+The twin of `with_jax`, function by function.
+"""
+
+from typing import NamedTuple
+
+import ml_collections
+import numpy as np
+import torch
+from torch import nn
+
+from torch_impl import step, weights
+from torch_impl.methods import METHODS
+from torch_impl.models import layers
+
+
+class Net(NamedTuple):
+    """A network as a function of (z, t, r, y)."""
+
+    module: nn.Module
+    dtype: torch.dtype  # of inputs and draws
+
+    @property
+    def num_classes(self):
+        """The null class."""
+        return self.module.num_classes
+
+    def __call__(self, z, t, r, y):
+        """Return u."""
+        return self.module(z, t, r, y)
+
+
+def start():
+    """Switch on full float32 matmuls, and leave the processor's other cores alone: tiny matrices gain nothing."""
+    torch.set_float32_matmul_precision("highest")
+    torch.set_num_threads(1)
+
+
+def build(config, canonical):
+    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit."""
+    module = step.build_net(config)
+    module.load_state_dict(weights.from_canonical(module, canonical))
+    return Net(module, torch.float64 if config.model.compute_dtype == "float64" else torch.float32)
+
+
+def fresh_weights(config, seeds):
+    """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
+    drawn = []
+    for seed in seeds:
+        config = ml_collections.ConfigDict(config)
+        config.seed = seed
+        module = step.build_net(config)
+        drawn.append(weights.to_canonical(module, dict(module.named_parameters())))
+    return drawn
+
+
+def tables(net):
+    """Return the fixed tables {name: array}."""
+    return net.module.tables()
+
+
+@torch.no_grad()
+def forward(net, z, t, r, y):
+    """Return u [b h w c]."""
+    return _to_numpy(net(*_arrays(net, (z, t, r, y))))
+
+
+def jvp(net, z, t, r, y, tangent):
+    """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
+    method = METHODS["meanflow"]
+    z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
+    rows = method.Rows(groups=1, flow=0, rest=len(y))
+    return tuple(map(_to_numpy, method.average_velocity(net, z, tangent, t, r, y, z[:0], rows)))
+
+
+def loss(net, x, y, draws, cfg):
+    """Return the loss, its aux, and its gradients by canonical name.  cfg: `config.method`."""
+    method = METHODS[cfg.name]
+    x, y, *draws = _arrays(net, (x, y, *draws))
+    value, aux = method.loss(net, (x, y), method.Draws(*draws), cfg)
+    return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
+
+
+def regression_gradients(net, z, t, r, y, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u(z, t, r, y) - target||^2."""
+    z, t, r, y, target, scale = _arrays(net, (z, t, r, y, target, scale))
+    return _gradients(net, (scale * (net(z, t, r, y) - target).square().sum((1, 2, 3))).mean())
+
+
+def sample_times(net, draws, cfg):
+    """Return t and r [b]."""
+    method = METHODS[cfg.name]
+    return tuple(map(_to_numpy, method.sample_times(method.Draws(*_arrays(net, draws)), cfg)))
+
+
+def path(net, x, e, t, cfg):
+    """Return z and v [b h w c]."""
+    return tuple(map(_to_numpy, METHODS[cfg.name].path(*_arrays(net, (x, e, t)), cfg)))
+
+
+@torch.no_grad()
+def sample(net, noise, y, cfg):
+    """Return the images that noise becomes.  cfg: `config.sample`."""
+    noise, y = _arrays(net, (noise, y))
+    return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
+
+
+def time_features(t, dim):
+    """Return the sinusoidal features [b dim] of float32 times."""
+    return _to_numpy(layers.timestep_features(torch.from_numpy(np.asarray(t)), dim))
+
+
+def train(net, config, batches):
+    """Take an optimizer and EMA step for each (x, y, draws) of `batches`, through the trainer's own step functions.
+
+    Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
+    """
+    state = step.create_state(config, None, torch.device("cpu"), net.module.state_dict())
+    scalars = {"grad_norm": [], "learning_rate": []}
+    for x, y, draws in batches:
+        _, _, grads = loss(net._replace(module=state.net), x, y, draws, config.method)
+        for name, p in state.net.named_parameters():
+            p.grad = _array(net, grads[name])
+        scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
+        state, norm = step.apply_gradients(state, config.train)
+        scalars["grad_norm"].append(float(norm))
+    trees = {"params": dict(state.net.named_parameters())} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
+    return {name: weights.to_canonical(net.module, tree) for name, tree in trees.items()}, scalars
+
+
+def optimize(start_at, grads, c, params=None):
+    """Take optimizer and EMA steps on one array.  c: `config.train`.
+
+    start_at: [n].  grads: [steps n].  params: [steps n] that replace the parameters after each step, before its EMA,
+    which is exact at a learning rate of 0.  Returns the parameters and EMAs after each step and the gradient norms.
+    """
+    net = nn.Module()
+    net.w = nn.Parameter(torch.tensor(start_at))
+    emas = tuple({"w": torch.tensor(start_at)} for _ in c.ema_decays)
+    state = step.TrainState(0, net, step.make_optimizer(net, c), emas, net)
+    history, norms = [], []
+    for k, grad in enumerate(grads):
+        if params is not None:
+            net.w.data.copy_(torch.tensor(params[k]))
+        net.w.grad = torch.tensor(grad)
+        state, norm = step.apply_gradients(state, c)
+        history.append([_to_numpy(a).copy() for a in (net.w, *(ema["w"] for ema in state.emas))])
+        norms.append(float(norm))
+    params, *emas = np.stack(history, axis=1)
+    return params, emas, np.array(norms)
+
+
+def learning_rates(num_steps, c):
+    """Return the learning rate of each of the first steps.  c: `config.train`."""
+    return np.array([float(step.learning_rate(k, c)) for k in range(num_steps)])
+
+
+def _array(net, a):
+    a = torch.from_numpy(np.array(a))
+    return a.to(net.dtype) if a.is_floating_point() else a.long()
+
+
+def _arrays(net, arrays):
+    """Floats in the dtype of the network, labels as integers, images [b c h w]."""
+    arrays = (_array(net, a) for a in arrays)
+    return [a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for a in arrays]
+
+
+def _to_numpy(a):
+    a = a.detach()
+    return (a.permute(0, 2, 3, 1) if a.ndim == 4 else a).numpy()
+
+
+def _gradients(net, value):
+    params = dict(net.module.named_parameters())
+    grads = torch.autograd.grad(value, list(params.values()), allow_unused=True, materialize_grads=True)
+    return {name: grad.numpy() for name, grad in zip(params, grads, strict=True)}

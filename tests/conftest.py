@@ -1,0 +1,171 @@
+"""What tests share: the digits on disk, a tiny config, and a quick way to run the project's commands."""
+
+import atexit
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+TIMEOUT = 240.0  # seconds for one command; a loaded machine needs many
+TINY = {
+    "model.depth": 1, "model.width": 16, "model.num_heads": 2, "train.batch_size": 16, "train.steps": 5,
+    "train.log_every": 1, "train.sample_every": 0, "train.compile": False, "train.ema_decays": (0.9, 0.99),
+    "sample.batch_size": 10, "evaluation.num_samples": 20,
+}  # fmt: skip
+
+# Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept
+# for the session, since most commands compile the same step.
+CACHE = tempfile.mkdtemp(prefix="meanflow_tests_")
+atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+os.environ |= {
+    "JAX_PLATFORMS": "cpu",
+    "CUDA_VISIBLE_DEVICES": "",
+    "JAX_COMPILATION_CACHE_DIR": CACHE,
+    "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
+    "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
+    "OMP_NUM_THREADS": "1",  # the tiny networks of the tests gain nothing from two
+    "OMP_WAIT_POLICY": "passive",
+    "TF_CPP_MIN_LOG_LEVEL": "3",
+    "TF_ENABLE_ONEDNN_OPTS": "0",
+}
+
+
+class Command:
+    """A running command."""
+
+    def __init__(self, launcher, pid, directory):
+        self.pid, self._launcher, self._directory = pid, launcher, directory
+        self._code = None
+
+    def poll(self):
+        """Return its exit code, -N if signal N ended it, None while it runs."""
+        if self._code is None:
+            self._code = self._launcher.ask(poll=self.pid)
+        return self._code
+
+    def wait(self):
+        """Return its exit code once it has ended."""
+        self.wait_until(lambda: self.poll() is not None)
+        return self._code
+
+    def wait_until(self, condition):
+        """Return once `condition()` holds; the command is killed and the test fails if that takes too long."""
+        deadline = time.monotonic() + TIMEOUT
+        while not condition():
+            if time.monotonic() > deadline:
+                os.killpg(self.pid, signal.SIGKILL)
+                pytest.fail(f"no end after {TIMEOUT} s:\n{self.stderr}")
+            time.sleep(0.005)
+
+    def wait_for(self, path):
+        """Return once a file is there; the test fails if the command ends without it."""
+        self.wait_until(lambda: path.exists() or self.poll() is not None)
+        assert path.exists(), self.stderr
+
+    def send(self, number):
+        """Send it a signal."""
+        os.kill(self.pid, number)
+
+    @property
+    def stdout(self):
+        """What it has printed so far."""
+        return (self._directory / "stdout").read_text()
+
+    @property
+    def stderr(self):
+        """What it has written to stderr so far."""
+        return (self._directory / "stderr").read_text()
+
+
+class Launcher:
+    """Starts commands; see launcher.py."""
+
+    def __init__(self, directory, env):
+        self._directory, self._count = directory, 0
+        script = [sys.executable, str(ROOT / "tests" / "launcher.py")]
+        self._errors = open(directory / "launcher_stderr", "w")  # noqa: SIM115
+        self._process = subprocess.Popen(
+            script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | env
+        )
+        assert self._answer() == "ready"
+
+    def start(self, *argv, cwd=ROOT, **env):
+        """Start a command: a script or a module, and its arguments."""
+        directory = self._directory / str(self._count)
+        self._count += 1
+        directory.mkdir()
+        argv, files = [str(a) for a in argv], {name: str(directory / name) for name in ("stdout", "stderr")}
+        return Command(self, self.ask(argv=argv, env=env, cwd=str(cwd), **files), directory)
+
+    def run(self, *argv, **env):
+        """Run a command to its end; return it."""
+        command = self.start(*argv, **env)
+        command.wait()
+        return command
+
+    def ask(self, **request):
+        """Return the answer to a request."""
+        self._process.stdin.write(json.dumps(request) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def close(self):
+        """End."""
+        self._process.stdin.close()
+        self._process.wait()
+        self._errors.close()
+
+    def _answer(self):
+        line = self._process.stdout.readline()
+        assert line, (self._directory / "launcher_stderr").read_text()
+        return json.loads(line)
+
+
+@pytest.fixture(scope="session")
+def datasets_dir(tmp_path_factory):
+    """Return a directory with the digits, prepared."""
+    from data import datasets
+
+    directory = str(tmp_path_factory.mktemp("datasets"))
+    datasets.open_source("digits", "train", directory)
+    return directory
+
+
+@pytest.fixture(scope="session")
+def launcher(tmp_path_factory, datasets_dir):
+    """Return the `Launcher` of the session."""
+    launcher = Launcher(tmp_path_factory.mktemp("commands"), {"TFDS_DATA_DIR": datasets_dir})
+    yield launcher
+    launcher.close()
+
+
+@pytest.fixture(scope="session")
+def tiny(datasets_dir):
+    """Return a function (**changes by dotted name) -> the config of a tiny run on the digits."""
+    from configs import digits
+
+    def make(changes=()):
+        config = digits.get_config()
+        config.update_from_flattened_dict(TINY | {"data.dir": datasets_dir} | dict(changes))
+        return config
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def options(datasets_dir):
+    """Return a function (changes by dotted name) -> the command-line arguments of the same config as `tiny`."""
+
+    def make(changes=()):
+        settings = TINY | {"data.dir": datasets_dir} | dict(changes)
+        return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+
+    return make

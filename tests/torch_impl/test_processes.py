@@ -1,0 +1,80 @@
+"""Two gloo processes under torchrun train as one process does, however the work is divided."""
+
+import json
+import pathlib
+
+import numpy as np
+import pytest
+import torch
+
+from configs.resolve import flatten, read_workdir
+from torch_impl.checkpoints import Checkpoints
+from torch_impl.step import create_state
+
+SCRIPT = pathlib.Path(__file__).with_name("run_cases.py")
+BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
+# Name of the run by one process, by two: {what two processes change}.
+REFERENCES = {
+    "plain": {"method.guidance": False},
+    "guided": {"train.clip_norm": 0.5, "train.batch_size": 32},
+    "kappa_0": {"method.omega": 2.0, "method.kappa": 0.0, "data.flip": True},
+}
+CASES = {
+    "ddp": ("plain", {}),
+    "ddp_guided": ("guided", {}),
+    "ddp_accumulate": ("guided", {"train.accumulate": 4}),
+    "ddp_compiled": ("guided", {"train.compile": True}),
+    "fsdp": ("kappa_0", {"train.fsdp": 2}),
+    "fsdp_accumulate": ("guided", {"train.fsdp": 2, "train.accumulate": 2}),
+    "fsdp_compiled": ("plain", {"train.fsdp": 2, "train.compile": True}),
+}
+
+
+@pytest.fixture(scope="module")
+def trained(launcher, tmp_path_factory, tiny):
+    """Return the directory in which each reference and case has its work directory."""
+    directory = tmp_path_factory.mktemp("processes")
+    one = {name: REFERENCES[name] for name in REFERENCES}
+    two = {name: REFERENCES[reference] | changes for name, (reference, changes) in CASES.items()}
+    for title, cases in (("one", one), ("two", two)):
+        lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
+        (directory / f"{title}.json").write_text(json.dumps(lines))
+    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+    commands = [launcher.start(SCRIPT, directory / "one.json"),
+                launcher.start(*torchrun, SCRIPT, directory / "two.json")]  # fmt: skip
+    for command in commands:
+        assert command.wait() == 0, command.stderr
+    return directory
+
+
+def tensors(workdir):
+    """Return {name: tensor} of the parameters, EMAs and optimizer state in the newest checkpoint."""
+    config = read_workdir(workdir)
+    state, _ = Checkpoints(workdir, config).restore(create_state(config, None, torch.device("cpu")))
+    assert state.step == config.train.steps
+    found = {f"params.{name}": p for name, p in state.net.named_parameters()}
+    for i, ema in enumerate(state.emas):
+        found |= {f"ema{i}.{name}": a for name, a in ema.items()}
+    for name, p in state.net.named_parameters():
+        found |= {f"{key}.{name}": a for key, a in state.optimizer.state[p].items()}
+    return {name: a.detach().numpy() for name, a in found.items()}
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_train_as_one(trained, case):
+    expected, found = tensors(trained / CASES[case][0]), tensors(trained / case)
+    assert found.keys() == expected.keys()
+    difference = {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
+    print(case, max(difference, key=difference.get), max(difference.values()))
+    assert max(difference.values()) <= BOUND
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_two_processes_log_as_one(trained, case):
+    expected, found = (
+        [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
+        for name in (CASES[case][0], case)
+    )
+    assert len(found) == 5
+    for one, two in zip(expected, found, strict=True):
+        assert two == pytest.approx(one, rel=1e-5, abs=1e-6)
