@@ -29,6 +29,9 @@ def workdir() -> str:
 
 def run(main: Callable[[], None]) -> None:
     """Parse the command line and call `main`; what the user got wrong becomes one line and exit code 2."""
+    if {"--help", "-h"} & set(sys.argv[1:]):
+        print(_help())
+        return
     with exit_on_user_error():
         app.run(lambda _: main(), flags_parser=_parse)
 
@@ -38,6 +41,18 @@ def overrides(argv: list[str]) -> list[str]:
     return [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
 
 
+def _help() -> str:
+    program = sys.modules["__main__"]
+    return "\n".join(
+        [
+            str(program.__doc__),
+            flags.FLAGS.module_help("configs.flags"),
+            flags.FLAGS.main_module_help(),
+            "\n  --config.SECTION.OPTION=VALUE overrides an option of the config; configs/base.py lists them all.",
+        ]
+    )
+
+
 def _parse(argv: list[str]) -> list[str]:
     path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
     if path is not None and not os.path.isfile(path.split(":")[0]):
@@ -45,8 +60,6 @@ def _parse(argv: list[str]) -> list[str]:
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        if flags.FLAGS.is_parsed() and flags.FLAGS.help:
-            raise
         unknown = [name for name in overrides(argv) if name not in flatten(base.get_config())]
         if unknown:
             raise UserError(f"there is no option config.{unknown[0]}; configs/base.py lists the options") from error
@@ -54,10 +67,4 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"{reason}  (--help lists the flags, configs/base.py the options)") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
-    if flags.FLAGS.help or flags.FLAGS.helpshort:
-        print(sys.modules["__main__"].__doc__)
-        print(flags.FLAGS.module_help("configs.flags"))
-        print(flags.FLAGS.main_module_help())
-        print("--config.SECTION.OPTION=VALUE overrides an option of the config; configs/base.py lists them all.")
-        sys.exit(0)
     return rest

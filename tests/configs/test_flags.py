@@ -1,0 +1,56 @@
+"""The command line: what is wrong on it becomes one line and exit code 2."""
+
+import subprocess
+import sys
+
+import pytest
+
+PROGRAM = """
+'''A program.'''
+from configs import flags, resolve
+def main():
+    c = resolve.check(flags.config())
+    print(c.train.steps, c.sample.times, flags.workdir())
+flags.run(main)
+"""
+CONFIG = "--config=configs/digits.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    path = tmp_path_factory.mktemp("flags") / "program.py"
+    path.write_text(PROGRAM)
+    return lambda *argv: subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, timeout=100)
+
+
+def test_overrides_reach_the_config(run):
+    result = run(CONFIG, "--config.train.steps=7", "--config.sample.times=(1.0,0.5,0.0)", "--workdir=/x/y")
+    assert result.stdout == "7 (1.0, 0.5, 0.0) /x/y\n"
+    assert result.returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ([], "--config is missing"),
+        ([CONFIG], "--workdir is missing"),
+        (["--config=configs/no.py"], "there is no config file configs/no.py"),
+        ([CONFIG, "--config.train.stepz=7"], "there is no option config.train.stepz"),
+        ([CONFIG, "--config.train.steps=many"], "config.train.steps=many"),
+        (["--config=configs/meanflow_imagenet.py:b5"], "no variant 'b5'"),
+        ([CONFIG, "--colour=blue"], "Unknown command line flag 'colour'"),
+        ([CONFIG, "train"], "unexpected argument 'train'"),
+    ],
+)
+def test_mistakes_are_named_without_a_traceback(run, argv, message):
+    result = run(*argv)
+    assert result.returncode == 2
+    assert message in result.stderr
+    assert "Traceback" not in result.stderr
+    assert len([line for line in result.stderr.splitlines() if line.startswith("error: ")]) == 1
+
+
+def test_help_tells_the_flags(run):
+    result = run("--help")
+    assert result.returncode == 0
+    assert "A program." in result.stdout and "--workdir" in result.stdout and "--config" in result.stdout

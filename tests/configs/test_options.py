@@ -1,0 +1,86 @@
+"""Every option of every config is read by both trainers, and every config is one that they accept."""
+
+import ast
+import pathlib
+
+import pytest
+
+from configs import base, digits, meanflow_imagenet, resolve
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHARED = ("data", "evaluation")
+# Options that one implementation has no use for, and why.
+ONE_SIDED = {"train.compile": "JAX always compiles"}
+CONFIGS = {"base": base.get_config(), "digits": digits.get_config()} | {
+    f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS
+}
+
+
+def read_attributes(*packages):
+    """Return the names of all attributes that the code of the packages reads."""
+    names = set()
+    for package in packages:
+        for path in (ROOT / package).rglob("*.py"):
+            tree = ast.parse(path.read_text())
+            names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
+    return names
+
+
+def unread(config, implementation):
+    """Return the options that neither the implementation nor the shared packages read."""
+    names = read_attributes(implementation, *SHARED)
+    ignored = {"name"}  # a label, written into config.json
+    return [o for o in resolve.flatten(config) if o not in ignored and o.split(".")[-1] not in names]
+
+
+@pytest.mark.parametrize("implementation", ["jax_impl", "torch_impl"])
+@pytest.mark.parametrize("name", CONFIGS)
+def test_every_option_is_read(name, implementation):
+    missing = set(unread(CONFIGS[name], implementation))
+    assert missing <= set(ONE_SIDED), f"{implementation} never reads {missing - set(ONE_SIDED)}"
+
+
+def test_an_option_that_nothing_reads_is_found():
+    config = base.get_config()
+    config.train.an_option_of_nobody = 1
+    assert "train.an_option_of_nobody" in unread(config, "jax_impl")
+    assert "train.an_option_of_nobody" in unread(config, "torch_impl")
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_configs_are_accepted_and_survive_json(name):
+    config = resolve.check(CONFIGS[name])
+    assert resolve.flatten(resolve.from_json(resolve.to_json(config))) == resolve.flatten(config)
+
+
+@pytest.mark.parametrize(
+    ("variant", "omega", "kappa", "interval", "epochs"),
+    [
+        ("b4_nocfg", 1.0, 0.0, (0.0, 1.0), 80),
+        ("b4", 3.0, 0.0, (0.0, 1.0), 80),
+        ("b4_jax", 1.0, 0.5, (0.0, 1.0), 240),
+        ("l2", 0.2, 0.92, (0.0, 0.8), 240),
+        ("xl2", 0.2, 0.92, (0.0, 0.75), 240),
+        ("xl2_plus", 0.2, 0.92, (0.3, 0.8), 1000),
+    ],
+)
+def test_published_settings(variant, omega, kappa, interval, epochs):
+    config = meanflow_imagenet.get_config(variant)
+    m, c = config.method, config.train
+    assert (m.omega, m.kappa, (m.guidance_start, m.guidance_end)) == (omega, kappa, interval)
+    assert m.guidance == (variant != "b4_nocfg")
+    assert c.steps == epochs * 5004
+    assert (c.batch_size, c.learning_rate, c.beta1, c.beta2, c.ema_decays) == (256, 1e-4, 0.9, 0.95, (0.9999,))
+    assert (m.flow_fraction, m.adaptive_power, m.adaptive_eps, m.time_mean, m.time_std) == (0.75, 1.0, 0.01, -0.4, 1.0)
+    assert config.data.flip
+
+
+@pytest.mark.parametrize(("variant", "millions"), [("b4", 131), ("b2", 131), ("m2", 308), ("l2", 459), ("xl2", 676)])
+def test_parameter_counts_are_the_published_ones(variant, millions):
+    torch = pytest.importorskip("torch")
+    from torch_impl.step import build_net
+
+    with torch.device("meta"):
+        net = build_net(meanflow_imagenet.get_config(variant))
+    count = sum(p.numel() for p in net.parameters()) / 1e6
+    assert count == pytest.approx(millions, rel=0.01)

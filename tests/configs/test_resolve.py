@@ -1,0 +1,88 @@
+"""Checks of a config, and what the work directory keeps of it."""
+
+import pytest
+
+from configs import digits, resolve
+from configs.errors import UserError
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("method.path", "curved", "config.method.path is 'curved'; choose one of linear, cosine"),
+        ("method.flow_fraction", 1.5, "at least 0 and at most 1"),
+        ("train.steps", 0, "config.train.steps is 0"),
+        ("train.ema_decays", (), "at least one decay"),
+        ("train.ema_decays", (1.5,), "at least one decay"),
+        ("model.patch_size", 3, "does not divide config.model.input_size"),
+        ("model.num_heads", 3, "multiple of model.num_heads"),
+        ("sample.ema", 1, "there are 1 EMAs"),
+    ],
+)
+def test_values_without_sense_are_named(option, value, message):
+    config = digits.get_config()
+    config.update_from_flattened_dict({option: value})
+    with pytest.raises(UserError, match=message.replace("(", r"\(")):
+        resolve.check(config)
+
+
+def test_unknown_and_missing_options_are_named():
+    config = digits.get_config()
+    config.train.colour = "blue"
+    with pytest.raises(UserError, match=r"config\.train\.colour is unknown"):
+        resolve.check(config)
+    config = digits.get_config()
+    del config.train.steps
+    with pytest.raises(UserError, match=r"config\.train\.steps is missing"):
+        resolve.check(config)
+    with pytest.raises(UserError, match="--config is missing"):
+        resolve.check(None)
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "devices"), [(6, 1, 4), (8, 3, 2)])
+def test_batches_that_do_not_divide(batch, accumulate, devices):
+    config = digits.get_config()
+    config.train.batch_size, config.train.accumulate = batch, accumulate
+    with pytest.raises(UserError, match=rf"batch_size {batch} is not divisible by {devices * accumulate}"):
+        resolve.check_divisible(config, devices, "devices")
+    config.train.batch_size = 24
+    resolve.check_divisible(config, devices, "devices")
+    config.train.fsdp = 5
+    with pytest.raises(UserError, match="fsdp 5 does not divide"):
+        resolve.check_divisible(config, devices, "devices")
+
+
+def test_a_workdir_of_another_config_is_refused_by_option(tmp_path):
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config)
+    config.train.learning_rate, config.model.depth = 0.5, 7
+    with pytest.raises(UserError) as error:
+        resolve.open_workdir(tmp_path, config)
+    assert "train.learning_rate (0.001 there, 0.5 here)" in str(error.value)
+    assert "model.depth (4 there, 7 here)" in str(error.value)
+    assert resolve.read_workdir(tmp_path).model.depth == 4
+
+
+def test_a_run_may_go_on_longer_and_log_otherwise(tmp_path):
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config)
+    config.train.steps, config.train.log_every, config.sample.steps = 9, 3, 4
+    resolve.open_workdir(tmp_path, config)
+    assert resolve.read_workdir(tmp_path).train.steps == 9
+
+
+def test_a_missing_or_damaged_config_is_named(tmp_path):
+    with pytest.raises(UserError, match="not the work directory of a run"):
+        resolve.read_workdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 1')
+    with pytest.raises(UserError, match="is damaged"):
+        resolve.read_workdir(tmp_path)
+    (tmp_path / "config.json").write_text('{"seed": 1}')
+    with pytest.raises(UserError, match="lacks the option"):
+        resolve.read_workdir(tmp_path)
+
+
+def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").write_text("")
+    with pytest.raises(UserError, match="cannot write"):
+        resolve.open_workdir(tmp_path / "file" / "run", digits.get_config())

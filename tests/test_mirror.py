@@ -1,0 +1,104 @@
+"""The twins have the same files, public names in the same order, and arguments; imports point one way."""
+
+import ast
+import pathlib
+
+import pytest
+
+ROOT = pathlib.Path(__file__).parents[1]
+# Files without a twin, and why.
+ALONE = {"main.py": "PyTorch's entry is train.py, as torchrun expects", "devices.py": "JAX knows its devices itself"}
+# Public names without a twin, and why.
+ONE_SIDED = {
+    "models/layers.py": {
+        "linear": "NNX takes initialisers as arguments; a PyTorch layer is a class that casts",
+        "Linear": "the same",
+        "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
+    },
+    "step.py": {
+        "BATCH": "sharding is an annotation in JAX",
+        "state_shardings": "the same",
+        "Loss": "DDP and FSDP wrap a module",
+        "Sharded": "the same",
+        "wrap": "the same",
+        "synchronised": "JAX reduces gradients itself",
+        "reduce_metrics": "the same",
+        "fold": "JAX has fold_in",
+    },
+    "weights.py": {
+        "LEAVES": "PyTorch's names are the canonical ones",
+        "canonical_name": "the same",
+        "to_torch": "the same",
+        "to_flax": "the same",
+    },
+    "train.py": {"AGREE_EVERY": "JAX has a service for it", "main": "JAX's entry is main.py"},
+}
+# Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
+OTHER_ARGUMENTS = {"train.py", "step.py", "sample.py", "evaluate.py", "models/dit.py", "models/layers.py",
+                   "models/attention.py"}  # fmt: skip
+ORDER = {"configs": 0, "data": 1, "evaluation": 1, "jax_impl": 2, "torch_impl": 2, "parity": 3}
+NOT_TO_COMPUTE_WITH = {"tensorflow", "tensorflow_datasets", "clu", "diffusers"}
+
+
+def files(package):
+    return {str(path.relative_to(ROOT / package)) for path in (ROOT / package).rglob("*.py")}
+
+
+def public(path):
+    """Return {name: argument names, or None} of a file's public functions, classes and constants, in order."""
+    names = {}
+    for node in ast.parse(path.read_text()).body:
+        if isinstance(node, ast.FunctionDef):
+            names[node.name] = [a.arg for a in [*node.args.args, *node.args.kwonlyargs]]
+        elif isinstance(node, ast.ClassDef):
+            names[node.name] = None
+        elif isinstance(node, ast.Assign) and isinstance(node.targets[0], ast.Name):
+            names[node.targets[0].id] = None
+    return {name: arguments for name, arguments in names.items() if not name.startswith("_")}
+
+
+TWINS = sorted((files("jax_impl") & files("torch_impl")) - {"__init__.py"})
+
+
+def test_the_same_files():
+    assert (files("jax_impl") ^ files("torch_impl")) == set(ALONE)
+
+
+@pytest.mark.parametrize("file", TWINS)
+def test_the_same_public_names_in_the_same_order(file):
+    expected = ONE_SIDED.get(file, {})
+    jax, torch = (list(public(ROOT / package / file)) for package in ("jax_impl", "torch_impl"))
+    assert set(jax) ^ set(torch) == set(expected)
+    assert [n for n in jax if n not in expected] == [n for n in torch if n not in expected]
+
+
+@pytest.mark.parametrize("file", [file for file in TWINS if file not in OTHER_ARGUMENTS])
+def test_the_same_arguments(file):
+    jax, torch = (public(ROOT / package / file) for package in ("jax_impl", "torch_impl"))
+    for name in jax.keys() & torch.keys():
+        assert jax[name] == torch[name], name
+
+
+def imports(path):
+    """Yield the modules that a file imports, wherever in it."""
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            yield node.module
+
+
+@pytest.mark.parametrize("package", ORDER)
+def test_imports_point_one_way(package):
+    for file in files(package):
+        for module in imports(ROOT / package / file):
+            there = module.split(".")[0]
+            if there in ORDER and there != package:
+                assert ORDER[there] < ORDER[package] or {there, package} == {"data", "evaluation"}, (file, module)
+
+
+@pytest.mark.parametrize("package", ["jax_impl", "torch_impl"])
+def test_what_computes_starts_fast(package):
+    for file in files(package):
+        if file == "step.py" or file.startswith(("models/", "methods/")):
+            assert not {module.split(".")[0] for module in imports(ROOT / package / file)} & NOT_TO_COMPUTE_WITH, file
