@@ -99,7 +99,7 @@ def apply_gradients(state, grads, c):
     EMA: d ema + (1 - d) params, from the first step on, after the update.  Source: Gsunshine/meanflow,
     utils/ema_util.py.
     """
-    norm = optax.global_norm(grads)
+    norm = optax.tree.norm(grads)
     if c.clip_norm > 0:
         scale = jnp.minimum(1.0, c.clip_norm / norm)
         grads = jax.tree.map(lambda g: g * scale, grads)
