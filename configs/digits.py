@@ -14,13 +14,13 @@ def get_config() -> base.Config:
     config = base.get_config()
     config.name = "digits"
     config.method.omega, config.method.kappa = 1.3, 0.0  # enough for the class; more costs variety
-    config.train.steps = 1500
+    config.train.steps = 1200
     config.train.batch_size = 64
     config.train.learning_rate = 1e-3
     config.train.schedule = "cosine"
     config.train.final_factor = 0.01
     config.train.ema_decays = (0.99,)
     config.train.log_every = 50
-    config.train.sample_every = 500
-    config.train.checkpoint_every = 500
+    config.train.sample_every = 400
+    config.train.checkpoint_every = 400
     return config

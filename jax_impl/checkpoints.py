@@ -26,7 +26,7 @@ class Checkpoints:
     """The checkpoints of one work directory, for saving and resuming."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError for an unwritable disk."""
+        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError if it cannot write."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
         try:
@@ -100,7 +100,9 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
     if not (pathlib.Path(workdir) / DIRECTORY).is_dir():
         raise UserError(f"{workdir} holds no JAX checkpoint; one of PyTorch is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
-        raise UserError(f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters")
+        raise UserError(
+            f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
+        )
     graphdef, like = create_state(config, make_mesh(config))
     restored = Checkpoints(workdir, config).restore(like)
     if restored is None:

@@ -1,6 +1,6 @@
 """Judge a trained model: generate, compare with the real images, print one JSON line, write DIR/evaluation.json.
 
-    python -m jax_impl.evaluate --workdir=runs/digits
+python -m jax_impl.evaluate --workdir=runs/digits
 """
 
 from absl import flags

@@ -1,7 +1,7 @@
 """Generate images from a trained model: a PNG grid and an .npz.
 
-    python -m jax_impl.sample --workdir=runs/digits --num_samples=100 --steps=1
-    python -m jax_impl.sample --weights=weights.safetensors --config=configs/digits.py --output=samples
+python -m jax_impl.sample --workdir=runs/digits --num_samples=100 --steps=1
+python -m jax_impl.sample --weights=weights.safetensors --config=configs/digits.py --output=samples
 """
 
 import os
@@ -56,7 +56,7 @@ def generate(config, sampler, params, num_samples, labels=()):
         indices = np.arange(start, min(start + c.batch_size, num_samples))
         noise, y = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed)
         y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
-        missing = min(c.batch_size, num_samples) - len(indices)  # the last batch is filled up: one compilation serves all
+        missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
         noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
         images.append(np.asarray(jax.device_get(sampler(params, noise, padded)))[: len(indices)])
         all_labels.append(y)

@@ -77,6 +77,7 @@ def learning_rate(step, c):
     The cosine falls to final_factor of the peak at the last step, or warmup_steps before it (cosine_end = early), as
     in the official iMF code, which passes optax a length that already excludes the warm-up.
     """
+    step = jnp.asarray(step, jnp.result_type(float))  # float64 where that is enabled: an int32 would give float32
     warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
     end = c.steps - (c.warmup_steps if c.cosine_end == "early" else 0)
     progress = jnp.clip((step - c.warmup_steps) / max(end - c.warmup_steps, 1), 0, 1)
@@ -137,7 +138,7 @@ def make_train_step(config, graphdef, mesh):
     depend on the number of devices or micro-batches.
     """
     method, c = METHODS[config.method.name], config.train
-    rows_sharding = NamedSharding(mesh, BATCH)
+    rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def loss_fn(params, x, y, draws):
         net = nnx.merge(graphdef, params)
@@ -170,7 +171,10 @@ def make_train_step(config, graphdef, mesh):
         rows = jax.lax.with_sharding_constraint((batch["image"], batch["label"], draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
-        grads, metrics = gradients(state.params, *rows)
+        # Every device gathers whole parameters and gradients; else activations would be sharded as parameters are.
+        params = jax.lax.with_sharding_constraint(state.params, whole)
+        grads, metrics = jax.lax.with_sharding_constraint(gradients(params, *rows), whole)
+        grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, grads, c)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate}

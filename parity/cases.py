@@ -100,8 +100,9 @@ def loss(setting: dict, measure: Measure) -> None:
         result[name] = f.loss(net, x, y, draws, cfg.method)
         bare = functools.partial(f.forward, net), functools.partial(f.jvp, net)
         plain = formula.loss(*bare, (x, y, MODEL["num_classes"]), draws, cfg.method)
-        against_formula(measure, name, result[name], plain, f.regression_gradients(
-            net, *(plain[key] for key in ("z", "t", "r", "y", "target", "scale"))))  # fmt: skip
+        inputs = tuple(plain[key] for key in ("z", "t", "r", "y"))
+        plain_grads = f.regression_gradients(net, inputs, plain["target"], plain["scale"])
+        against_formula(measure, name, result[name], plain, plain_grads)
     (value, aux, grads), (torch_value, torch_aux, torch_grads) = result["jax"], result["torch"]
     measure.compare("jax-torch", "loss", value, torch_value, BOUND)
     measure.equal("jax-torch", "y", aux["y"], torch_aux["y"])
@@ -123,7 +124,7 @@ def against_formula(measure, framework, result, plain, plain_grads):
 
 def train(options: dict, measure: Measure) -> None:
     """Parameters and EMAs after ten steps of the trainers' own update, on each framework's own gradients."""
-    cfg = config(method=GUIDED, train=options | {"compile": False})
+    cfg = config(method=GUIDED, train=options)
     batches = [batch(cfg.method, seed) for seed in range(STEPS)]
     result = {name: f.train(net, cfg, batches) for name, f, net in nets(cfg)}
     (trees, scalars), (torch_trees, torch_scalars) = result["jax"], result["torch"]

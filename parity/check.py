@@ -71,6 +71,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
+@frameworks.full_precision()
 def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -> Result:
     """Run the cases whose name matches `only`, all if None.
 
@@ -80,18 +81,17 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -
         pattern = re.compile(only or "")
     except re.error as error:
         raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
-    frameworks.start()
     fixtures = golden.plan(golden_directory or GOLDEN)
-    own = [] if golden_directory else [*cases.all_cases(), *precision.all_cases()]
-    selected = [case for case in [*own, *fixtures.cases] if pattern.search(case.name)]
+    every = [*cases.all_cases(), *precision.all_cases(), *fixtures.cases]
+    selected = [case for case in every if pattern.search(case.name)]
     not_covered = [name for name in fixtures.not_covered if pattern.search(name)]
     if not selected and not not_covered:
         raise UserError(f"no case matches --only {only!r}; names begin with float64/, float32/, bfloat16/ or golden/")
     checks = []
     for number, case in enumerate(selected, 1):
         checks += timed(case, number, len(selected))
-        fixture, keys = fixtures.keys.get(case.name, (None, []))
-        if all(check.error < math.inf for check in checks if check.case == case.name):
+        if case.name in fixtures.keys and all(check.error < math.inf for check in checks if check.case == case.name):
+            fixture, keys = fixtures.keys[case.name]
             not_covered += [f"golden/{fixture.name}/{key}" for key in keys if key not in fixture.used]
     return Result(checks, not_covered, strict=bool(golden_directory or only))
 
@@ -124,7 +124,8 @@ def print_table(result: Result) -> None:
         if section != (section := "/".join(check.case.split("/")[: 2 if check.case.startswith("golden") else 1])):
             print(f"\n{section}\n{'case':36} {'framework':9} {'error':>9} {'bound':>9}  verdict  quantity")
         verdict = "ok" if check.ok else "FAILED"
-        print(f"{check.case:36} {check.framework:9} {check.error:9.1e} {check.bound:9.1e}  {verdict:7}  {check.quantity}")
+        figures = f"{check.error:9.1e} {check.bound:9.1e}"
+        print(f"{check.case:36} {check.framework:9} {figures}  {verdict:7}  {check.quantity}")
     print()
     for name in result.not_covered:
         print(f"not covered: {name}")

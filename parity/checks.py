@@ -3,6 +3,7 @@
 import dataclasses
 import math
 from collections.abc import Callable
+from typing import Any
 
 import numpy as np
 
@@ -47,7 +48,7 @@ class Measure:
 
     def add(self, framework: str, quantity: str, error: float, bound: float) -> None:
         """Record a measured error."""
-        self.checks.append(Check(self.case, framework, quantity, float(error), bound))
+        self.checks.append(Check(self.case, framework, quantity, float(error), float(bound)))
 
     def compare(self, framework: str, quantity: str, got, want, bound: float) -> None:
         """Record the relative error of `got` against `want`, arrays of one shape; another shape is a failure."""
@@ -62,7 +63,7 @@ class Measure:
         differ = (got != want).sum() if got.shape == want.shape else math.inf
         self.add(framework, f"{quantity} (entries that differ)", differ, 0.0)
 
-    def compare_worst(self, framework: str, quantity: str, got: dict, want: dict, bound) -> None:
+    def compare_worst(self, framework: str, quantity: str, got: dict, want: dict, bound: Any) -> None:
         """Record the worst entry of two dicts of arrays, by name; other names are a failure.
 
         bound: a number, or a function of the name.
@@ -73,17 +74,22 @@ class Measure:
             return
         checks = []
         for name in want:
-            limit = bound(name) if callable(bound) else bound
+            limit: Any = bound(name) if callable(bound) else bound
             error = relative_error(np.asarray(got[name]), np.asarray(want[name]))
-            checks.append(Check(self.case, framework, f"{quantity} (worst: {name})", error, limit))
+            checks.append(Check(self.case, framework, f"{quantity} (worst: {name})", error, float(limit)))
         self.checks.append(max(checks, key=lambda check: check.ratio))
 
 
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
-    """Return ||got - want|| / ||want||, in float64; 0 where both are exactly 0, inf for other shapes."""
+    """Return ||got - want|| / ||want||, in float64; 0 where both are exactly 0.
+
+    inf for other shapes, and if any entry is not finite.
+    """
     if got.shape != want.shape:
         return math.inf
     got, want = got.astype(np.float64), want.astype(np.float64)
+    if not (np.isfinite(got).all() and np.isfinite(want).all()):
+        return math.inf
     difference, norm = np.linalg.norm(got - want), np.linalg.norm(want)
     if difference == 0:
         return 0.0

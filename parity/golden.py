@@ -47,7 +47,7 @@ class Fixture:
             self.config = json.loads(str(self.arrays["config"]), object_hook=Settings)
         except (KeyError, json.JSONDecodeError) as error:
             raise UserError(f"{path} has no JSON under the key 'config': is it a golden fixture?") from error
-        self.system = self.config["system"] if "system" in self.config else self.name
+        self.system = self.config.get("system", self.name)
         self.used: set[str] = set()
 
     def get(self, key: str) -> np.ndarray:
@@ -86,7 +86,10 @@ def plan(directory: pathlib.Path) -> Plan:
         if fixture.system not in SYSTEMS:
             result.not_covered.append(f"golden/{fixture.name}")
             continue
-        plan_fixture(fixture, SYSTEMS[fixture.system], result)
+        try:
+            plan_fixture(fixture, SYSTEMS[fixture.system], result)
+        except MissingKey as error:
+            raise UserError(f"{path} is not a fixture of {fixture.system}: {error}") from error
     return result
 
 

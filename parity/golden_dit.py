@@ -10,9 +10,9 @@ import numpy as np
 from configs.errors import UserError
 from parity import golden_network
 from parity.checks import Measure
-from parity.names import canonical_name, flax_tree_to_canonical
 from parity.frameworks import FRAMEWORKS
 from parity.golden_network import BOUND
+from parity.names import canonical_name, flax_tree_to_canonical
 
 # Our names of the official intermediates of the loss.
 INTERMEDIATES = {"t": "t", "r": "r", "v_g": "v_g", "u": "u", "du_dt": "du_dt", "u_tgt": "target"}

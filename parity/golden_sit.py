@@ -4,8 +4,11 @@ Its settings in our words: flow rows and dropped labels by coin, `adaptive` squa
 where a label is kept and the time is in [cfg_min_t, cfg_max_t].
 """
 
+import re
+
 import numpy as np
 
+from configs.errors import UserError
 from parity import golden_network
 from parity.checks import Measure
 from parity.golden_network import BOUND
@@ -57,7 +60,10 @@ def loss(fixture, case: str, measure: Measure) -> None:
     draws = (noise, times, fixture.get("in/loss/eq_u"), drop)
     for name, f, net in built:
         _, aux, grads = f.loss(net, x, y, draws, config.method)
-        compare_loss(fixture, f"out/loss/{case}/", measure, name, aux, net.num_classes, config.method)
+        guided = (
+            (aux["y"] != net.num_classes) & (aux["t"] >= settings["cfg_min_t"]) & (aux["t"] <= settings["cfg_max_t"])
+        )
+        compare_loss(fixture, f"out/loss/{case}/", measure, name, aux, guided)
         z, _ = f.path(net, x, noise, aux["t"], config.method)
         measure.compare(name, "z_t", z, nhwc(fixture.get(f"out/loss/{case}/z_t")), BOUND)
         want = fixture.under(f"grad/{case}/")
@@ -65,10 +71,9 @@ def loss(fixture, case: str, measure: Measure) -> None:
             golden_network.compare_gradients(measure, name, grads, want)
 
 
-def compare_loss(fixture, prefix, measure, name, aux, null, cfg):
-    """Compare the aux of one framework with the results under `prefix`."""
+def compare_loss(fixture, prefix, measure, name, aux, guided):
+    """Compare the aux of one framework with the results under `prefix`; guided: [b] bool, which rows it guides."""
     want = {key: nhwc(fixture.get(prefix + key)) for key in ("t", "r", "y", "cfg_mask", "v_t", "u", "u_target", "loss")}
-    guided = (aux["y"] != null) & (aux["t"] >= cfg.guidance_start) & (aux["t"] <= cfg.guidance_end)
     measure.equal(name, "y", aux["y"], want["y"])
     measure.equal(name, "cfg_mask", guided, want["cfg_mask"])
     for key, ours in (("t", "t"), ("r", "r"), ("v_t", "v"), ("u", "u"), ("u_target", "target"), ("loss", "row_loss")):
@@ -98,10 +103,12 @@ def method_of(settings: dict) -> dict:
 
 def sample(fixture, case: str, measure: Measure) -> None:
     """stepsN and stepsN_cfg: N uniform steps; guided only for a scale above 1, as in the official sampler."""
-    steps, _, guided = case.removeprefix("steps").partition("_")
+    match = re.fullmatch(r"steps(\d+)(_cfg)?", case)
+    if match is None:
+        raise UserError(f"the sampling case {case} is neither stepsN nor stepsN_cfg")
     config, built = nets(fixture)
-    scale = float(fixture.config["cfg_scale"]) if guided else 1.0
-    config.sample.update(steps=int(steps), cfg_scale=max(scale, 1.0))
+    scale = float(fixture.config["cfg_scale"]) if match[2] else 1.0
+    config.sample.update(steps=int(match[1]), cfg_scale=max(scale, 1.0))
     noise, y = nhwc(fixture.get("in/sample/noise")), fixture.get("in/sample/y")
     for name, f, net in built:
         want = nhwc(fixture.get(f"out/sample/{case}"))

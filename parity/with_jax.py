@@ -3,6 +3,7 @@
 The method runs unjitted around a jitted network, so that every setting of a method shares the compiled network.
 """
 
+import contextlib
 import functools
 import json
 from types import SimpleNamespace
@@ -17,6 +18,8 @@ from configs import base
 from jax_impl import step, weights
 from jax_impl.methods import METHODS
 from jax_impl.models import layers
+
+OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
 
 class Net(NamedTuple):
@@ -37,18 +40,30 @@ class Net(NamedTuple):
         return self.apply(self.params, z, t, r, y)
 
 
-def start():
-    """Switch on float64 and full float32 matmuls, and forget the networks compiled before."""
-    jax.config.update("jax_enable_x64", True)
-    jax.config.update("jax_default_matmul_precision", "highest")
+@contextlib.contextmanager
+def full_precision():
+    """Switch on float64 and full float32 matmuls for a while, and forget the networks compiled before."""
+    changes = {"jax_enable_x64": True, "jax_default_matmul_precision": "highest"}
+    before = {name: getattr(jax.config, name) for name in changes} | {OPTIMIZE_LESS: jax.config.read(OPTIMIZE_LESS)}
     _network.cache_clear()
+    try:
+        for name, value in changes.items():
+            jax.config.update(name, value)
+        yield
+    finally:
+        for name, value in before.items():
+            jax.config.update(name, value)
 
 
 def build(config, canonical):
     """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit."""
     module, apply = _network(json.dumps(config.model.to_dict(), sort_keys=True))
     params = weights.from_canonical(module, canonical)
-    return Net(module, apply, params, "float64" if config.model.compute_dtype == "float64" else "float32")
+    dtype = "float64" if config.model.compute_dtype == "float64" else "float32"
+    # float64 is there for the mathematics, which compiles in half the time without XLA's expensive passes; float32 and
+    # bfloat16 are measured as the trainer runs them.
+    jax.config.update(OPTIMIZE_LESS, dtype == "float64")
+    return Net(module, apply, params, dtype)
 
 
 def fresh_weights(config, seeds):
@@ -88,12 +103,12 @@ def loss(net, x, y, draws, cfg):
     return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
 
 
-def regression_gradients(net, z, t, r, y, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u(z, t, r, y) - target||^2."""
-    z, t, r, y, target, scale = _arrays(net, (z, t, r, y, target, scale))
+def regression_gradients(net, inputs, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y)."""
+    *inputs, target, scale = _arrays(net, (*inputs, target, scale))
 
     def loss_of(params):
-        return (scale * jnp.square(net.apply(params, z, t, r, y) - target).sum((1, 2, 3))).mean()
+        return (scale * jnp.square(net.apply(params, *inputs) - target).sum((1, 2, 3))).mean()
 
     return _gradients(net, jax.grad(loss_of)(net.params))
 
@@ -125,12 +140,13 @@ def train(net, config, batches):
 
     Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
     """
-    _, state = step.create_state(config, step.make_mesh(config), net.params)
+    opt_state = step.make_optimizer(config.train).init(net.params)
+    emas = (net.params,) * len(config.train.ema_decays)
+    state = step.TrainState(jnp.zeros((), jnp.int32), net.params, opt_state, emas)
     apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, config.train))
     scalars = {"grad_norm": [], "learning_rate": []}
     for x, y, draws in batches:
-        params = weights.from_canonical(net.module, weights.to_canonical(net.module, state.params))  # off the mesh:
-        _, _, grads = loss(net._replace(params=params), x, y, draws, config.method)  # nothing compiles anew
+        _, _, grads = loss(net._replace(params=state.params), x, y, draws, config.method)
         scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
         state, norm = apply_gradients(state, weights.from_canonical(net.module, grads | tables(net)))
         scalars["grad_norm"].append(float(norm))

@@ -3,9 +3,10 @@
 The twin of `with_jax`, function by function.
 """
 
+import contextlib
+import copy
 from typing import NamedTuple
 
-import ml_collections
 import numpy as np
 import torch
 from torch import nn
@@ -31,10 +32,17 @@ class Net(NamedTuple):
         return self.module(z, t, r, y)
 
 
-def start():
-    """Switch on full float32 matmuls, and leave the processor's other cores alone: tiny matrices gain nothing."""
-    torch.set_float32_matmul_precision("highest")
-    torch.set_num_threads(1)
+@contextlib.contextmanager
+def full_precision():
+    """Switch on full float32 matmuls for a while, on one core: tiny matrices gain nothing from more."""
+    precision, num_threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    try:
+        torch.set_float32_matmul_precision("highest")
+        torch.set_num_threads(1)
+        yield
+    finally:
+        torch.set_float32_matmul_precision(precision)
+        torch.set_num_threads(num_threads)
 
 
 def build(config, canonical):
@@ -48,7 +56,7 @@ def fresh_weights(config, seeds):
     """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
     drawn = []
     for seed in seeds:
-        config = ml_collections.ConfigDict(config)
+        config = copy.deepcopy(config)
         config.seed = seed
         module = step.build_net(config)
         drawn.append(weights.to_canonical(module, dict(module.named_parameters())))
@@ -82,10 +90,10 @@ def loss(net, x, y, draws, cfg):
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
-def regression_gradients(net, z, t, r, y, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u(z, t, r, y) - target||^2."""
-    z, t, r, y, target, scale = _arrays(net, (z, t, r, y, target, scale))
-    return _gradients(net, (scale * (net(z, t, r, y) - target).square().sum((1, 2, 3))).mean())
+def regression_gradients(net, inputs, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y)."""
+    *inputs, target, scale = _arrays(net, (*inputs, target, scale))
+    return _gradients(net, (scale * (net(*inputs) - target).square().sum((1, 2, 3))).mean())
 
 
 def sample_times(net, draws, cfg):
@@ -116,7 +124,9 @@ def train(net, config, batches):
 
     Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
     """
-    state = step.create_state(config, None, torch.device("cpu"), net.module.state_dict())
+    module = copy.deepcopy(net.module)
+    emas = tuple({name: p.detach().clone() for name, p in module.named_parameters()} for _ in config.train.ema_decays)
+    state = step.TrainState(0, module, step.make_optimizer(module, config.train), emas, module)
     scalars = {"grad_norm": [], "learning_rate": []}
     for x, y, draws in batches:
         _, _, grads = loss(net._replace(module=state.net), x, y, draws, config.method)

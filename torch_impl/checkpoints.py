@@ -32,7 +32,7 @@ class Checkpoints:
     """The checkpoints of one work directory, for saving and resuming."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError for an unwritable disk."""
+        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError if it cannot write."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
         self.saving: Any = None
@@ -114,7 +114,9 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
     if not (pathlib.Path(workdir) / DIRECTORY).is_dir():
         raise UserError(f"{workdir} holds no PyTorch checkpoint; one of JAX is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
-        raise UserError(f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters")
+        raise UserError(
+            f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
+        )
     like = create_state(config, None, torch.device("cpu"))
     restored = Checkpoints(workdir, config).restore(like)
     if restored is None:

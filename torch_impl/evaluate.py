@@ -1,6 +1,6 @@
 """Judge a trained model: generate, compare with the real images, print one JSON line, write DIR/evaluation.json.
 
-    python torch_impl/evaluate.py --workdir=runs/digits
+python torch_impl/evaluate.py --workdir=runs/digits
 """
 
 from absl import flags

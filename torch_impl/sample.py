@@ -1,7 +1,7 @@
 """Generate images from a trained model: a PNG grid and an .npz.
 
-    python torch_impl/sample.py --workdir=runs/digits --num_samples=100 --steps=1
-    python torch_impl/sample.py --weights=weights.safetensors --config=configs/digits.py --output=samples
+python torch_impl/sample.py --workdir=runs/digits --num_samples=100 --steps=1
+python torch_impl/sample.py --weights=weights.safetensors --config=configs/digits.py --output=samples
 """
 
 import os
@@ -23,7 +23,6 @@ from torch_impl import checkpoints, weights
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
-
 
 flags.DEFINE_string("weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir.")
 flags.DEFINE_string("output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
@@ -68,7 +67,7 @@ def generate(config, sampler, canonical, num_samples, labels=()):
         indices = np.arange(start, min(start + c.batch_size, num_samples))
         noise, y = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed)
         y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
-        missing = min(c.batch_size, num_samples) - len(indices)  # the last batch is filled up: one compilation serves all
+        missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
         noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
         images.append(sampler(canonical, noise, padded)[: len(indices)])
         all_labels.append(y)

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -90,10 +91,11 @@ def wrap(loss, config, mesh: DeviceMesh | None):
     if config.train.fsdp > 1:
         return fully_shard(Sharded(loss), mesh=mesh if mesh["data"].size() > 1 else mesh["fsdp"])
     device = next(loss.parameters()).device
-    # Buffers are fixed tables, the same in every process.
-    return DistributedDataParallel(
-        loss, device_ids=[device.index] if device.type == "cuda" else None, broadcast_buffers=False
-    )
+    ids = [device.index] if device.type == "cuda" else None
+    with warnings.catch_warnings():  # torch 2.13 renames the argument; 2.11 knows this name only
+        warnings.simplefilter("ignore", FutureWarning)
+        # Buffers are fixed tables, the same everywhere; and torch 2.13 fails to broadcast a single one of rank 3.
+        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
 
 
 def create_state(config, mesh, device, params=None):

@@ -1,6 +1,6 @@
 """Trains several runs in one go, as torch_impl/train.py would each; started by test_processes.py under torchrun too.
 
-    run_cases.py CASES.json      [[workdir, {dotted option: value}], ...]
+run_cases.py CASES.json      [[workdir, {dotted option: value}], ...]
 """
 
 import json

@@ -1,0 +1,97 @@
+"""Four fake devices, or two processes, train as one device does, and no data moves but what must."""
+
+import json
+import pathlib
+import socket
+
+import jax
+import numpy as np
+import pytest
+
+from configs.resolve import flatten, read_workdir, to_json
+from jax_impl.checkpoints import Checkpoints
+from jax_impl.step import create_state, make_mesh
+
+HERE = pathlib.Path(__file__).parent
+BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
+REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
+ON_FOUR_DEVICES = {
+    "data": {},
+    "data_and_fsdp": {"train.fsdp": 2},
+    "data_and_fsdp_accumulate": {"train.fsdp": 2, "train.accumulate": 2},
+}
+TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each
+
+
+@pytest.fixture(scope="module")
+def trained(launcher, options, tiny, tmp_path_factory):
+    """Return the directory that holds the work directory of each run."""
+    directory = tmp_path_factory.mktemp("devices")
+    commands = []
+    for devices, cases in ((1, {"one": {}}), (4, ON_FOUR_DEVICES)):
+        lines = [[str(directory / name), flatten(tiny(REFERENCE | changes))] for name, changes in cases.items()]
+        path = directory / f"{devices}.json"
+        path.write_text(json.dumps({"devices": devices, "cases": lines}))
+        commands.append(launcher.start(HERE / "run_cases.py", path))
+    for process in range(2):
+        if process == 0:
+            port = free_port()
+        commands.append(launcher.start(
+            "jax_impl.main", *options(REFERENCE | TWO_PROCESSES), f"--workdir={directory / 'two_processes'}",
+            f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={process}", "--cpu_devices=2",
+        ))  # fmt: skip
+    for command in commands:
+        assert command.wait() == 0, command.stderr
+    return directory
+
+
+def free_port():
+    with socket.socket() as server:
+        server.bind(("localhost", 0))
+        return server.getsockname()[1]
+
+
+def arrays(workdir):
+    """Return {name: array} of the state in the newest checkpoint."""
+    config = read_workdir(workdir)
+    config.train.fsdp = 1
+    _, like = create_state(config, make_mesh(config))
+    state, _ = Checkpoints(workdir, config).restore(like)
+    assert state.step == config.train.steps
+    leaves, _ = jax.tree_util.tree_flatten_with_path(state)
+    return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
+
+
+@pytest.mark.parametrize("case", [*ON_FOUR_DEVICES, "two_processes"])
+def test_many_devices_train_as_one(trained, case):
+    expected, found = arrays(trained / "one"), arrays(trained / case)
+    assert found.keys() == expected.keys()
+    difference = {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
+    print(case, max(difference, key=difference.get), max(difference.values()))
+    assert max(difference.values()) <= BOUND
+
+
+@pytest.mark.parametrize("case", [*ON_FOUR_DEVICES, "two_processes"])
+def test_many_devices_log_as_one(trained, case):
+    expected, found = (
+        [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
+        for name in ("one", case)
+    )
+    assert len(found) == 5
+    for one, many in zip(expected, found, strict=True):
+        assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
+
+
+def test_only_gradients_and_parameters_move(launcher, tiny, tmp_path):
+    """Slicing a sharded batch would need permutes or all-to-alls; so would activations sharded as parameters are."""
+    cases = {"data": {}, "fsdp": {"train.fsdp": 2}}
+    for name, changes in cases.items():
+        (tmp_path / name).write_text(to_json(tiny(REFERENCE | changes)))
+    command = launcher.run(HERE / "collectives.py", *(tmp_path / name for name in cases))
+    assert command.poll() == 0, command.stderr
+    data, fsdp = (json.loads(line) for line in command.stdout.splitlines())
+    assert set(data["collectives"]) == {"all-reduce"}
+    assert set(fsdp["collectives"]) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert fsdp["collectives"]["all-gather"] <= 40  # once for each of the 25 parameters, give or take
+    assert data["moved"] == fsdp["moved"] == 0
+    assert "rematerialization" not in command.stderr

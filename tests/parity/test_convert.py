@@ -1,0 +1,204 @@
+"""The converter: bitwise round trips, every name known or refused, nothing executed."""
+
+import argparse
+import pathlib
+import pickle
+
+import flax.serialization
+import flax.traverse_util
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+
+from configs import digits
+from configs.errors import UserError
+from jax_impl import checkpoints as jax_checkpoints
+from parity import check, convert, golden, names
+from torch_impl import checkpoints as torch_checkpoints
+from torch_impl import weights as canonical_files
+
+
+@pytest.fixture(scope="module")
+def sit():
+    """Return canonical weights: a small official PyTorch state dict."""
+    return golden.Fixture(check.GOLDEN / "sit_torch.npz").under("param/")
+
+
+@pytest.fixture(scope="module")
+def dit():
+    """Return a small official Flax tree, flat."""
+    return golden.Fixture(check.GOLDEN / "meanflow_dit_flax.npz").under("param/")
+
+
+@pytest.fixture
+def config(tmp_path):
+    """Return a config file of the network of both."""
+    path = tmp_path / "tiny.py"
+    path.write_text(
+        "from configs import digits\n\n\ndef get_config():\n    config = digits.get_config()\n"
+        "    config.model.update(input_size=8, channels=4, num_classes=10, depth=3, width=32, num_heads=4)\n"
+        "    return config\n"
+    )
+    return path
+
+
+def tensors(weights):
+    return {name: torch.from_numpy(np.array(a)) for name, a in weights.items()}
+
+
+def assert_same(got, want):
+    assert got.keys() == want.keys()
+    for name in want:
+        assert got[name].dtype == want[name].dtype
+        np.testing.assert_array_equal(got[name], want[name])
+
+
+def run(*argv):
+    convert.main([str(a) for a in argv])
+
+
+def test_flax_round_trip(dit):
+    weights = convert.flax_tree_to_canonical(dit)
+    assert weights["blocks.0.attn.qkv.weight"].shape == (96, 32)
+    assert weights["x_embedder.proj.weight"].shape == (32, 4, 2, 2)
+    assert_same(convert.canonical_to_flax_tree(weights), dit)
+
+
+def test_canonical_round_trip(sit):
+    trained = {name: a for name, a in sit.items() if name != "pos_embed"}
+    assert_same(convert.flax_tree_to_canonical(convert.canonical_to_flax_tree(sit)), trained)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["net/blocks/layers_0/attn/q_norm/scale", "net/x_embedder/proj/_flax_linear/kernel", "net/new/kernel", "kernel",
+     "net/r_embedder/mlp/layers_0/_flax_linear/kernel", "net/blocks/0/attn/qkv/_flax_linear/kernel"],
+)  # fmt: skip
+def test_unknown_flax_name(name):
+    with pytest.raises(UserError, match="is not a parameter of the official Flax network"):
+        names.canonical_name(name)
+
+
+def test_safetensors_and_pt_and_back(tmp_path, sit):
+    canonical_files.save(tmp_path / "a.safetensors", sit, {})
+    run(tmp_path / "a.safetensors", tmp_path / "b.pt")
+    assert_same({n: t.numpy() for n, t in torch.load(tmp_path / "b.pt", weights_only=True).items()}, sit)
+    run(tmp_path / "b.pt", tmp_path / "c.safetensors")
+    assert_same(canonical_files.load(tmp_path / "c.safetensors"), sit)
+
+
+@pytest.mark.parametrize("entry", ["ema", "model", "state_dict", None])
+def test_official_torch_checkpoints(tmp_path, sit, entry):
+    state = {f"module.{name}": tensor for name, tensor in tensors(sit).items()}
+    zeros = {name: torch.zeros_like(tensor) for name, tensor in state.items()}
+    whole = {"opt": {"step": 3}, "args": argparse.Namespace(lr=1), "model": zeros, entry: state}
+    torch.save(whole if entry else state, tmp_path / "a.pth")
+    if entry == "state_dict":
+        whole.pop("model")
+        torch.save(whole, tmp_path / "a.pth")
+    run(tmp_path / "a.pth", tmp_path / "b.safetensors")
+    assert_same(canonical_files.load(tmp_path / "b.safetensors"), sit)
+
+
+def test_prefix_chooses_an_entry(tmp_path, sit):
+    torch.save({"ema": {}, "nets": {"first": tensors(sit)}, "step": 3}, tmp_path / "a.pt")
+    run(tmp_path / "a.pt", tmp_path / "b.safetensors", "--prefix", "nets.first.")
+    assert_same(canonical_files.load(tmp_path / "b.safetensors"), sit)
+    with pytest.raises(UserError, match="no name begins with --prefix 'other'"):
+        run(tmp_path / "a.pt", tmp_path / "b.safetensors", "--prefix", "other")
+
+
+class Malicious:
+    """Runs a function when it is unpickled."""
+
+    def __reduce__(self):
+        return pathlib.Path.touch, (pathlib.Path("executed"),)
+
+
+def test_a_malicious_pickle_is_refused_by_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    torch.save({"model": Malicious()}, "bad.pt")
+    (tmp_path / "bad.pth").write_bytes(pickle.dumps({"model": Malicious()}, protocol=2))
+    for name in ("bad.pt", "bad.pth"):
+        with pytest.raises(UserError, match=rf"{name} is refused"):
+            run(name, "b.safetensors")
+    assert not (tmp_path / "executed").exists() and not (tmp_path / "b.safetensors").exists()
+
+
+def test_unknown_missing_and_misshapen_names(tmp_path, sit):
+    for change, message in (
+        ({"blocks.0.new": np.ones(2)}, r"hold the unknown blocks\.0\.new"),
+        ({"final_layer.linear.bias": None}, r"lack final_layer\.linear\.bias"),
+        ({"final_layer.linear.bias": np.ones(3)}, r"final_layer\.linear\.bias has shape \(3,\)"),
+        ({"pos_embed": sit["pos_embed"] + 1}, "the table pos_embed is not the one"),
+        ({"x_embedder.proj.weight": None}, r"lack x_embedder\.proj\.weight"),
+    ):
+        weights = {name: a for name, a in (sit | change).items() if a is not None}
+        torch.save(tensors(weights), tmp_path / "a.pt")
+        with pytest.raises(UserError, match=message):
+            run(tmp_path / "a.pt", tmp_path / "b.safetensors")
+
+
+@pytest.mark.parametrize("form", ["bare", "state"])
+@pytest.mark.parametrize("kind", ["msgpack", "orbax"])
+def test_official_flax_checkpoints(tmp_path, dit, config, kind, form):
+    tree = flax.traverse_util.unflatten_dict(dit, sep="/")
+    zeros = flax.traverse_util.unflatten_dict({name: a * 0 for name, a in dit.items()}, sep="/")
+    tree = tree if form == "bare" else {"step": np.int32(3), "params": zeros, "ema_params": tree}
+    path = tmp_path / kind
+    if kind == "msgpack":
+        path.write_bytes(flax.serialization.msgpack_serialize(tree))
+    else:
+        ocp.PyTreeCheckpointer().save(path, tree)
+    with pytest.raises(UserError, match="give --config"):
+        run(path, tmp_path / "b.safetensors")
+    run(path, tmp_path / "b.safetensors", "--config", config)
+    got = canonical_files.load(tmp_path / "b.safetensors")
+    assert got.pop("pos_embed").shape == (1, 16, 32)
+    assert_same(got, convert.flax_tree_to_canonical(dit))
+
+
+@pytest.mark.parametrize("framework", ["jax", "torch"])
+def test_work_directories(tmp_path, sit, config, framework):
+    canonical_files.save(tmp_path / "a.safetensors", sit, {})
+    with pytest.raises(UserError, match="a work directory needs a config"):
+        run(tmp_path / "a.safetensors", tmp_path / "run", "--to", framework)
+    run(tmp_path / "a.safetensors", tmp_path / "run", "--to", framework, "--config", config)
+    read = {"jax": jax_checkpoints, "torch": torch_checkpoints}[framework].read_weights
+    assert_same(read(tmp_path / "run")[1], sit)
+    assert_same(read(tmp_path / "run", -1)[1], sit)
+    run(tmp_path / "run", tmp_path / "b.safetensors")
+    assert_same(canonical_files.load(tmp_path / "b.safetensors"), sit)
+    with pytest.raises(UserError, match="exists already"):
+        run(tmp_path / "a.safetensors", tmp_path / "run", "--to", framework, "--config", config)
+
+
+def test_mistakes_on_the_command_line(tmp_path, sit):
+    canonical_files.save(tmp_path / "a.safetensors", sit, {})
+    (tmp_path / "text.md").write_text("no weights")
+    (tmp_path / "directory").mkdir()
+    for argv, message in (
+        (["nothing.pt", "b.pt"], "there is no nothing.pt"),
+        ([tmp_path / "a.safetensors", "b.bin"], r"b\.bin is neither \.safetensors nor \.pt"),
+        ([tmp_path / "text.md", "b.pt"], r"text\.md is neither"),
+        ([tmp_path / "directory", "b.pt"], "neither a work directory nor an Orbax checkpoint"),
+        ([tmp_path / "a.safetensors", "b.pt", "--config", "no.py"], r"no config file no\.py"),
+        ([tmp_path / "a.safetensors", tmp_path / "no" / "b.pt"], "cannot write"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(*argv)
+
+
+def test_help_lists_what_is_read_and_written(launcher):
+    shown = launcher.run("parity/convert.py", "--help")
+    assert shown.poll() == 0
+    assert all(word in shown.stdout for word in ("safetensors", ".pt", "msgpack", "Orbax", "--ema", "--prefix", "--to"))
+
+
+def test_config_may_be_json(tmp_path):
+    from configs import resolve
+
+    path = tmp_path / "config.json"
+    path.write_text(resolve.to_json(digits.get_config()))
+    assert convert.load_config(str(path)).model == digits.get_config().model

@@ -1,0 +1,111 @@
+"""Tests of the tests: each mistake put into an implementation or a fixture is seen, and its case named."""
+
+import ml_collections
+import numpy as np
+import pytest
+
+from jax_impl import step as jax_step
+from jax_impl.methods import meanflow as jax_method
+from jax_impl.models import dit as jax_dit
+from parity import check
+from torch_impl import step as torch_step
+from torch_impl.methods import meanflow as torch_method
+from torch_impl.models import dit as torch_dit
+
+METHODS = {"jax": jax_method, "torch": torch_method}
+STEPS = {"jax": jax_step, "torch": torch_step}
+
+
+def expect_failure(capsys, only, case, *flags):
+    """Run the command; it must fail and name the case."""
+    assert check.main(["--only", only, *flags]) == 1
+    out = capsys.readouterr().out
+    assert f"FAILED: {case} " in out, out
+    return out
+
+
+@pytest.fixture(params=["jax", "torch"])
+def framework(request):
+    """Which implementation has the mistake."""
+    return request.param
+
+
+def test_unchanged_passes():
+    assert check.main(["--only", "float64/(jvp|difference|forward)$|golden/sit_torch/time"]) == 0
+
+
+def test_flipped_sign_of_the_jvp(framework, monkeypatch, capsys):
+    method = METHODS[framework]
+    original = method.average_velocity
+
+    def flipped(*args):
+        u, du_dt = original(*args)
+        return u, -du_dt
+
+    monkeypatch.setattr(method, "average_velocity", flipped)
+    out = expect_failure(capsys, "float64/(jvp|difference)", "float64/jvp")
+    assert f"FAILED: float64/difference {framework} du_dt" in out
+
+
+def test_dropped_interval(framework, monkeypatch, capsys):
+    monkeypatch.setattr(METHODS[framework], "interval", lambda t, r, cfg: t * 0 + 1)
+    out = expect_failure(capsys, "float64/coin/noguid", "float64/coin/noguid")
+    assert f"{framework} target (formula)" in out and "jax-torch target" in out
+
+
+def swap(monkeypatch, framework):
+    """Let a network embed t where t - r belongs, and the other way round."""
+    cls, call = {"jax": (jax_dit.DiT, "__call__"), "torch": (torch_dit.DiT, "forward")}[framework]
+    original = getattr(cls, call)
+
+    def swapped(self, z, t, r, y):
+        self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
+        u = original(self, z, t, r, y)
+        self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
+        return u
+
+    monkeypatch.setattr(cls, call, swapped)
+
+
+def test_swapped_embeddings(framework, monkeypatch, capsys):
+    swap(monkeypatch, framework)
+    expect_failure(capsys, "float64/forward", "float64/forward")
+
+
+def test_the_same_mistake_in_both_frameworks_is_seen_by_the_fixtures(monkeypatch, capsys):
+    swap(monkeypatch, "jax")
+    swap(monkeypatch, "torch")
+    out = expect_failure(capsys, "golden/meanflow_dit_flax/fwd", "golden/meanflow_dit_flax/fwd jax")
+    assert "FAILED: golden/meanflow_dit_flax/fwd torch u" in out
+
+
+@pytest.mark.parametrize(
+    ("name", "key", "case"),
+    [
+        ("ema_lr_optim", "out/lr/imf_warmup_cosine", "golden/ema_lr_optim/lr/imf_warmup_cosine"),
+        ("ema_lr_optim", "out/ema/dmf_0.99", "golden/ema_lr_optim/ema"),
+        ("ema_lr_optim", "out/opt/grad_norms", "golden/ema_lr_optim/opt"),
+        ("sit_torch", "out/time/uniform/r", "golden/sit_torch/time/uniform"),
+        ("meanflow_dit_flax", "out/pos_embed", "golden/meanflow_dit_flax/pos_embed"),
+        ("meanflow_dit_flax", "out/fwd/t_freq", "golden/meanflow_dit_flax/fwd"),
+    ],
+)
+def test_one_percent_more_in_a_fixture(name, key, case, tmp_path, capsys):
+    with np.load(check.GOLDEN / f"{name}.npz") as file:
+        arrays = {k: file[k] * (1.01 if k.startswith(key) else 1) if k != "config" else file[k] for k in file.files}
+    np.savez(tmp_path / f"{name}.npz", **arrays)
+    expect_failure(capsys, f"{case}$", case, "--golden", str(tmp_path))
+
+
+def test_wrong_ema_decay(framework, monkeypatch, capsys):
+    step = STEPS[framework]
+    original = step.apply_gradients
+
+    def wrong(*args):
+        c = ml_collections.ConfigDict(args[-1])
+        c.ema_decays = tuple(d**2 for d in c.ema_decays)
+        return original(*args[:-1], c)
+
+    monkeypatch.setattr(step, "apply_gradients", wrong)
+    out = expect_failure(capsys, "golden/ema_lr_optim/ema", "golden/ema_lr_optim/ema")
+    assert f"FAILED: golden/ema_lr_optim/ema {framework} " in out
