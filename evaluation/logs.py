@@ -18,18 +18,23 @@ from evaluation import files
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 30.0
+TALKATIVE = ("orbax", "jax/_src")  # in the paths of their sources
 
 
 def setup_logging() -> None:
     """Show absl's INFO lines on stderr, whether the program runs under absl's app or not.  Call first in main.
 
-    Orbax tells of each of its inner steps at that level; only its warnings are shown.
+    Orbax and JAX tell of their inner steps at that level; only their warnings are shown.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # else absl warns that its flags were not parsed
     logging.use_absl_handler()
     logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(lambda record: "orbax" not in record.pathname or record.levelname != "INFO")
+    logging.get_absl_handler().addFilter(_worth_showing)
+
+
+def _worth_showing(record: Any) -> bool:
+    return record.levelname != "INFO" or not any(name in record.pathname for name in TALKATIVE)
 
 
 class MetricLog:

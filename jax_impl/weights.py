@@ -49,7 +49,7 @@ def from_canonical(net, weights):
 def canonical_name(path):
     """Return the canonical name of a parameter path such as ('blocks', 0, 'attn', 'qkv', 'kernel')."""
     *modules, leaf = path
-    return ".".join([*map(str, modules), LEAVES[leaf] if leaf in LEAVES else leaf])
+    return ".".join([*map(str, modules), str(LEAVES.get(leaf, leaf))])
 
 
 def to_torch(kernel):

@@ -9,6 +9,7 @@ import os
 import pathlib
 import pickle
 import shutil
+import warnings
 from typing import Any
 
 import torch
@@ -140,7 +141,9 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
 
 def _restore(directory, like):
     run = json.loads((directory / "run.json").read_text())
-    dcp.load(_named(like), checkpoint_id=directory, no_dist=not dist.is_initialized())
+    with warnings.catch_warnings():  # that one process without a group reads alone is what we want
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        dcp.load(_named(like), checkpoint_id=directory, no_dist=not dist.is_initialized())
     return like._replace(step=run["step"]), run
 
 
