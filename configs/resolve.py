@@ -47,6 +47,7 @@ FREE = (
     "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 FILE_NAME = "config.json"
+FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
 
 def flatten(config: base.Config, prefix: str = "") -> dict[str, object]:
@@ -118,13 +119,21 @@ def from_json(text: str) -> base.Config:
     return config
 
 
-def open_workdir(workdir: str | os.PathLike, config: base.Config) -> None:
+def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
     """Make the work directory of a run and write its config there.
 
+    framework: `jax` or `torch`, the writer of its checkpoints.
     A run that is there already goes on if its config is the same but for what may change (`FREE`).
-    Raises UserError naming the options that differ, or if the directory cannot be written.
+    Raises UserError naming the options that differ, if the run is one of the other framework, or if the directory
+    cannot be written.
     """
     path = pathlib.Path(workdir) / FILE_NAME
+    for other in FRAMEWORKS.keys() - {framework}:
+        if (path.parent / "checkpoints" / other).is_dir():
+            raise UserError(
+                f"{workdir} is the work directory of a run in {FRAMEWORKS[other]}, this is {FRAMEWORKS[framework]}.  "
+                "Choose another --workdir; parity/convert.py carries weights over"
+            )
     if path.exists():
         old, new = flatten(read_workdir(workdir)), flatten(config)
         differing = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]

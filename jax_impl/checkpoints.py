@@ -3,6 +3,7 @@
 Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
 """
 
+import itertools
 import os
 import pathlib
 
@@ -35,30 +36,35 @@ class Checkpoints:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
         self.manager = self._open()
 
-    def save(self, state: TrainState, loader_state: str) -> None:
-        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written."""
-        run = {"loader": loader_state, "config": resolve.to_json(self.config)}
+    def save(self, state: TrainState, progress: dict) -> None:
+        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
+
+        progress: what else resuming needs, in terms of JSON: `loader`, its state, and `window`, steps not logged yet.
+        """
+        run = progress | {"config": resolve.to_json(self.config)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(run))
         try:
             self.manager.save(int(state.step), args=items)
         except (OSError, ValueError) as error:
             raise _cannot_save(self.path, error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, str] | None:
-        """Return the newest readable state, shaped and sharded as `like`, and its loader state; None if there is none.
+    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+        """Return the newest readable state, shaped and sharded as `like`, and its progress; None if there is none.
 
         A damaged checkpoint is named in a warning, set aside, and the one before it used.  Raises UserError if all
-        are damaged.
+        are damaged; then they stay as they are.
         """
-        steps = sorted(self.manager.all_steps(), reverse=True)
-        for step in steps:
+        damaged = []
+        for step in sorted(self.manager.all_steps(), reverse=True):
             try:
                 state, run = _restore(self.manager, step, like)
             except DAMAGE as error:
-                self._set_aside(step, error)
+                logging.warning("cannot read checkpoint %s: %s", self.path / str(step), _first_line(error))
+                damaged.append(step)
             else:
-                return state, run["loader"]
-        if steps:
+                self._set_aside(damaged)
+                return state, run
+        if damaged:
             raise UserError(f"no checkpoint in {self.path} could be read; to start again, choose another --workdir")
         return None
 
@@ -79,13 +85,15 @@ class Checkpoints:
         options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
         return ocp.CheckpointManager(self.path, options=options, item_names=("state", "run"))
 
-    def _set_aside(self, step, error):
-        damaged, aside = self.path / str(step), self.path.parent / f"jax_damaged_{step}"
-        logging.warning("cannot read checkpoint %s (%s): moved to %s; using the one before it",
-                        damaged, _first_line(error), aside)  # fmt: skip
+    def _set_aside(self, damaged):
+        if not damaged:
+            return
         self.manager.close()
         if jax.process_index() == 0:
-            damaged.rename(aside)
+            for step in damaged:
+                aside = _unused(self.path.parent / f"jax_damaged_{step}")
+                (self.path / str(step)).rename(aside)
+                logging.warning("moved the damaged checkpoint to %s; using the one before it", aside)
         _barrier("set_aside")
         self.manager = self._open()
 
@@ -114,13 +122,13 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    resolve.open_workdir(workdir, config)
+    resolve.open_workdir(workdir, config, "jax")
     mesh = make_mesh(config)
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
     _, state = create_state(config, mesh, params)
     checkpoints = Checkpoints(workdir, config)
-    checkpoints.save(state, "")
+    checkpoints.save(state, {"loader": "", "window": []})
     checkpoints.close()
 
 
@@ -136,6 +144,12 @@ def _named(state):
     """Return {dotted name: array}, so that a checkpoint is read without this project's classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
+
+
+def _unused(path):
+    """Return the path, or if it is taken, one like it that is not."""
+    names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], names) if not p.exists())
 
 
 def _barrier(name):

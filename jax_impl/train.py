@@ -2,6 +2,7 @@
 
 import math
 import signal
+from typing import Any, NamedTuple
 
 import jax
 from absl import logging
@@ -10,7 +11,7 @@ from jax.experimental import multihost_utils
 
 from configs import resolve
 from configs.errors import UserError
-from data.loader import make_loader
+from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress
 from jax_impl import weights
@@ -31,26 +32,39 @@ def train(config, workdir):
     resolve.check_divisible(config, jax.device_count(), "devices")
     first = jax.process_index() == 0
     if first:
-        resolve.open_workdir(workdir, config)
+        resolve.open_workdir(workdir, config, "jax")
     multihost_utils.sync_global_devices("workdir")
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     mesh = make_mesh(config)
     graphdef, state = start_state(config, mesh)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
     restored = checkpoints.restore(state)
+    window = Window()
     if restored:
-        state, loader_state = restored
-        if loader_state:
-            loader.set_state(loader_state)
+        state, run_before = restored
+        window.steps = run_before["window"]
+        if run_before["loader"]:
+            loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(int(state.step))
-    reports = make_reports(config, graphdef, log)
+    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, graphdef, log))
     try:
-        return loop(config, make_train_step(config, graphdef, mesh), state, loader, mesh, checkpoints, log, reports)
+        return loop(parts, make_train_step(config, graphdef, mesh), state, mesh)
     finally:
         loader.close()
         checkpoints.close()
         log.close()
+
+
+class Parts(NamedTuple):
+    """What a run works with, beside its state."""
+
+    config: Any
+    loader: Loader
+    checkpoints: Checkpoints
+    log: MetricLog
+    window: "Window"
+    reports: list  # of (every, report)
 
 
 def start_state(config, mesh):
@@ -62,26 +76,26 @@ def start_state(config, mesh):
     return graphdef, state
 
 
-def loop(config, train_step, state, loader, mesh, checkpoints, log, reports):
+def loop(parts, train_step, state, mesh):
     """Run the steps; log, report and save when due.  Returns the last state."""
-    c = config.train
-    progress, window = Progress(c.steps, log), Window()
+    c, window = parts.config.train, parts.window
+    progress = Progress(c.steps, parts.log)
     step = int(state.step)
     with Termination() as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(loader), mesh))
+            state, metrics = train_step(state, put_batch(next(parts.loader), mesh))
             step += 1
             window.add(step, metrics)
             progress(step)
             stop = termination.requested(step)
             if step % c.log_every == 0:
-                log.write(step, window.close())
-            for every, report in reports:
+                parts.log.write(step, window.close())
+            for every, report in parts.reports:
                 if every and step % every == 0:
                     report(step, state)
             if stop or step % c.checkpoint_every == 0 or step == c.steps:
                 window.check()
-                checkpoints.save(state, loader.get_state())
+                parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
             if stop:
                 logging.info("asked to stop: saved step %d", step)
                 break
@@ -100,7 +114,8 @@ class Window:
 
     def check(self):
         """Read the scalars back.  Raises UserError naming the first step whose loss is not finite."""
-        self.steps = jax.device_get(self.steps)
+        steps = jax.device_get(self.steps)
+        self.steps = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in steps]
         for step, metrics in self.steps:
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
                 raise UserError(
@@ -113,7 +128,7 @@ class Window:
         """Return the mean of each scalar over the window, and start the next one."""
         self.check()
         steps, self.steps = self.steps, []
-        return {name: sum(float(m[name]) for _, m in steps) / len(steps) for name in steps[0][1]}
+        return {name: sum(m[name] for _, m in steps) / len(steps) for name in steps[0][1]}
 
 
 class Termination:

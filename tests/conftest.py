@@ -9,7 +9,9 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
+from concurrent import futures
 
 import pytest
 
@@ -89,7 +91,7 @@ class Launcher:
     """Starts commands; see launcher.py."""
 
     def __init__(self, directory, env):
-        self._directory, self._count = directory, 0
+        self._directory, self._count, self._lock = directory, 0, threading.RLock()
         script = [sys.executable, str(ROOT / "tests" / "launcher.py")]
         self._errors = open(directory / "launcher_stderr", "w")  # noqa: SIM115
         self._process = subprocess.Popen(
@@ -99,8 +101,9 @@ class Launcher:
 
     def start(self, *argv, cwd=ROOT, **env):
         """Start a command: a script or a module, and its arguments."""
-        directory = self._directory / str(self._count)
-        self._count += 1
+        with self._lock:
+            directory = self._directory / str(self._count)
+            self._count += 1
         directory.mkdir()
         argv, files = [str(a) for a in argv], {name: str(directory / name) for name in ("stdout", "stderr")}
         return Command(self, self.ask(argv=argv, env=env, cwd=str(cwd), **files), directory)
@@ -113,9 +116,10 @@ class Launcher:
 
     def ask(self, **request):
         """Return the answer to a request."""
-        self._process.stdin.write(json.dumps(request) + "\n")
-        self._process.stdin.flush()
-        return self._answer()
+        with self._lock:
+            self._process.stdin.write(json.dumps(request) + "\n")
+            self._process.stdin.flush()
+            return self._answer()
 
     def close(self):
         """End."""
@@ -142,7 +146,8 @@ def datasets_dir(tmp_path_factory):
 @pytest.fixture(scope="session")
 def launcher(tmp_path_factory, datasets_dir):
     """Return the `Launcher` of the session."""
-    launcher = Launcher(tmp_path_factory.mktemp("commands"), {"TFDS_DATA_DIR": datasets_dir})
+    quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
+    launcher = Launcher(tmp_path_factory.mktemp("commands"), {"TFDS_DATA_DIR": datasets_dir} | quick)
     yield launcher
     launcher.close()
 
@@ -169,3 +174,15 @@ def options(datasets_dir):
         return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in settings.items())]
 
     return make
+
+
+@pytest.fixture(scope="session")
+def in_both():
+    """Return a function that calls a scenario(framework) for `jax` and `torch`, at once: each leaves a core idle."""
+
+    def run(scenario):
+        with futures.ThreadPoolExecutor() as pool:
+            for done in [pool.submit(scenario, framework) for framework in ("jax", "torch")]:
+                done.result()
+
+    return run

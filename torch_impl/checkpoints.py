@@ -4,6 +4,7 @@ Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
 is there, which is written last; an unfinished one is never read.
 """
 
+import itertools
 import json
 import os
 import pathlib
@@ -42,35 +43,41 @@ class Checkpoints:
         except OSError as error:
             raise UserError(f"cannot write {self.path}: {error.strerror}") from error
 
-    def save(self, state: TrainState, loader_state: str) -> None:
-        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written."""
+    def save(self, state: TrainState, progress: dict) -> None:
+        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
+
+        progress: what else resuming needs, in terms of JSON: `loader`, its state, and `window`, steps not logged yet.
+        """
         self.wait()
         directory = self.path / str(state.step)
-        run = {"step": state.step, "loader": loader_state, "config": resolve.to_json(self.config)}
+        run = {"step": state.step} | progress | {"config": resolve.to_json(self.config)}
         try:
             if _rank() == 0:
-                shutil.rmtree(directory, ignore_errors=True)  # an unfinished one of a killed run
+                _remove(directory)  # an unfinished one of a killed run
                 files.replace_text(directory / "run.json", json.dumps(run))
             _barrier()
             self.saving = dcp.async_save(_copy(_named(state)), checkpoint_id=directory)
         except (OSError, CheckpointException) as error:
             raise _cannot_save(self.path, error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, str] | None:
+    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Load the newest readable state into the tensors of `like`; None if there is no checkpoint.
 
-        Returns the state and its loader state.  A damaged checkpoint is named in a warning, set aside, and the one
-        before it used.  Raises UserError if all are damaged.
+        Returns the state and its progress.
+        A damaged checkpoint is named in a warning, set aside, and the one before it used.  Raises UserError if all
+        are damaged; then they stay as they are.
         """
-        steps = sorted(self._all_steps(), reverse=True)
-        for step in steps:
+        damaged = []
+        for step in sorted(self._all_steps(), reverse=True):
             try:
                 state, run = _restore(self.path / str(step), like)
             except DAMAGE as error:
-                self._set_aside(step, error)
+                logging.warning("cannot read checkpoint %s: %s", self.path / str(step), _first_line(error))
+                damaged.append(step)
             else:
-                return state, run["loader"]
-        if steps:
+                self._set_aside(damaged)
+                return state, run
+        if damaged:
             raise UserError(f"no checkpoint in {self.path} could be read; to start again, choose another --workdir")
         return None
 
@@ -95,13 +102,15 @@ class Checkpoints:
     def _all_steps(self):
         return [int(d.name) for d in self.path.iterdir() if d.name.isdigit() and (d / ".metadata").exists()]
 
-    def _set_aside(self, step, error):
-        damaged, aside = self.path / str(step), self.path.parent / f"torch_damaged_{step}"
-        logging.warning("cannot read checkpoint %s (%s): moved to %s; using the one before it",
-                        damaged, _first_line(error), aside)  # fmt: skip
+    def _set_aside(self, damaged):
+        if not damaged:
+            return
         _barrier()
         if _rank() == 0:
-            damaged.rename(aside)
+            for step in damaged:
+                aside = _unused(self.path.parent / f"torch_damaged_{step}")
+                (self.path / str(step)).rename(aside)
+                logging.warning("moved the damaged checkpoint to %s; using the one before it", aside)
         _barrier()
 
 
@@ -129,18 +138,19 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    resolve.open_workdir(workdir, config)
+    resolve.open_workdir(workdir, config, "torch")
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
     state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
     directory = Checkpoints(workdir, config).path / "0"
-    run = {"step": 0, "loader": "", "config": resolve.to_json(config)}
+    run = {"step": 0, "loader": "", "window": [], "config": resolve.to_json(config)}
     files.replace_text(directory / "run.json", json.dumps(run))
     dcp.save(_named(state), checkpoint_id=directory, no_dist=True)
 
 
 def _restore(directory, like):
     run = json.loads((directory / "run.json").read_text())
+    dcp.FileSystemReader(directory).read_metadata()  # raises what is wrong with it; `load` would print a traceback
     with warnings.catch_warnings():  # that one process without a group reads alone is what we want
         warnings.filterwarnings("ignore", message="torch.distributed is disabled")
         dcp.load(_named(like), checkpoint_id=directory, no_dist=not dist.is_initialized())
@@ -162,6 +172,19 @@ def _copy(tree):
     return {name: _copy(a) if isinstance(a, dict) else a.clone() for name, a in tree.items()}
 
 
+def _remove(path):
+    """Remove a directory or whatever else is there."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    path.unlink(missing_ok=True)
+
+
+def _unused(path):
+    """Return the path, or if it is taken, one like it that is not."""
+    names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
+    return next(p for p in itertools.chain([path], names) if not p.exists())
+
+
 def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
@@ -176,4 +199,6 @@ def _cannot_save(path, error):
 
 
 def _first_line(error):
+    if isinstance(error, CheckpointException):  # which says only that there was an error, in which processes
+        error = next(iter(error.failures.values()))[0]
     return next(iter(str(error).splitlines()), type(error).__name__)

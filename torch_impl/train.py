@@ -8,6 +8,7 @@ Run again with the same arguments to resume.
 
 import math
 import signal
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
@@ -17,7 +18,7 @@ from configs import resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
-from data.loader import make_loader
+from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress, setup_logging
 from torch_impl import weights
@@ -40,26 +41,39 @@ def train(config, workdir, device):
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     first = dist.get_rank() == 0
     if first:
-        resolve.open_workdir(workdir, config)
+        resolve.open_workdir(workdir, config, "torch")
     dist.barrier()
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     mesh = make_mesh(config, device)
     state = start_state(config, mesh, device)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
     restored = checkpoints.restore(state)
+    window = Window()
     if restored:
-        state, loader_state = restored
-        if loader_state:
-            loader.set_state(loader_state)
+        state, run_before = restored
+        window.steps = run_before["window"]
+        if run_before["loader"]:
+            loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(state.step)
-    reports = make_reports(config, device, log)
+    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, device, log))
     try:
-        return loop(config, make_train_step(config), state, loader, device, checkpoints, log, reports)
+        return loop(parts, make_train_step(config), state, device)
     finally:
         loader.close()
         checkpoints.close()
         log.close()
+
+
+class Parts(NamedTuple):
+    """What a run works with, beside its state."""
+
+    config: Any
+    loader: Loader
+    checkpoints: Checkpoints
+    log: MetricLog
+    window: "Window"
+    reports: list  # of (every, report)
 
 
 def start_state(config, mesh, device):
@@ -71,26 +85,26 @@ def start_state(config, mesh, device):
     return state
 
 
-def loop(config, train_step, state, loader, device, checkpoints, log, reports):
+def loop(parts, train_step, state, device):
     """Run the steps; log, report and save when due.  Returns the last state."""
-    c = config.train
-    progress, window = Progress(c.steps, log), Window()
+    c, window = parts.config.train, parts.window
+    progress = Progress(c.steps, parts.log)
     step = state.step
     with Termination(device) as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(loader), device))
+            state, metrics = train_step(state, put_batch(next(parts.loader), device))
             step += 1
             window.add(step, metrics)
             progress(step)
             stop = termination.requested(step)
             if step % c.log_every == 0:
-                log.write(step, window.close())
-            for every, report in reports:
+                parts.log.write(step, window.close())
+            for every, report in parts.reports:
                 if every and step % every == 0:
                     report(step, state)
             if stop or step % c.checkpoint_every == 0 or step == c.steps:
                 window.check()
-                checkpoints.save(state, loader.get_state())
+                parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
             if stop:
                 logging.info("asked to stop: saved step %d", step)
                 break

@@ -54,10 +54,10 @@ def test_batches_that_do_not_divide(batch, accumulate, devices):
 
 def test_a_workdir_of_another_config_is_refused_by_option(tmp_path):
     config = digits.get_config()
-    resolve.open_workdir(tmp_path, config)
+    resolve.open_workdir(tmp_path, config, "jax")
     config.train.learning_rate, config.model.depth = 0.5, 7
     with pytest.raises(UserError) as error:
-        resolve.open_workdir(tmp_path, config)
+        resolve.open_workdir(tmp_path, config, "jax")
     assert "train.learning_rate (0.001 there, 0.5 here)" in str(error.value)
     assert "model.depth (4 there, 7 here)" in str(error.value)
     assert resolve.read_workdir(tmp_path).model.depth == 4
@@ -65,9 +65,9 @@ def test_a_workdir_of_another_config_is_refused_by_option(tmp_path):
 
 def test_a_run_may_go_on_longer_and_log_otherwise(tmp_path):
     config = digits.get_config()
-    resolve.open_workdir(tmp_path, config)
+    resolve.open_workdir(tmp_path, config, "jax")
     config.train.steps, config.train.log_every, config.sample.steps = 9, 3, 4
-    resolve.open_workdir(tmp_path, config)
+    resolve.open_workdir(tmp_path, config, "jax")
     assert resolve.read_workdir(tmp_path).train.steps == 9
 
 
@@ -85,4 +85,4 @@ def test_a_missing_or_damaged_config_is_named(tmp_path):
 def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
-        resolve.open_workdir(tmp_path / "file" / "run", digits.get_config())
+        resolve.open_workdir(tmp_path / "file" / "run", digits.get_config(), "jax")

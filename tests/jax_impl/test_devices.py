@@ -17,7 +17,6 @@ BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
 ON_FOUR_DEVICES = {
     "data": {},
-    "data_and_fsdp": {"train.fsdp": 2},
     "data_and_fsdp_accumulate": {"train.fsdp": 2, "train.accumulate": 2},
 }
 TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each

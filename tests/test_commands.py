@@ -1,0 +1,118 @@
+"""The commands as a user runs them: samples and evaluations of a run, help, and one clear line for each mistake."""
+
+import json
+
+import numpy as np
+import pytest
+
+TRAIN = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
+SAMPLE = {"jax": "jax_impl.sample", "torch": "torch_impl/sample.py"}
+EVALUATE = {"jax": "jax_impl.evaluate", "torch": "torch_impl/evaluate.py"}
+FRAMEWORKS = pytest.mark.parametrize("framework", TRAIN)
+
+
+@pytest.fixture(scope="module")
+def runs(launcher, options, tmp_path_factory):
+    """Return {framework: work directory of a tiny run}."""
+    directory = tmp_path_factory.mktemp("runs")
+    for framework, program in TRAIN.items():
+        command = launcher.run(program, *options(), f"--workdir={directory / framework}")
+        assert command.wait() == 0, command.stderr
+    return {framework: directory / framework for framework in TRAIN}
+
+
+def samples(launcher, framework, workdir, output, *flags):
+    """Run the sample command; return images and labels."""
+    command = launcher.run(SAMPLE[framework], f"--workdir={workdir}", f"--output={output}", *flags)
+    assert command.wait() == 0, command.stderr
+    assert (output / "samples.png").read_bytes().startswith(b"\x89PNG")
+    with np.load(output / "samples.npz") as file:
+        return file["images"], file["labels"]
+
+
+@FRAMEWORKS
+def test_samples_do_not_depend_on_the_batching(framework, launcher, runs, tmp_path):
+    images, labels = samples(launcher, framework, runs[framework], tmp_path / "a", "--num_samples=7", "--labels=1,2,3")
+    assert images.shape == (7, 8, 8, 1) and images.dtype == np.float32
+    assert labels.tolist() == [1, 2, 3, 1, 2, 3, 1]
+    flags = ("--num_samples=7", "--labels=1,2,3", "--batch_size=3")
+    again, _ = samples(launcher, framework, runs[framework], tmp_path / "b", *flags)
+    np.testing.assert_allclose(again, images, atol=1e-5)
+    times, _ = samples(launcher, framework, runs[framework], tmp_path / "c", *flags, "--times=1,0.5,0", "--cfg_scale=2")
+    assert np.abs(times - images).max() > 1e-6
+
+
+@FRAMEWORKS
+def test_evaluate_prints_one_json_line_and_keeps_it(framework, launcher, runs):
+    command = launcher.run(EVALUATE[framework], f"--workdir={runs[framework]}")
+    assert command.wait() == 0, command.stderr
+    result = json.loads(command.stdout)
+    assert result == json.loads((runs[framework] / "evaluation.json").read_text())
+    assert 0 <= result["class_accuracy"] <= 1 and result["frechet_distance_pixels"] > 0
+
+
+@pytest.mark.parametrize("program", [*TRAIN.values(), *SAMPLE.values(), *EVALUATE.values()])
+def test_help(program, launcher):
+    command = launcher.run(program, "--help")
+    assert command.wait() == 0, command.stderr
+    assert "--workdir" in command.stdout
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"train.batch_size": 15, "train.accumulate": 2}, "batch_size 15 is not divisible by 2"),
+        ({"model.num_classes": 5}, "outside [0, 5)"),
+        ({"model.input_size": 16}, "the model expects (16, 16, 1)"),
+        ({"data.name": "digitz"}, "digitz"),
+        ({"train.load_from": "/none.safetensors"}, "cannot read /none.safetensors"),
+        ({"train.learning_rate": 1e30, "train.steps": 50}, "the loss of step "),
+    ],
+)
+def test_mistakes_of_training(framework, changes, message, launcher, options, tmp_path):
+    command = launcher.run(TRAIN[framework], *options(changes), f"--workdir={tmp_path / 'run'}")
+    assert command.wait() == 2
+    assert message in command.stderr
+    assert "Traceback" not in command.stderr
+
+
+@FRAMEWORKS
+def test_a_loss_that_is_not_finite_leaves_the_last_good_checkpoint(framework, launcher, options, tmp_path):
+    changes = {"train.learning_rate": 1e30, "train.steps": 50, "train.checkpoint_every": 1, "train.warmup_steps": 40,
+               "train.warmup_from": 1e-4}  # fmt: skip
+    command = launcher.run(TRAIN[framework], *options(changes), f"--workdir={tmp_path}")
+    assert command.wait() == 2, command.stderr
+    assert "the loss of step " in command.stderr
+    assert any((tmp_path / "checkpoints" / framework).iterdir())
+
+
+@FRAMEWORKS
+def test_a_workdir_that_cannot_be_written(framework, launcher, options, tmp_path):
+    (tmp_path / "file").write_text("")
+    command = launcher.run(TRAIN[framework], *options(), f"--workdir={tmp_path / 'file' / 'run'}")
+    assert command.wait() == 2
+    assert "cannot write" in command.stderr and "Traceback" not in command.stderr
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize(
+    ("flags", "message"),
+    [
+        (("--labels=11",), "label 11 is outside the classes 0 to 9"),
+        (("--times=0.5,1",), "must fall"),
+        (("--ema=7",), "config.sample.ema is 7"),
+        (("--labels=a",), "--labels"),
+    ],
+)
+def test_mistakes_of_sampling(framework, flags, message, launcher, runs, tmp_path):
+    command = launcher.run(SAMPLE[framework], f"--workdir={runs[framework]}", f"--output={tmp_path}", *flags)
+    assert command.wait() == 2
+    assert message in command.stderr and "Traceback" not in command.stderr
+
+
+@FRAMEWORKS
+def test_a_directory_without_a_run(framework, launcher, tmp_path):
+    command = launcher.run(EVALUATE[framework], f"--workdir={tmp_path}")
+    assert command.wait() == 2
+    assert "is not the work directory of a run" in command.stderr and "Traceback" not in command.stderr

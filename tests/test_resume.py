@@ -1,0 +1,191 @@
+"""A run that is killed, stopped or damaged goes on to the result of an unbroken one, bit for bit, in both trainers."""
+
+import re
+import shutil
+import signal
+
+import jax
+import numpy as np
+import pytest
+import torch
+
+from configs.resolve import read_workdir
+
+TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
+RUN = {
+    "train.steps": 90, "train.checkpoint_every": 15, "train.keep_checkpoints": 3, "train.log_every": 2,
+    "train.optimizer": "adamw",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def unbroken(launcher, options, tmp_path_factory):
+    """Return {framework: work directory of a run without interruption}."""
+    directory = tmp_path_factory.mktemp("unbroken")
+    commands = [launcher.start(TRAINERS[f], *options(RUN), f"--workdir={directory / f}") for f in TRAINERS]
+    for command in commands:
+        assert command.wait() == 0, command.stderr
+    return {framework: directory / framework for framework in TRAINERS}
+
+
+@pytest.fixture
+def start(launcher, options, tmp_path):
+    """Return a function (framework) that starts the same run in tmp_path/framework."""
+    return lambda framework: launcher.start(
+        TRAINERS[framework], *options(RUN), f"--workdir={tmp_path / framework}"
+    )  # fmt: skip
+
+
+def copy_of(workdir, destination):
+    """Copy a work directory.  Returns {step: checkpoint}."""
+    shutil.copytree(workdir, destination, dirs_exist_ok=True)
+    (checkpoints,) = (destination / "checkpoints").iterdir()
+    return {int(path.name): path for path in checkpoints.iterdir()}
+
+
+def state_of(framework, workdir):
+    """Return {name: array} of everything in the newest checkpoint."""
+    config = read_workdir(workdir)
+    if framework == "jax":
+        from jax_impl import checkpoints, step
+
+        _, like = step.create_state(config, step.make_mesh(config))
+        state, progress = checkpoints.Checkpoints(workdir, config).restore(like)
+        arrays = checkpoints._named(state)
+    else:
+        from torch_impl import checkpoints, step
+
+        like = step.create_state(config, None, torch.device("cpu"))
+        state, progress = checkpoints.Checkpoints(workdir, config).restore(like)
+        arrays = {jax.tree_util.keystr(path): a for path, a in jax.tree.leaves_with_path(checkpoints._named(state))}
+    return {name: np.asarray(a) for name, a in arrays.items()} | {"step": state.step, "loader": progress["loader"]}
+
+
+def assert_same_run(framework, found, expected):
+    """Compare the newest checkpoints and the logs, exactly."""
+    one, other = state_of(framework, found), state_of(framework, expected)
+    assert one.keys() == other.keys()
+    for name in one:
+        np.testing.assert_array_equal(one[name], other[name], err_msg=name)
+    assert (found / "metrics.jsonl").read_text() == (expected / "metrics.jsonl").read_text()
+
+
+def assert_goes_on(framework, start, workdir, expected):
+    """Start the run again; it must end as the unbroken one.  Returns the step from which it went on, and its stderr."""
+    command = start(framework)
+    assert command.wait() == 0, command.stderr
+    assert_same_run(framework, workdir, expected)
+    return int(re.search(r"resuming from step (\d+)", command.stderr)[1]), command.stderr
+
+
+def wait_for_lines(command, path, num):
+    """Return once a log has `num` lines."""
+    command.wait_for(path)
+    command.wait_until(lambda: len(path.read_text().splitlines()) >= num or command.poll() is not None)
+
+
+def test_kill_9(in_both, start, unbroken, tmp_path):
+    """After the second checkpoint has begun."""
+
+    def scenario(framework):
+        workdir = tmp_path / framework
+        command = start(framework)
+        wait_for_lines(command, workdir / "metrics.jsonl", 19)
+        command.send(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+        step, _ = assert_goes_on(framework, start, workdir, unbroken[framework])
+        assert step in (15, 30, 45, 60)
+
+    in_both(scenario)
+
+
+def test_kill_9_while_saving(in_both, start, unbroken, tmp_path):
+    """As soon as an entry for step 45 appears, long before it is whole."""
+
+    def scenario(framework):
+        workdir = tmp_path / framework
+        directory = workdir / "checkpoints" / framework
+        command = start(framework)
+        command.wait_for(directory)
+        while not any(path.name.startswith("45") for path in directory.iterdir()):
+            pass
+        command.send(signal.SIGKILL)
+        assert command.wait() == -signal.SIGKILL
+        step, _ = assert_goes_on(framework, start, workdir, unbroken[framework])
+        assert step <= 45
+
+    in_both(scenario)
+
+
+def test_sigterm_saves_the_step_it_has_reached(in_both, start, unbroken, tmp_path):
+    """Between two log lines or not: the second half of a window is logged with its first half."""
+
+    def scenario(framework):
+        workdir = tmp_path / framework
+        command = start(framework)
+        wait_for_lines(command, workdir / "metrics.jsonl", 10)
+        command.send(signal.SIGTERM)
+        assert command.wait() == 0, command.stderr
+        saved = int(re.search(r"asked to stop: saved step (\d+)", command.stderr)[1])
+        assert 20 <= saved < RUN["train.steps"]
+        step, _ = assert_goes_on(framework, start, workdir, unbroken[framework])
+        assert step == saved
+
+    in_both(scenario)
+
+
+def test_a_truncated_newest_checkpoint(in_both, start, unbroken, tmp_path):
+    def scenario(framework):
+        workdir = tmp_path / framework
+        checkpoints = copy_of(unbroken[framework], workdir)
+        assert sorted(checkpoints) == [60, 75, 90]
+        for path in checkpoints[90].rglob("*"):
+            if path.is_file() and (path.suffix == ".distcp" or path.parent.name == "d"):  # the files of the arrays
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        step, stderr = assert_goes_on(framework, start, workdir, unbroken[framework])
+        assert step == 75
+        assert f"cannot read checkpoint {checkpoints[90]}: " in stderr
+        assert f"{framework}_damaged_90; using the one before it" in stderr
+        assert (workdir / "checkpoints" / f"{framework}_damaged_90").is_dir()
+
+    in_both(scenario)
+
+
+def test_foreign_things_in_the_place_of_checkpoints(in_both, start, unbroken, tmp_path):
+    """A text file, and a directory of rubbish."""
+
+    def scenario(framework):
+        workdir = tmp_path / framework
+        checkpoints = copy_of(unbroken[framework], workdir)
+        for step in (75, 90):
+            shutil.rmtree(checkpoints[step])
+        checkpoints[90].write_text("rubbish")
+        checkpoints[75].mkdir()
+        (checkpoints[75] / ".metadata").write_text("rubbish")
+        (checkpoints[75] / "notes.txt").write_text("rubbish")
+        step, stderr = assert_goes_on(framework, start, workdir, unbroken[framework])
+        assert step == 60
+        assert f"cannot read checkpoint {checkpoints[75]}: " in stderr
+
+    in_both(scenario)
+
+
+def test_all_checkpoints_damaged(in_both, start, unbroken, tmp_path):
+    """Twice: nothing may be moved, or the second start would begin a new run over the old one."""
+
+    def scenario(framework):
+        workdir = tmp_path / framework
+        checkpoints = copy_of(unbroken[framework], workdir)
+        log = (workdir / "metrics.jsonl").read_text()
+        for path in (workdir / "checkpoints").rglob("*"):
+            if path.is_file():
+                path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+        for _ in range(2):
+            command = start(framework)
+            assert command.wait() == 2, command.stderr
+            assert "Traceback" not in command.stderr
+            assert f"error: no checkpoint in {checkpoints[90].parent} could be read" in command.stderr
+            assert all(f"cannot read checkpoint {path}: " in command.stderr for path in checkpoints.values())
+        assert (workdir / "metrics.jsonl").read_text() == log
+
+    in_both(scenario)
