@@ -18,9 +18,10 @@ import pytest
 ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 240.0  # seconds for one command; a loaded machine needs many
 TINY = {
-    "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2, "train.batch_size": 16, "train.steps": 5,
-    "train.learning_rate": 1e-3, "train.warmup_steps": 0, "train.schedule": "constant", "train.log_every": 1, "train.sample_every": 0, "train.compile": False, "train.ema_decays": (0.9, 0.99),
-    "sample.batch_size": 10, "evaluation.num_samples": 20,
+    "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
+    "train.batch_size": 16, "train.steps": 5, "train.learning_rate": 1e-3, "train.warmup_steps": 0,
+    "train.schedule": "constant", "train.log_every": 1, "train.sample_every": 0, "train.compile": False,
+    "train.ema_decays": (0.9, 0.99), "sample.batch_size": 10, "evaluation.num_samples": 20,
 }  # fmt: skip
 
 # Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept

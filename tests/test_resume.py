@@ -13,7 +13,7 @@ from configs.resolve import read_workdir
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 RUN = {
-    "train.steps": 90, "train.checkpoint_every": 15, "train.keep_checkpoints": 3, "train.log_every": 2,
+    "train.steps": 60, "train.checkpoint_every": 10, "train.keep_checkpoints": 3, "train.log_every": 2,
     "train.optimizer": "adamw",
 }  # fmt: skip
 
@@ -90,29 +90,29 @@ def test_kill_9(in_both, start, unbroken, tmp_path):
     def scenario(framework):
         workdir = tmp_path / framework
         command = start(framework)
-        wait_for_lines(command, workdir / "metrics.jsonl", 19)
+        wait_for_lines(command, workdir / "metrics.jsonl", 13)
         command.send(signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
         step, _ = assert_goes_on(framework, start, workdir, unbroken[framework])
-        assert step in (15, 30, 45, 60)
+        assert step in (10, 20, 30, 40, 50)
 
     in_both(scenario)
 
 
 def test_kill_9_while_saving(in_both, start, unbroken, tmp_path):
-    """As soon as an entry for step 45 appears, long before it is whole."""
+    """As soon as an entry for step 30 appears, long before it is whole."""
 
     def scenario(framework):
         workdir = tmp_path / framework
         directory = workdir / "checkpoints" / framework
         command = start(framework)
         command.wait_for(directory)
-        while not any(path.name.startswith("45") for path in directory.iterdir()):
+        while not any(path.name.startswith("30") for path in directory.iterdir()):
             pass
         command.send(signal.SIGKILL)
         assert command.wait() == -signal.SIGKILL
         step, _ = assert_goes_on(framework, start, workdir, unbroken[framework])
-        assert step <= 45
+        assert step <= 30
 
     in_both(scenario)
 
@@ -138,15 +138,15 @@ def test_a_truncated_newest_checkpoint(in_both, start, unbroken, tmp_path):
     def scenario(framework):
         workdir = tmp_path / framework
         checkpoints = copy_of(unbroken[framework], workdir)
-        assert sorted(checkpoints) == [60, 75, 90]
-        for path in checkpoints[90].rglob("*"):
+        assert sorted(checkpoints) == [40, 50, 60]
+        for path in checkpoints[60].rglob("*"):
             if path.is_file() and (path.suffix == ".distcp" or path.parent.name == "d"):  # the files of the arrays
                 path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
         step, stderr = assert_goes_on(framework, start, workdir, unbroken[framework])
-        assert step == 75
-        assert f"cannot read checkpoint {checkpoints[90]}: " in stderr
-        assert f"{framework}_damaged_90; using the one before it" in stderr
-        assert (workdir / "checkpoints" / f"{framework}_damaged_90").is_dir()
+        assert step == 50
+        assert f"cannot read checkpoint {checkpoints[60]}: " in stderr
+        assert f"{framework}_damaged_60; using the one before it" in stderr
+        assert (workdir / "checkpoints" / f"{framework}_damaged_60").is_dir()
 
     in_both(scenario)
 
@@ -157,15 +157,15 @@ def test_foreign_things_in_the_place_of_checkpoints(in_both, start, unbroken, tm
     def scenario(framework):
         workdir = tmp_path / framework
         checkpoints = copy_of(unbroken[framework], workdir)
-        for step in (75, 90):
+        for step in (50, 60):
             shutil.rmtree(checkpoints[step])
-        checkpoints[90].write_text("rubbish")
-        checkpoints[75].mkdir()
-        (checkpoints[75] / ".metadata").write_text("rubbish")
-        (checkpoints[75] / "notes.txt").write_text("rubbish")
+        checkpoints[60].write_text("rubbish")
+        checkpoints[50].mkdir()
+        (checkpoints[50] / ".metadata").write_text("rubbish")
+        (checkpoints[50] / "notes.txt").write_text("rubbish")
         step, stderr = assert_goes_on(framework, start, workdir, unbroken[framework])
-        assert step == 60
-        assert f"cannot read checkpoint {checkpoints[75]}: " in stderr
+        assert step == 40
+        assert f"cannot read checkpoint {checkpoints[50]}: " in stderr
 
     in_both(scenario)
 
@@ -184,7 +184,7 @@ def test_all_checkpoints_damaged(in_both, start, unbroken, tmp_path):
             command = start(framework)
             assert command.wait() == 2, command.stderr
             assert "Traceback" not in command.stderr
-            assert f"error: no checkpoint in {checkpoints[90].parent} could be read" in command.stderr
+            assert f"error: no checkpoint in {checkpoints[60].parent} could be read" in command.stderr
             assert all(f"cannot read checkpoint {path}: " in command.stderr for path in checkpoints.values())
         assert (workdir / "metrics.jsonl").read_text() == log
 
