@@ -42,21 +42,58 @@ def data() -> Config:
     c.dir = ""  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.flip = False  # mirror each image left-right with probability 0.5
     c.num_workers = 0  # loader processes; 0 loads in the trainer's own process
+    c.augment = augment()
+    return c
+
+
+def augment() -> Config:
+    """EDM's augmentation of pixels, arXiv:2206.00364 appendix F.2; the network is told of it (model.augment_dim).
+
+    The multipliers are those of the CIFAR-10 runs; 0 leaves a transform out, and its labels with it.
+    """
+    c = ml_collections.ConfigDict()
+    c.prob = 0.0  # probability of each transform, times its multiplier; 0: no augmentation
+    c.xflip = 1e8  # mirror left-right, half of the time; as good as always drawn
+    c.yflip = 0.0  # mirror up-down, half of the time
+    c.rotate_int = 0.0  # turn by a multiple of 90 degrees
+    c.translate_int = 0.0  # shift by whole pixels
+    c.scale = 1.0  # scale both axes
+    c.rotate_frac = 0.0  # turn by any angle
+    c.aniso = 1.0  # stretch one axis, squeeze the other
+    c.translate_frac = 1.0  # shift by fractions of a pixel
+    c.brightness = 0.0  # shift all colours
+    c.contrast = 0.0  # scale all colours
+    c.lumaflip = 0.0  # mirror brightness, half of the time
+    c.hue = 0.0  # turn colours around the grey axis
+    c.saturation = 0.0  # scale colours away from the grey axis
     return c
 
 
 def model() -> Config:
     """The network."""
     c = ml_collections.ConfigDict()
-    c.name = "dit"  # file of the architecture in models/
+    c.name = "dit"  # file of the architecture in models/: dit | unet; options of one are ignored by the other
     c.input_size = 8  # height and width of the data
     c.channels = 1  # channels of the data
     c.num_classes = 10  # classes; the label `num_classes` means "no class"
-    c.patch_size = 2  # side of a patch: tokens = (input_size / patch_size)^2
-    c.depth = 4  # transformer blocks
-    c.width = 128  # channels of a token
-    c.num_heads = 4  # attention heads
-    c.mlp_ratio = 4.0  # hidden width of a block's MLP over `width`
+    c.width = 128  # channels of a token (dit), of the first level (unet)
+    c.patch_size = 2  # dit: side of a patch, tokens = (input_size / patch_size)^2
+    c.depth = 4  # dit: transformer blocks
+    c.num_heads = 4  # dit: attention heads
+    c.mlp_ratio = 4.0  # dit: hidden width of a block's MLP over `width`
+    c.channel_mult = (2, 2, 2)  # unet: channels of each level over `width`; each level halves the resolution
+    c.channel_mult_emb = 4  # unet: width of the condition over `width`
+    c.channel_mult_noise = 2  # unet: width of the features of one time over `width`
+    c.num_blocks = 4  # unet: residual blocks of a level of the encoder; the decoder has one more
+    c.attn_resolutions = (16,)  # unet: resolutions whose blocks have attention
+    c.dropout = 0.0  # unet: probability, in training, in [0, 1)
+    c.augment_dim = 0  # unet: labels of data.augment that the network is told, 6 for the CIFAR-10 runs; 0: none
+    c.embedding_type = "positional"  # unet: features of a time: positional (DDPM++) | fourier (random, NCSN++)
+    c.encoder_type = "standard"  # unet: standard (DDPM++) | skip | residual (NCSN++)
+    c.decoder_type = "standard"  # unet: standard (DDPM++) | skip
+    c.resample_filter = (1, 3, 3, 1)  # unet: taps of the filter of down- and upsampling; (1, 1) in DDPM++
+    c.time_embedding = "joint"  # unet: joint (t and t - r, one MLP, py-meanflow) | separate (t, r, an MLP each)
+    c.qkv_layout = "split"  # unet: channels of q, k, v: split (thirds, py-meanflow) | interleaved (EDM, reproduction)
     c.compute_dtype = "float32"  # of matmuls: float32 | bfloat16 | float64 (float64 needs parameters in float64)
     return c
 
@@ -67,8 +104,9 @@ def method() -> Config:
     c.name = "meanflow"  # file of the method in methods/
     c.path = "linear"  # z(t): linear (1-t)x + te | cosine cos(pi t/2)x + sin(pi t/2)e
     c.time_sampler = "logit_normal"  # of both times: logit_normal | uniform
-    c.time_mean = -0.4  # mean of the normal under the logistic
-    c.time_std = 1.0  # its standard deviation
+    c.time_mean = (-0.4, -0.4)  # means of the normals under the logistic, of the first and the second time
+    c.time_std = (1.0, 1.0)  # their standard deviations
+    c.time_order = "sorted"  # t, r: sorted (larger, smaller) | truncated (first, second but at most the first)
     c.flow_rows = "split"  # rows with r = t: split (static, cheapest) | front (first rows) | coin (each row by chance)
     c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
@@ -104,8 +142,10 @@ def train() -> Config:
     c.warmup_from = 0.0  # learning rate at step 0 of the warm-up
     c.final_factor = 0.1  # cosine: last learning rate over the peak
     c.cosine_end = "steps"  # cosine reaches its floor at: steps | early (warmup_steps before, as official iMF)
-    c.ema_decays = (0.9999,)  # one EMA of the parameters each; the first is sampled from
+    c.ema_decays = (0.9999,)  # one EMA of the parameters each, by its decay a step
+    c.ema_every = 1  # steps between updates of the EMAs, each by decay^ema_every
     c.compile = True  # PyTorch: torch.compile the step (JAX always compiles)
+    c.compile_backend = "inductor"  # inductor (fused kernels) | aot_eager (traced, no kernels: ready many times sooner)
     c.matmul_precision = "highest"  # float32 matmuls: highest (full float32) | default (TF32 where the device has it)
     c.log_every = 100  # steps between log lines
     c.sample_every = 1000  # steps between sample grids in TensorBoard; 0: never
@@ -134,4 +174,5 @@ def evaluation() -> Config:
     c.num_samples = 2000  # generated images
     c.split = "train"  # real images to compare with
     c.classifier = True  # score class accuracy under an SVM trained on the real images (small images only)
+    c.every_ema = False  # during training, judge every one of train.ema_decays, not only that of sample.ema
     return c

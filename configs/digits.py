@@ -1,19 +1,23 @@
-"""MeanFlow on the 8x8 digits of scikit-learn, small enough for a laptop: a 1.3 M parameter DiT.
+"""MeanFlow on the 8x8 digits of scikit-learn, small enough for a laptop.
 
-Train with `python -m jax_impl.main --config=configs/digits.py --workdir=runs/digits`, or with
-`torchrun torch_impl/train.py --config=configs/digits.py --workdir=runs/digits_torch`.
-Expect, in one step, class accuracy 0.99 and a Fréchet distance in pixel space below 1, after a few minutes on two
-CPU cores.
+    python -m jax_impl.main --config=configs/digits.py --workdir=runs/digits
+    torchrun torch_impl/train.py --config=configs/digits.py:unet --workdir=runs/digits_unet
+
+(no variant)  a class-conditional transformer, 1.3 M parameters.  In one step: class accuracy 0.99, a Fréchet distance
+              in pixel space below 1, after a few minutes on two CPU cores
+unet          the CIFAR-10 system made small: an unconditional U-Net, 0.8 M parameters, with dropout, augmentation and
+              the times of v1.  In one step: a Fréchet distance in pixel space below 2
 """
 
 from configs import base
 
 
-def get_config() -> base.Config:
-    """Return the config of the demo."""
+def get_config(variant: str = "") -> base.Config:
+    """Return the config of the demo, or of a variant.  Raises ValueError for one that does not exist."""
+    if variant not in ("", "unet"):
+        raise ValueError(f"no variant {variant!r} of digits; there is unet, and the demo without a variant")
     config = base.get_config()
-    config.name = "digits"
-    config.method.omega, config.method.kappa = 1.3, 0.0  # enough for the class; more costs variety
+    config.name = f"digits:{variant}" if variant else "digits"
     config.train.steps = 1200
     config.train.batch_size = 64
     config.train.learning_rate = 1e-3
@@ -23,4 +27,27 @@ def get_config() -> base.Config:
     config.train.log_every = 50
     config.train.sample_every = 400
     config.train.checkpoint_every = 400
+    if variant == "unet":
+        unet(config)
+    else:
+        config.method.omega, config.method.kappa = 1.3, 0.0  # enough for the class; more costs variety
     return config
+
+
+def unet(config: base.Config) -> None:
+    """Make it the CIFAR-10 system, small."""
+    config.data.augment.prob = 0.12
+    config.model.name = "unet"
+    config.model.update(width=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.1, augment_dim=6)
+    config.method.guidance = False
+    config.method.label_drop_prob = 0.0
+    config.method.flow_fraction = 0.25
+    config.method.time_order = "truncated"
+    config.method.time_mean, config.method.time_std = (-0.6, -4.0), (1.6, 1.6)
+    config.method.clip_interval = False
+    config.method.adaptive_power, config.method.adaptive_eps = 0.75, 1e-3
+    config.train.steps = 500
+    config.train.ema_decays, config.train.ema_every = (0.99, 0.995), 4
+    config.train.sample_every = config.train.checkpoint_every = 250
+    config.train.compile_backend = "aot_eager"  # kernels of a U-Net take minutes to compile and gain nothing on a CPU
+    config.evaluation.classifier = False

@@ -10,15 +10,23 @@ from configs import base
 from configs.errors import UserError
 
 CHOICES = {
+    "model.name": ("dit", "unet"),
+    "model.embedding_type": ("positional", "fourier"),
+    "model.encoder_type": ("standard", "skip", "residual"),
+    "model.decoder_type": ("standard", "skip"),
+    "model.time_embedding": ("joint", "separate"),
+    "model.qkv_layout": ("split", "interleaved"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
     "method.path": ("linear", "cosine"),
     "method.time_sampler": ("logit_normal", "uniform"),
+    "method.time_order": ("sorted", "truncated"),
     "method.flow_rows": ("split", "front", "coin"),
     "method.label_drop": ("coin", "front"),
     "method.weighting": ("adaptive", "adaptive_squared", "uniform"),
     "train.optimizer": ("adam", "adamw"),
     "train.schedule": ("constant", "cosine"),
     "train.cosine_end": ("steps", "early"),
+    "train.compile_backend": ("inductor", "aot_eager"),
     "train.matmul_precision": ("highest", "default"),
 }
 # Least and largest value of numbers; None: no bound.
@@ -26,6 +34,12 @@ RANGES = {
     "model.depth": (1, None),
     "model.patch_size": (1, None),
     "model.num_classes": (1, None),
+    "model.num_blocks": (1, None),
+    "model.channel_mult_emb": (1, None),
+    "model.channel_mult_noise": (1, None),
+    "model.augment_dim": (0, None),
+    "model.dropout": (0, 1),
+    "data.augment.prob": (0, 1),
     "method.flow_fraction": (0, 1),
     "method.label_drop_prob": (0, 1),
     "method.kappa": (0, 1),
@@ -33,6 +47,7 @@ RANGES = {
     "train.batch_size": (1, None),
     "train.accumulate": (1, None),
     "train.fsdp": (1, None),
+    "train.ema_every": (1, None),
     "train.log_every": (1, None),
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (1, None),
@@ -43,7 +58,7 @@ RANGES = {
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
     "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
-    "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
+    "train.compile_backend", "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 FILE_NAME = "config.json"
@@ -74,18 +89,50 @@ def check(config: base.Config) -> base.Config:
             raise UserError(
                 f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
             )
-    if config.model.input_size % config.model.patch_size:
-        raise UserError(
-            f"config.model.patch_size {config.model.patch_size} does not divide config.model.input_size "
-            f"{config.model.input_size}"
-        )
-    if config.model.width % config.model.num_heads or config.model.width % 4:
-        raise UserError(f"config.model.width {config.model.width} must be a multiple of model.num_heads and of 4")
+    {"dit": check_dit, "unet": check_unet}[config.model.name](config)
+    for key in ("time_mean", "time_std"):
+        if len(config.method[key]) != 2 or not all(isinstance(value, int | float) for value in config.method[key]):
+            raise UserError(f"config.method.{key} is {config.method[key]}; give two numbers, for t and for r")
     if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
         raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
     if not -1 <= config.sample.ema < len(config.train.ema_decays):
         raise UserError(f"config.sample.ema is {config.sample.ema}, but there are {len(config.train.ema_decays)} EMAs")
     return config
+
+
+def check_dit(config: base.Config) -> None:
+    """Raise UserError for sizes of which no transformer can be built."""
+    c = config.model
+    if c.input_size % c.patch_size:
+        raise UserError(
+            f"config.model.patch_size {c.patch_size} does not divide config.model.input_size {c.input_size}"
+        )
+    if c.width % c.num_heads or c.width % 4:
+        raise UserError(f"config.model.width {c.width} must be a multiple of model.num_heads and of 4")
+
+
+def check_unet(config: base.Config) -> None:
+    """Raise UserError for sizes of which no U-Net can be built, and for what only a network with classes can do.
+
+    The network itself checks what depends on its levels.
+    """
+    c = config.model
+    sizes = [c.input_size >> level for level in range(len(c.channel_mult))]
+    if c.width < 4 or c.width % 4:
+        raise UserError(f"config.model.width {c.width} must be a multiple of 4")
+    if not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
+        raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
+    if not set(c.attn_resolutions) <= set(sizes):
+        raise UserError(f"config.model.attn_resolutions {c.attn_resolutions} are not among the levels' sizes {sizes}")
+    if config.evaluation.classifier:
+        raise UserError("a U-Net knows no classes to be scored: set --config.evaluation.classifier=False")
+    if config.method.guidance or config.sample.cfg_scale != 1:
+        raise UserError(
+            "config.model.name is unet, a network without classes, which cannot be guided: set "
+            "--config.method.guidance=False and --config.sample.cfg_scale=1"
+        )
+    if config.model.dropout == 1:
+        raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
 
 
 def check_divisible(config: base.Config, devices: int, kind: str) -> None:

@@ -5,6 +5,7 @@ changes it, so both trainers, on any number of devices, see the same global batc
 """
 
 import dataclasses
+import functools
 import json
 import math
 from collections.abc import Iterator
@@ -16,7 +17,7 @@ from absl import flags
 
 from configs import base
 from configs.errors import UserError
-from data import datasets
+from data import augment, datasets
 
 FLIP_PROB = 0.5
 # Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
@@ -72,7 +73,8 @@ class Examples:
 class Loader(Iterator):
     """Endless batches of one process; made by `make_loader`.
 
-    Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}.
+    Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}, and with config.data.augment
+    'augment': float32 [b k], the labels of the augmentation.
     """
 
     def __init__(self, batches: grain.MapDataset, identity: dict[str, int | str], num_workers: int):
@@ -135,9 +137,10 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
     and batches run across the ends of epochs, so that no example is dropped.
     config.data.flip mirrors arrays as they are; the mirror image of a latent is only nearly the latent of the mirror
-    image.
-    Raises UserError: batch_size not divisible, seed outside [0, 2^32), empty split, whatever `open_source` raises;
-    while iterating, for a record that does not fit config.model.
+    image.  config.data.augment comes after it, and is for pixels.
+    Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
+    data.augment, empty split, whatever `open_source` raises; while iterating, for a record that does not fit
+    config.model, or channels that data.augment cannot change.
     """
     if batch_size <= 0 or batch_size % num_processes:
         raise UserError(
@@ -146,6 +149,12 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed is {config.seed}; it must be in [0, 2^32)")
+    num_labels = augment.num_labels(config.data.augment)
+    if config.data.augment.prob > 0 and config.model.augment_dim not in (0, num_labels):
+        raise UserError(
+            f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
+            f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not told of them"
+        )
     examples = _examples(config, config.data.split)
     identity = {
         "dataset": examples.title,
@@ -156,13 +165,16 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
     if config.data.flip:
         rows = rows.random_map(_flip)
+    if config.data.augment.prob > 0:
+        rows = rows.random_map(functools.partial(_augment, c=config.data.augment))
     batches = rows.batch(batch_size // num_processes)[process::num_processes]
     return Loader(batches, identity, config.data.num_workers)
 
 
 def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order, unflipped.
+    """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
 
+    They are neither flipped nor augmented.
     Raises UserError as `make_loader` does.
     """
     examples = _examples(config, split)
@@ -193,3 +205,8 @@ def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str,
     if rng.random() < FLIP_PROB:
         return example | {"image": example["image"][:, ::-1]}
     return example
+
+
+def _augment(example: dict[str, np.ndarray], rng: np.random.Generator, c: base.Config) -> dict[str, np.ndarray]:
+    images, labels = augment.augment(example["image"][None], augment.draw(rng, 1), c)
+    return example | {"image": images[0], "augment": labels[0]}

@@ -3,6 +3,7 @@
 import json
 import os
 import pathlib
+from collections.abc import Callable
 
 import numpy as np
 
@@ -13,20 +14,25 @@ from evaluation import files, metrics
 
 FILE_NAME = "evaluation.json"
 TEST_SPLIT = "test"
+Features = dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
-def evaluate_samples(images: np.ndarray, labels: np.ndarray, config: base.Config) -> dict[str, float]:
+def evaluate_samples(
+    images: np.ndarray, labels: np.ndarray, config: base.Config, features: Features | None = None
+) -> dict[str, float]:
     """Compare generated images with the real split config.evaluation.split.
 
     images [n h w c] in data units, n >= 2; labels [n], the classes they were generated for.
-    Returns num_samples; frechet_distance_pixels (of raw pixels, not of Inception features: not an FID); with
+    features: {metric: function of images [n h w c] in data units -> features [n d]}: spaces for more such distances.
+    Returns num_samples; frechet_distance_pixels (of raw pixels, not of Inception features: not an FID); the distances
+    in the spaces of `features`; with
     config.evaluation.classifier also class_accuracy in [0, 1], and, if the dataset has another split `test`, the same
     two numbers of its real images, `real_...`: what a perfect model would reach.
     Raises UserError for images that are not finite, too few or of the wrong shape, and whatever `load_arrays` raises.
     """
     real_images, real_labels = loader.load_arrays(config, config.evaluation.split)
     _check(images, labels, real_images)
-    result = {"num_samples": len(images), **_compare(images, labels, real_images, real_labels, config)}
+    result = {"num_samples": len(images), **_compare(images, labels, real_images, real_labels, config, features)}
     splits = datasets.split_names(config.data.name, config.data.dir)
     if config.evaluation.classifier and TEST_SPLIT in splits and config.evaluation.split != TEST_SPLIT:
         test_images, test_labels = loader.load_arrays(config, TEST_SPLIT)
@@ -45,13 +51,15 @@ def write_evaluation(workdir: str | os.PathLike, result: dict[str, float]) -> st
     return line
 
 
-def _compare(images, labels, real_images, real_labels, config) -> dict[str, float]:
+def _compare(images, labels, real_images, real_labels, config, features=None) -> dict[str, float]:
     result = {}
     if config.evaluation.classifier:
         result["class_accuracy"] = metrics.class_accuracy(images, labels, real_images, real_labels)
     result["frechet_distance_pixels"] = metrics.frechet_distance(
         images.reshape(len(images), -1), real_images.reshape(len(real_images), -1)
     )
+    for name, function in (features or {}).items():
+        result[name] = metrics.frechet_distance(function(images), function(real_images))
     return result
 
 

@@ -11,10 +11,18 @@ from evaluation.logs import setup_logging
 from jax_impl import sample
 
 
-def evaluate(config, sampler, params):
-    """Return {metric: value} of config.evaluation.num_samples samples."""
+def evaluate(config, sampler, params, features=None):
+    """Return {metric: value} of config.evaluation.num_samples samples.  features: see `report.evaluate_samples`."""
     images, labels = sample.generate(config, sampler, params, config.evaluation.num_samples)
-    return report.evaluate_samples(images, labels, config)
+    return report.evaluate_samples(images, labels, config, features)
+
+
+def evaluate_emas(config, sampler, emas, features=None):
+    """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one."""
+    results = [evaluate(config, sampler, ema, features) for ema in emas]
+    named = zip(config.train.ema_decays, results, strict=True)
+    values = {f"{name}_ema_{decay}": value for decay, result in named for name, value in result.items()}
+    return values | (results[config.sample.ema] if config.sample.ema >= 0 else {})
 
 
 def main():

@@ -120,6 +120,8 @@ def main():
         labels = [int(label) for label in f.labels]
     except ValueError as error:
         raise UserError(f"--labels: {error}") from error
+    if labels and config.model.name == "unet":
+        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
     images, labels = generate(config, make_sampler(config, graphdef), params, f.num_samples, labels)
     if not (f.output or f.workdir):
         raise UserError("--output is missing: name the directory for the samples")

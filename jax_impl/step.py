@@ -87,18 +87,26 @@ def learning_rate(step, c):
 
 
 def make_optimizer(c):
-    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway."""
+    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway.
+
+    Frequencies that are never trained (`freqs`) do not decay either.
+    """
+
+    def decays(params):
+        return jax.tree_util.tree_map_with_path(lambda path, _: "freqs" not in jax.tree_util.keystr(path), params)
+
     return optax.adamw(
         lambda step: learning_rate(step, c), b1=c.beta1, b2=c.beta2, eps=c.adam_eps,
-        weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0,
+        weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0, mask=decays,
     )  # fmt: skip
 
 
 def apply_gradients(state, grads, c):
     """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
 
-    EMA: d ema + (1 - d) params, from the first step on, after the update.  Source: Gsunshine/meanflow,
-    utils/ema_util.py.
+    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every, in a form
+    whose rounding does not depend on how near d is to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
+    Gsunshine/py-meanflow, models/meanflow.py (every 16 steps).
     """
     norm = optax.tree.norm(grads)
     if c.clip_norm > 0:
@@ -106,11 +114,17 @@ def apply_gradients(state, grads, c):
         grads = jax.tree.map(lambda g: g * scale, grads)
     updates, opt_state = make_optimizer(c).update(grads, state.opt_state, state.params)
     params = optax.apply_updates(state.params, updates)
-    emas = tuple(
-        jax.tree.map(lambda e, p, d=d: d * e + (1 - d) * p, ema, params)
-        for d, ema in zip(c.ema_decays, state.emas, strict=True)
-    )
-    return TrainState(state.step + 1, params, opt_state, emas), norm
+    step = state.step + 1
+
+    def update(emas):
+        return tuple(
+            jax.tree.map(lambda e, p, w=1 - decay**c.ema_every: e + w * (p - e), ema, params)
+            for decay, ema in zip(c.ema_decays, emas, strict=True)
+        )
+
+    due = step % c.ema_every == 0
+    emas = update(state.emas) if c.ema_every == 1 else jax.lax.cond(due, update, lambda emas: emas, state.emas)
+    return TrainState(step, params, opt_state, emas), norm
 
 
 def measure(loss, aux):
@@ -130,19 +144,21 @@ def measure(loss, aux):
     }
 
 
-def make_train_step(config, graphdef, mesh):
+def make_train_step(config, graphdef, mesh, draw=None):
     """Return the compiled step: (state, batch) -> (state, metrics).
 
-    batch: {'image' [b h w c] float32, 'label' [b] int32}, rows sharded over all devices.  The state is donated.
+    batch: {'image' [b h w c] float32, 'label' [b] int32, and 'augment' [b k] float32 if images are augmented}, rows
+    sharded over all devices.  The state is donated.  draw: (key, shape, cfg) -> Draws; None: the method's own.
     Draws depend on (seed, step) alone and the rows are split inside each device's shard, so the result does not
     depend on the number of devices or micro-batches.
     """
     method, c = METHODS[config.method.name], config.train
+    draw = draw or method.draw
     rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, x, y, draws):
+    def loss_fn(params, batch, draws):
         net = nnx.merge(graphdef, params)
-        loss, aux = method.loss(net, (x, y), draws, config.method)
+        loss, aux = method.loss(net, batch, draws, config.method)
         return loss, measure(loss, aux)
 
     def micro_batches(a):
@@ -167,8 +183,8 @@ def make_train_step(config, graphdef, mesh):
 
     def train_step(state, batch):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-        draws = method.draw(key, batch["image"].shape, config.method)
-        rows = jax.lax.with_sharding_constraint((batch["image"], batch["label"], draws), rows_sharding)
+        draws = draw(key, batch["image"].shape, config.method)
+        rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
         # Every device gathers whole parameters and gradients; else activations would be sharded as parameters are.

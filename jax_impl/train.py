@@ -16,7 +16,7 @@ from evaluation import grids
 from evaluation.logs import MetricLog, Progress
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints
-from jax_impl.evaluate import evaluate
+from jax_impl.evaluate import evaluate, evaluate_emas
 from jax_impl.sample import generate, make_sampler
 from jax_impl.step import create_state, make_mesh, make_train_step, put_batch
 
@@ -37,6 +37,8 @@ def train(config, workdir):
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     mesh = make_mesh(config)
     graphdef, state = start_state(config, mesh)
+    num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
+    logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
     restored = checkpoints.restore(state)
     window = Window()
@@ -164,6 +166,9 @@ def make_reports(config, graphdef, log):
         log.image(step, "samples", grids.grid(images))
 
     def evaluation(step, state):
-        log.write(step, evaluate(config, sampler, sampled_params(state)))
+        result = evaluate_emas(config, sampler, state.emas) if config.evaluation.every_ema else {}
+        if not config.evaluation.every_ema or config.sample.ema < 0:
+            result |= evaluate(config, sampler, sampled_params(state))
+        log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

@@ -30,11 +30,11 @@ def from_canonical(net, weights):
 
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
     """
-    params = nnx.state(net, nnx.Param)
+    params, tables = nnx.state(net, nnx.Param), net.tables()
     flat = nnx.to_flat_state(params)
     names = {canonical_name(path): path for path, _ in flat}
-    check_names(weights, {*names, *net.tables()})
-    for name, table in net.tables().items():
+    check_names(weights, {*names, *tables})
+    for name, table in tables.items():
         if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
             raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
     leaves = []

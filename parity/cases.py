@@ -2,10 +2,9 @@
 
 import functools
 
-import ml_collections
 import numpy as np
 
-from configs import base
+from configs import base, resolve
 from parity import formula
 from parity.checks import Case, Measure
 from parity.frameworks import FRAMEWORKS
@@ -15,9 +14,21 @@ BOUND = 1e-10  # relative: both sum the same terms in another order, which costs
 # 1e-16/h, both relative to values of order 1: 1e-10 or so at h = 1e-5, and a few orders of margin for the derivative.
 DIFFERENCE_BOUND, DIFFERENCE_STEP = 1e-7, 1e-5
 BATCH_SIZE, STEPS = 12, 10
-MODEL = {
-    "input_size": 8, "channels": 3, "num_classes": 7, "patch_size": 2, "depth": 2, "width": 32, "num_heads": 4,
-    "mlp_ratio": 3.0, "compute_dtype": "float64",
+COMMON = {"input_size": 8, "channels": 3, "num_classes": 7, "compute_dtype": "float64"}
+UNET = COMMON | {
+    "name": "unet", "width": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.3,
+    "augment_dim": 6,
+}  # fmt: skip
+# Tiny networks, by the name that their cases carry; the transformer's cases carry none.
+NETWORKS = {
+    "dit": COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0},
+    "unet": UNET,
+    "unet_separate": UNET | {
+        "time_embedding": "separate", "qkv_layout": "interleaved", "resample_filter": (1, 1), "channel_mult_noise": 1,
+        "augment_dim": 0,
+    },
+    "unet_residual": UNET | {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "skip"},
+    "unet_skip": UNET | {"encoder_type": "skip", "decoder_type": "skip", "channel_mult": (1, 1, 2)},
 }  # fmt: skip
 GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
 OMEGA = {"omega": 2.5, "kappa": 0.0, "guidance_start": 0.2, "guidance_end": 0.8}
@@ -28,7 +39,7 @@ SETTINGS = {
     "split/kappa": GUIDED | {"adaptive_power": 0.75},
     "split/noguid": {"guidance": False, "time_sampler": "uniform"},
     "split/cosine": GUIDED | {"path": "cosine", "weighting": "uniform", "label_drop_prob": 0.5},
-    "split/squared": OMEGA | SQUARED | {"adaptive_power": 0.5, "time_mean": 0.3, "time_std": 1.5},
+    "split/squared": OMEGA | SQUARED | {"adaptive_power": 0.5, "time_mean": (0.3, -0.2), "time_std": (1.5, 1.2)},
     "split/front_drop": GUIDED | {"label_drop": "front", "label_drop_prob": 0.4, "clip_interval": False},
     "split/all_flow": GUIDED | {"flow_fraction": 1.0},
     "split/no_flow": GUIDED | {"flow_fraction": 0.0, "path": "cosine"},
@@ -38,6 +49,19 @@ SETTINGS = {
     "coin/kappa0": OMEGA | SQUARED | {"flow_rows": "coin", "flow_fraction": 0.3, "time_sampler": "uniform"},
     "coin/kappa": GUIDED | {"flow_rows": "coin", "flow_fraction": 0.25, "label_drop_prob": 0.3},
     "coin/noguid": SQUARED | {"flow_rows": "coin", "guidance": False, "adaptive_power": 0.75, "path": "cosine"},
+}
+V0 = {
+    "guidance": False, "flow_fraction": 0.25, "time_mean": (-2.0, -2.0), "time_std": (2.0, 2.0),
+    "adaptive_power": 0.75, "adaptive_eps": 1e-3, "clip_interval": False,
+}  # fmt: skip
+V1 = V0 | {"time_order": "truncated", "time_mean": (-0.6, -4.0), "time_std": (1.6, 1.6)}
+# The same for other networks, by network and name.  A U-Net has no classes, but the objective must not know that.
+NETWORK_SETTINGS = {
+    "unet/v0": V0,
+    "unet/v1": V1 | {"time_mean": (-0.6, -0.9)},
+    "unet/v1_coin": V1 | {"flow_rows": "coin", "flow_fraction": 0.5, "weighting": "uniform"},
+    "unet/kappa": GUIDED | {"flow_fraction": 0.25},
+    "unet_separate/cosine": V0 | {"path": "cosine", "time_sampler": "uniform", "flow_fraction": 0.5},
 }
 SAMPLERS = {
     "steps1": {"steps": 1},
@@ -58,50 +82,67 @@ TRAINING = {
 
 def all_cases() -> list[Case]:
     """Return the cases in float64."""
-    cases = [Case("float64/forward", forward), Case("float64/jvp", jvp), Case("float64/difference", difference)]
-    cases += [Case(f"float64/{name}", functools.partial(loss, setting)) for name, setting in SETTINGS.items()]
-    cases += [Case(f"float64/train/{name}", functools.partial(train, options)) for name, options in TRAINING.items()]
-    cases += [Case(f"float64/sample/{name}", functools.partial(sample, options)) for name, options in SAMPLERS.items()]
+    cases = []
+    for network in NETWORKS:
+        prefix = "float64/" if network == "dit" else f"float64/{network}/"
+        for function in (forward, jvp, difference):
+            cases.append(Case(prefix + function.__name__, functools.partial(function, network)))
+    cases += [Case(f"float64/{name}", functools.partial(loss, "dit", setting)) for name, setting in SETTINGS.items()]
+    for name, setting in NETWORK_SETTINGS.items():
+        cases.append(Case(f"float64/{name}", functools.partial(loss, name.split("/")[0], setting)))
+    for name, options in TRAINING.items():
+        cases.append(Case(f"float64/train/{name}", functools.partial(train, "dit", {"method": GUIDED}, options)))
+    periodic = TRAINING["adam_constant"] | {"ema_every": 4}
+    cases.append(Case("float64/unet/train/ema_every", functools.partial(train, "unet", {"method": V0}, periodic)))
+    cases += [Case(f"float64/sample/{name}", functools.partial(sample, "dit", o)) for name, o in SAMPLERS.items()]
+    cases.append(Case("float64/unet/sample/steps2", functools.partial(sample, "unet", SAMPLERS["steps2"])))
     return cases
 
 
-def forward(measure: Measure) -> None:
-    """The network's output, with r < t and with r = t."""
-    x, y, _ = batch()
+def forward(network: str, measure: Measure) -> None:
+    """The network's output, with r < t and with r = t, and without what it may be given."""
+    cfg = config(network)
+    x, _, _, y, _ = jvp_inputs(cfg)
     t, r = times()
-    for quantity, r_given in (("u", r), ("u at r = t", t)):
-        u = {name: f.forward(net, x, t, r_given, y) for name, f, net in nets(config())}
+    cases = {"u": (r, given(cfg)), "u at r = t": (t, given(cfg))}
+    cases |= {"u (nothing given)": (r, {})} if given(cfg) else {}
+    for quantity, (r_given, beside) in cases.items():
+        u = {name: f.forward(net, x, t, r_given, y, beside) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
 
 
-def jvp(measure: Measure) -> None:
+def jvp(network: str, measure: Measure) -> None:
     """The bare network's output and total derivative, from the methods' `average_velocity`."""
-    result = {name: f.jvp(net, *jvp_inputs()) for name, f, net in nets(config())}
+    cfg = config(network)
+    result = {name: f.jvp(net, *jvp_inputs(cfg), given(cfg)) for name, f, net in nets(cfg)}
     for i, quantity in enumerate(("u", "du_dt")):
         measure.compare("jax-torch", quantity, result["jax"][i], result["torch"][i], BOUND)
 
 
-def difference(measure: Measure) -> None:
+def difference(network: str, measure: Measure) -> None:
     """The total derivative of each framework against its own central difference along (v, 1, 0)."""
-    z, t, r, y, v = jvp_inputs()
+    cfg = config(network)
+    z, t, r, y, v = jvp_inputs(cfg)
     h = DIFFERENCE_STEP
-    for name, f, net in nets(config()):
-        ahead, behind = (f.forward(net, z + step * v, t + step, r, y) for step in (h, -h))
-        _, du_dt = f.jvp(net, z, t, r, y, v)
+    for name, f, net in nets(cfg):
+        ahead, behind = (f.forward(net, z + step * v, t + step, r, y, given(cfg)) for step in (h, -h))
+        _, du_dt = f.jvp(net, z, t, r, y, v, given(cfg))
         measure.compare(name, "du_dt (central difference)", du_dt, (ahead - behind) / (2 * h), DIFFERENCE_BOUND)
 
 
-def loss(setting: dict, measure: Measure) -> None:
+def loss(network: str, setting: dict, measure: Measure) -> None:
     """Every quantity and gradient of the loss, between the frameworks and against the plain formula."""
-    cfg = config(method=setting)
-    x, y, draws = batch(cfg.method)
+    cfg = config(network, method=setting)
+    rows, draws = batch(cfg)
+    in_training = given(cfg)
+    in_guidance = {name: a for name, a in in_training.items() if name != "dropout"}
     result = {}
     for name, f, net in nets(cfg):
-        result[name] = f.loss(net, x, y, draws, cfg.method)
-        bare = functools.partial(f.forward, net), functools.partial(f.jvp, net)
-        plain = formula.loss(*bare, (x, y, MODEL["num_classes"]), draws, cfg.method)
+        result[name] = f.loss(net, rows, draws, cfg.method)
+        bare = functools.partial(f.forward, net, given=in_guidance), functools.partial(f.jvp, net, given=in_training)
+        plain = formula.loss(*bare, (rows["image"], rows["label"], cfg.model.num_classes), draws, cfg.method)
         inputs = tuple(plain[key] for key in ("z", "t", "r", "y"))
-        plain_grads = f.regression_gradients(net, inputs, plain["target"], plain["scale"])
+        plain_grads = f.regression_gradients(net, inputs, in_training, plain["target"], plain["scale"])
         against_formula(measure, name, result[name], plain, plain_grads)
     (value, aux, grads), (torch_value, torch_aux, torch_grads) = result["jax"], result["torch"]
     measure.compare("jax-torch", "loss", value, torch_value, BOUND)
@@ -122,10 +163,10 @@ def against_formula(measure, framework, result, plain, plain_grads):
     measure.compare_worst(framework, "grad (formula)", grads, plain_grads, BOUND)
 
 
-def train(options: dict, measure: Measure) -> None:
+def train(network: str, setting: dict, options: dict, measure: Measure) -> None:
     """Parameters and EMAs after ten steps of the trainers' own update, on each framework's own gradients."""
-    cfg = config(method=GUIDED, train=options)
-    batches = [batch(cfg.method, seed) for seed in range(STEPS)]
+    cfg = config(network, train=options, **setting)
+    batches = [batch(cfg, seed) for seed in range(STEPS)]
     result = {name: f.train(net, cfg, batches) for name, f, net in nets(cfg)}
     (trees, scalars), (torch_trees, torch_scalars) = result["jax"], result["torch"]
     for quantity in trees:
@@ -134,17 +175,18 @@ def train(options: dict, measure: Measure) -> None:
         measure.compare("jax-torch", quantity, scalars[quantity], torch_scalars[quantity], BOUND)
 
 
-def sample(options: dict, measure: Measure) -> None:
+def sample(network: str, options: dict, measure: Measure) -> None:
     """Generated images."""
-    cfg = config(sample=options)
-    images = {name: f.sample(net, batch()[2][0], batch()[1], cfg.sample) for name, f, net in nets(cfg)}
+    cfg = config(network, sample=options)
+    rows, draws = batch(cfg)
+    images = {name: f.sample(net, draws["noise"], rows["label"], cfg.sample) for name, f, net in nets(cfg)}
     measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
 
 
-def config(**changes: dict) -> ml_collections.ConfigDict:
+def config(network: str = "dit", **changes: dict) -> base.Config:
     """Return the config of a tiny network; changes: options of a section by its name, e.g. method={'kappa': 0}."""
     cfg = base.get_config()
-    cfg.model.update(MODEL)
+    cfg.model.update(NETWORKS[network])
     for section, options in changes.items():
         cfg[section].update(options)
     return cfg
@@ -152,27 +194,49 @@ def config(**changes: dict) -> ml_collections.ConfigDict:
 
 def nets(cfg) -> list[tuple]:
     """Return (name, framework, network) for each framework, with the same random weights."""
-    return [(name, f, f.build(cfg, random_weights())) for name, f in FRAMEWORKS.items()]
+    return [(name, f, f.build(cfg, random_weights(cfg))) for name, f in FRAMEWORKS.items()]
+
+
+def random_weights(cfg) -> dict[str, np.ndarray]:
+    """Return canonical weights that are non-zero everywhere: zero layers would hide all but themselves."""
+    alone = base.get_config()
+    alone.model.update(cfg.model, compute_dtype="float64")
+    return _random_weights(resolve.to_json(alone))
 
 
 @functools.cache
-def random_weights() -> dict[str, np.ndarray]:
-    """Return canonical weights that are non-zero everywhere: zero layers would hide all but themselves."""
+def _random_weights(text: str) -> dict[str, np.ndarray]:
+    cfg = resolve.from_json(text)
     rng = np.random.RandomState(1)
     torch = FRAMEWORKS["torch"]
-    fresh = torch.fresh_weights(config(), [0])[0]
-    tables = torch.tables(torch.build(config(), fresh))
+    fresh = torch.fresh_weights(cfg, [0])[0]
+    tables = torch.tables(torch.build(cfg, fresh))
     return {name: tables[name] if name in tables else rng.normal(0, 0.15, a.shape) for name, a in fresh.items()}
 
 
-def batch(cfg=None, seed: int = 0) -> tuple:
-    """Return images, labels and draws (noise, times, coin, drop) in float64.  cfg: `config.method`."""
+def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
+    """Return images, labels and what else a batch of the config holds, and the draws, by name, in float64."""
     rng = np.random.RandomState(100 + seed)
-    shape = (BATCH_SIZE, MODEL["input_size"], MODEL["input_size"], MODEL["channels"])
-    x, y, noise = rng.normal(size=shape), rng.randint(0, MODEL["num_classes"], BATCH_SIZE), rng.normal(size=shape)
-    uniform = cfg is not None and cfg.time_sampler == "uniform"
-    drawn = rng.uniform(size=(BATCH_SIZE, 2)) if uniform else rng.normal(size=(BATCH_SIZE, 2))
-    return x, y, (noise, drawn, rng.uniform(size=BATCH_SIZE), rng.uniform(size=BATCH_SIZE))
+    c = cfg.model
+    shape = (BATCH_SIZE, c.input_size, c.input_size, c.channels)
+    x, y, noise = rng.normal(size=shape), rng.randint(0, c.num_classes, BATCH_SIZE), rng.normal(size=shape)
+    uniform = cfg.method.time_sampler == "uniform"
+    draws = {
+        "noise": noise,
+        "times": rng.uniform(size=(BATCH_SIZE, 2)) if uniform else rng.normal(size=(BATCH_SIZE, 2)),
+        "coin": rng.uniform(size=BATCH_SIZE),
+        "drop": rng.uniform(size=BATCH_SIZE),
+        "dropout": rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64),  # exact in any precision
+    }
+    rows = {"image": x, "label": y}
+    return rows | ({"augment": rng.normal(size=(BATCH_SIZE, c.augment_dim))} if c.augment_dim else {}), draws
+
+
+def given(cfg) -> dict[str, np.ndarray]:
+    """Return what the network of the config is given in training beside (z, t, r, y), by name."""
+    rows, draws = batch(cfg)
+    beside = {name: a for name, a in rows.items() if name == "augment"}
+    return beside | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
 
 
 def times() -> tuple[np.ndarray, np.ndarray]:
@@ -181,7 +245,7 @@ def times() -> tuple[np.ndarray, np.ndarray]:
     return drawn[:, 1], drawn[:, 0]
 
 
-def jvp_inputs() -> tuple:
+def jvp_inputs(cfg) -> tuple:
     """Return z, t, r, y and a tangent of z."""
-    x, y, draws = batch()
-    return x, *times(), y, draws[0]
+    rows, draws = batch(cfg)
+    return rows["image"], *times(), rows["label"], draws["noise"]

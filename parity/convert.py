@@ -5,7 +5,8 @@
 Reads, by content or suffix:
   a work directory of jax_impl or torch_impl (its newest checkpoint; --ema chooses which weights)
   *.safetensors   canonical weights: the names and layouts of the official PyTorch state dicts
-  *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed
+  *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed.  Of the
+                  networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net
   *.msgpack       an official Flax tree (Gsunshine/meanflow), bare or in a train state with 'ema_params' or 'params'
   a directory     with an Orbax checkpoint of the same
 Writes, by the suffix of DEST:
@@ -19,7 +20,6 @@ import argparse
 import pathlib
 import runpy
 
-import ml_collections
 import numpy as np
 import torch
 
@@ -27,6 +27,7 @@ from configs import base, resolve
 from configs.errors import UserError, exit_on_user_error
 from jax_impl import checkpoints as jax_checkpoints
 from parity import sources
+from parity.infer import inferred_config
 from parity.names import canonical_to_flax_tree, flax_tree_to_canonical
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -51,7 +52,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
     parser.add_argument(
         "--ema", metavar="N", type=int, default=0,
-        help="of a work directory: which of train.ema_decays, -1 for the raw parameters (default: 0)",
+        help="of a work directory or a py-meanflow checkpoint: which EMA, -1 for the raw parameters (default: 0)",
     )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE",
@@ -103,28 +104,6 @@ def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
     return whole
 
 
-def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
-    """Return a config whose network has parameters of these shapes.  The number of heads leaves no trace in them.
-
-    Raises UserError for weights without a table of positions, whose length tells the size of the images.
-    """
-    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
-    for name in needed:
-        if name not in weights:
-            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
-    if "pos_embed" not in weights:
-        raise UserError("these weights do not say the size of their images: give --config")
-    width, channels, patch_size, _ = weights[needed[0]].shape
-    config = base.get_config()
-    config.model.update(
-        width=width, channels=channels, patch_size=patch_size, num_heads=1,
-        input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
-        num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
-        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-    )  # fmt: skip
-    return config
-
-
 def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write canonical weights as safetensors or as a PyTorch state dict.  Raises UserError if it cannot."""
     if dest.suffix == ".safetensors":
@@ -136,7 +115,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
         raise UserError(f"cannot write {dest}: {sources.first_line(error)}") from error
 
 
-def load_config(name: str) -> ml_collections.ConfigDict:
+def load_config(name: str) -> base.Config:
     """Return the config of FILE.py[:variant] or of a JSON file.  Raises UserError if there is none."""
     file, _, variant = name.partition(":")
     path = pathlib.Path(file)

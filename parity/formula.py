@@ -11,14 +11,16 @@ def loss(forward, jvp, batch, draws, cfg):
     """Return a dict of t, r, z, y, v_g, u, du_dt, target, err, weight, row_loss, and scale: d row_loss / d err.
 
     forward: (z, t, r, y) -> u.  jvp: (z, t, r, y, tangent) -> (u, du_dt).  batch: x [b h w c], y [b], null label.
-    draws: (noise, times, coin, drop), see a method's `Draws`.  cfg: `config.method`.  All in float64.
+    draws: noise, times, coin, drop by name, see a method's `Draws`.  cfg: `config.method`.  All in float64.
     """
     x, y, null = batch
-    noise, times, coin, drop = draws
+    noise, times, coin, drop = (draws[name] for name in ("noise", "times", "coin", "drop"))
     if cfg.time_sampler == "logit_normal":
-        times = 1 / (1 + np.exp(-(cfg.time_mean + cfg.time_std * times)))
-    t, r = np.maximum(times[:, 0], times[:, 1]), np.minimum(times[:, 0], times[:, 1])
-    r = np.where(flow_rows(coin, cfg), t, r)
+        times = 1 / (1 + np.exp(-(np.array(cfg.time_mean) + np.array(cfg.time_std) * times)))
+    t, r = times[:, 0], times[:, 1]
+    if cfg.time_order == "sorted":
+        t, r = np.maximum(t, r), np.minimum(t, r)
+    r = np.where(flow_rows(coin, cfg), t, np.minimum(t, r))
     z, v = state_and_velocity(x, noise, t[:, None, None, None], cfg)
     lost = drop < cfg.label_drop_prob
     lost = np.arange(len(y)) < lost.sum() if cfg.label_drop == "front" else lost

@@ -14,12 +14,15 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from parity import golden_dit, golden_optim, golden_sit
+from parity import golden_augment, golden_dit, golden_optim, golden_sit, golden_unet
 from parity.checks import Case
 
 RESULTS = ("out/", "grad/", "init/")
 # Systems by the `system` of a fixture's config; later families add theirs.
-SYSTEMS = {"sit_torch": golden_sit, "meanflow_dit_flax": golden_dit, "ema_lr_optim": golden_optim}
+SYSTEMS = {
+    "sit_torch": golden_sit, "meanflow_dit_flax": golden_dit, "ema_lr_optim": golden_optim,
+    "edm_augment_torch": golden_augment, "meanflow_unet_torch": golden_unet, "sit_cifar_unet_torch": golden_unet,
+}  # fmt: skip
 
 
 class MissingKey(UserError):
@@ -120,8 +123,11 @@ def group_of(key: str) -> str:
 
 
 def runner(system, group: str) -> Callable | None:
-    """Return the function (fixture, measure) of a group; its second component is given to it, if it has one."""
-    kind, *name = group.split("/", 1)
+    """Return the function (fixture, measure) of a group; its second component is given to it, if it has one.
+
+    A system whose groups are named by the file has one runner, `*`, which is given the whole name.
+    """
+    kind, *name = ["*", group] if "*" in system.RUNNERS else group.split("/", 1)
     run = system.RUNNERS.get(kind)
     if run is None or not name:
         return run

@@ -51,7 +51,7 @@ def forward(fixture, measure: Measure) -> None:
     features = fixture.get("out/fwd/t_freq")
     for name, f, net in nets(fixture)[1]:
         measure.compare(name, "u", f.forward(net, x, t, t - h, y), fixture.get("out/fwd/u"), BOUND)
-        measure.compare(name, "t_freq", f.time_features(t, features.shape[-1]), features, BOUND)
+        measure.compare(name, "t_freq", f.time_features(net, t), features, BOUND)
 
 
 def jvp(fixture, measure: Measure) -> None:
@@ -67,10 +67,11 @@ def loss(fixture, case: str, measure: Measure) -> None:
     config, built = nets(fixture)
     config.method.update(method_of(fixture.config["base"], fixture.config["cases"][case]))
     x, y, noise, n_t, n_r, drop = (fixture.get(f"in/loss/{key}") for key in ("x", "y", "e", "n_t", "n_r", "drop_u"))
-    draws = (noise, np.stack([n_t, n_r], axis=1), drop, drop)  # the coin is not used
+    batch = {"image": x, "label": y}
+    draws = {"noise": noise, "times": np.stack([n_t, n_r], axis=1), "coin": drop, "drop": drop}
     prefix = f"out/loss/{case}/"
     for name, f, net in built:
-        value, aux, grads = f.loss(net, x, y, draws, config.method)
+        value, aux, grads = f.loss(net, batch, draws, config.method)
         measure.equal(name, "y_inp", aux["y"], fixture.get(prefix + "y_inp"))
         for key, ours in INTERMEDIATES.items():
             measure.compare(name, key, aux[ours], fixture.get(prefix + key), BOUND)
@@ -86,7 +87,8 @@ def loss(fixture, case: str, measure: Measure) -> None:
 def method_of(common: dict, settings: dict) -> dict:
     """Return our options of config.method for the official ones."""
     return {
-        "path": "linear", "time_sampler": "logit_normal", "time_mean": common["P_mean"], "time_std": common["P_std"],
+        "path": "linear", "time_sampler": "logit_normal", "time_mean": (common["P_mean"],) * 2,
+        "time_std": (common["P_std"],) * 2,
         "flow_rows": "front", "flow_fraction": common["data_proportion"], "label_drop": "front",
         "label_drop_prob": common["class_dropout_prob"], "guidance": bool(settings["guidance_eq"]),
         "omega": settings["omega"], "kappa": settings["kappa"], "guidance_start": settings["t_start"],
@@ -116,12 +118,12 @@ def times(fixture, case: str, measure: Measure) -> None:
         raise UserError(f"the time case {case} is not SAMPLER_pPERCENT, with SAMPLER logit_normal or uniform")
     config, built = nets(fixture)
     common = fixture.config["base"]
-    config.method.update(time_sampler=match[1], time_mean=common["P_mean"], time_std=common["P_std"])
+    config.method.update(time_sampler=match[1], time_mean=(common["P_mean"],) * 2, time_std=(common["P_std"],) * 2)
     config.method.update(flow_rows="front", flow_fraction=int(match[2]) / 100)
     letter = "u" if match[1] == "uniform" else "n"
     drawn = np.stack([fixture.get(f"in/time/{letter}_{key}") for key in ("t", "r")], axis=1)
     for name, f, net in built:
-        got = f.sample_times(net, (drawn, drawn, drawn[:, 0], drawn[:, 0]), config.method)
+        got = f.sample_times(net, {"times": drawn, "coin": drawn[:, 0]}, config.method)
         for key, ours in zip(("t", "r"), got, strict=True):
             measure.compare(name, key, ours, fixture.get(f"out/time/{case}/{key}"), BOUND)
 

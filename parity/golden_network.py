@@ -29,6 +29,11 @@ def nets(config, weights: dict) -> list[tuple]:
     return [(name, f, f.build(config, weights)) for name, f in FRAMEWORKS.items()]
 
 
+def nhwc(a: np.ndarray) -> np.ndarray:
+    """Return images [b c h w] as [b h w c]; leave anything else."""
+    return a.transpose(0, 2, 3, 1) if a.ndim == 4 else a
+
+
 def compare_gradients(measure: Measure, framework: str, got: dict, want: dict) -> None:
     """Compare gradients by canonical name: `TINY_BOUND` for those of a tiny norm, `BOUND` for the others."""
     # The official code stores no gradient of what receives none; ours must then be exactly 0.

@@ -21,8 +21,11 @@ def groups(fixture) -> list[str]:
     return ["ema", "opt"]
 
 
-def emas(fixture, measure: Measure) -> None:
-    """ema/RULE_DECAY: the EMA after each step, given the parameters after each; all rules are the same mathematics."""
+def emas(fixture, measure: Measure, every: int = 1) -> None:
+    """ema/RULE_DECAY: the EMA after each step, given the parameters after each; all rules are the same mathematics.
+
+    every: steps between its updates.
+    """
     params, want = fixture.get("in/ema/w"), fixture.under("out/ema/")
     unknown = [key for key in want if not re.fullmatch(r"[a-z]+_0\.\d+", key)]
     if unknown:
@@ -30,6 +33,7 @@ def emas(fixture, measure: Measure) -> None:
     decays = {key: float(key.partition("_")[2]) for key in want}
     c = base.get_config().train
     c.learning_rate, c.ema_decays = 0.0, tuple(sorted(set(decays.values())))
+    c.ema_every = every
     for name, f in FRAMEWORKS.items():
         _, histories, _ = f.optimize(params[0], np.zeros_like(params[1:]), c, params[1:])
         for key, rows in want.items():
@@ -51,7 +55,7 @@ def learning_rates(fixture, case: str, measure: Measure) -> None:
     else:
         raise UserError(f"{case} is not a known learning-rate schedule")
     for name, f in FRAMEWORKS.items():
-        measure.compare(name, "learning_rate", f.learning_rates(len(want), c), want, BOUND)
+        measure.compare(name, "learning_rate", f.learning_rates(range(len(want)), c), want, BOUND)
 
 
 def optimizers(fixture, measure: Measure) -> None:

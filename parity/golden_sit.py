@@ -11,7 +11,7 @@ import numpy as np
 from configs.errors import UserError
 from parity import golden_network
 from parity.checks import Measure
-from parity.golden_network import BOUND
+from parity.golden_network import BOUND, nhwc
 
 ADAPTIVE_EPS = 1e-3  # a constant of the official loss.py
 
@@ -25,11 +25,6 @@ def nets(fixture) -> tuple:
     """Return the config and the networks with the fixture's weights, whose names are the canonical ones."""
     config = golden_network.config_of(fixture.config["net"])
     return config, golden_network.nets(config, fixture.under("param/"))
-
-
-def nhwc(a: np.ndarray) -> np.ndarray:
-    """Return images [b c h w] as [b h w c]; leave anything else."""
-    return a.transpose(0, 2, 3, 1) if a.ndim == 4 else a
 
 
 def forward(fixture, measure: Measure) -> None:
@@ -57,9 +52,10 @@ def loss(fixture, case: str, measure: Measure) -> None:
     times = fixture.get("in/loss/time_u" if settings["time_sampler"] == "uniform" else "in/loss/time_n")
     # The official code draws no uniforms for labels that are never dropped.
     drop = fixture.get("in/loss/drop_u") if settings["label_dropout_prob"] > 0 else np.ones(len(y), np.float32)
-    draws = (noise, times, fixture.get("in/loss/eq_u"), drop)
+    batch = {"image": x, "label": y}
+    draws = {"noise": noise, "times": times, "coin": fixture.get("in/loss/eq_u"), "drop": drop}
     for name, f, net in built:
-        _, aux, grads = f.loss(net, x, y, draws, config.method)
+        _, aux, grads = f.loss(net, batch, draws, config.method)
         guided = (
             (aux["y"] != net.num_classes) & (aux["t"] >= settings["cfg_min_t"]) & (aux["t"] <= settings["cfg_max_t"])
         )
@@ -91,8 +87,9 @@ def method_of(settings: dict) -> dict:
     """Return our options of config.method for the official ones."""
     adaptive = settings["weighting"] == "adaptive"
     return {
-        "path": settings["path_type"], "time_sampler": settings["time_sampler"], "time_mean": settings["time_mu"],
-        "time_std": settings["time_sigma"], "flow_rows": "coin", "flow_fraction": 1 - settings["ratio_r_not_equal_t"],
+        "path": settings["path_type"], "time_sampler": settings["time_sampler"],
+        "time_mean": (settings["time_mu"],) * 2, "time_std": (settings["time_sigma"],) * 2,
+        "flow_rows": "coin", "flow_fraction": 1 - settings["ratio_r_not_equal_t"],
         "label_drop": "coin", "label_drop_prob": settings["label_dropout_prob"], "guidance": True,
         "omega": settings["cfg_omega"], "kappa": settings["cfg_kappa"], "guidance_start": settings["cfg_min_t"],
         "guidance_end": settings["cfg_max_t"], "clip_interval": False,
@@ -125,7 +122,7 @@ def times(fixture, case: str, measure: Measure) -> None:
     config.method.update(time_sampler="uniform" if uniform else "logit_normal", flow_rows="coin")
     config.method.update(time_settings(t, r, drawn, coin, uniform))
     for name, f, net in built:
-        got = f.sample_times(net, (np.zeros_like(coin), drawn, coin, coin), config.method)
+        got = f.sample_times(net, {"times": drawn, "coin": coin}, config.method)
         for key, ours, want in zip(("t", "r"), got, (t, r), strict=True):
             measure.compare(name, key, ours, want, BOUND)
 
@@ -142,7 +139,7 @@ def time_settings(t, r, drawn, coin, uniform) -> dict:
         return settings
     logits = np.log(t.astype(np.float64)) - np.log1p(-t.astype(np.float64))
     std, mean = np.polyfit(drawn.max(1).astype(np.float64), logits, 1)
-    return settings | {"time_mean": round(float(mean), 3), "time_std": round(float(std), 3)}
+    return settings | {"time_mean": (round(float(mean), 3),) * 2, "time_std": (round(float(std), 3),) * 2}
 
 
 def initial(fixture, measure: Measure) -> None:

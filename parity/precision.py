@@ -21,19 +21,24 @@ VALUES = ("v_g", "u", "target", "err", "weight", "row_loss")
 def all_cases() -> list[Case]:
     """Return the cases in float32 and bfloat16."""
     return [
-        Case(f"{dtype}/{name}", functools.partial(compare, dtype, function))
+        Case(f"{dtype}/{name}", functools.partial(compare, dtype, architecture, function))
         for dtype in BOUNDS
-        for name, function in (("network", network), ("loss", loss), ("sample", sample))
+        for name, architecture, function in (
+            ("network", "dit", network),
+            ("loss", "dit", loss),
+            ("sample", "dit", sample),
+            ("unet/network", "unet", network),
+        )
     ]
 
 
-def compare(dtype: str, function, measure: Measure) -> None:
+def compare(dtype: str, architecture: str, function, measure: Measure) -> None:
     """Measure the results of `function`, {(kind, quantity): array or dict of arrays}, in `dtype`.
 
     The float64 result is PyTorch's; the cases in float64 show that JAX's is the same.
     """
-    want = result_of(function, "torch", "float64")
-    got = {name: result_of(function, name, dtype) for name in FRAMEWORKS}
+    want = result_of(function, architecture, "torch", "float64")
+    got = {name: result_of(function, architecture, name, dtype) for name in FRAMEWORKS}
     pairs = (("jax", got["jax"], want), ("torch", got["torch"], want), ("jax-torch", got["jax"], got["torch"]))
     for kind, quantity in want:
         for name, ours, reference in pairs:
@@ -42,23 +47,24 @@ def compare(dtype: str, function, measure: Measure) -> None:
             record(name, quantity, ours[kind, quantity], reference[kind, quantity], BOUNDS[dtype][kind])
 
 
-def result_of(function, framework: str, dtype: str) -> dict:
-    """Return what `function` measures in one framework and data type."""
-    config = cases.config(model={"compute_dtype": dtype}, method=METHOD, sample={"steps": 2})
+def result_of(function, architecture: str, framework: str, dtype: str) -> dict:
+    """Return what `function` measures of one tiny network in one framework and data type."""
+    config = cases.config(architecture, model={"compute_dtype": dtype}, method=METHOD, sample={"steps": 2})
     f = FRAMEWORKS[framework]
-    return function(f, f.build(config, cases.random_weights()), config)
+    return function(f, f.build(config, cases.random_weights(config), as_trained=dtype != "float64"), config)
 
 
 def network(f, net, config) -> dict:
     """u and du/dt of the bare network."""
-    u, du_dt = f.jvp(net, *cases.jvp_inputs())
-    forward = f.forward(net, *cases.jvp_inputs()[:4])
+    inputs, given = cases.jvp_inputs(config), cases.given(config)
+    u, du_dt = f.jvp(net, *inputs, given)
+    forward = f.forward(net, *inputs[:4], given)
     return {("value", "forward u"): forward, ("value", "u"): u, ("derivative", "du_dt"): du_dt}
 
 
 def loss(f, net, config) -> dict:
     """The intermediates of the loss, the worst gradient, and all gradients as one vector."""
-    _, aux, grads = f.loss(net, *cases.batch(), config.method)
+    _, aux, grads = f.loss(net, *cases.batch(config), config.method)
     result = {("value", key): aux[key] for key in VALUES} | {("derivative", "du_dt"): aux["du_dt"]}
     whole = np.concatenate([grads[name].ravel() for name in sorted(grads)])
     return result | {("gradient", "grad"): grads, ("gradient", "grad (as a whole)"): whole}
@@ -66,5 +72,5 @@ def loss(f, net, config) -> dict:
 
 def sample(f, net, config) -> dict:
     """Images after two steps."""
-    _, y, draws = cases.batch()
-    return {("value", "samples"): f.sample(net, draws[0], y, config.sample)}
+    rows, draws = cases.batch(config)
+    return {("value", "samples"): f.sample(net, draws["noise"], rows["label"], config.sample)}

@@ -97,8 +97,8 @@ def quantity(check: Check) -> str:
 def samples() -> Figure:
     """Draw the images that both frameworks make of the same noise, and how far they are apart."""
     config = cases.config(model={"compute_dtype": "float32"}, sample={"steps": 2})
-    _, y, draws = cases.batch()
-    images = {name: f.sample(net, draws[0], y, config.sample) for name, f, net in cases.nets(config)}
+    rows, draws = cases.batch(config)
+    images = {name: f.sample(net, draws["noise"], rows["label"], config.sample) for name, f, net in cases.nets(config)}
     difference = np.abs(images["jax"] - images["torch"])
     scale = max(difference.max(), FLOOR)
     shown = {name: a / np.abs(a).max() for name, a in images.items()}

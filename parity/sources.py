@@ -22,6 +22,8 @@ from torch_impl import weights as canonical_files
 # Entries of a training checkpoint that hold weights, the one to sample from first.
 TORCH_ENTRIES = ("ema", "model", "state_dict")
 FLAX_ENTRIES = ("ema_params", "params")
+# py-meanflow keeps its network and one more for each EMA in one state dict: net.*, net_ema.*, net_ema1.*, net_ema2.*
+SEVERAL_NETWORKS = "net_ema."
 
 
 class Source(NamedTuple):
@@ -35,7 +37,8 @@ class Source(NamedTuple):
 def read(path: pathlib.Path, ema: int, prefix: str) -> Source:
     """Read any source that `convert.py` lists.  Raises UserError for one that is none, damaged or unsafe.
 
-    ema: of a work directory, see its `read_weights`.  prefix: keep only the names below it; '' finds the weights.
+    ema: of a work directory, see its `read_weights`, or of a state dict of several networks: 0 net_ema, 1 net_ema1,
+    ..., -1 net.  prefix: keep only the names below it; '' finds the weights.
     """
     if not path.exists():
         raise UserError(f"there is no {path}")
@@ -44,7 +47,7 @@ def read(path: pathlib.Path, ema: int, prefix: str) -> Source:
     if path.suffix == ".safetensors":
         return Source(below(canonical_files.load(path), prefix), None, "canonical safetensors")
     if path.suffix in (".pt", ".pth"):
-        return Source(read_torch(path, prefix), None, "PyTorch state dict")
+        return Source(read_torch(path, ema, prefix), None, "PyTorch state dict")
     return Source(read_msgpack(path, prefix), None, "Flax msgpack")
 
 
@@ -59,9 +62,10 @@ def read_directory(path: pathlib.Path, ema: int, prefix: str) -> Source:
     return Source(from_flax(read_orbax(path), prefix, path), None, "Orbax checkpoint")
 
 
-def read_torch(path: pathlib.Path, prefix: str) -> dict[str, np.ndarray]:
+def read_torch(path: pathlib.Path, ema: int, prefix: str) -> dict[str, np.ndarray]:
     """Return the weights of a .pt or .pth file: a state dict, or a checkpoint with one under `TORCH_ENTRIES`.
 
+    Of a state dict of several networks (`SEVERAL_NETWORKS`), those of one, as `read` says.
     The unpickler takes tensors, containers and argparse's Namespace, in which official trainers keep their arguments,
     and refuses anything else.  The prefix `module.` of DistributedDataParallel is dropped.
     """
@@ -80,6 +84,14 @@ def read_torch(path: pathlib.Path, prefix: str) -> dict[str, np.ndarray]:
         loaded = next((loaded[entry] for entry in TORCH_ENTRIES if isinstance(loaded.get(entry), dict)), loaded)
     if all(name.startswith("module.") for name in loaded):
         loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
+    if any(name.startswith(SEVERAL_NETWORKS) for name in loaded):
+        chosen = "net." if ema == -1 else f"net_ema{ema or ''}."
+        if not any(name.startswith(chosen) for name in loaded):
+            there = sorted({name.partition(".")[0] for name in loaded if name.startswith("net")})
+            raise UserError(
+                f"{path} has no {chosen[:-1]} (--ema {ema}), only {', '.join(there)}: -1 net, 0 net_ema, ..."
+            )
+        loaded = below(loaded, chosen)
     for name, value in loaded.items():
         if not isinstance(value, torch.Tensor):
             raise UserError(f"{path}: {name!r} is a {type(value).__name__}, not a tensor; choose the entry by --prefix")

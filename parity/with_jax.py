@@ -5,7 +5,6 @@ The method runs unjitted around a jitted network, so that every setting of a met
 
 import contextlib
 import functools
-import json
 from types import SimpleNamespace
 from typing import Any, NamedTuple
 
@@ -14,10 +13,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from configs import base
+from configs import base, resolve
 from jax_impl import step, weights
 from jax_impl.methods import METHODS
-from jax_impl.models import layers
+from jax_impl.models import layers, unet
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -26,7 +25,7 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y) -> u, jitted
+    apply: Any  # (params, z, t, r, y, given) -> u, jitted
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
 
@@ -35,9 +34,23 @@ class Net(NamedTuple):
         """The null class."""
         return self.module.num_classes
 
-    def __call__(self, z, t, r, y):
+    @property
+    def dropout(self):
+        """The rate of dropout."""
+        return self.module.dropout
+
+    @property
+    def augment_dim(self):
+        """How many augmentation labels the network is told."""
+        return self.module.augment_dim
+
+    def dropout_masks(self, draws):
+        """Return the masks of draws [b]."""
+        return self.module.dropout_masks(draws)
+
+    def __call__(self, z, t, r, y, **given):
         """Return u."""
-        return self.apply(self.params, z, t, r, y)
+        return self.apply(self.params, z, t, r, y, given)
 
 
 @contextlib.contextmanager
@@ -55,20 +68,23 @@ def full_precision():
             jax.config.update(name, value)
 
 
-def build(config, canonical):
-    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit."""
-    module, apply = _network(json.dumps(config.model.to_dict(), sort_keys=True))
+def build(config, canonical, as_trained=False):
+    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit.
+
+    as_trained: compile it as the trainer does.  Else without XLA's expensive passes, in half the time: the mathematics
+    is the same.
+    """
+    module, apply = _network(_model(config))
     params = weights.from_canonical(module, canonical)
     dtype = "float64" if config.model.compute_dtype == "float64" else "float32"
-    # float64 is there for the mathematics, which compiles in half the time without XLA's expensive passes; float32 and
-    # bfloat16 are measured as the trainer runs them.
-    jax.config.update(OPTIMIZE_LESS, dtype == "float64")
+    jax.config.update(OPTIMIZE_LESS, not as_trained)
     return Net(module, apply, params, dtype)
 
 
 def fresh_weights(config, seeds):
     """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
-    module, _ = _network(json.dumps(config.model.to_dict(), sort_keys=True))
+    module, _ = _network(_model(config))
+    jax.config.update(OPTIMIZE_LESS, True)
     draw = jax.jit(lambda seed: step.build_net(SimpleNamespace(seed=seed, model=config.model))[1])
     return [weights.to_canonical(module, draw(seed)) for seed in seeds]
 
@@ -78,45 +94,49 @@ def tables(net):
     return net.module.tables()
 
 
-def forward(net, z, t, r, y):
-    """Return u [b h w c]."""
-    return _to_numpy(net(*_arrays(net, (z, t, r, y))))
+def forward(net, z, t, r, y, given=None):
+    """Return u [b h w c].  given: what the network is given beside, dropout by its draws [b]."""
+    return _to_numpy(net(*_arrays(net, (z, t, r, y)), **_given(net, given)))
 
 
-def jvp(net, z, t, r, y, tangent):
+def jvp(net, z, t, r, y, tangent, given=None):
     """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
     method = METHODS["meanflow"]
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows = method.Rows(groups=1, flow=0, rest=len(y))
-    return _to_numpy(method.average_velocity(net, z, tangent, t, r, y, z[:0], rows))
+    return _to_numpy(method.average_velocity(net, z, tangent, t, r, y, _given(net, given), z[:0], rows))
 
 
-def loss(net, x, y, draws, cfg):
-    """Return the loss, its aux, and its gradients by canonical name.  cfg: `config.method`."""
+def loss(net, batch, draws, cfg):
+    """Return the loss, its aux, and its gradients by canonical name.
+
+    batch: image, label and perhaps augment; draws: those that are used; arrays by name.  cfg: `config.method`.
+    """
     method = METHODS[cfg.name]
-    x, y, *draws = _arrays(net, (x, y, *draws))
+    batch, draws = _by_name(net, batch), _draws(net, method, draws)
 
     def loss_of(params):
-        return method.loss(net._replace(params=params), (x, y), method.Draws(*draws), cfg)
+        return method.loss(net._replace(params=params), batch, draws, cfg)
 
     (value, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(net.params)
     return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
 
 
-def regression_gradients(net, inputs, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y)."""
+def regression_gradients(net, inputs, given, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y), given."""
     *inputs, target, scale = _arrays(net, (*inputs, target, scale))
+    given = _given(net, given)
 
     def loss_of(params):
-        return (scale * jnp.square(net.apply(params, *inputs) - target).sum((1, 2, 3))).mean()
+        return (scale * jnp.square(net.apply(params, *inputs, given) - target).sum((1, 2, 3))).mean()
 
     return _gradients(net, jax.grad(loss_of)(net.params))
 
 
 def sample_times(net, draws, cfg):
-    """Return t and r [b]."""
+    """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return _to_numpy(method.sample_times(method.Draws(*_arrays(net, draws)), cfg))
+    return _to_numpy(method.sample_times(_draws(net, method, draws), cfg))
 
 
 def path(net, x, e, t, cfg):
@@ -130,13 +150,16 @@ def sample(net, noise, y, cfg):
     return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
 
 
-def time_features(t, dim):
-    """Return the sinusoidal features [b dim] of float32 times."""
-    return _to_numpy(layers.timestep_features(jnp.asarray(t), dim))
+def time_features(net, t):
+    """Return the sinusoidal features [b dim] of times t [b], cosines first."""
+    module, t = nnx.merge(nnx.graphdef(net.module), net.params), jnp.asarray(t, net.dtype)
+    if isinstance(module, unet.UNet):
+        return np.roll(_to_numpy(module.embed_time(t)), module.features // 2, axis=-1)
+    return _to_numpy(layers.timestep_features(t, module.t_embedder.features))
 
 
 def train(net, config, batches):
-    """Take an optimizer and EMA step for each (x, y, draws) of `batches`, through the trainer's own step functions.
+    """Take an optimizer and EMA step for each (batch, draws) of `batches`, through the trainer's own step functions.
 
     Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
     """
@@ -145,8 +168,8 @@ def train(net, config, batches):
     state = step.TrainState(jnp.zeros((), jnp.int32), net.params, opt_state, emas)
     apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, config.train))
     scalars = {"grad_norm": [], "learning_rate": []}
-    for x, y, draws in batches:
-        _, _, grads = loss(net._replace(params=state.params), x, y, draws, config.method)
+    for batch, draws in batches:
+        _, _, grads = loss(net._replace(params=state.params), batch, draws, config.method)
         scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
         state, norm = apply_gradients(state, weights.from_canonical(net.module, grads | tables(net)))
         scalars["grad_norm"].append(float(norm))
@@ -174,23 +197,45 @@ def optimize(start_at, grads, c, params=None):
     return params, emas, np.array(norms)
 
 
-def learning_rates(num_steps, c):
-    """Return the learning rate of each of the first steps.  c: `config.train`."""
-    return np.array([float(step.learning_rate(k, c)) for k in range(num_steps)])
+def learning_rates(steps, c):
+    """Return the learning rate of each step, by its number from 0.  c: `config.train`."""
+    return np.array([float(step.learning_rate(int(k), c)) for k in steps])
+
+
+def _model(config):
+    """The config of the network alone, as text."""
+    alone = base.get_config()
+    alone.model.update(config.model)
+    return resolve.to_json(alone)
 
 
 @functools.cache
 def _network(model):
-    config = base.get_config()
-    config.model.update(json.loads(model))
+    config = resolve.from_json(model)
     graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
-    apply = jax.jit(lambda params, z, t, r, y: nnx.merge(graphdef, params)(z, t, r, y))
+    apply = jax.jit(lambda params, z, t, r, y, given: nnx.merge(graphdef, params)(z, t, r, y, **given))
     return nnx.merge(graphdef, shapes), apply
 
 
 def _arrays(net, arrays):
     """Floats in the dtype of the network, labels as integers."""
     return [jnp.asarray(a, net.dtype if a.dtype.kind == "f" else "int32") for a in map(np.asarray, arrays)]
+
+
+def _by_name(net, arrays):
+    arrays = arrays or {}
+    return dict(zip(arrays, _arrays(net, arrays.values()), strict=True))
+
+
+def _given(net, arrays):
+    """What a network is given: dropout masks in place of the draws that they follow from."""
+    given = _by_name(net, arrays)
+    return given | ({"dropout": net.dropout_masks(given["dropout"])} if "dropout" in given else {})
+
+
+def _draws(net, method, draws):
+    """The draws given by name; what is not given is not used."""
+    return method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws))
 
 
 def _to_numpy(tree):

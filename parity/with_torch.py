@@ -5,7 +5,7 @@ The twin of `with_jax`, function by function.
 
 import contextlib
 import copy
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -13,13 +13,13 @@ from torch import nn
 
 from torch_impl import step, weights
 from torch_impl.methods import METHODS
-from torch_impl.models import layers
+from torch_impl.models import layers, unet
 
 
 class Net(NamedTuple):
     """A network as a function of (z, t, r, y)."""
 
-    module: nn.Module
+    module: Any  # nn.Module
     dtype: torch.dtype  # of inputs and draws
 
     @property
@@ -27,9 +27,23 @@ class Net(NamedTuple):
         """The null class."""
         return self.module.num_classes
 
-    def __call__(self, z, t, r, y):
+    @property
+    def dropout(self):
+        """The rate of dropout."""
+        return self.module.dropout
+
+    @property
+    def augment_dim(self):
+        """How many augmentation labels the network is told."""
+        return self.module.augment_dim
+
+    def dropout_masks(self, draws):
+        """Return the masks of draws [b]."""
+        return self.module.dropout_masks(draws)
+
+    def __call__(self, z, t, r, y, **given):
         """Return u."""
-        return self.module(z, t, r, y)
+        return self.module(z, t, r, y, **given)
 
 
 @contextlib.contextmanager
@@ -45,8 +59,11 @@ def full_precision():
         torch.set_num_threads(num_threads)
 
 
-def build(config, canonical):
-    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit."""
+def build(config, canonical, as_trained=False):
+    """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit.
+
+    as_trained: means nothing here, where nothing is compiled.
+    """
     module = step.build_net(config)
     module.load_state_dict(weights.from_canonical(module, canonical))
     return Net(module, torch.float64 if config.model.compute_dtype == "float64" else torch.float32)
@@ -69,37 +86,40 @@ def tables(net):
 
 
 @torch.no_grad()
-def forward(net, z, t, r, y):
-    """Return u [b h w c]."""
-    return _to_numpy(net(*_arrays(net, (z, t, r, y))))
+def forward(net, z, t, r, y, given=None):
+    """Return u [b h w c].  given: what the network is given beside, dropout by its draws [b]."""
+    return _to_numpy(net(*_arrays(net, (z, t, r, y)), **_given(net, given)))
 
 
-def jvp(net, z, t, r, y, tangent):
+def jvp(net, z, t, r, y, tangent, given=None):
     """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
     method = METHODS["meanflow"]
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows = method.Rows(groups=1, flow=0, rest=len(y))
-    return tuple(map(_to_numpy, method.average_velocity(net, z, tangent, t, r, y, z[:0], rows)))
+    given = _given(net, given)
+    return tuple(map(_to_numpy, method.average_velocity(net, z, tangent, t, r, y, given, z[:0], rows)))
 
 
-def loss(net, x, y, draws, cfg):
-    """Return the loss, its aux, and its gradients by canonical name.  cfg: `config.method`."""
+def loss(net, batch, draws, cfg):
+    """Return the loss, its aux, and its gradients by canonical name.
+
+    batch: image, label and perhaps augment; draws: those that are used; arrays by name.  cfg: `config.method`.
+    """
     method = METHODS[cfg.name]
-    x, y, *draws = _arrays(net, (x, y, *draws))
-    value, aux = method.loss(net, (x, y), method.Draws(*draws), cfg)
+    value, aux = method.loss(net, _by_name(net, batch), _draws(net, method, draws), cfg)
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
-def regression_gradients(net, inputs, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y)."""
+def regression_gradients(net, inputs, given, target, scale):
+    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y), given."""
     *inputs, target, scale = _arrays(net, (*inputs, target, scale))
-    return _gradients(net, (scale * (net(*inputs) - target).square().sum((1, 2, 3))).mean())
+    return _gradients(net, (scale * (net(*inputs, **_given(net, given)) - target).square().sum((1, 2, 3))).mean())
 
 
 def sample_times(net, draws, cfg):
-    """Return t and r [b]."""
+    """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return tuple(map(_to_numpy, method.sample_times(method.Draws(*_arrays(net, draws)), cfg)))
+    return tuple(map(_to_numpy, method.sample_times(_draws(net, method, draws), cfg)))
 
 
 def path(net, x, e, t, cfg):
@@ -114,13 +134,16 @@ def sample(net, noise, y, cfg):
     return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
 
 
-def time_features(t, dim):
-    """Return the sinusoidal features [b dim] of float32 times."""
-    return _to_numpy(layers.timestep_features(torch.from_numpy(np.asarray(t)), dim))
+def time_features(net, t):
+    """Return the sinusoidal features [b dim] of times t [b], cosines first."""
+    module, t = net.module, torch.tensor(t, dtype=net.dtype)
+    if isinstance(module, unet.UNet):
+        return np.roll(_to_numpy(module.embed_time(t)), module.features // 2, axis=-1)
+    return _to_numpy(layers.timestep_features(t, module.t_embedder.features))
 
 
 def train(net, config, batches):
-    """Take an optimizer and EMA step for each (x, y, draws) of `batches`, through the trainer's own step functions.
+    """Take an optimizer and EMA step for each (batch, draws) of `batches`, through the trainer's own step functions.
 
     Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
     """
@@ -128,10 +151,10 @@ def train(net, config, batches):
     emas = tuple({name: p.detach().clone() for name, p in module.named_parameters()} for _ in config.train.ema_decays)
     state = step.TrainState(0, module, step.make_optimizer(module, config.train), emas, module)
     scalars = {"grad_norm": [], "learning_rate": []}
-    for x, y, draws in batches:
-        _, _, grads = loss(net._replace(module=state.net), x, y, draws, config.method)
+    for batch, draws in batches:
+        _, _, grads = loss(net._replace(module=state.net), batch, draws, config.method)
         for name, p in state.net.named_parameters():
-            p.grad = _array(net, grads[name])
+            p.grad = _array(net, grads[name]) if p.requires_grad else None
         scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
         state, norm = step.apply_gradients(state, config.train)
         scalars["grad_norm"].append(float(norm))
@@ -161,13 +184,14 @@ def optimize(start_at, grads, c, params=None):
     return params, emas, np.array(norms)
 
 
-def learning_rates(num_steps, c):
-    """Return the learning rate of each of the first steps.  c: `config.train`."""
-    return np.array([float(step.learning_rate(k, c)) for k in range(num_steps)])
+def learning_rates(steps, c):
+    """Return the learning rate of each step, by its number from 0.  c: `config.train`."""
+    return np.array([float(step.learning_rate(int(k), c)) for k in steps])
 
 
 def _array(net, a):
-    a = torch.from_numpy(np.array(a))
+    # In C order: fused AdamW misreads, without an error, a gradient whose strides are not those of its parameter.
+    a = torch.from_numpy(np.array(a, order="C"))
     return a.to(net.dtype) if a.is_floating_point() else a.long()
 
 
@@ -177,12 +201,28 @@ def _arrays(net, arrays):
     return [a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for a in arrays]
 
 
+def _by_name(net, arrays):
+    arrays = arrays or {}
+    return dict(zip(arrays, _arrays(net, arrays.values()), strict=True))
+
+
+def _given(net, arrays):
+    """What a network is given: dropout masks in place of the draws that they follow from."""
+    given = _by_name(net, arrays)
+    return given | ({"dropout": net.dropout_masks(given["dropout"])} if "dropout" in given else {})
+
+
+def _draws(net, method, draws):
+    """The draws given by name; what is not given is not used."""
+    return method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws))
+
+
 def _to_numpy(a):
     a = a.detach()
     return (a.permute(0, 2, 3, 1) if a.ndim == 4 else a).numpy()
 
 
 def _gradients(net, value):
-    params = dict(net.module.named_parameters())
+    params = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(value, list(params.values()), allow_unused=True, materialize_grads=True)
     return {name: grad.numpy() for name, grad in zip(params, grads, strict=True)}

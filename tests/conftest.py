@@ -177,6 +177,18 @@ def options(datasets_dir):
     return make
 
 
+@pytest.fixture(scope="module")
+def optimize_less():
+    """Let JAX compile in half the time, without XLA's expensive passes, in the tests of a module."""
+    import jax
+
+    name = "jax_disable_most_optimizations"
+    before = jax.config.read(name)
+    jax.config.update(name, True)
+    yield
+    jax.config.update(name, before)
+
+
 @pytest.fixture(scope="session")
 def in_both():
     """Return a function that calls a scenario(framework) for `jax` and `torch`, at once: each leaves a core idle."""

@@ -15,6 +15,7 @@ ONE_SIDED = {
         "Linear": "the same",
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
+    "models/unet.py": {"MASK32": "JAX has unsigned integers"},
     "step.py": {
         "BATCH": "sharding is an annotation in JAX",
         "state_shardings": "the same",
@@ -76,7 +77,8 @@ def test_the_same_public_names_in_the_same_order(file):
 def test_the_same_arguments(file):
     jax, torch = (public(ROOT / package / file) for package in ("jax_impl", "torch_impl"))
     for name in jax.keys() & torch.keys():
-        assert jax[name] == torch[name], name
+        if jax[name] is not None:  # a class, or in JAX a constant that is called, such as an initialiser
+            assert jax[name] == torch[name], name
 
 
 def imports(path):

@@ -1,5 +1,6 @@
 """A run that is killed, stopped or damaged goes on to the result of an unbroken one, bit for bit, in both trainers."""
 
+import json
 import re
 import shutil
 import signal
@@ -10,6 +11,8 @@ import pytest
 import torch
 
 from configs.resolve import read_workdir
+from jax_impl import checkpoints as jax_checkpoints
+from torch_impl import checkpoints as torch_checkpoints
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 RUN = {
@@ -187,5 +190,43 @@ def test_all_checkpoints_damaged(in_both, start, unbroken, tmp_path):
             assert f"error: no checkpoint in {checkpoints[60].parent} could be read" in command.stderr
             assert all(f"cannot read checkpoint {path}: " in command.stderr for path in checkpoints.values())
         assert (workdir / "metrics.jsonl").read_text() == log
+
+    in_both(scenario)
+
+
+READ_WEIGHTS = {"jax": jax_checkpoints.read_weights, "torch": torch_checkpoints.read_weights}
+UNET = {
+    "model.width": 4, "model.channel_mult": (1,), "model.attn_resolutions": (8,), "model.dropout": 0.2,
+    "data.augment.prob": 0.5,
+    "method.flow_fraction": 1.0,  # the JVP is in the other runs: this graph compiles sooner
+    "train.ema_every": 2, "train.checkpoint_every": 3, "train.evaluate_every": 5, "evaluation.every_ema": True,
+    "evaluation.num_samples": 10,
+}  # fmt: skip
+
+
+def test_a_run_with_dropout_and_augmentation(in_both, launcher, options, tmp_path):
+    """From step 3, between two updates of the EMAs, which every evaluation judges each."""
+    flags = ("--config=configs/digits.py:unet", *options(UNET)[1:])
+
+    def scenario(framework):
+        start = lambda _: launcher.start(TRAINERS[framework], *flags, f"--workdir={workdir}")  # noqa: E731
+        workdir = unbroken = tmp_path / f"{framework}_unbroken"
+        command = start(framework)
+        assert command.wait() == 0, command.stderr
+        assert re.search(r"unet: 0\.0\d million parameters", command.stderr)
+        workdir = tmp_path / framework
+        shutil.rmtree(copy_of(unbroken, workdir)[5])
+        command = start(framework)
+        assert command.wait() == 0, command.stderr
+        assert "resuming from step 3" in command.stderr
+        for ema in (-1, 0, 1):
+            (_, one), (_, other) = (READ_WEIGHTS[framework](path, ema) for path in (workdir, unbroken))
+            assert one.keys() == other.keys()
+            assert all(np.array_equal(one[name], other[name]) for name in one)
+        assert (workdir / "metrics.jsonl").read_text() == (unbroken / "metrics.jsonl").read_text()
+        lines = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+        last = {name: value for line in lines if line["step"] == 5 for name, value in line.items()}
+        chosen, quick, slow = (last[f"frechet_distance_pixels{ema}"] for ema in ("", "_ema_0.9", "_ema_0.99"))
+        assert chosen == quick != slow
 
     in_both(scenario)

@@ -12,10 +12,18 @@ from torch_impl import sample
 from torch_impl.devices import choose_device
 
 
-def evaluate(config, sampler, canonical):
-    """Return {metric: value} of config.evaluation.num_samples samples."""
+def evaluate(config, sampler, canonical, features=None):
+    """Return {metric: value} of config.evaluation.num_samples samples.  features: see `report.evaluate_samples`."""
     images, labels = sample.generate(config, sampler, canonical, config.evaluation.num_samples)
-    return report.evaluate_samples(images, labels, config)
+    return report.evaluate_samples(images, labels, config, features)
+
+
+def evaluate_emas(config, sampler, emas, features=None):
+    """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one."""
+    results = [evaluate(config, sampler, ema, features) for ema in emas]
+    named = zip(config.train.ema_decays, results, strict=True)
+    values = {f"{name}_ema_{decay}": value for decay, result in named for name, value in result.items()}
+    return values | (results[config.sample.ema] if config.sample.ema >= 0 else {})
 
 
 def main():

@@ -129,6 +129,8 @@ def main():
     except ValueError as error:
         raise UserError(f"--labels: {error}") from error
     sampler = make_sampler(config, choose_device())
+    if labels and config.model.name == "unet":
+        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
     images, labels = generate(config, sampler, canonical, f.num_samples, labels)
     if not (f.output or f.workdir):
         raise UserError("--output is missing: name the directory for the samples")

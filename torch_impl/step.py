@@ -40,9 +40,9 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.method, self.cfg = net, method, cfg
 
-    def forward(self, x, y, draws):
+    def forward(self, batch, draws):
         """Return the mean loss of the rows and the scalars that are logged."""
-        loss, aux = self.method.loss(self.net, (x, y), draws, self.cfg)
+        loss, aux = self.method.loss(self.net, batch, draws, self.cfg)
         return loss, measure(loss.detach(), aux)
 
 
@@ -85,7 +85,7 @@ def make_mesh(config, device):
 def wrap(loss, config, mesh: DeviceMesh | None):
     """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
     if config.train.compile:
-        loss = torch.compile(loss, fullgraph=True, dynamic=False)
+        loss = torch.compile(loss, backend=config.train.compile_backend, fullgraph=True, dynamic=False)
     if mesh is None:
         return loss
     if config.train.fsdp > 1:
@@ -141,8 +141,9 @@ def make_optimizer(net, c):
 def apply_gradients(state, c):
     """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
 
-    EMA: d ema + (1 - d) params, from the first step on, after the update.  Source: Gsunshine/meanflow,
-    utils/ema_util.py.
+    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every, in a form
+    whose rounding does not depend on how near d is to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
+    Gsunshine/py-meanflow, models/meanflow.py (every 16 steps).
     """
     params = [p for p in state.net.parameters() if p.grad is not None]
     grads = [p.grad for p in params]
@@ -154,12 +155,13 @@ def apply_gradients(state, c):
         group["lr"] = learning_rate(state.step, c)
     state.optimizer.step()
     state.optimizer.zero_grad()
-    with torch.no_grad():
-        params = list(state.net.parameters())
-        for decay, ema in zip(c.ema_decays, state.emas, strict=True):
-            torch._foreach_mul_(list(ema.values()), decay)
-            torch._foreach_add_(list(ema.values()), params, alpha=1 - decay)
-    return state._replace(step=state.step + 1), norm
+    step = state.step + 1
+    if step % c.ema_every == 0:
+        with torch.no_grad():
+            params = list(state.net.parameters())
+            for decay, ema in zip(c.ema_decays, state.emas, strict=True):
+                torch._foreach_lerp_(list(ema.values()), params, weight=1 - decay**c.ema_every)
+    return state._replace(step=step), norm
 
 
 def measure(loss, aux):
@@ -179,36 +181,38 @@ def measure(loss, aux):
     }
 
 
-def make_train_step(config):
+def make_train_step(config, draw=None):
     """Return the step: (state, batch) -> (state, metrics).
 
-    batch: {'image' [b c h w] float32, 'label' [b] int}, this process's rows.  The state's tensors change in place.
+    batch: {'image' [b c h w] float32, 'label' [b] int, and 'augment' [b k] float32 if images are augmented}, this
+    process's rows.  The state's tensors change in place.  draw: (key, shape, cfg) -> Draws; None: the method's own.
     Draws depend on (seed, step) alone, each process taking its own rows of them, so the result does not depend on
     the number of processes or micro-batches.  Metrics are of this process's rows until `reduce_metrics`.
     """
     method, c = METHODS[config.method.name], config.train
+    draw, type_of_draws = draw or method.draw, method.Draws
 
-    def gradients(state, x, y, draws):
+    def gradients(state, batch, draws):
         total = {}
-        parts = [a.chunk(c.accumulate) for a in (x, y, *draws)]
-        for i, (x, y, *draws) in enumerate(zip(*parts, strict=True)):
+        parts = [a.chunk(c.accumulate) for a in (*batch.values(), *draws)]
+        for i, rows in enumerate(zip(*parts, strict=True)):
             with synchronised(state.loss, i == c.accumulate - 1):
-                loss, metrics = state.loss(x, y, type_of_draws(*draws))
+                micro_batch = dict(zip(batch, rows[: len(batch)], strict=True))
+                loss, metrics = state.loss(micro_batch, type_of_draws(*rows[len(batch) :]))
                 (loss / c.accumulate).backward()
             total = {name: total.get(name, 0) + a / c.accumulate for name, a in metrics.items()}
         return total
 
     def train_step(state, batch):
-        x, y = batch["image"], batch["label"]
+        x = batch["image"]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         key = torch.Generator(x.device).manual_seed(fold(config.seed, 1, state.step))
-        draws = method.draw(key, (world * len(x), *x.shape[1:]), config.method)
-        metrics = gradients(state, x, y, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws])
+        draws = draw(key, (world * len(x), *x.shape[1:]), config.method)
+        metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws])
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, c)
         return state, metrics | {"grad_norm": norm, "learning_rate": torch.tensor(rate)}
 
-    type_of_draws = method.Draws
     return train_step
 
 
@@ -231,10 +235,9 @@ def reduce_metrics(metrics):
 
 
 def put_batch(batch, device):
-    """Put this process's rows of a numpy batch [b h w c] on its device as [b c h w], channels last in memory."""
-    image = torch.from_numpy(np.ascontiguousarray(batch["image"])).to(device, non_blocking=True)
-    label = torch.from_numpy(np.ascontiguousarray(batch["label"])).to(device, non_blocking=True)
-    return {"image": image.permute(0, 3, 1, 2), "label": label.long()}
+    """Put this process's rows of a numpy batch on its device, images as [b c h w], channels last in memory."""
+    rows = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for name, a in batch.items()}
+    return rows | {"image": rows["image"].permute(0, 3, 1, 2), "label": rows["label"].long()}
 
 
 def fold(*numbers):

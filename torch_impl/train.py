@@ -24,7 +24,7 @@ from evaluation.logs import MetricLog, Progress, setup_logging
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints
 from torch_impl.devices import start_torch
-from torch_impl.evaluate import evaluate
+from torch_impl.evaluate import evaluate, evaluate_emas
 from torch_impl.sample import generate, make_sampler
 from torch_impl.step import create_state, make_mesh, make_train_step, put_batch, reduce_metrics
 
@@ -46,6 +46,8 @@ def train(config, workdir, device):
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     mesh = make_mesh(config, device)
     state = start_state(config, mesh, device)
+    num_parameters = sum(p.numel() for p in state.net.parameters())
+    logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
     restored = checkpoints.restore(state)
     window = Window()
@@ -183,7 +185,11 @@ def make_reports(config, device, log):
         log.image(step, "samples", grids.grid(images))
 
     def evaluation(step, state):
-        log.write(step, evaluate(config, sampler, sampled_weights(state)))
+        emas = [weights.to_canonical(state.net, ema) for ema in state.emas if config.evaluation.every_ema]
+        result = evaluate_emas(config, sampler, emas) if config.evaluation.every_ema else {}
+        if not config.evaluation.every_ema or config.sample.ema < 0:
+            result |= evaluate(config, sampler, sampled_weights(state))
+        log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]
 

@@ -30,14 +30,14 @@ def from_canonical(net, weights):
 
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
     """
-    params = net.state_dict()
+    params, tables = net.state_dict(), net.tables()
     check_names(weights, set(params))
-    for name, table in net.tables().items():
+    for name, table in tables.items():
         if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
             raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
     state = {}
     for name, tensor in params.items():
-        array = net.tables().get(name, weights[name])
+        array = tables.get(name, weights[name])
         check_shape(name, array.shape, tensor.shape)
         state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype)
     return state

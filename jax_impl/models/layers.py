@@ -17,9 +17,11 @@ normal_002 = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
 
 
-def linear(in_features, out_features, *, dtype, rngs, kernel_init=xavier_uniform):
-    """Return an affine layer in -> out with zero bias, computed in `dtype` from float32 parameters."""
-    return nnx.Linear(in_features, out_features, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs)
+def linear(in_features, out_features, *, dtype, rngs, kernel_init=xavier_uniform, bias=True):
+    """Return an affine layer in -> out with zero bias or none, computed in `dtype` from float32 parameters."""
+    return nnx.Linear(
+        in_features, out_features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
+    )
 
 
 def layer_norm(x, eps=1e-6):

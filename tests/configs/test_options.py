@@ -5,15 +5,16 @@ import pathlib
 
 import pytest
 
-from configs import base, digits, meanflow_imagenet, resolve
+from configs import base, digits, meanflow_cifar10, meanflow_imagenet, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = ("data", "evaluation")
 # Options that one implementation has no use for, and why.
-ONE_SIDED = {"train.compile": "JAX always compiles"}
-CONFIGS = {"base": base.get_config(), "digits": digits.get_config()} | {
-    f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS
-}
+ONE_SIDED = {"train.compile": "JAX always compiles", "train.compile_backend": "the same"}
+CIFAR10 = ("v0", "v1", "reproduction")
+CONFIGS = {"base": base.get_config(), "digits": digits.get_config(), "digits:unet": digits.get_config("unet")}
+CONFIGS |= {f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS}
+CONFIGS |= {f"meanflow_cifar10:{name}": meanflow_cifar10.get_config(name) for name in CIFAR10}
 
 
 def read_attributes(*packages):
@@ -71,8 +72,51 @@ def test_published_settings(variant, omega, kappa, interval, epochs):
     assert m.guidance == (variant != "b4_nocfg")
     assert c.steps == epochs * 5004
     assert (c.batch_size, c.learning_rate, c.beta1, c.beta2, c.ema_decays) == (256, 1e-4, 0.9, 0.95, (0.9999,))
-    assert (m.flow_fraction, m.adaptive_power, m.adaptive_eps, m.time_mean, m.time_std) == (0.75, 1.0, 0.01, -0.4, 1.0)
+    assert (m.flow_fraction, m.adaptive_power, m.adaptive_eps) == (0.75, 1.0, 0.01)
+    assert (m.time_order, m.time_mean, m.time_std) == ("sorted", (-0.4, -0.4), (1.0, 1.0))
     assert config.data.flip
+
+
+@pytest.mark.parametrize("variant", CIFAR10)
+def test_published_settings_of_cifar10(variant):
+    """The figures of py-meanflow and, where it differs, of the reproduction."""
+    config, again = meanflow_cifar10.get_config(variant), variant == "reproduction"
+    m, net, c, a = config.method, config.model, config.train, config.data.augment
+    assert (net.name, net.input_size, net.channels, net.width, net.num_blocks) == ("unet", 32, 3, 128, 4)
+    assert (net.channel_mult, net.channel_mult_emb, net.attn_resolutions, net.dropout) == ((2, 2, 2), 4, (16,), 0.2)
+    assert (net.embedding_type, net.encoder_type, net.decoder_type) == ("positional", "standard", "standard")
+    assert (net.time_embedding, net.qkv_layout, net.channel_mult_noise, net.resample_filter, net.augment_dim) == (
+        ("separate", "interleaved", 1, (1, 1), 0) if again else ("joint", "split", 2, (1, 3, 3, 1), 6)
+    )
+    assert (a.prob, a.xflip, a.yflip, a.scale, a.aniso, a.translate_frac) == (0.0 if again else 0.12, 1e8, 0, 1, 1, 1)
+    assert (a.rotate_int, a.rotate_frac, a.translate_int) == (0, 0, 0) and config.data.flip
+    assert (m.time_order, m.time_mean, m.time_std) == (
+        ("truncated", (-0.6, -4.0), (1.6, 1.6)) if variant == "v1" else ("sorted", (-2.0, -2.0), (2.0, 2.0))
+    )
+    assert (m.flow_fraction, m.adaptive_power, m.adaptive_eps) == (0.25, 0.75, 1e-3)
+    assert not (m.guidance or m.clip_interval or m.label_drop_prob)
+    assert (c.batch_size, c.optimizer, c.learning_rate, c.beta1, c.beta2) == (1024, "adam", 6e-4, 0.9, 0.999)
+    assert c.schedule == "constant"
+    assert (c.warmup_steps, c.warmup_from) == pytest.approx((200 * 50 - 1, 6e-8) if again else (200 * 50, 1e-8))
+    assert (c.steps, c.clip_norm, set(c.ema_decays), c.ema_every) == (
+        (100_000, 1.0, {0.99995}, 1) if again else (800_000, 0.0, {0.99995, 0.9999, 0.9996}, 16)
+    )
+
+
+@pytest.mark.parametrize("module", [digits, meanflow_cifar10])
+def test_variants_that_do_not_exist(module):
+    with pytest.raises(ValueError, match="no variant 'v9'"):
+        module.get_config("v9")
+
+
+@pytest.mark.parametrize("variant", ["v0", "v1"])
+def test_the_parameter_count_of_the_unet_is_the_published_one(variant):
+    torch = pytest.importorskip("torch")
+    from torch_impl.step import build_net
+
+    with torch.device("meta"):
+        net = build_net(meanflow_cifar10.get_config(variant))
+    assert sum(p.numel() for p in net.parameters()) / 1e6 == pytest.approx(55, abs=1)
 
 
 @pytest.mark.parametrize(("variant", "millions"), [("b4", 131), ("b2", 131), ("m2", 308), ("l2", 459), ("xl2", 676)])

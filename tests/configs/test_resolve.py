@@ -26,6 +26,51 @@ def test_values_without_sense_are_named(option, value, message):
         resolve.check(config)
 
 
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("model.name", "vit", "choose one of dit, unet"),
+        ("model.encoder_type", "wide", "choose one of standard, skip, residual"),
+        ("method.time_order", "random", "choose one of sorted, truncated"),
+        ("method.time_mean", (-0.4,), r"config.method.time_mean is \(-0.4,\); give two numbers, for t and for r"),
+        ("method.time_mean", ("a", 0.0), "give two numbers, for t and for r"),
+        ("method.time_std", (1.0, 1.0, 1.0), "config.method.time_std is .*; give two numbers"),
+        ("method.guidance", True, "a network without classes, which cannot be guided: set --config.method.guidance=F"),
+        ("sample.cfg_scale", 2.0, "and --config.sample.cfg_scale=1"),
+        ("evaluation.classifier", True, "set --config.evaluation.classifier=False"),
+        ("model.width", 6, "config.model.width 6 must be a multiple of 4"),
+        ("model.channel_mult", (1, 0), "give a whole number above 0 for each level"),
+        ("model.channel_mult", (1, 1.5), "give a whole number above 0 for each level"),
+        ("model.attn_resolutions", (16,), r"\(16,\) are not among the levels' sizes \[8, 4\]"),
+        ("model.dropout", 1.0, "config.model.dropout is 1; it must be less"),
+        ("model.dropout", -0.1, "config.model.dropout is -0.1; it must be at least 0"),
+        ("data.augment.prob", 1.5, "at least 0 and at most 1"),
+        ("train.ema_every", 0, "config.train.ema_every is 0; it must be at least 1"),
+        ("train.compile_backend", "eager", "choose one of inductor, aot_eager"),
+    ],
+)
+def test_values_without_sense_for_a_unet_are_named(option, value, message):
+    config = digits.get_config("unet")
+    config.update_from_flattened_dict({option: value})
+    with pytest.raises(UserError, match=message):
+        resolve.check(config)
+
+
+@pytest.mark.parametrize("backend", ["inductor", "aot_eager"])
+def test_backends_of_the_compiler(backend, tmp_path):
+    """A run may go on with the other one."""
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config, "torch")
+    config.train.compile_backend = backend
+    resolve.open_workdir(tmp_path, resolve.check(config), "torch")
+
+
+def test_a_transformer_does_not_mind_the_options_of_a_unet():
+    config = digits.get_config()
+    config.update_from_flattened_dict({"model.dropout": 1.0, "model.channel_mult": (), "sample.cfg_scale": 2.0})
+    resolve.check(config)
+
+
 def test_unknown_and_missing_options_are_named():
     config = digits.get_config()
     config.train.colour = "blue"

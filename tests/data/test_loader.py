@@ -8,7 +8,7 @@ import pytest
 
 from configs import digits
 from configs.errors import UserError
-from data import loader
+from data import augment, loader
 
 BATCH = 256
 STEPS = 8  # more than one epoch of 1397 examples
@@ -26,6 +26,15 @@ def config(directory):
     return config
 
 
+@pytest.fixture
+def augmented(config):
+    """Return a config with a few transforms of each kind, each half of the time, after the flips."""
+    config.data.flip = True
+    config.data.augment.update(dict.fromkeys(augment.NUM_LABELS, 0.0))
+    config.data.augment.update(prob=0.5, rotate_int=1.0, scale=0.5, brightness=1.0)
+    return config
+
+
 def take(batches, num):
     return list(itertools.islice(batches, num))
 
@@ -37,8 +46,9 @@ def rows(batches):
 def assert_same(a, b):
     assert len(a) == len(b)
     for one, other in zip(a, b, strict=True):
-        np.testing.assert_array_equal(one["image"], other["image"])
-        np.testing.assert_array_equal(one["label"], other["label"])
+        assert one.keys() == other.keys()
+        for key in one:
+            np.testing.assert_array_equal(one[key], other[key])
 
 
 def count(images, labels):
@@ -80,6 +90,64 @@ def test_processes_share_the_batch_of_one(config, num_processes):
     assert_same(joined, whole)
 
 
+def test_augmented_batch(augmented):
+    batch = next(loader.make_loader(augmented, BATCH))
+    assert set(batch) == {"image", "label", "augment"}
+    assert batch["image"].shape == (BATCH, 8, 8, 1)
+    assert batch["augment"].shape == (BATCH, 4)
+    assert batch["image"].dtype == batch["augment"].dtype == np.float32
+    np.testing.assert_allclose((batch["augment"] != 0).mean(axis=0), [0.25, 0.25, 0.25, 0.5], atol=0.1)
+
+
+def test_augmentation_comes_after_the_same_flips(config):
+    config.data.flip = True
+    plain = take(loader.make_loader(config, BATCH), 2)
+    config.data.augment.update(dict.fromkeys(augment.NUM_LABELS, 0.0) | {"prob": 1.0, "yflip": 1.0})
+    for one, other in zip(take(loader.make_loader(config, BATCH), 2), plain, strict=True):
+        turned = one["augment"][:, 0] == 1
+        assert 0.35 < turned.mean() < 0.65
+        np.testing.assert_array_equal(one["image"][turned], other["image"][turned, ::-1])
+        np.testing.assert_array_equal(one["image"][~turned], other["image"][~turned])
+        np.testing.assert_array_equal(one["label"], other["label"])
+
+
+def test_augmentation_is_drawn_anew_in_each_epoch_and_from_the_seed(augmented):
+    augmented.data.augment.update(prob=1.0, rotate_int=0.0, scale=0.0)
+    first, second = (batch["augment"] for batch in take(loader.make_loader(augmented, 1397), 2))
+    assert len(np.unique(np.concatenate([first, second]))) > 2700
+    augmented.seed = 1
+    assert np.any(next(loader.make_loader(augmented, BATCH))["augment"] != first[:BATCH])
+
+
+def test_processes_share_the_augmented_batch_of_one(augmented):
+    whole = take(loader.make_loader(augmented, BATCH), 2)
+    parts = [take(loader.make_loader(augmented, BATCH, p, 2), 2) for p in range(2)]
+    joined = [
+        {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
+        for halves in zip(*parts, strict=True)
+    ]
+    assert_same(joined, whole)
+
+
+def test_whole_splits_are_not_augmented(augmented):
+    images, labels = loader.load_arrays(augmented, "train")
+    augmented.data.augment.prob, augmented.data.flip = 0.0, False
+    assert_same(
+        [dict(zip(("image", "label"), loader.load_arrays(augmented, "train"), strict=True))],
+        [{"image": images, "label": labels}],
+    )
+
+
+def test_a_network_told_of_other_labels(augmented):
+    augmented.model.augment_dim = 6
+    with pytest.raises(UserError, match="augment_dim is 6, .* makes 4 labels: set --config.model.augment_dim=4, or 0"):
+        loader.make_loader(augmented, BATCH)
+    augmented.model.augment_dim = 4
+    loader.make_loader(augmented, BATCH)
+    augmented.data.augment.prob, augmented.model.augment_dim = 0.0, 6
+    assert set(next(loader.make_loader(augmented, BATCH))) == {"image", "label"}
+
+
 def test_the_seed_decides_the_order(config):
     first = take(loader.make_loader(config, BATCH), 2)
     assert_same(take(loader.make_loader(config, BATCH), 2), first)
@@ -104,16 +172,15 @@ def test_flips_half_of_the_images_anew_in_each_epoch(config):
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
-def test_resumes_after_the_last_batch_returned(config, num_workers):
+def test_resumes_after_the_last_batch_returned(augmented, num_workers):
     """Whatever was prefetched beyond it; and the number of workers changes nothing."""
-    config.data.flip = True
-    expected = take(loader.make_loader(config, BATCH), STEPS)
-    config.data.num_workers = num_workers
-    batches = loader.make_loader(config, BATCH)
+    expected = take(loader.make_loader(augmented, BATCH), STEPS)
+    augmented.data.num_workers = num_workers
+    batches = loader.make_loader(augmented, BATCH)
     assert_same(take(batches, 3), expected[:3])
     state = batches.get_state()
     batches.close()
-    resumed = loader_at(config, state, 0, 1)
+    resumed = loader_at(augmented, state, 0, 1)
     assert_same(take(resumed, STEPS - 3), expected[3:])
     resumed.close()
 

@@ -8,7 +8,7 @@ import pytest
 from configs import digits
 from configs.errors import UserError
 from data import loader
-from evaluation import report
+from evaluation import metrics, report
 
 
 @pytest.fixture(scope="module")
@@ -52,6 +52,18 @@ def test_options(config):
     config.evaluation.split = "train"
     config.evaluation.classifier = False
     assert set(report.evaluate_samples(images, labels, config)) == {"num_samples", "frechet_distance_pixels"}
+
+
+def test_features_that_are_given_have_a_distance_of_their_own(config):
+    images, labels = loader.load_arrays(config, "test")
+    projection = np.random.default_rng(0).standard_normal((64, 5))
+    config.evaluation.classifier = False
+    features = {"frechet_distance_random": lambda a: a.reshape(len(a), -1) @ projection}
+    result = report.evaluate_samples(images, labels, config, features)
+    real, _ = loader.load_arrays(config, "train")
+    expected = metrics.frechet_distance(*(a.reshape(len(a), -1) @ projection for a in (images, real)))
+    assert set(result) == {"num_samples", "frechet_distance_pixels", "frechet_distance_random"}
+    assert result["frechet_distance_random"] == pytest.approx(expected) and expected > 0
 
 
 def test_a_dataset_without_a_test_split(config, monkeypatch):

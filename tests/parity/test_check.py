@@ -122,18 +122,18 @@ def test_unknown_system(golden, monkeypatch):
 
 
 def test_every_option_of_the_method_is_varied():
-    defaults = base.get_config().method
+    defaults, settings = base.get_config().method, cases.SETTINGS | cases.NETWORK_SETTINGS
     for option in defaults:
-        values = {str(setting.get(option, defaults[option])) for setting in cases.SETTINGS.values()}
+        values = {str(setting.get(option, defaults[option])) for setting in settings.values()}
         assert len(values) > 1 or option == "name", option
 
 
 @pytest.mark.parametrize("name", [name for name, s in cases.SETTINGS.items() if s.get("guidance", True)])
 def test_guidance_intervals_exclude_some_rows(name):
-    cfg = cases.config(method=cases.SETTINGS[name]).method
-    x, y, draws = cases.batch(cfg)
-    zeros = lambda *args: np.zeros_like(x)  # noqa: E731
-    t = formula.loss(zeros, lambda *args: (x, x), (x, y, 7), draws, cfg)["t"]
+    config = cases.config(method=cases.SETTINGS[name])
+    (rows, draws), cfg = cases.batch(config), config.method
+    x, zeros = rows["image"], lambda *args: np.zeros_like(rows["image"])
+    t = formula.loss(zeros, lambda *args: (x, x), (x, rows["label"], 7), draws, cfg)["t"]
     inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     assert inside.any() and not inside.all()
 

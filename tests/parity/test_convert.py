@@ -1,6 +1,7 @@
 """The converter: bitwise round trips, every name known or refused, nothing executed."""
 
 import argparse
+import operator
 import pathlib
 import pickle
 
@@ -14,8 +15,9 @@ import torch
 from configs import digits
 from configs.errors import UserError
 from jax_impl import checkpoints as jax_checkpoints
-from parity import check, convert, golden, names
+from parity import cases, check, convert, frameworks, golden, infer, names
 from torch_impl import checkpoints as torch_checkpoints
+from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
 
 
@@ -107,6 +109,99 @@ def test_prefix_chooses_an_entry(tmp_path, sit):
     assert_same(canonical_files.load(tmp_path / "b.safetensors"), sit)
     with pytest.raises(UserError, match="no name begins with --prefix 'other'"):
         run(tmp_path / "a.pt", tmp_path / "b.safetensors", "--prefix", "other")
+
+
+@pytest.fixture(scope="module")
+def unet():
+    """Return the config of a tiny U-Net in float32, and its canonical weights."""
+    config = cases.config("unet", model={"compute_dtype": "float32", "channel_mult": (1,)})
+    return config, {name: a.astype(np.float32) for name, a in cases.random_weights(config).items()}
+
+
+@pytest.fixture
+def several(tmp_path, unet):
+    """Return a checkpoint as py-meanflow writes it, and its four networks by --ema."""
+    config, weights = unet
+    tables = frameworks.FRAMEWORKS["torch"].tables(frameworks.FRAMEWORKS["torch"].build(config, weights))
+    nets = {ema: {n: a if n in tables else a * (1 + ema / 8) for n, a in weights.items()} for ema in (-1, 0, 1, 2)}
+    prefixes = {-1: "net.", 0: "net_ema.", 1: "net_ema1.", 2: "net_ema2."}
+    state = {prefixes[ema] + name: a for ema, net in nets.items() for name, a in tensors(net).items()}
+    path = tmp_path / "checkpoint-3.pth"
+    torch.save({"model": state | {"num_updates": torch.tensor(7)}, "optimizer": {}, "epoch": 3}, path)
+    return path, nets
+
+
+@pytest.mark.parametrize("ema", [-1, 0, 1, 2])
+def test_each_network_of_a_checkpoint_of_several(tmp_path, several, ema):
+    path, nets = several
+    run(path, tmp_path / "b.safetensors", "--ema", ema)
+    assert_same(canonical_files.load(tmp_path / "b.safetensors"), nets[ema])
+
+
+def test_a_network_that_the_checkpoint_lacks(tmp_path, several):
+    with pytest.raises(UserError, match=r"has no net_ema3 \(--ema 3\), only net, net_ema, net_ema1, net_ema2"):
+        run(several[0], tmp_path / "b.safetensors", "--ema", 3)
+    assert not (tmp_path / "b.safetensors").exists()
+
+
+def test_both_frameworks_compute_the_same_from_a_converted_checkpoint(tmp_path, several, unet):
+    config, _ = unet
+    run(several[0], tmp_path / "b.safetensors", "--ema", 1)
+    converted = canonical_files.load(tmp_path / "b.safetensors")
+    with frameworks.full_precision():
+        outputs = [f.forward(f.build(config, converted), *cases.jvp_inputs(config)[:4], {"augment": a})
+                   for a in [cases.given(config)["augment"]] for f in frameworks.FRAMEWORKS.values()]  # fmt: skip
+    assert np.linalg.norm(outputs[0] - outputs[1]) <= 2e-5 * np.linalg.norm(outputs[1])
+
+
+WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype"}
+OTHER_NETWORKS = {
+    "unet_16": cases.UNET | {
+        "input_size": 16, "channel_mult": (1, 2, 3), "channel_mult_emb": 2, "channel_mult_noise": 3, "num_blocks": 2,
+        "attn_resolutions": (16, 4), "resample_filter": (1.0, 2.0, 3.0, 2.0), "encoder_type": "residual",
+    },
+    "unet_separate_wide": cases.NETWORKS["unet_separate"] | {"channel_mult_noise": 3},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("order", ["as built", "sorted"])
+@pytest.mark.parametrize("network", [*cases.NETWORKS, *OTHER_NETWORKS])
+def test_the_options_of_a_network_are_found_in_its_weights(network, order, monkeypatch):
+    """Sorted, as in a safetensors file, the level 4x4 comes before 8x8."""
+    monkeypatch.setattr(cases, "NETWORKS", cases.NETWORKS | OTHER_NETWORKS)
+    expected = cases.config(network).model
+    with torch.device("meta"):
+        net = torch_step.build_net(cases.config(network))
+    weights = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in net.state_dict().items()}
+    weights = dict(sorted(weights.items()) if order == "sorted" else weights) | net.tables()
+    found = infer.inferred_config(weights).model
+    for model in (found, expected):  # a filter is known but for its scale
+        model.resample_filter = tuple(float(tap) / sum(model.resample_filter) for tap in model.resample_filter)
+    hidden = WITHOUT_A_TRACE | ({"num_classes"} if expected.name == "unet" else set())
+    for option in set(expected) - hidden:
+        same = np.allclose if option == "resample_filter" else operator.eq
+        assert same(found[option], expected[option]), option
+    convert.checked(weights, None)
+
+
+@pytest.mark.parametrize(
+    ("names", "message"),
+    [
+        (["map_layer0.weight", "enc.a"], "lack enc.NxN_conv.weight or map_layer0.weight"),
+        (["enc.8x8_conv.weight"], "lack enc.NxN_conv.weight or map_layer0.weight"),
+        (["enc.8x8_conv.weight", "enc.4x4_conv.weight", "map_layer0.weight"], "lack enc.NxN_conv.weight or map_layer0"),
+        (["enc.8x8_conv.weight", "map_layer0.weight"], "lack enc.8x8_block0.conv0.weight"),
+        (
+            ["enc.8x8_conv.weight", "map_layer0.weight", "map_layer1.bias", "enc.b.conv.weight"],
+            "matrices of other ranks",
+        ),
+    ],
+)
+def test_weights_of_no_unet_are_named(names, message):
+    with pytest.raises(UserError, match=message):
+        infer.inferred_config(
+            {name: np.zeros((8, 3) if "map" in name or ".b." in name else (8, 3, 3, 3)) for name in names}
+        )
 
 
 class Malicious:

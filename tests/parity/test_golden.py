@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from configs.errors import UserError
-from parity import check, frameworks, golden, golden_optim, golden_sit, with_torch
+from parity import check, frameworks, golden, golden_network, golden_optim, golden_sit, with_torch
 
 
 def test_group_of():
@@ -49,11 +49,11 @@ def other(tmp_path):
         net = dict((name, net) for name, _, net in nets)["torch"]
         for case, options in {"steps3_cfg": {"steps": 3, "cfg_scale": 2.25}, "steps8": {"steps": 8}}.items():
             ours.sample.update({"cfg_scale": 1.0} | options)
-            images = with_torch.sample(net, golden_sit.nhwc(noise), y, ours.sample)
+            images = with_torch.sample(net, golden_network.nhwc(noise), y, ours.sample)
             arrays[f"out/sample/{case}"] = images.transpose(0, 3, 1, 2)
         coin, drawn = rng.uniform(size=40).astype(np.float32), rng.normal(size=(40, 2)).astype(np.float32)
-        ours.method.update(flow_rows="coin", flow_fraction=0.6, time_mean=-0.1, time_std=1.4)
-        t, r = with_torch.sample_times(net, (coin, drawn, coin, coin), ours.method)
+        ours.method.update(flow_rows="coin", flow_fraction=0.6, time_mean=(-0.1, -0.1), time_std=(1.4, 1.4))
+        t, r = with_torch.sample_times(net, {"times": drawn, "coin": coin}, ours.method)
     arrays |= {"in/time/time_n": drawn, "in/time/eq_u": coin, "out/time/logit_wide/t": t, "out/time/logit_wide/r": r}
     np.savez(tmp_path / "other.npz", config=np.array(json.dumps(config)), **arrays)
     return tmp_path

@@ -1,16 +1,20 @@
 """Tests of the tests: each mistake put into an implementation or a fixture is seen, and its case named."""
 
+import jax.numpy as jnp
 import ml_collections
 import numpy as np
 import pytest
+import torch
 
 from jax_impl import step as jax_step
 from jax_impl.methods import meanflow as jax_method
 from jax_impl.models import dit as jax_dit
-from parity import check
+from jax_impl.models import unet as jax_unet
+from parity import cases, check
 from torch_impl import step as torch_step
 from torch_impl.methods import meanflow as torch_method
 from torch_impl.models import dit as torch_dit
+from torch_impl.models import unet as torch_unet
 
 METHODS = {"jax": jax_method, "torch": torch_method}
 STEPS = {"jax": jax_step, "torch": torch_step}
@@ -79,6 +83,51 @@ def test_the_same_mistake_in_both_frameworks_is_seen_by_the_fixtures(monkeypatch
     assert "FAILED: golden/meanflow_dit_flax/fwd torch u" in out
 
 
+def test_sines_and_cosines_that_keep_their_places_in_both_frameworks(monkeypatch, capsys):
+    for module, roll in ((jax_unet, jnp.roll), (torch_unet, torch.roll)):
+        original = module.UNet.embed_time
+
+        def cosines_first(self, t, original=original, roll=roll):
+            return roll(original(self, t), self.features // 2, -1)
+
+        monkeypatch.setattr(module.UNet, "embed_time", cosines_first)
+    case = "golden/meanflow_unet_torch/fwd"
+    out = expect_failure(capsys, case, f"{case} jax")
+    assert f"FAILED: {case} jax u" in out and f"FAILED: {case} torch u" in out
+
+
+def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
+    monkeypatch.setitem(cases.NETWORKS, "unet", cases.UNET | {"channel_mult": (1,)})
+    method = METHODS[framework]
+    original = method.average_velocity
+
+    def two_masks(net, z, v_g, t, r, y, given, u_flow, rows):
+        other = given | {"dropout": ~given["dropout"]}
+        _, du_dt = original(net, z, v_g, t, r, y, other, u_flow, rows)
+        return original(net, z, v_g, t, r, y, given, u_flow, rows)[0], du_dt
+
+    monkeypatch.setattr(method, "average_velocity", two_masks)
+    out = expect_failure(capsys, "float64/unet/difference", f"float64/unet/difference {framework}")
+    assert "1 failed" in out
+
+
+def test_a_second_time_that_is_not_cut_off(framework, monkeypatch, capsys):
+    method = METHODS[framework]
+    original = method.sample_times
+
+    def as_drawn(draws, cfg):
+        second = ml_collections.ConfigDict(cfg)
+        second.time_mean, second.time_std = (cfg.time_mean[1],) * 2, (cfg.time_std[1],) * 2
+        (t, _), (r, _) = original(draws, cfg), original(draws._replace(times=draws.times[:, [1, 1]]), second)
+        flow = method.is_flow(draws, cfg)
+        return t, flow * t + ~flow * r
+
+    monkeypatch.setattr(method, "sample_times", as_drawn)
+    case = "golden/meanflow_unet_torch/time/v1_default"
+    out = expect_failure(capsys, case, f"{case} {framework}")
+    assert f"FAILED: {case} {framework} r" in out and "1 failed" in out
+
+
 @pytest.mark.parametrize(
     ("name", "key", "case"),
     [
@@ -86,6 +135,8 @@ def test_the_same_mistake_in_both_frameworks_is_seen_by_the_fixtures(monkeypatch
         ("ema_lr_optim", "out/ema/dmf_0.99", "golden/ema_lr_optim/ema"),
         ("ema_lr_optim", "out/opt/grad_norms", "golden/ema_lr_optim/opt"),
         ("sit_torch", "out/time/uniform/r", "golden/sit_torch/time/uniform"),
+        ("meanflow_unet_torch", "out/time/v1_default/r", "golden/meanflow_unet_torch/time/v1_default"),
+        ("meanflow_unet_torch", "out/ema/decay_0.9996", "golden/meanflow_unet_torch/ema"),
         ("meanflow_dit_flax", "out/pos_embed", "golden/meanflow_dit_flax/pos_embed"),
         ("meanflow_dit_flax", "out/fwd/t_freq", "golden/meanflow_dit_flax/fwd"),
     ],
@@ -109,3 +160,17 @@ def test_wrong_ema_decay(framework, monkeypatch, capsys):
     monkeypatch.setattr(step, "apply_gradients", wrong)
     out = expect_failure(capsys, "golden/ema_lr_optim/ema", "golden/ema_lr_optim/ema")
     assert f"FAILED: golden/ema_lr_optim/ema {framework} " in out
+
+
+def test_an_ema_that_never_waits(framework, monkeypatch, capsys):
+    step = STEPS[framework]
+    original = step.apply_gradients
+
+    def every_step(*args):
+        c = ml_collections.ConfigDict(args[-1])
+        c.ema_every = 1
+        return original(*args[:-1], c)
+
+    monkeypatch.setattr(step, "apply_gradients", every_step)
+    out = expect_failure(capsys, "golden/meanflow_unet_torch/ema", "golden/meanflow_unet_torch/ema")
+    assert f"FAILED: golden/meanflow_unet_torch/ema {framework} " in out

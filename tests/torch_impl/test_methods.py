@@ -1,11 +1,13 @@
 """What MeanFlow's parts promise, beyond what the parity suite compares."""
 
+import numpy as np
 import pytest
 import torch
 
-from configs import base
+from configs import base, digits
 from configs.errors import UserError
 from torch_impl.methods import meanflow
+from torch_impl.step import build_net
 
 
 def settings(**changes):
@@ -26,6 +28,27 @@ def test_times_are_ordered_and_the_share_of_flow_rows_is_met(sampler, flow_rows)
     assert bool((r <= t).all() and (r >= 0).all() and (t <= 1).all())
     share = float((r == t).double().mean())
     assert share == pytest.approx(0.25, abs=0.03 if flow_rows == "coin" else 0)
+
+
+@pytest.mark.parametrize(
+    ("order", "t", "r"),
+    [("sorted", [0.75, 0.75, 0.5, 0.875], [0.25, 0.25, 0.5, 0.875]),
+     ("truncated", [0.25, 0.75, 0.5, 0.875], [0.25, 0.25, 0.5, 0.875])],
+)  # fmt: skip
+def test_sorted_times_change_places_and_truncated_ones_are_cut_off(order, t, r):
+    """The last row is a flow row by its coin."""
+    cfg = settings(time_order=order, time_sampler="uniform", flow_rows="coin", flow_fraction=0.25)
+    times = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.5, 0.5], [0.875, 0.125]])
+    drawn = meanflow.Draws(None, times, torch.tensor([0.9, 0.9, 0.25, 0.1]), None, None)
+    assert [a.tolist() for a in meanflow.sample_times(drawn, cfg)] == [t, r]
+
+
+def test_each_time_has_its_own_mean_and_deviation():
+    cfg = settings(time_order="truncated", time_mean=(-0.6, -4.0), time_std=(1.6, 0.5), flow_fraction=0.0)
+    drawn = meanflow.Draws(None, torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0.5, 0.5]), None, None)
+    t, r = (np.asarray(a) for a in meanflow.sample_times(drawn, cfg))
+    np.testing.assert_allclose(np.log(t / (1 - t)), [-0.6, 1.0], rtol=1e-5)
+    np.testing.assert_allclose(np.log(r / (1 - r)), [-4.0, -3.0], rtol=1e-5)
 
 
 def test_a_draw_is_a_function_of_its_key():
@@ -65,7 +88,7 @@ def test_front_drops_as_many_labels_as_the_coin_but_the_first():
 class Constant:
     """A network whose velocity is its label, so that guidance can be computed by hand."""
 
-    num_classes = 9
+    num_classes, dropout, augment_dim = 9, 0.0, 0
 
     def __init__(self):
         self.calls = 0
@@ -80,8 +103,8 @@ def test_guidance_by_hand_only_inside_the_interval_and_on_kept_labels():
     v, y = torch.ones(4, 1, 2, 2), torch.tensor([2, 2, 2, 2])
     t, kept = torch.tensor([0.5, 0.4, 0.5, 0.7]), torch.tensor([True, True, False, True])
     rows, net = meanflow.split_rows(4, cfg), Constant()
-    u_flow = meanflow.flow_velocity(net, v, t, y, rows)
-    v_g = meanflow.guide(net, v, v, t, y, kept, u_flow, cfg)
+    u_flow = meanflow.flow_velocity(net, v, t, y, {}, rows)
+    v_g = meanflow.guide(net, v, v, t, y, {}, kept, u_flow, cfg)
     guided = 0.5 * 1 + 0.25 * 2 + 0.25 * 9
     assert v_g[:, 0, 0, 0].tolist() == [guided, guided, 1, 1]
     assert net.calls == 2 + 4 + 2  # the flow rows, the null forward of all, the conditional one of the rest
@@ -90,9 +113,97 @@ def test_guidance_by_hand_only_inside_the_interval_and_on_kept_labels():
 def test_a_step_runs_as_few_rows_as_it_says():
     for kappa, expected in ((0.0, 2), (0.5, 2.25)):  # in batches; the JVP's tangent is not a call
         cfg, net = settings(kappa=kappa, omega=0.3), Constant()
-        x, y = torch.zeros(16, 1, 4, 4), torch.zeros(16, dtype=torch.long)
-        meanflow.loss(net, (x, y), draws(16, cfg), cfg)
+        batch = {"image": torch.zeros(16, 1, 4, 4), "label": torch.zeros(16, dtype=torch.long)}
+        meanflow.loss(net, batch, draws(16, cfg), cfg)
         assert net.calls == expected * 16
+
+
+class Masked:
+    """A network of one nonlinear layer, which masks and labels change; it keeps what it was called with."""
+
+    num_classes, dropout, augment_dim = 9, 0.5, 2
+
+    def __init__(self):
+        self.calls = []
+
+    def dropout_masks(self, draws):
+        return draws[:, None] * torch.tensor([3, 5, 7, 11]) % 1 > 0.5
+
+    def __call__(self, z, t, r, y, augment=None, dropout=None):
+        self.calls.append((len(y), augment is not None, dropout is not None))
+        scale = 1 + y[:, None, None, None] + (0 if augment is None else augment.sum(1)[:, None, None, None])
+        u = torch.sin(z * scale + (t * t + r)[:, None, None, None])
+        return u if dropout is None else torch.where(dropout.reshape(z.shape), 2 * u, 0)
+
+
+def batch_of(num):
+    x, y = torch.randn(num, 1, 2, 2), torch.arange(num) % 9
+    return {"image": x, "label": y, "augment": torch.randn(num, 2)}
+
+
+@pytest.fixture
+def float64():
+    """Draw in float64."""
+    torch.set_default_dtype(torch.float64)
+    yield
+    torch.set_default_dtype(torch.float32)
+
+
+def assert_difference(net, batch, cfg):
+    """Compare u and du/dt of the loss with the network under the same masks: itself, and its central difference."""
+    drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
+    _, aux = meanflow.loss(net, batch, drawn, cfg)
+    t, r, v = (aux[name] for name in ("t", "r", "v"))
+    z, _ = meanflow.path(batch["image"], drawn.noise, t, cfg)
+    given, h = {"augment": batch["augment"], "dropout": net.dropout_masks(drawn.dropout)}, 1e-5
+    with torch.no_grad():
+        ahead, behind = (net(z + step * v, t + step, r, aux["y"], **given) for step in (h, -h))
+        torch.testing.assert_close(aux["u"], net(z, t, r, aux["y"], **given))
+    difference = torch.where((t > r)[:, None, None, None], (ahead - behind) / (2 * h), aux["du_dt"])
+    assert 0 < int((t > r).sum()) < len(t)
+    torch.testing.assert_close(aux["du_dt"], difference, rtol=1e-6, atol=1e-8)
+
+
+@pytest.mark.parametrize("flow_rows", ["split", "coin"])
+def test_primal_and_tangent_share_their_masks(flow_rows, float64):
+    assert_difference(Masked(), batch_of(8), settings(guidance=False, flow_rows=flow_rows, flow_fraction=0.5))
+
+
+def test_primal_and_tangent_of_a_unet_share_their_masks(float64):
+    config = digits.get_config("unet")
+    config.model.update(width=4, channel_mult=(1, 2), dropout=0.4, compute_dtype="float64")
+    config.method.time_mean = (0.0, -1.0)
+    net = build_net(config)
+    for p in net.parameters():
+        p.data.normal_(0, 0.2)
+    batch = {"image": torch.randn(8, 1, 8, 8), "label": torch.zeros(8, dtype=torch.long), "augment": torch.randn(8, 6)}
+    assert_difference(net, batch, config.method)
+
+
+@pytest.mark.parametrize(
+    ("kappa", "guidance"),
+    [(0.0, [(16, True, False)]), (0.5, [(32, True, False)])],  # the null forward, and the conditional one, of all rows
+)
+def test_guidance_sees_no_dropout_and_shares_no_forward_with_it(kappa, guidance):
+    cfg, net, batch = settings(kappa=kappa, omega=0.3, flow_fraction=0.75), Masked(), batch_of(16)
+    drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
+    _, aux = meanflow.loss(net, batch, drawn, cfg)
+    assert net.calls == [(12, True, True), *guidance, (4, True, True)]
+    z, v = meanflow.path(batch["image"], drawn.noise, aux["t"], cfg)
+    null = torch.full((16,), 9)
+    u_null, u = (net(z, aux["t"], aux["t"], y, augment=batch["augment"]) for y in (null, batch["label"]))
+    expected = 0.3 * v + kappa * u + (0.7 - kappa) * u_null
+    kept = np.asarray(drawn.drop) >= cfg.label_drop_prob
+    np.testing.assert_allclose(aux["v_g"][kept], expected[kept], rtol=1e-4, atol=1e-5)
+
+
+def test_what_a_network_is_given():
+    batch, net = batch_of(3), Masked()
+    drawn = meanflow.Draws(*[None] * 4, torch.tensor([0.1, 0.5, 0.9]))
+    assert list(meanflow.conditions(net, batch, drawn)) == ["augment", "dropout"]
+    assert list(meanflow.conditions(net, {"image": batch["image"]}, drawn)) == ["dropout"]
+    net.augment_dim, net.dropout = 0, 0.0
+    assert meanflow.conditions(net, batch, drawn) == {}
 
 
 @pytest.mark.parametrize("times", [(0.5,), (0.2, 0.5), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1)])

@@ -23,6 +23,7 @@ class Draws(NamedTuple):
     times: torch.Tensor  # [b 2] unit normals (logit_normal) or uniforms (uniform)
     coin: torch.Tensor  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: torch.Tensor  # [b] uniforms: which rows lose their label
+    dropout: torch.Tensor  # [b] uniforms: from which a network's dropout masks follow
 
 
 class Rows(NamedTuple):
@@ -48,26 +49,29 @@ def draw(key, shape, cfg):
         times=times((shape[0], 2), generator=key, device=key.device),
         coin=torch.rand(shape[:1], generator=key, device=key.device),
         drop=torch.rand(shape[:1], generator=key, device=key.device),
+        dropout=torch.rand(shape[:1], generator=key, device=key.device),
     )
 
 
 def loss(net, batch, draws, cfg):
     """MeanFlow objective.  Source: arXiv:2505.13447, algorithm 1, eqs. 10 and 11, and with guidance eqs. 19 to 21.
 
-    net: (z, t, r, y) -> u, all of shape [b c h w] but t, r, y of [b]; `net.num_classes` is the null label.
-    batch: x [b c h w] in data units, y [b] int labels.  cfg: `config.method`.
+    net: (z, t, r, y, **given) -> u, z and u of shape [b c h w], t, r, y of [b]; see `conditions` for what it is given.
+    `net.num_classes` is the null label, `net.dropout` its rate of dropout.
+    batch: 'image' [b c h w] in data units, 'label' [b] int, 'augment' [b k] if there are such labels.  cfg:
+    `config.method`.
     Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b c h w], err [b] (squared,
     summed over a row), weight [b] and row_loss [b].  No gradient flows through v_g, du_dt, target and weight.
     Departs from the paper: flow rows are a fixed share of the batch, not drawn (but for flow_rows = coin).
     """
-    x, y = batch
+    x, y, given = batch["image"], batch["label"], conditions(net, batch, draws)
     t, r = sample_times(draws, cfg)
     z, v = path(x, draws.noise, t, cfg)
     y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u_flow = flow_velocity(net, z, t, y, rows)
-    v_g = guide(net, z, v, t, y, kept, u_flow, cfg)
-    u, du_dt = average_velocity(net, z, v_g, t, r, y, u_flow, rows)
+    u_flow = flow_velocity(net, z, t, y, given, rows)
+    v_g = guide(net, z, v, t, y, given, kept, u_flow, cfg)
+    u, du_dt = average_velocity(net, z, v_g, t, r, y, given, u_flow, rows)
     target = (v_g - expand(interval(t, r, cfg), v) * du_dt).detach()
     err = sum_squares(u - target)
     weight, row_loss = weigh(err, cfg)
@@ -78,12 +82,29 @@ def loss(net, batch, draws, cfg):
     return row_loss.mean(), {name: a.detach() for name, a in aux.items()}
 
 
+def conditions(net, batch, draws):
+    """Return what the network is given beside (z, t, r, y), arrays of [b ...] by name.
+
+    augment: augmentation labels, if the batch has them and the network wants them; one that is told of none
+    (augment_dim 0) learns augmented images as if they were real.  dropout: its masks, if it has
+    dropout; the primal and the tangent of a row share them.
+    """
+    given = {"augment": batch["augment"]} if net.augment_dim and "augment" in batch else {}
+    return given | ({"dropout": net.dropout_masks(draws.dropout)} if net.dropout else {})
+
+
 def sample_times(draws, cfg):
-    """Return t >= r, [b] each in [0, 1]: the larger and the smaller of two draws, and r = t on flow rows."""
+    """Return t >= r, [b] each in [0, 1], from two draws, each with its own mean and deviation, and r = t on flow rows.
+
+    `sorted`: t is the larger, r the smaller, then flow rows.  `truncated`: t is the first, r the second but at most t,
+    so that rows other than flow rows may have r = t as well.  Source: Gsunshine/py-meanflow, models/time_sampler.py,
+    where they are v0 and v1.
+    """
     times = draws.times
+    t, r = times[:, 0], times[:, 1]
     if cfg.time_sampler == "logit_normal":
-        times = torch.sigmoid(times * cfg.time_std + cfg.time_mean)
-    t, r = times.amax(1), times.amin(1)
+        t, r = (torch.sigmoid(times[:, i] * cfg.time_std[i] + cfg.time_mean[i]) for i in range(2))
+    r, t = torch.minimum(t, r), torch.maximum(t, r) if cfg.time_order == "sorted" else t
     return t, torch.where(is_flow(draws, cfg), t, r)
 
 
@@ -131,47 +152,54 @@ def drop_labels(y, draws, null, cfg):
     return torch.where(dropped, null, y), ~dropped
 
 
-def flow_velocity(net, z, t, y, rows):
+def flow_velocity(net, z, t, y, given, rows):
     """Return u(z, t, t, y) on the flow rows of a static split [groups*flow c h w]: one plain forward."""
     z, t, y = (take(a, rows, "flow") for a in (z, t, y))
-    return net(z, t, t, y) if rows.flow else z
+    given = {name: take(a, rows, "flow") for name, a in given.items()}
+    return net(z, t, t, y, **given) if rows.flow else z
 
 
 @torch.no_grad()
-def guide(net, z, v, t, y, kept, u_flow, cfg):
+def guide(net, z, v, t, y, given, kept, u_flow, cfg):
     """Return the guided velocity v_g [b c h w]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), w = omega, k = kappa.
 
     Only where the label was kept and guidance_start <= t <= guidance_end; v elsewhere.  On flow rows u(z,t,t,y) is
     the row's own prediction `u_flow`; the null forward of all rows and the conditional forward of the rest run as
-    one batch.  With k = 0 no conditional forward is needed.  Source: eq. 21 of arXiv:2505.13447, appendix B.1.
+    one batch.  With k = 0 no conditional forward is needed.  Guidance sees no dropout: where the network has it, no
+    forward is shared.  Source: eq. 21 of arXiv:2505.13447, appendix B.1.
     """
     if not cfg.guidance:
         return v
     rows = split_rows(len(y), cfg)
+    if "dropout" in given:
+        rows, u_flow = Rows(1, 0, len(y)), u_flow[:0]
+    given = {name: a for name, a in given.items() if name != "dropout"}
     null = torch.full_like(y, net.num_classes)
     if cfg.kappa == 0:
-        v_g = cfg.omega * v + (1 - cfg.omega) * net(z, t, t, null)
+        v_g = cfg.omega * v + (1 - cfg.omega) * net(z, t, t, null, **given)
     else:
         both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)  # the null forward of all, then the rest's own
         z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
-        u = net(z2, t2, t2, y2)
+        given = {name: join(a, take(a, rows, "rest"), both) for name, a in given.items()}
+        u = net(z2, t2, t2, y2, **given)
         u_null, u_cond = take(u, both, "flow"), join(u_flow, take(u, both, "rest"), rows)
         v_g = cfg.omega * v + cfg.kappa * u_cond + (1 - cfg.omega - cfg.kappa) * u_null
     guided = kept & (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     return torch.where(expand(guided, v), v_g, v).detach()
 
 
-def average_velocity(net, z, v_g, t, r, y, u_flow, rows):
-    """Return u(z, t, r, y) and its total derivative du/dt along (v_g, 1, 0), [b c h w] each.
+def average_velocity(net, z, v_g, t, r, y, given, u_flow, rows):
+    """Return u(z, t, r, y, given) and its total derivative du/dt along (v_g, 1, 0), [b c h w] each.
 
     The JVP runs on the rest of a static split; flow rows have their forward already, and du/dt = 0 there because
     nothing reads it.
     """
     z, v_g, t, r, y = (take(a, rows, "rest") for a in (z, v_g, t, r, y))
+    given = {name: take(a, rows, "rest") for name, a in given.items()}
     u, du_dt = z, z
     if rows.rest:
         tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
-        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)  # pyright: ignore
+        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), tangents)  # pyright: ignore
     return join(u_flow, u, rows), join(torch.zeros_like(u_flow), du_dt, rows).detach()
 
 

@@ -65,12 +65,14 @@ class FinalLayer(nn.Module):
 
 
 class DiT(nn.Module):
-    """Average velocity u = net(z, t, r, y).
+    """Average velocity u = net(z, t, r, y).  It has no dropout and is told of no augmentation.
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise.
     y: [b] int labels in [0, num_classes]; num_classes is the null class.  Returns u [b c h w] in float32 at least.
     `dtype` is that of the matmuls.  Raises ValueError for sizes that do not divide.
     """
+
+    dropout, augment_dim = 0.0, 0
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
                  dtype=torch.float32):  # fmt: skip

@@ -28,17 +28,18 @@ def zeros(weight):
 
 
 class Linear(nn.Linear):
-    """An affine layer with zero bias, computed in `dtype` from float32 parameters; dtype None: that of the input."""
+    """An affine layer with zero bias or none, computed in `dtype` from float32 parameters; None: that of the input."""
 
-    def __init__(self, in_features, out_features, *, dtype, kernel_init=xavier_uniform):
-        super().__init__(in_features, out_features)
+    def __init__(self, in_features, out_features, *, dtype, kernel_init=xavier_uniform, bias=True):
+        super().__init__(in_features, out_features, bias=bias)
         self.compute_dtype = dtype
         kernel_init(self.weight)
-        zeros(self.bias)
+        if bias:
+            zeros(self.bias)
 
     def forward(self, x):
         dtype = self.compute_dtype or x.dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), self.bias.to(dtype))
+        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
 
 
 def layer_norm(x, eps=1e-6):

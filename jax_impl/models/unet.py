@@ -1,0 +1,393 @@
+"""U-Net for MeanFlow on pixels: EDM's SongUNet, conditioned on two times and on augmentation labels.
+
+Source: arXiv:2011.13456 (DDPM++ and NCSN++), arXiv:2206.00364 (EDM), arXiv:2505.13447 (MeanFlow, appendix A).
+Two published variants are settings of one network: Gsunshine/py-meanflow, models/unet.py (time_embedding joint,
+qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py (separate, interleaved, 1-1).  State
+dicts of both have canonical names.
+"""
+
+import math
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax import nnx
+
+from configs.errors import UserError
+from jax_impl.models.layers import linear, xavier_uniform
+
+SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
+nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5
+for_attention = nnx.initializers.variance_scaling(0.2, "fan_avg", "uniform")  # Xavier-uniform times sqrt(0.2)
+
+
+def halving_matrix(taps, size, padding):
+    """Return the matrix [size', size] float64 that filters an axis with `taps`, normalised, and keeps every other.
+
+    size' = (size + 2 padding - len(taps)) / 2 + 1, the axis being padded with zeros at both ends.
+    """
+    taps = np.asarray(taps, np.float64) / np.sum(taps)
+    matrix = np.zeros(((size + 2 * padding - len(taps)) // 2 + 1, size + 2 * padding))
+    for row, weights in enumerate(matrix):
+        weights[2 * row : 2 * row + len(taps)] = taps
+    return matrix[:, padding : padding + size]
+
+
+def positional_features(t, dim, max_period=10_000.0):
+    """Return sinusoidal features [b dim] of times t [b]: cosines first, then sines, frequencies from 1 to 1/max_period.
+
+    Source: NVlabs/edm, training/networks.py, PositionalEmbedding with its endpoint.
+    """
+    t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+    frequencies = (1 / max_period) ** (np.arange(dim // 2) / (dim // 2 - 1))
+    angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+def hash32(x):
+    """Mix integers in [0, 2^32), uint32, into integers that look random, one to one.
+
+    Source: the `lowbias32` function of Chris Wellons' hash-prospector, after an offset.
+    """
+    x = x + np.uint32(0x9E3779B9)
+    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
+    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
+    return x ^ (x >> 16)
+
+
+def keep_masks(draws, num_entries, prob):
+    """Return which of `num_entries` entries dropout keeps, [b n] bool, each with probability 1 - prob.
+
+    draws: [b] uniforms in [0, 1).  A mask is a function of (draw of the row, entry) in exact integer arithmetic: the
+    same in both frameworks, on any number of devices and in any number of micro-batches.
+    """
+    seeds = hash32(jnp.floor(draws * 2**24).astype(jnp.uint32))
+    places = hash32(jnp.arange(num_entries, dtype=jnp.uint32))
+    return hash32(places[None] ^ seeds[:, None]) >= np.uint32(round(prob * 2**32))
+
+
+def dropout(x, prob, keep):
+    """Set entries of x [b h w c] to zero where not `keep` [b h*w*c] and scale the others by 1 / (1 - prob)."""
+    return jnp.where(keep.reshape(x.shape), x / (1 - prob), 0)
+
+
+class FourierFeatures(nnx.Module):
+    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, but never trained.
+
+    scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
+    """
+
+    def __init__(self, dim, *, rngs, scale=16.0):
+        self.freqs = nnx.Param(jax.random.normal(rngs.params(), (dim // 2,)) * scale)
+
+    def __call__(self, t):
+        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
+        angles = t[:, None] * (2 * math.pi * jax.lax.stop_gradient(self.freqs[...]))
+        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class GroupNorm(nnx.Module):
+    """Normalise groups of at least 4 channels of x [b h w c], at most 32 groups; float32 statistics at least."""
+
+    def __init__(self, features, *, eps=1e-6):
+        self.groups, self.eps = min(32, features // 4), eps
+        if features % max(self.groups, 1) or not self.groups:
+            raise UserError(
+                f"{features} channels cannot be normalised in groups: model.width must be a multiple of 4, and of 32 "
+                "where a block sees more than 128 channels"
+            )
+        self.weight = nnx.Param(jnp.ones(features))
+        self.bias = nnx.Param(jnp.zeros(features))
+
+    def __call__(self, x):
+        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        grouped = grouped.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
+        grouped = grouped - grouped.mean((1, 3), keepdims=True)
+        grouped = grouped * jax.lax.rsqrt(jnp.square(grouped).mean((1, 3), keepdims=True) + self.eps)
+        return grouped.reshape(x.shape) * self.weight[...] + self.bias[...]
+
+
+class Conv(nnx.Module):
+    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded, after down- or upsampling by a filter.
+
+    resample: None | down | up, of images of `size` x `size`.  kernel_size 0: no convolution, only the resampling.
+    filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
+    """
+
+    def __init__(self, in_features, out_features, kernel_size, *, dtype, rngs, kernel_init=xavier_uniform,
+                 resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
+        self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
+        self.kernel_size, self.dtype = kernel_size, dtype
+        if kernel_size:
+            shape = (kernel_size, kernel_size, in_features, out_features)
+            self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
+            self.bias = nnx.Param(jnp.zeros(out_features))
+
+    def filter_table(self):
+        """Return the filter [1 1 k k] float32 as the canonical state dict has it."""
+        taps = np.asarray(self.taps, np.float32)
+        return (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
+
+    def resample_matrix(self):
+        """Return the matrix [size' size] float64 that filters one axis, and halves or doubles it."""
+        reach = (len(self.taps) - 1) // 2
+        if self.resample == "up":
+            return 2 * halving_matrix(self.taps, 2 * self.size, reach).T
+        if self.filter_last:
+            return halving_matrix(self.taps, self.size + 2 * reach, 0)
+        return halving_matrix(self.taps, self.size, reach)
+
+    def resampled(self, x):
+        """Return x [b h w c] filtered, and half or twice as large."""
+        matrix = jnp.asarray(self.resample_matrix(), x.dtype)
+        return jnp.einsum("ph,bhwc,qw->bpqc", matrix, x, matrix)
+
+    def convolved(self, x):
+        """Return the convolution of x [b h w c]."""
+        padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
+        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
+        dimensions = ("NHWC", "HWIO", "NHWC")
+        return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(padding, padding)] * 2, None, None, dimensions) + bias
+
+    def __call__(self, x):
+        if self.resample and not self.filter_last:
+            x = self.resampled(x)
+        if self.kernel_size:
+            x = self.convolved(x)
+        return self.resampled(x) if self.filter_last else x
+
+
+def attend(qkv, layout):
+    """Return one head of self-attention [b h w c] over the pixels of queries, keys and values [b h w 3c].
+
+    layout: of the 3c channels, `split` (q, then k, then v) or `interleaved` (q, k, v of one channel after another).
+    """
+    batch, height, width, features = qkv.shape
+    if layout == "interleaved":
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, features // 3, 3), 3, 0)
+    else:
+        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, 3, features // 3), 2, 0)
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
+    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
+    return (weights.astype(v.dtype) @ v).reshape(batch, height, width, -1)
+
+
+class Block(nnx.Module):
+    """Residual block under the condition emb [b d], then attention if asked for; the residual stays in float32.
+
+    first: where its dropout mask begins among those of the network.  resample: None | down | up, of images of
+    `size` x `size`, before the first convolution.
+    """
+
+    def __init__(self, in_features, out_features, emb_features, *, first, size, attention, dropout, qkv_layout, taps,
+                 dtype, rngs, resample=None):  # fmt: skip
+        self.first, self.prob, self.attention, self.qkv_layout = first, dropout, attention, qkv_layout
+        sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype, "rngs": rngs}
+        self.norm0 = GroupNorm(in_features)
+        self.conv0 = Conv(in_features, out_features, 3, **sampling)
+        self.affine = linear(emb_features, out_features, dtype=dtype, rngs=rngs)
+        self.norm1 = GroupNorm(out_features)
+        self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
+        if in_features != out_features or resample:
+            self.skip = Conv(in_features, out_features, 1, **sampling)
+        else:
+            self.skip = None
+        if attention:
+            self.norm2 = GroupNorm(out_features)
+            self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention, rngs=rngs)
+            self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
+
+    def __call__(self, x, emb, keep):
+        residual = x if self.skip is None else self.skip(x)
+        x = self.conv0(nnx.silu(self.norm0(x)))
+        x = nnx.silu(self.norm1(x + self.affine(emb)[:, None, None]))
+        if keep is not None:
+            x = dropout(x, self.prob, keep[:, self.first : self.first + math.prod(x.shape[1:])])
+        x = self.conv1(x)
+        x = add(residual, x) * SKIP_SCALE
+        if self.attention:
+            x = add(x, self.proj(attend(self.qkv(self.norm2(x)), self.qkv_layout))) * SKIP_SCALE
+        return x
+
+
+def add(a, b):
+    """Return a + b in float32 at least."""
+    return a.astype(jnp.promote_types(a.dtype, jnp.float32)) + b
+
+
+def check_sizes(input_size, channel_mult, taps):
+    """Raise UserError for options of which no U-Net can be built."""
+    halvings = len(channel_mult) - 1
+    if not channel_mult or input_size % 2**halvings:
+        raise UserError(
+            f"model.input_size {input_size} cannot be halved {max(halvings, 0)} times: model.channel_mult "
+            f"{channel_mult} has one entry a level, each level half as large"
+        )
+    if len(taps) % 2 or not sum(taps):
+        raise UserError(f"model.resample_filter {taps} must have an even number of taps, with a sum that is not 0")
+
+
+class UNet(nnx.Module):
+    """Average velocity u = net(z, t, r, y, augment, dropout), without classes: y is ignored.
+
+    z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise.
+    augment: [b augment_dim] labels of data.augment; None: images as they are, the same as zeros.
+    dropout: `dropout_masks`, in training; None: no dropout.
+    Returns u [b h w c] in float32 at least.  `dtype` is that of the matmuls and convolutions.
+    Raises UserError for sizes that do not divide, and for augment_dim with time_embedding separate.
+    """
+
+    def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
+                 num_blocks, attn_resolutions, dropout, augment_dim, embedding_type, encoder_type, decoder_type,
+                 resample_filter, time_embedding, qkv_layout, dtype=jnp.float32, rngs):  # fmt: skip
+        check_sizes(input_size, channel_mult, resample_filter)
+        if time_embedding == "separate" and augment_dim:
+            raise UserError("model.time_embedding separate has no place for labels: model.augment_dim must be 0")
+        self.num_classes, self.dropout, self.augment_dim = num_classes, dropout, augment_dim
+        self.sizes = tuple(input_size >> level for level in range(len(channel_mult)))
+        self.num_blocks, self.encoder_type, self.decoder_type = num_blocks, encoder_type, decoder_type
+        self.time_embedding, self.features = time_embedding, width * channel_mult_noise
+        emb = width * channel_mult_emb
+        self.map_noise = FourierFeatures(self.features, rngs=rngs) if embedding_type == "fourier" else None
+        if time_embedding == "joint":
+            self.map_layer0 = linear(2 * self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1 = linear(emb, emb, dtype=None, rngs=rngs)
+        else:
+            self.map_layer0 = linear(self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1 = linear(emb, emb // 2, dtype=None, rngs=rngs)
+            self.map_layer0_s = linear(self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1_s = linear(emb, emb // 2, dtype=None, rngs=rngs)
+        if augment_dim:
+            self.map_augment = linear(augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
+        enc, dec, num_entries = {}, {}, 0
+
+        def block(in_features, out_features, size, attention=False, resample=None):
+            nonlocal num_entries
+            first, out_size = num_entries, {None: size, "down": size // 2, "up": 2 * size}[resample]
+            num_entries += out_size**2 * out_features
+            return Block(
+                in_features, out_features, emb, first=first, size=size, attention=attention, dropout=dropout,
+                qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, rngs=rngs, resample=resample,
+            )  # fmt: skip
+
+        def conv(in_features, out_features, kernel_size, **options):
+            return Conv(in_features, out_features, kernel_size, dtype=dtype, rngs=rngs, **options)
+
+        features, aux, skips = width, channels, []  # channels of x, of the auxiliary image, of what the decoder gets
+        for level, (size, mult) in enumerate(zip(self.sizes, channel_mult, strict=True)):
+            name, halved = f"{size}x{size}", {"resample": "down", "taps": resample_filter, "size": 2 * size}
+            if level == 0:
+                enc[f"{name}_conv"] = conv(channels, width, 3)
+            else:
+                enc[f"{name}_down"] = block(features, features, 2 * size, resample="down")
+            skips.append(features)
+            if level and encoder_type == "skip":
+                enc[f"{name}_aux_down"] = conv(aux, aux, 0, **halved)
+                enc[f"{name}_aux_skip"] = conv(aux, features, 1)
+            if level and encoder_type == "residual":
+                enc[f"{name}_aux_residual"] = conv(aux, features, 3, filter_last=True, **halved)
+                aux = features
+            for i in range(num_blocks):
+                enc[f"{name}_block{i}"] = block(features, width * mult, size, size in attn_resolutions)
+                features = width * mult
+                skips.append(features)
+        for size, mult in reversed(list(zip(self.sizes, channel_mult, strict=True))):
+            name, lowest = f"{size}x{size}", size == self.sizes[-1]
+            if lowest:
+                dec[f"{name}_in0"] = block(features, features, size, attention=True)
+                dec[f"{name}_in1"] = block(features, features, size)
+            else:
+                dec[f"{name}_up"] = block(features, features, size // 2, resample="up")
+            for i in range(num_blocks + 1):
+                attention = i == num_blocks and size in attn_resolutions
+                dec[f"{name}_block{i}"] = block(features + skips.pop(), width * mult, size, attention)
+                features = width * mult
+            if decoder_type == "skip" and not lowest:
+                doubled = {"resample": "up", "taps": resample_filter, "size": size // 2}
+                dec[f"{name}_aux_up"] = conv(channels, channels, 0, **doubled)
+            if decoder_type == "skip" or size == self.sizes[0]:
+                dec[f"{name}_aux_norm"] = GroupNorm(features)
+                dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
+        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+        self.num_entries = num_entries
+
+    @classmethod
+    def from_config(cls, c, rngs):
+        """Build from `config.model`."""
+        return cls(
+            input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, width=c.width,
+            channel_mult=c.channel_mult, channel_mult_emb=c.channel_mult_emb, channel_mult_noise=c.channel_mult_noise,
+            num_blocks=c.num_blocks, attn_resolutions=c.attn_resolutions, dropout=c.dropout, augment_dim=c.augment_dim,
+            embedding_type=c.embedding_type, encoder_type=c.encoder_type, decoder_type=c.decoder_type,
+            resample_filter=c.resample_filter, time_embedding=c.time_embedding, qkv_layout=c.qkv_layout,
+            dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+        )  # fmt: skip
+
+    def tables(self):
+        """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
+        convolutions = {path: m for path, m in nnx.iter_modules(self) if isinstance(m, Conv) and m.resample}
+        return {".".join([*map(str, path), "resample_filter"]): m.filter_table() for path, m in convolutions.items()}
+
+    def dropout_masks(self, draws):
+        """Return the masks of all blocks [b n] bool, true where an entry is kept, of uniform draws [b]."""
+        return keep_masks(draws, self.num_entries, self.dropout)
+
+    def embed_time(self, t):
+        """Return the features [b features] of times t [b], sines first."""
+        features = positional_features(t, self.features) if self.map_noise is None else self.map_noise(t)
+        return jnp.roll(features, self.features // 2, axis=-1)
+
+    def embed(self, t, r, augment):
+        """Return the condition [b d] of the blocks."""
+        if self.time_embedding == "separate":
+            t = self.map_layer1(nnx.silu(self.map_layer0(self.embed_time(t))))
+            r = self.map_layer1_s(nnx.silu(self.map_layer0_s(self.embed_time(r))))
+            return nnx.silu(jnp.concatenate([t, r], axis=-1))
+        emb = jnp.concatenate([self.embed_time(t), self.embed_time(t - r)], axis=-1)
+        if self.augment_dim:
+            augment = jnp.zeros((len(t), self.augment_dim), t.dtype) if augment is None else augment
+            emb = emb + self.map_augment(augment)
+        return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
+
+    def encode(self, x, emb, keep):
+        """Return the lowest features and all features that the decoder is given, the last one last."""
+        skips, aux = [], x
+        for level, size in enumerate(self.sizes):
+            name = f"{size}x{size}"
+            x = self.enc[f"{name}_down"](x, emb, keep) if level else self.enc[f"{name}_conv"](x)
+            if level and self.encoder_type == "skip":
+                aux = self.enc[f"{name}_aux_down"](aux)
+                x = add(x, self.enc[f"{name}_aux_skip"](aux))
+            if level and self.encoder_type == "residual":
+                x = aux = add(x, self.enc[f"{name}_aux_residual"](aux)) * SKIP_SCALE
+            skips.append(x)
+            for i in range(self.num_blocks):
+                x = self.enc[f"{name}_block{i}"](x, emb, keep)
+                skips.append(x)
+        return x, skips
+
+    def decode(self, x, emb, keep, skips) -> Any:
+        """Return the image [b h w c]."""
+        image = None
+        for size in reversed(self.sizes):
+            name = f"{size}x{size}"
+            if size == self.sizes[-1]:
+                x = self.dec[f"{name}_in0"](x, emb, keep)
+                x = self.dec[f"{name}_in1"](x, emb, keep)
+            else:
+                x = self.dec[f"{name}_up"](x, emb, keep)
+            for i in range(self.num_blocks + 1):
+                x = self.dec[f"{name}_block{i}"](jnp.concatenate([x, skips.pop()], axis=-1), emb, keep)
+            if self.decoder_type == "skip" and image is not None:
+                image = self.dec[f"{name}_aux_up"](image)
+            if self.decoder_type == "skip" or size == self.sizes[0]:
+                shown = self.dec[f"{name}_aux_conv"](nnx.silu(self.dec[f"{name}_aux_norm"](x)))
+                image = shown if image is None else add(image, shown)
+        return image
+
+    def __call__(self, z, t, r, y, augment=None, dropout=None):
+        emb = self.embed(t, r, augment)
+        x, skips = self.encode(z, emb, dropout)
+        x = self.decode(x, emb, dropout, skips)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))

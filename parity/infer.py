@@ -1,0 +1,78 @@
+"""Finds the options of a network in the names and shapes of its canonical weights."""
+
+import re
+
+import ml_collections
+import numpy as np
+
+from configs import base
+from configs.errors import UserError
+
+
+def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+    """Return a config whose network has parameters of these shapes.
+
+    What leaves no trace in them keeps its default: the number of heads, the layout of a U-Net's q, k and v, dropout.
+    Raises UserError for weights of no network that is known, or that do not say the size of their images.
+    """
+    return inferred_unet(weights) if any(name.startswith("enc.") for name in weights) else inferred_dit(weights)
+
+
+def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+    """Return the config of a transformer."""
+    needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
+    for name in needed:
+        if name not in weights:
+            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+    if "pos_embed" not in weights:
+        raise UserError("these weights do not say the size of their images: give --config")
+    width, channels, patch_size, _ = weights[needed[0]].shape
+    config = base.get_config()
+    config.model.update(
+        width=width, channels=channels, patch_size=patch_size, num_heads=1,
+        input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
+        num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
+        depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+    )  # fmt: skip
+    return config
+
+
+def inferred_unet(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+    """Return the config of a U-Net."""
+    found = {m[1]: name for name in weights if (m := re.fullmatch(r"enc\.(\d+)x\1_conv\.weight", name))}
+    if len(found) != 1 or "map_layer0.weight" not in weights:
+        raise UserError("the weights lack enc.NxN_conv.weight or map_layer0.weight: they are of no U-Net that is known")
+    if any(a.ndim != (2 if name.startswith("map_") else 4) for name, a in weights.items() if is_matrix(name)):
+        raise UserError("the weights have matrices of other ranks than those of a U-Net that is known")
+    [(size, first)] = found.items()
+    width, channels = weights[first].shape[:2]
+    names = "\n".join(weights)
+    lower = re.findall(r"^enc\.(\d+)x\1_down\.conv0\.weight$", names, re.MULTILINE)
+    sizes = [size, *sorted(lower, key=int, reverse=True)]  # names may be sorted: 16x16, 4x4, 8x8
+    for s in sizes:
+        if f"enc.{s}x{s}_block0.conv0.weight" not in weights:
+            raise UserError(f"the weights lack enc.{s}x{s}_block0.conv0.weight: they are of no U-Net that is known")
+    separate = "map_layer0_s.weight" in weights
+    emb, features = weights["map_layer0.weight"].shape
+    filters = [a for name, a in weights.items() if name.endswith("resample_filter")]
+    config = base.get_config()
+    config.model.update(
+        name="unet", input_size=int(size), channels=channels, width=width,
+        channel_mult=tuple(len(weights[f"enc.{s}x{s}_block0.conv0.weight"]) // width for s in sizes),
+        channel_mult_emb=emb // width, channel_mult_noise=features // width // (1 if separate else 2),
+        num_blocks=len(re.findall(rf"^enc\.{size}x{size}_block\d+\.conv0\.weight$", names, re.MULTILINE)),
+        attn_resolutions=tuple(int(s) for s in sizes if f"enc.{s}x{s}_block0.qkv.weight" in weights),
+        augment_dim=weights["map_augment.weight"].shape[1] if "map_augment.weight" in weights else 0,
+        embedding_type="fourier" if "map_noise.freqs" in weights else "positional",
+        encoder_type=next((kind for kind in ("skip", "residual") if f"_aux_{kind}." in names), "standard"),
+        decoder_type="skip" if "_aux_up." in names else "standard",
+        time_embedding="separate" if separate else "joint",
+    )  # fmt: skip
+    if filters:
+        config.model.resample_filter = tuple(map(float, filters[0].sum((0, 1, 2))))
+    return config
+
+
+def is_matrix(name: str) -> bool:
+    """Return whether a canonical name of a U-Net is that of a linear layer's or a convolution's weight, or a filter."""
+    return bool(re.search(r"(map_\w+|conv\d?|skip|qkv|proj|_aux_\w+(?<!norm))\.weight$|resample_filter$", name))
