@@ -58,7 +58,7 @@ RANGES = {
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
     "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
-    "train.compile_backend", "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
+    "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 FILE_NAME = "config.json"

@@ -21,7 +21,9 @@ def evaluate_emas(config, sampler, emas, features=None):
     """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one."""
     results = [evaluate(config, sampler, ema, features) for ema in emas]
     named = zip(config.train.ema_decays, results, strict=True)
-    values = {f"{name}_ema_{decay}": value for decay, result in named for name, value in result.items()}
+    values = {
+        f"{name}_ema_{d}": value for d, result in named for name, value in result.items() if name != "num_samples"
+    }
     return values | (results[config.sample.ema] if config.sample.ema >= 0 else {})
 
 

@@ -12,7 +12,8 @@ from configs.errors import UserError
 def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Return a config whose network has parameters of these shapes.
 
-    What leaves no trace in them keeps its default: the number of heads, the layout of a U-Net's q, k and v, dropout.
+    What leaves no trace in them keeps its default: the number of heads; of a U-Net the layout of q, k and v, dropout
+    and the number of classes.
     Raises UserError for weights of no network that is known, or that do not say the size of their images.
     """
     return inferred_unet(weights) if any(name.startswith("enc.") for name in weights) else inferred_dit(weights)
