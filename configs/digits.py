@@ -6,7 +6,7 @@
 (no variant)  a class-conditional transformer, 1.3 M parameters.  In one step: class accuracy 0.99, a Fréchet distance
               in pixel space below 1, after a few minutes on two CPU cores
 unet          the CIFAR-10 system made small: an unconditional U-Net, 0.8 M parameters, with dropout, augmentation and
-              the times of v1.  In one step: a Fréchet distance in pixel space below 2
+              the times of v1.  In one step: a Fréchet distance in pixel space near 2
 """
 
 from configs import base
