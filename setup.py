@@ -34,6 +34,8 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10"],
-        "dev": ["jaxtyping>=0.2.34", "pre-commit>=3.7", "pyright>=1.1.400", "pytest>=8.2", "ruff>=0.6"],
+        "dev": [
+            "jaxtyping>=0.2.34", "pre-commit>=3.7", "pyright>=1.1.400", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6",
+        ],
     },
 )  # fmt: skip

@@ -1,10 +1,12 @@
-"""Cost of a MeanFlow training step over a plain flow-matching step of the same network, compiled, in one process.
+"""Cost of a training step over a plain flow-matching step of the same network, compiled, in one process.
 
     python benchmarks/step.py --framework=jax
+    python benchmarks/step.py --framework=jax --system=improved
     python benchmarks/step.py --framework=torch --size=S --patch=4 --batch=16 --runs=15
 
 Steps take turns, so that each ratio is of paired runs; medians are printed as Markdown and, with --json, written.
-The limit is counted in forwards F (backward = 2F): 3F for flow matching, p F for the tangent, guidance on top.
+The limit is counted in forwards F (backward = 2F): 3F for flow matching, p F for the tangent, guidance on top; in
+improved MeanFlow 3F more for the part of F that its second head is.
 """
 
 import argparse
@@ -16,36 +18,58 @@ import time
 import numpy as np
 from tqdm import tqdm
 
-from configs import base
+from configs import base, resolve
 
 FLOW_MATCHING = "flow matching"
 GUIDANCE = ("none", "kappa0", "kappa")
-NO_GUIDANCE, KAPPA_0, KAPPA = (1.0, 0.0), (3.0, 0.0), (1.0, 0.5)
+OPTIONS_OF = {  # of config.method, by the kind of guidance
+    "none": {"guidance": False}, "kappa0": {"omega": 3.0, "kappa": 0.0}, "kappa": {"omega": 1.0, "kappa": 0.5}
+}  # fmt: skip
 
 
-def cases(shares, guidance):
-    """Return {name: (p, omega, kappa, limit)}; p is the share of rows with r < t, limit the ratio of forwards."""
-    table = {FLOW_MATCHING: (0.0, *NO_GUIDANCE, 1.0)}
-    for p in shares:
-        every = {
-            "none": (*NO_GUIDANCE, (3 + p) / 3),
-            "kappa0": (*KAPPA_0, (4 + p) / 3),
-            "kappa": (*KAPPA, (4 + 2 * p) / 3),
-        }
-        table |= {f"p={p}, guidance {name}": (p, *every[name]) for name in guidance}
+def meanflow_cases(args):
+    """Return {name: (options of the config by dotted name, limit)}; p is the share of rows with r < t.
+
+    Flow matching is MeanFlow on flow rows alone, without guidance.  The limit is the ratio of forwards.
+    """
+    table = {FLOW_MATCHING: ({"method.flow_fraction": 1.0, "method.guidance": False}, 1.0)}
+    for p in args.shares:
+        limits = {"none": (3 + p) / 3, "kappa0": (4 + p) / 3, "kappa": (4 + 2 * p) / 3}
+        for kind in args.guidance or GUIDANCE:
+            options = {f"method.{name}": value for name, value in OPTIONS_OF[kind].items()}
+            table[f"p={p}, guidance {kind}"] = ({"method.flow_fraction": 1 - p} | options, limits[kind])
     return table
 
 
-def make_config(args, p, omega, kappa):
-    """Return the config of one case; flow matching is MeanFlow on flow rows alone."""
+def improved_cases(args):
+    """Return the same of improved MeanFlow.
+
+    Flow matching is one head on flow rows alone: of as many blocks as u has, without guidance and tangent.
+    """
+    of_one_head = {"model.head_depth": 0, "method.guidance": False, "method.flow_fraction": 1.0}
+    table = {FLOW_MATCHING: (of_one_head, 1.0)}
+    head = args.head_depth / base.DIT_SIZES[args.size]["depth"]
+    for p in args.shares:
+        for name, guided, limit in (("none", False, 3 + 2 * p + 3 * head), ("all", True, 4 + 2 * p + 3 * head)):
+            options = {"method.flow_fraction": 1 - p, "method.guidance": guided}
+            table[f"p={p}, guidance {name}"] = (options, limit / 3)
+    return table
+
+
+CASES = {"meanflow": meanflow_cases, "improved": improved_cases}
+
+
+def make_config(args, options):
+    """Return the config of one case."""
     config = base.get_config()
     config.model.update(base.DIT_SIZES[args.size], patch_size=args.patch, input_size=32, channels=4, num_classes=1000)
     config.model.compute_dtype = args.dtype
-    config.method.flow_fraction = 1 - p
-    config.method.guidance = (omega, kappa) != NO_GUIDANCE
-    config.method.omega, config.method.kappa = omega, kappa
+    if args.system == "improved":
+        config.method.name, config.model.name = "improved", "imf_dit"
+        config.model.update(mlp_ratio=8 / 3, head_depth=args.head_depth)
     config.train.batch_size = args.batch
-    return config
+    config.update_from_flattened_dict(options)
+    return resolve.check(config)
 
 
 def jax_step(config, batch):
@@ -96,10 +120,10 @@ def measure(args):
         "label": rng.integers(0, 1000, args.batch).astype(np.int32),
     }
     make = {"jax": jax_step, "torch": torch_step}[args.framework]
-    table = cases(args.shares, args.guidance)
+    table = CASES[args.system](args)
     steps = {}
-    for name, (p, omega, kappa, _) in tqdm(table.items(), "compiling"):
-        steps[name] = make(make_config(args, p, omega, kappa), batch)
+    for name, (options, _) in tqdm(table.items(), "compiling"):
+        steps[name] = make(make_config(args, options), batch)
         for _ in range(2):
             steps[name]()
     times = {name: [] for name in steps}
@@ -122,17 +146,20 @@ def main():
     """Parse the command line, measure and print."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--framework", choices=("jax", "torch"), required=True)
+    parser.add_argument("--system", choices=tuple(CASES), default="meanflow")
     parser.add_argument("--size", choices=tuple(base.DIT_SIZES), default="S", help="DiT size")
+    parser.add_argument("--head_depth", type=int, default=8, help="improved: blocks of a head, of those of the size")
     parser.add_argument("--patch", type=int, default=4, help="side of a patch of the 32x32x4 latent")
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
-    parser.add_argument("--shares", type=float, nargs="+", default=[0.25], help="shares p of rows with r < t")
-    parser.add_argument("--guidance", nargs="+", choices=GUIDANCE, default=list(GUIDANCE), help="kinds of guidance")
+    parser.add_argument("--shares", type=float, nargs="+", default=None, help="shares p of rows with r < t")
+    parser.add_argument("--guidance", nargs="+", choices=GUIDANCE, help="meanflow: kinds of guidance; all by default")
     parser.add_argument("--dtype", default="float32", help="of matmuls: float32 or bfloat16")
     parser.add_argument("--runs", type=int, default=15, help="paired runs")
     parser.add_argument("--json", type=pathlib.Path, help="also write the table here")
     args = parser.parse_args()
+    args.shares = args.shares or [0.5 if args.system == "improved" else 0.25]
     result = measure(args)
-    print(f"DiT-{args.size}/{args.patch}, 32x32x4, batch {args.batch}, {args.dtype}, {args.framework}\n")
+    print(f"{args.system}, DiT-{args.size}/{args.patch}, 32x32x4, batch {args.batch}, {args.dtype}, {args.framework}\n")
     print("| step | median s | ratio | limit |\n|---|---|---|---|")
     for name, row in result.items():
         print(f"| {name} | {row['median_s']:.3f} | {row['ratio']:.3f} | {row['limit']:.3f} |")

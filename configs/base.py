@@ -72,15 +72,21 @@ def augment() -> Config:
 def model() -> Config:
     """The network."""
     c = ml_collections.ConfigDict()
-    c.name = "dit"  # file of the architecture in models/: dit | unet; options of one are ignored by the other
+    c.name = "dit"  # architecture, a file in models/: dit | unet | imf_dit; options of one are ignored by the others
     c.input_size = 8  # height and width of the data
     c.channels = 1  # channels of the data
     c.num_classes = 10  # classes; the label `num_classes` means "no class"
-    c.width = 128  # channels of a token (dit), of the first level (unet)
-    c.patch_size = 2  # dit: side of a patch, tokens = (input_size / patch_size)^2
-    c.depth = 4  # dit: transformer blocks
-    c.num_heads = 4  # dit: attention heads
-    c.mlp_ratio = 4.0  # dit: hidden width of a block's MLP over `width`
+    c.width = 128  # channels of a token (dit, imf_dit), of the first level (unet)
+    c.patch_size = 2  # dit, imf_dit: side of a patch, tokens = (input_size / patch_size)^2
+    c.depth = 4  # dit: transformer blocks; imf_dit: blocks on the way to u, its head's included
+    c.num_heads = 4  # dit, imf_dit: attention heads
+    c.mlp_ratio = 4.0  # dit, imf_dit: hidden width of a block's MLP over `width`
+    c.head_depth = 2  # imf_dit: blocks of the head of u, and as many of the head of v; the rest they share
+    c.v_heads = True  # imf_dit: has the blocks of the head of v, which training needs and sampling does not
+    c.num_class_tokens = 8  # imf_dit: tokens that carry the class
+    c.num_omega_tokens = 4  # imf_dit: tokens that carry the guidance scale
+    c.num_interval_tokens = 2  # imf_dit: tokens that carry the start of the guidance interval, and as many for its end
+    c.num_time_tokens = 4  # imf_dit: tokens that carry t - r
     c.channel_mult = (2, 2, 2)  # unet: channels of each level over `width`; each level halves the resolution
     c.channel_mult_emb = 4  # unet: width of the condition over `width`
     c.channel_mult_noise = 2  # unet: width of the features of one time over `width`
@@ -99,9 +105,9 @@ def model() -> Config:
 
 
 def method() -> Config:
-    """The objective: MeanFlow, arXiv:2505.13447, and what its public implementations added."""
+    """The objective: MeanFlow, arXiv:2505.13447, or improved MeanFlow, arXiv:2512.02012, and what public code added."""
     c = ml_collections.ConfigDict()
-    c.name = "meanflow"  # file of the method in methods/
+    c.name = "meanflow"  # file of the method in methods/: meanflow | improved; options of one are ignored by the other
     c.path = "linear"  # z(t): linear (1-t)x + te | cosine cos(pi t/2)x + sin(pi t/2)e
     c.time_sampler = "logit_normal"  # of both times: logit_normal | uniform
     c.time_mean = (-0.4, -0.4)  # means of the normals under the logistic, of the first and the second time
@@ -111,12 +117,14 @@ def method() -> Config:
     c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
     c.label_drop_prob = 0.1  # probability of losing it
-    c.guidance = True  # train on the guided velocity v_g = w v + k u(y) + (1-w-k) u(no class)
-    c.omega = 1.0  # w; the effective guidance scale is omega / (1 - kappa)
-    c.kappa = 0.5  # k, in [0, 1)
-    c.guidance_start = 0.0  # guide where guidance_start <= t <= guidance_end
+    c.guidance = True  # train on a guided velocity; improved: of every scale and interval, else of scale 1 alone
+    c.omega = 1.0  # meanflow: w in v_g = w v + k u(y) + (1-w-k) u(no class); effective scale omega / (1 - kappa)
+    c.kappa = 0.5  # meanflow: k, in [0, 1)
+    c.guidance_start = 0.0  # meanflow: guide where guidance_start <= t <= guidance_end
     c.guidance_end = 1.0
-    c.clip_interval = True  # clip t - r to [0, 1] in the target, as the official JAX code does
+    c.omega_max = 8.0  # improved: largest guidance scale drawn, the least is 1
+    c.omega_power = 1.0  # improved: the density of drawn scales falls as omega^-omega_power
+    c.clip_interval = True  # meanflow: clip t - r to [0, 1] in the target, as the official JAX code does
     c.weighting = "adaptive"  # of a row's squared error: adaptive | adaptive_squared (PyTorch reproduction) | uniform
     c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
     c.adaptive_eps = 0.01  # eps
@@ -161,7 +169,9 @@ def sample() -> Config:
     c = ml_collections.ConfigDict()
     c.steps = 1  # network evaluations, at uniform times
     c.times = ()  # times from 1 down to 0 instead, e.g. (1.0, 0.5, 0.0)
-    c.cfg_scale = 1.0  # guidance at sampling, for models trained without it; 1: none
+    c.cfg_scale = 1.0  # meanflow: guidance at sampling, for models trained without it; 1: none
+    c.omega = 1.0  # improved: guidance scale, at least 1, which the network is told
+    c.interval = (0.0, 1.0)  # improved: times between which it guides, which the network is told
     c.batch_size = 500  # images generated at once
     c.ema = 0  # which of train.ema_decays to use; -1: the raw parameters
     c.seed = 0  # of noise and labels

@@ -7,6 +7,8 @@
               in pixel space below 1, after a few minutes on two CPU cores
 unet          the CIFAR-10 system made small: an unconditional U-Net, 0.8 M parameters, with dropout, augmentation and
               the times of v1.  In one step: a Fréchet distance in pixel space near 2
+imf           improved MeanFlow made small, 0.3 M parameters; the guidance scale is chosen when sampling.  In one step,
+              class accuracy rises from 0.98 at scale 1 to 0.999 and stays there
 """
 
 from configs import base
@@ -14,8 +16,8 @@ from configs import base
 
 def get_config(variant: str = "") -> base.Config:
     """Return the config of the demo, or of a variant.  Raises ValueError for one that does not exist."""
-    if variant not in ("", "unet"):
-        raise ValueError(f"no variant {variant!r} of digits; there is unet, and the demo without a variant")
+    if variant not in ("", "unet", "imf"):
+        raise ValueError(f"no variant {variant!r} of digits; there are unet, imf, and the demo without a variant")
     config = base.get_config()
     config.name = f"digits:{variant}" if variant else "digits"
     config.train.steps = 1200
@@ -29,6 +31,8 @@ def get_config(variant: str = "") -> base.Config:
     config.train.checkpoint_every = 400
     if variant == "unet":
         unet(config)
+    elif variant == "imf":
+        imf(config)
     else:
         config.method.omega, config.method.kappa = 1.3, 0.0  # enough for the class; more costs variety
     return config
@@ -51,3 +55,15 @@ def unet(config: base.Config) -> None:
     config.train.sample_every = config.train.checkpoint_every = 250
     config.train.compile_backend = "aot_eager"  # kernels of a U-Net take minutes to compile and gain nothing on a CPU
     config.evaluation.classifier = False
+
+
+def imf(config: base.Config) -> None:
+    """Make it improved MeanFlow, small."""
+    config.model.name = "imf_dit"
+    config.model.update(depth=3, head_depth=1, width=64, mlp_ratio=8 / 3)
+    config.model.update(num_class_tokens=2, num_omega_tokens=4, num_interval_tokens=1, num_time_tokens=2)
+    config.method.name = "improved"
+    config.method.flow_fraction = 0.5
+    config.method.omega_max = 4.0
+    config.train.steps = 800
+    config.train.learning_rate = 2e-3

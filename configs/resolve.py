@@ -10,13 +10,14 @@ from configs import base
 from configs.errors import UserError
 
 CHOICES = {
-    "model.name": ("dit", "unet"),
+    "model.name": ("dit", "unet", "imf_dit"),
     "model.embedding_type": ("positional", "fourier"),
     "model.encoder_type": ("standard", "skip", "residual"),
     "model.decoder_type": ("standard", "skip"),
     "model.time_embedding": ("joint", "separate"),
     "model.qkv_layout": ("split", "interleaved"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
+    "method.name": ("meanflow", "improved"),
     "method.path": ("linear", "cosine"),
     "method.time_sampler": ("logit_normal", "uniform"),
     "method.time_order": ("sorted", "truncated"),
@@ -34,6 +35,11 @@ RANGES = {
     "model.depth": (1, None),
     "model.patch_size": (1, None),
     "model.num_classes": (1, None),
+    "model.head_depth": (0, None),
+    "model.num_class_tokens": (1, None),
+    "model.num_omega_tokens": (1, None),
+    "model.num_interval_tokens": (1, None),
+    "model.num_time_tokens": (1, None),
     "model.num_blocks": (1, None),
     "model.channel_mult_emb": (1, None),
     "model.channel_mult_noise": (1, None),
@@ -43,6 +49,7 @@ RANGES = {
     "method.flow_fraction": (0, 1),
     "method.label_drop_prob": (0, 1),
     "method.kappa": (0, 1),
+    "method.omega_max": (1, None),
     "train.steps": (1, None),
     "train.batch_size": (1, None),
     "train.accumulate": (1, None),
@@ -52,6 +59,7 @@ RANGES = {
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (1, None),
     "sample.steps": (1, None),
+    "sample.omega": (1, None),
     "sample.batch_size": (1, None),
     "evaluation.num_samples": (2, None),
 }
@@ -89,10 +97,17 @@ def check(config: base.Config) -> base.Config:
             raise UserError(
                 f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
             )
-    {"dit": check_dit, "unet": check_unet}[config.model.name](config)
+    {"dit": check_dit, "unet": check_unet, "imf_dit": check_imf_dit}[config.model.name](config)
+    if (config.method.name == "improved") != (config.model.name == "imf_dit"):
+        raise UserError(
+            f"config.method.name {config.method.name} cannot use config.model.name {config.model.name}: improved and "
+            "imf_dit belong together"
+        )
+    start, end = pair(config.sample.interval, "sample.interval", "the start and the end of the interval")
+    if not 0 <= start <= end <= 1:
+        raise UserError(f"config.sample.interval is {config.sample.interval}; it must rise and stay in [0, 1]")
     for key in ("time_mean", "time_std"):
-        if len(config.method[key]) != 2 or not all(isinstance(value, int | float) for value in config.method[key]):
-            raise UserError(f"config.method.{key} is {config.method[key]}; give two numbers, for t and for r")
+        pair(config.method[key], f"method.{key}", "for t and for r")
     if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
         raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
     if not -1 <= config.sample.ema < len(config.train.ema_decays):
@@ -109,6 +124,21 @@ def check_dit(config: base.Config) -> None:
         )
     if c.width % c.num_heads or c.width % 4:
         raise UserError(f"config.model.width {c.width} must be a multiple of model.num_heads and of 4")
+
+
+def check_imf_dit(config: base.Config) -> None:
+    """Raise UserError for sizes of which no transformer with two heads can be built."""
+    check_dit(config)
+    c = config.model
+    if c.width // c.num_heads % 2:
+        raise UserError(f"config.model.width {c.width} over model.num_heads must be even, for rotary positions")
+    if c.head_depth > c.depth:
+        raise UserError(f"config.model.head_depth {c.head_depth} is more than config.model.depth {c.depth}")
+    if config.sample.cfg_scale != 1:
+        raise UserError(
+            "config.sample.cfg_scale is of models trained without guidance; this one is told its scale: set "
+            "--config.sample.cfg_scale=1 and --config.sample.omega"
+        )
 
 
 def check_unet(config: base.Config) -> None:
@@ -133,6 +163,22 @@ def check_unet(config: base.Config) -> None:
         )
     if config.model.dropout == 1:
         raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
+
+
+def pair(value: object, key: str, what: str) -> tuple[float, float]:
+    """Return `value` if it is two numbers.  Raises UserError naming the option `key` and what they are."""
+    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(v, int | float) for v in value):
+        raise UserError(f"config.{key} is {value}; give two numbers, {what}")
+    return value
+
+
+def check_trainable(config: base.Config) -> None:
+    """Raise UserError if the network lacks what only training needs."""
+    if config.model.name == "imf_dit" and not config.model.v_heads:
+        raise UserError(
+            "config.model.v_heads is False: without the head of v, which released weights leave out, a network can "
+            "sample but not be trained"
+        )
 
 
 def check_divisible(config: base.Config, devices: int, kind: str) -> None:

@@ -4,41 +4,91 @@ import json
 import os
 import pathlib
 from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import numpy as np
 
 from configs import base
 from configs.errors import UserError
 from data import datasets, loader
-from evaluation import files, metrics
+from evaluation import files, metrics, sampling
 
 FILE_NAME = "evaluation.json"
 TEST_SPLIT = "test"
 Features = dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
+class Real(NamedTuple):
+    """What generated images are compared with; see `load_real`."""
+
+    images: np.ndarray  # [n h w c] in data units, of the split config.evaluation.split
+    labels: np.ndarray  # [n]
+    bound: dict[str, float]  # {real_metric: value}, what a perfect model would reach
+
+
+def load_real(config: base.Config) -> Real:
+    """Return the real images, and the `real_...` metrics of those of the split `test` if it is another one.
+
+    Raises UserError as `load_arrays` does.
+    """
+    images, labels = loader.load_arrays(config, config.evaluation.split)
+    splits = datasets.split_names(config.data.name, config.data.dir)
+    bound = {}
+    if config.evaluation.classifier and TEST_SPLIT in splits and config.evaluation.split != TEST_SPLIT:
+        bound = _compare(*loader.load_arrays(config, TEST_SPLIT), images, labels, config)
+    return Real(images, labels, {f"real_{name}": value for name, value in bound.items()})
+
+
+def evaluate(
+    config: base.Config,
+    sampler: sampling.Sampler,
+    weights: Any,
+    features: Features | None = None,
+    real: Real | None = None,
+) -> tuple[dict[str, float], np.ndarray]:
+    """Return {metric: value} of config.evaluation.num_samples samples, and the samples [n h w c].
+
+    sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.
+    """
+    images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples)
+    return evaluate_samples(images, labels, config, features, real), images
+
+
+def evaluate_emas(
+    config: base.Config, sampler: sampling.Sampler, emas: Any, features: Features | None = None
+) -> dict[str, float]:
+    """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one."""
+    real = load_real(config)
+    results = [evaluate(config, sampler, ema, features, real)[0] for ema in emas]
+    named = zip(config.train.ema_decays, results, strict=True)
+    values = {
+        f"{name}_ema_{d}": value for d, result in named for name, value in result.items() if name != "num_samples"
+    }
+    return values | (results[config.sample.ema] if config.sample.ema >= 0 else {})
+
+
 def evaluate_samples(
-    images: np.ndarray, labels: np.ndarray, config: base.Config, features: Features | None = None
+    images: np.ndarray,
+    labels: np.ndarray,
+    config: base.Config,
+    features: Features | None = None,
+    real: Real | None = None,
 ) -> dict[str, float]:
     """Compare generated images with the real split config.evaluation.split.
 
     images [n h w c] in data units, n >= 2; labels [n], the classes they were generated for.
     features: {metric: function of images [n h w c] in data units -> features [n d]}: spaces for more such distances.
+    real: what `load_real` returned, for several calls to share; None: load it.
     Returns num_samples; frechet_distance_pixels (of raw pixels, not of Inception features: not an FID); the distances
     in the spaces of `features`; with
     config.evaluation.classifier also class_accuracy in [0, 1], and, if the dataset has another split `test`, the same
     two numbers of its real images, `real_...`: what a perfect model would reach.
     Raises UserError for images that are not finite, too few or of the wrong shape, and whatever `load_arrays` raises.
     """
-    real_images, real_labels = loader.load_arrays(config, config.evaluation.split)
-    _check(images, labels, real_images)
-    result = {"num_samples": len(images), **_compare(images, labels, real_images, real_labels, config, features)}
-    splits = datasets.split_names(config.data.name, config.data.dir)
-    if config.evaluation.classifier and TEST_SPLIT in splits and config.evaluation.split != TEST_SPLIT:
-        test_images, test_labels = loader.load_arrays(config, TEST_SPLIT)
-        bound = _compare(test_images, test_labels, real_images, real_labels, config)
-        result |= {f"real_{name}": value for name, value in bound.items()}
-    return result
+    real = real or load_real(config)
+    _check(images, labels, real.images)
+    result = _compare(images, labels, real.images, real.labels, config, features)
+    return {"num_samples": len(images)} | result | real.bound
 
 
 def write_evaluation(workdir: str | os.PathLike, result: dict[str, float]) -> str:

@@ -4,129 +4,61 @@ python -m jax_impl.sample --workdir=runs/digits --num_samples=100 --steps=1
 python -m jax_impl.sample --weights=weights.safetensors --config=configs/digits.py --output=samples
 """
 
-import os
-import pathlib
-
 import jax
 import numpy as np
-from absl import flags
 from flax import nnx
-from tqdm import tqdm
 
 from configs import resolve
-from configs.errors import UserError
-from configs.flags import config as config_flag
-from configs.flags import run, workdir
-from data import noise as noise_and_labels
-from evaluation import files, grids
+from configs.flags import run
+from evaluation import sampling
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
 from jax_impl.methods import METHODS
 from jax_impl.step import build_net
 
-flags.DEFINE_string("weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir.")
-flags.DEFINE_string("output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
-flags.DEFINE_integer("num_samples", 100, "Images to generate.", lower_bound=1)
-flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
-flags.DEFINE_integer("steps", None, "Network evaluations; config.sample.steps by default.", lower_bound=1)
-flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")
-flags.DEFINE_float("cfg_scale", None, "Guidance at sampling, for models trained without it; 1: none.")
-flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
-flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
-flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
-
 
 def make_sampler(config, graphdef):
-    """Return the compiled sampler (params, noise [b h w c], labels [b]) -> images [b h w c] in data units."""
+    """Return the sampler (params, noise [b h w c], labels [b], c) -> images [b h w c] in data units, all numpy.
+
+    params: nnx.State.  c: a `config.sample`, see `sampling`; one compilation serves every guidance.
+    Raises UserError for sampling times that do not fall.
+    """
     method = METHODS[config.method.name]
     method.sampling_times(config.sample)
-    return jax.jit(lambda params, noise, y: method.sample(nnx.merge(graphdef, params), noise, y, config.sample))
 
+    @jax.jit
+    def compiled(params, noise, y, given):
+        return method.sample(nnx.merge(graphdef, params), noise, y, given, config.sample)
 
-def generate(config, sampler, params, num_samples, labels=()):
-    """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
+    def sampler(params, noise, y, c):
+        given = {name: float(value) for name, value in method.sampling_conditions(c).items()}
+        return np.asarray(jax.device_get(compiled(params, noise, y, given)))
 
-    Sample i depends on (config.sample.seed, i) alone.  labels: classes repeated in turn; empty: drawn at random.
-    Raises UserError for a label outside the classes.
-    """
-    c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
-    check_labels(labels, config.model.num_classes)
-    images, all_labels = [], []
-    for start in tqdm(range(0, num_samples, c.batch_size), "sampling", unit="batch", disable=None):
-        indices = np.arange(start, min(start + c.batch_size, num_samples))
-        noise, y = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed)
-        y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
-        missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
-        noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
-        images.append(np.asarray(jax.device_get(sampler(params, noise, padded)))[: len(indices)])
-        all_labels.append(y)
-    return np.concatenate(images), np.concatenate(all_labels)
-
-
-def check_labels(labels, num_classes):
-    """Raise UserError for a label outside [0, num_classes]; num_classes itself asks for no class."""
-    for label in labels:
-        if not 0 <= label <= num_classes:
-            raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1} ({num_classes}: no class)")
+    return sampler
 
 
 def load(workdir_path, weights_path, config):
-    """Return config, graph definition and parameters (nnx.State) of a work directory or of a safetensors file.
+    """Return config, sampler and its weights (nnx.State) of a work directory or of a safetensors file.
 
     Sampling flags given on the command line replace those of the config.
     """
     if weights_path:
-        config, canonical = override(resolve.check(config)), weights.load(weights_path)
+        config, canonical = sampling.override(resolve.check(config)), weights.load(weights_path)
     else:
-        config = override(resolve.read_workdir(workdir_path))
+        config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
+    config, canonical = sampling.without_v_heads(config, canonical)
     graphdef, params = build_net(config)
-    return config, graphdef, weights.from_canonical(nnx.merge(graphdef, params), canonical)
-
-
-def override(config):
-    """Return the config with the sampling flags that were given; raises UserError for times that are no numbers."""
-    given = {name: flags.FLAGS[name].value for name in ("steps", "times", "cfg_scale", "ema", "batch_size", "seed")}
-    given = {name: value for name, value in given.items() if value is not None}
-    if "times" in given:
-        try:
-            given["times"] = tuple(float(time) for time in given["times"])
-        except ValueError as error:
-            raise UserError(f"--times: {error}") from error
-    elif "steps" in given:
-        given["times"] = ()
-    config.sample.update(given)
-    return resolve.check(config)
-
-
-def write(output, images, labels):
-    """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path."""
-    output = pathlib.Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        np.savez(output / "samples.npz", images=images, labels=labels)
-    except OSError as error:
-        raise files.cannot_write(output, error) from error
-    grids.save_png(output / "samples.png", images)
-    return output / "samples.png"
+    params = weights.from_canonical(nnx.merge(graphdef, params), canonical)
+    return config, make_sampler(config, graphdef), params
 
 
 def main():
     """Load, generate, write."""
     setup_logging()
-    f = flags.FLAGS
-    config, graphdef, params = load(None if f.weights else workdir(), f.weights, config_flag())
-    try:
-        labels = [int(label) for label in f.labels]
-    except ValueError as error:
-        raise UserError(f"--labels: {error}") from error
-    if labels and config.model.name == "unet":
-        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
-    images, labels = generate(config, make_sampler(config, graphdef), params, f.num_samples, labels)
-    if not (f.output or f.workdir):
-        raise UserError("--output is missing: name the directory for the samples")
-    print(write(f.output or os.path.join(workdir(), "samples"), images, labels))
+    sampling.sample(load)
 
 
 if __name__ == "__main__":
+    sampling.define_sample_flags()
     run(main)

@@ -128,7 +128,10 @@ def apply_gradients(state, grads, c):
 
 
 def measure(loss, aux):
-    """Return the scalars of a step that are logged: raw errors are squared and summed over a row."""
+    """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
+
+    raw_error_v: that of the head of v, where the method has one.
+    """
     jvp_row = aux["r"] < aux["t"]
     du_dt_norm = jnp.sqrt(jnp.square(aux["du_dt"]).sum((1, 2, 3)))
 
@@ -141,7 +144,7 @@ def measure(loss, aux):
         "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
         "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
         "du_dt_norm": mean_over(jvp_row, du_dt_norm),
-    }
+    } | ({"raw_error_v": aux["err_v"].mean()} if "err_v" in aux else {})
 
 
 def make_train_step(config, graphdef, mesh, draw=None):

@@ -14,10 +14,11 @@ from configs.errors import UserError
 from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress
+from evaluation.report import evaluate, evaluate_emas
+from evaluation.sampling import generate
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints
-from jax_impl.evaluate import evaluate, evaluate_emas
-from jax_impl.sample import generate, make_sampler
+from jax_impl.sample import make_sampler
 from jax_impl.step import create_state, make_mesh, make_train_step, put_batch
 
 GRID_SAMPLES = 64  # images in the grids shown during training
@@ -29,6 +30,7 @@ def train(config, workdir):
     A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
     among it; the last checkpoint is then from before it.
     """
+    resolve.check_trainable(config)
     resolve.check_divisible(config, jax.device_count(), "devices")
     first = jax.process_index() == 0
     if first:
@@ -168,7 +170,7 @@ def make_reports(config, graphdef, log):
     def evaluation(step, state):
         result = evaluate_emas(config, sampler, state.emas) if config.evaluation.every_ema else {}
         if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= evaluate(config, sampler, sampled_params(state))
+            result |= evaluate(config, sampler, sampled_params(state))[0]
         log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

@@ -19,6 +19,10 @@ UNET = COMMON | {
     "name": "unet", "width": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.3,
     "augment_dim": 6,
 }  # fmt: skip
+IMF = COMMON | {
+    "name": "imf_dit", "patch_size": 2, "depth": 3, "head_depth": 1, "width": 32, "num_heads": 4, "mlp_ratio": 8 / 3,
+    "num_class_tokens": 3, "num_omega_tokens": 2, "num_interval_tokens": 1, "num_time_tokens": 2,
+}  # fmt: skip
 # Tiny networks, by the name that their cases carry; the transformer's cases carry none.
 NETWORKS = {
     "dit": COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0},
@@ -29,6 +33,7 @@ NETWORKS = {
     },
     "unet_residual": UNET | {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "skip"},
     "unet_skip": UNET | {"encoder_type": "skip", "decoder_type": "skip", "channel_mult": (1, 1, 2)},
+    "imf": IMF,
 }  # fmt: skip
 GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
 OMEGA = {"omega": 2.5, "kappa": 0.0, "guidance_start": 0.2, "guidance_end": 0.8}
@@ -62,6 +67,14 @@ NETWORK_SETTINGS = {
     "unet/v1_coin": V1 | {"flow_rows": "coin", "flow_fraction": 0.5, "weighting": "uniform"},
     "unet/kappa": GUIDED | {"flow_fraction": 0.25},
     "unet_separate/cosine": V0 | {"path": "cosine", "time_sampler": "uniform", "flow_fraction": 0.5},
+    "imf/split": {"flow_fraction": 0.5},
+    "imf/power": {"flow_fraction": 0.5, "omega_power": 2.0, "omega_max": 5.0, "adaptive_power": 0.75},
+    "imf/uniform": {"flow_fraction": 0.25, "weighting": "uniform", "omega_power": 0.5, "label_drop_prob": 0.5},
+    "imf/noguid": {"flow_fraction": 0.5, "guidance": False, "path": "cosine", "time_sampler": "uniform"},
+    "imf/front": {"flow_fraction": 0.5, "flow_rows": "front", "label_drop": "front", "label_drop_prob": 0.4},
+    "imf/coin": {"flow_fraction": 0.5, "flow_rows": "coin", "adaptive_eps": 1e-3, "adaptive_power": 0.5},
+    "imf/all_flow": {"flow_fraction": 1.0},
+    "imf/no_flow": {"flow_fraction": 0.0, "weighting": "uniform"},
 }
 SAMPLERS = {
     "steps1": {"steps": 1},
@@ -71,6 +84,7 @@ SAMPLERS = {
     "steps1_cfg": {"steps": 1, "cfg_scale": 1.5},
     "steps3_cfg": {"steps": 3, "cfg_scale": 2.5},
 }
+GUIDED_SAMPLES = {"omega": 3.5, "interval": (0.25, 0.75)}
 TRAINING = {
     "adamw_cosine_clip": {
         "optimizer": "adamw", "weight_decay": 0.1, "learning_rate": 3e-3, "beta2": 0.999, "schedule": "cosine",
@@ -96,27 +110,36 @@ def all_cases() -> list[Case]:
     cases.append(Case("float64/unet/train/ema_every", functools.partial(train, "unet", {"method": V0}, periodic)))
     cases += [Case(f"float64/sample/{name}", functools.partial(sample, "dit", o)) for name, o in SAMPLERS.items()]
     cases.append(Case("float64/unet/sample/steps2", functools.partial(sample, "unet", SAMPLERS["steps2"])))
+    improved = {"method": NETWORK_SETTINGS["imf/power"]}
+    options = TRAINING["adam_constant"]
+    cases.append(Case("float64/imf/train/adam", functools.partial(train, "imf", improved, options)))
+    cases += [
+        Case(f"float64/imf/sample/{name}", functools.partial(sample, "imf", SAMPLERS[name] | GUIDED_SAMPLES))
+        for name in ("steps1", "steps2", "times")
+    ]
     return cases
 
 
 def forward(network: str, measure: Measure) -> None:
-    """The network's output, with r < t and with r = t, and without what it may be given."""
+    """The network's output of every head, with r < t and with r = t, and without what it need not be given."""
     cfg = config(network)
     x, _, _, y, _ = jvp_inputs(cfg)
     t, r = times()
-    cases = {"u": (r, given(cfg)), "u at r = t": (t, given(cfg))}
-    cases |= {"u (nothing given)": (r, {})} if given(cfg) else {}
-    for quantity, (r_given, beside) in cases.items():
-        u = {name: f.forward(net, x, t, r_given, y, beside) for name, f, net in nets(cfg)}
+    cases = {"u": (r, given(cfg), "u"), "u at r = t": (t, given(cfg), "u")}
+    cases |= {"u (nothing given)": (r, {}, "u")} if cfg.model.name == "unet" and given(cfg) else {}
+    cases |= {"v": (t, given(cfg), "v")} if "v" in heads(cfg) else {}
+    for quantity, (r_given, beside, head) in cases.items():
+        u = {name: f.forward(net, x, t, r_given, y, beside, head) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
 
 
 def jvp(network: str, measure: Measure) -> None:
     """The bare network's output and total derivative, from the methods' `average_velocity`."""
     cfg = config(network)
-    result = {name: f.jvp(net, *jvp_inputs(cfg), given(cfg)) for name, f, net in nets(cfg)}
-    for i, quantity in enumerate(("u", "du_dt")):
-        measure.compare("jax-torch", quantity, result["jax"][i], result["torch"][i], BOUND)
+    for head in heads(cfg):
+        result = {name: f.jvp(net, *jvp_inputs(cfg), given(cfg), head) for name, f, net in nets(cfg)}
+        for i, quantity in enumerate((head, f"d{head}_dt")):
+            measure.compare("jax-torch", quantity, result["jax"][i], result["torch"][i], BOUND)
 
 
 def difference(network: str, measure: Measure) -> None:
@@ -134,15 +157,14 @@ def loss(network: str, setting: dict, measure: Measure) -> None:
     """Every quantity and gradient of the loss, between the frameworks and against the plain formula."""
     cfg = config(network, method=setting)
     rows, draws = batch(cfg)
-    in_training = given(cfg)
-    in_guidance = {name: a for name, a in in_training.items() if name != "dropout"}
+    images = rows["image"], rows["label"], cfg.model.num_classes
     result = {}
     for name, f, net in nets(cfg):
         result[name] = f.loss(net, rows, draws, cfg.method)
-        bare = functools.partial(f.forward, net, given=in_guidance), functools.partial(f.jvp, net, given=in_training)
-        plain = formula.loss(*bare, (rows["image"], rows["label"], cfg.model.num_classes), draws, cfg.method)
-        inputs = tuple(plain[key] for key in ("z", "t", "r", "y"))
-        plain_grads = f.regression_gradients(net, inputs, in_training, plain["target"], plain["scale"])
+        bare = functools.partial(f.forward, net), functools.partial(f.jvp, net)
+        plain = formula.FORMULAS[cfg.method.name](*bare, images, given(cfg), draws, cfg.method)
+        inputs, beside, targets = (plain.pop(key) for key in ("inputs", "given", "targets"))
+        plain_grads = f.regression_gradients(net, inputs, beside, targets)
         against_formula(measure, name, result[name], plain, plain_grads)
     (value, aux, grads), (torch_value, torch_aux, torch_grads) = result["jax"], result["torch"]
     measure.compare("jax-torch", "loss", value, torch_value, BOUND)
@@ -153,13 +175,17 @@ def loss(network: str, setting: dict, measure: Measure) -> None:
 
 
 def against_formula(measure, framework, result, plain, plain_grads):
-    """Compare a method's loss with the plain formula; du/dt only where r < t: a static split leaves it 0 elsewhere."""
+    """Compare a method's loss with the plain formula; what only the JVP reads or makes, only where r < t.
+
+    A static split leaves du/dt 0 elsewhere, and its tangent v_c is that of the row's own label there.
+    """
     value, aux, grads = result
     jvp_row = (plain["r"] < plain["t"])[:, None, None, None]
-    measure.compare(framework, "loss (formula)", value, plain["row_loss"].mean(), BOUND)
-    measure.compare(framework, "du_dt (formula)", aux["du_dt"] * jvp_row, plain["du_dt"] * jvp_row, BOUND)
-    for quantity in ("t", "r", "v_g", "u", "target", "err", "weight", "row_loss"):
-        measure.compare(framework, f"{quantity} (formula)", aux[quantity], plain[quantity], BOUND)
+    losses = plain["row_loss"] + plain.get("row_loss_v", 0)
+    measure.compare(framework, "loss (formula)", value, losses.mean(), BOUND)
+    for quantity in sorted(plain):
+        mask = jvp_row if quantity in ("du_dt", "v_c") else 1
+        measure.compare(framework, f"{quantity} (formula)", aux[quantity] * mask, plain[quantity] * mask, BOUND)
     measure.compare_worst(framework, "grad (formula)", grads, plain_grads, BOUND)
 
 
@@ -187,6 +213,7 @@ def config(network: str = "dit", **changes: dict) -> base.Config:
     """Return the config of a tiny network; changes: options of a section by its name, e.g. method={'kappa': 0}."""
     cfg = base.get_config()
     cfg.model.update(NETWORKS[network])
+    cfg.method.name = "improved" if cfg.model.name == "imf_dit" else "meanflow"
     for section, options in changes.items():
         cfg[section].update(options)
     return cfg
@@ -197,10 +224,16 @@ def nets(cfg) -> list[tuple]:
     return [(name, f, f.build(cfg, random_weights(cfg))) for name, f in FRAMEWORKS.items()]
 
 
+def heads(cfg) -> str:
+    """Return the letters of the velocities that the network of the config predicts."""
+    return "uv" if cfg.model.name == "imf_dit" else "u"
+
+
 def random_weights(cfg) -> dict[str, np.ndarray]:
     """Return canonical weights that are non-zero everywhere: zero layers would hide all but themselves."""
     alone = base.get_config()
     alone.model.update(cfg.model, compute_dtype="float64")
+    alone.method.name = cfg.method.name
     return _random_weights(resolve.to_json(alone))
 
 
@@ -226,8 +259,10 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
         "times": rng.uniform(size=(BATCH_SIZE, 2)) if uniform else rng.normal(size=(BATCH_SIZE, 2)),
         "coin": rng.uniform(size=BATCH_SIZE),
         "drop": rng.uniform(size=BATCH_SIZE),
-        "dropout": rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64),  # exact in any precision
     }
+    own = ("omega", "t_min", "t_max") if cfg.method.name == "improved" else ("dropout",)
+    # Exact in any precision, as the masks that follow from `dropout` must be.
+    draws |= {name: rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64) for name in own}
     rows = {"image": x, "label": y}
     return rows | ({"augment": rng.normal(size=(BATCH_SIZE, c.augment_dim))} if c.augment_dim else {}), draws
 
@@ -235,6 +270,8 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
 def given(cfg) -> dict[str, np.ndarray]:
     """Return what the network of the config is given in training beside (z, t, r, y), by name."""
     rows, draws = batch(cfg)
+    if cfg.model.name == "imf_dit":
+        return {"omega": 1 + 7 * draws["omega"], "t_min": draws["t_min"] / 2, "t_max": (1 + draws["t_max"]) / 2}
     beside = {name: a for name, a in rows.items() if name == "augment"}
     return beside | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
 

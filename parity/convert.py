@@ -7,7 +7,8 @@ Reads, by content or suffix:
   *.safetensors   canonical weights: the names and layouts of the official PyTorch state dicts
   *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed.  Of the
                   networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net
-  *.msgpack       an official Flax tree (Gsunshine/meanflow), bare or in a train state with 'ema_params' or 'params'
+  *.msgpack       an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state with
+                  'ema_params' or 'params'
   a directory     with an Orbax checkpoint of the same
 Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
@@ -17,6 +18,7 @@ Every name is converted or refused.
 """
 
 import argparse
+import copy
 import pathlib
 import runpy
 
@@ -78,7 +80,7 @@ def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, 
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
     weights, own_config, kind = sources.read(source, ema, prefix)
-    config = config or own_config
+    config = fitted(config or own_config, weights)
     weights = checked(weights, config)
     if to is not None:
         if config is None:
@@ -88,6 +90,15 @@ def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, 
     else:
         write_file(dest, weights, {"format": "canonical", "source": f"{source.name} ({kind})"})
     return kind, len(weights)
+
+
+def fitted(config, weights: dict[str, np.ndarray]):
+    """Return `config`, but without improved MeanFlow's head of v if the weights, as released ones, have none."""
+    if config is None or config.model.name != "imf_dit" or any(name.startswith("v_heads.") for name in weights):
+        return config
+    config = copy.deepcopy(config)
+    config.model.v_heads = False
+    return config
 
 
 def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:

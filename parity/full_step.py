@@ -112,7 +112,8 @@ def random_rows(config) -> tuple[dict, dict]:
         batch["augment"] = rng.normal(size=(num, c.augment_dim)).astype(np.float32)
     times = rng.normal if config.method.time_sampler == "logit_normal" else rng.uniform
     draws = {"noise": rng.normal(size=shape), "times": times(size=(num, 2))}
-    draws |= {name: rng.uniform(size=num) for name in ("coin", "drop", "dropout")}
+    uniforms = JAX_METHODS[config.method.name].Draws._fields[len(draws) :]
+    draws |= {name: rng.uniform(size=num) for name in uniforms}
     return batch, {name: a.astype(np.float32) for name, a in draws.items()}
 
 

@@ -13,10 +13,12 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
     """Return a config whose network has parameters of these shapes.
 
     What leaves no trace in them keeps its default: the number of heads; of a U-Net the layout of q, k and v, dropout
-    and the number of classes.
+    and the number of classes; of improved MeanFlow's transformer the size of its images, that of ImageNet latents.
     Raises UserError for weights of no network that is known, or that do not say the size of their images.
     """
-    return inferred_unet(weights) if any(name.startswith("enc.") for name in weights) else inferred_dit(weights)
+    if any(name.startswith("enc.") for name in weights):
+        return inferred_unet(weights)
+    return inferred_imf_dit(weights) if "omega_tokens" in weights else inferred_dit(weights)
 
 
 def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
@@ -34,6 +36,34 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
         input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
         num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+    )  # fmt: skip
+    return config
+
+
+def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+    """Return the config of improved MeanFlow's transformer."""
+    table, norm, hidden = (
+        "y_embedder.embedding_table._flax_embedding.weight", "shared_blocks.0.attn.q_norm.weight",
+        "shared_blocks.0.mlp.w1._flax_linear.weight",
+    )  # fmt: skip
+    needed = ("x_embedder.proj.weight", table, norm, hidden, *(f"{name}_tokens" for name in ("class", "t_min", "time")))
+    for name in needed:
+        if name not in weights:
+            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+    depths = {
+        kind: len({name.split(".")[1] for name in weights if name.startswith(f"{kind}.")})
+        for kind in ("shared_blocks", "u_heads", "v_heads")
+    }
+    width, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    config = base.get_config()
+    config.method.name = "improved"
+    config.model.update(
+        name="imf_dit", width=width, channels=channels, patch_size=patch_size, num_heads=width // len(weights[norm]),
+        input_size=16 * patch_size, num_classes=len(weights[table]) - 1,
+        mlp_ratio=(len(weights[hidden]) + 0.5) / width,  # its product with the width is rounded down
+        depth=depths["shared_blocks"] + depths["u_heads"], head_depth=depths["u_heads"], v_heads=depths["v_heads"] > 0,
+        num_class_tokens=len(weights["class_tokens"]), num_omega_tokens=len(weights["omega_tokens"]),
+        num_interval_tokens=len(weights["t_min_tokens"]), num_time_tokens=len(weights["time_tokens"]),
     )  # fmt: skip
     return config
 

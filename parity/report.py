@@ -1,8 +1,6 @@
 """The result of a parity run as one self-contained HTML page."""
 
-import base64
 import html as text
-import io
 import math
 
 import matplotlib
@@ -10,6 +8,7 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from evaluation import grids
+from evaluation.plots import image
 from parity import cases
 from parity.checks import Check
 from parity.frameworks import FRAMEWORKS, full_precision
@@ -109,11 +108,3 @@ def samples() -> Figure:
         axes.set_title(name, fontsize=9)
         axes.set_axis_off()
     return figure
-
-
-def image(figure: Figure, description: str) -> str:
-    """Return a figure as an <img> that needs no other file."""
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=110)
-    data = base64.b64encode(buffer.getvalue()).decode()
-    return f"<img alt='{text.escape(description)}' src='data:image/png;base64,{data}'>"

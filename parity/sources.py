@@ -24,6 +24,8 @@ TORCH_ENTRIES = ("ema", "model", "state_dict")
 FLAX_ENTRIES = ("ema_params", "params")
 # py-meanflow keeps its network and one more for each EMA in one state dict: net.*, net_ema.*, net_ema1.*, net_ema2.*
 SEVERAL_NETWORKS = "net_ema."
+# Before every name: of DistributedDataParallel, and of the class around the network in improved MeanFlow.
+AROUND = ("module.", "net.")
 
 
 class Source(NamedTuple):
@@ -67,7 +69,7 @@ def read_torch(path: pathlib.Path, ema: int, prefix: str) -> dict[str, np.ndarra
 
     Of a state dict of several networks (`SEVERAL_NETWORKS`), those of one, as `read` says.
     The unpickler takes tensors, containers and argparse's Namespace, in which official trainers keep their arguments,
-    and refuses anything else.  The prefix `module.` of DistributedDataParallel is dropped.
+    and refuses anything else.  A prefix of all names that only says what is around the network (`AROUND`) is dropped.
     """
     try:
         with torch.serialization.safe_globals([argparse.Namespace]):
@@ -82,8 +84,9 @@ def read_torch(path: pathlib.Path, ema: int, prefix: str) -> dict[str, np.ndarra
         loaded = below(flatten(loaded, "."), prefix)
     else:
         loaded = next((loaded[entry] for entry in TORCH_ENTRIES if isinstance(loaded.get(entry), dict)), loaded)
-    if all(name.startswith("module.") for name in loaded):
-        loaded = {name.removeprefix("module."): value for name, value in loaded.items()}
+    for around in AROUND:
+        if all(name.startswith(around) for name in loaded):
+            loaded = {name.removeprefix(around): value for name, value in loaded.items()}
     if any(name.startswith(SEVERAL_NETWORKS) for name in loaded):
         chosen = "net." if ema == -1 else f"net_ema{ema or ''}."
         if not any(name.startswith(chosen) for name in loaded):

@@ -15,8 +15,8 @@ from flax import nnx
 
 from configs import base, resolve
 from jax_impl import step, weights
-from jax_impl.methods import METHODS
-from jax_impl.models import layers, unet
+from jax_impl.methods import METHODS, common, improved, meanflow
+from jax_impl.models import imf_dit, layers, unet
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -25,9 +25,10 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y, given) -> u, jitted
+    apply: Any  # (params, z, t, r, y, given, heads) -> u, v or both, jitted
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
+    method: str  # name of the method that trains it
 
     @property
     def num_classes(self):
@@ -48,9 +49,9 @@ class Net(NamedTuple):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
 
-    def __call__(self, z, t, r, y, **given):
-        """Return u."""
-        return self.apply(self.params, z, t, r, y, given)
+    def __call__(self, z, t, r, y, heads="u", **given):
+        """Return u, or what `heads` asks for of a network that has more than one."""
+        return self.apply(self.params, z, t, r, y, given, heads)
 
 
 @contextlib.contextmanager
@@ -78,7 +79,7 @@ def build(config, canonical, as_trained=False):
     params = weights.from_canonical(module, canonical)
     dtype = "float64" if config.model.compute_dtype == "float64" else "float32"
     jax.config.update(OPTIMIZE_LESS, not as_trained)
-    return Net(module, apply, params, dtype)
+    return Net(module, apply, params, dtype, config.method.name)
 
 
 def fresh_weights(config, seeds):
@@ -94,17 +95,22 @@ def tables(net):
     return net.module.tables()
 
 
-def forward(net, z, t, r, y, given=None):
-    """Return u [b h w c].  given: what the network is given beside, dropout by its draws [b]."""
-    return _to_numpy(net(*_arrays(net, (z, t, r, y)), **_given(net, given)))
+def forward(net, z, t, r, y, given=None, head="u"):
+    """Return u [b h w c], or the velocity of another head.
+
+    given: what the network is given beside, dropout by its draws [b].
+    """
+    return _to_numpy(net(*_arrays(net, (z, t, r, y)), head, **_given(net, given)))
 
 
-def jvp(net, z, t, r, y, tangent, given=None):
-    """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
-    method = METHODS["meanflow"]
+def jvp(net, z, t, r, y, tangent, given=None, head="u"):
+    """Return u and du/dt along (tangent, 1, 0) on all rows, through MeanFlow's own `average_velocity`.
+
+    head: `v` for another head's velocity in place of u.
+    """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
-    rows = method.Rows(groups=1, flow=0, rest=len(y))
-    return _to_numpy(method.average_velocity(net, z, tangent, t, r, y, _given(net, given), z[:0], rows))
+    rows, one = common.Rows(groups=1, flow=0, rest=len(y)), functools.partial(net, heads=head)
+    return _to_numpy(meanflow.average_velocity(one, z, tangent, t, r, y, _given(net, given), z[:0], rows))
 
 
 def loss(net, batch, draws, cfg):
@@ -122,13 +128,18 @@ def loss(net, batch, draws, cfg):
     return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
 
 
-def regression_gradients(net, inputs, given, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y), given."""
-    *inputs, target, scale = _arrays(net, (*inputs, target, scale))
-    given = _given(net, given)
+def regression_gradients(net, inputs, given, targets):
+    """Return the gradients of a sum of regressions at inputs (z, t, r, y), given.
+
+    targets: {head: (target [b h w c], scale [b])}, each the mean over rows of scale times ||u - target||^2.
+    """
+    inputs, given = _arrays(net, inputs), _given(net, given)
+    targets = {head: _arrays(net, pair) for head, pair in targets.items()}
 
     def loss_of(params):
-        return (scale * jnp.square(net.apply(params, *inputs, given) - target).sum((1, 2, 3))).mean()
+        bound = net._replace(params=params)
+        errors = {head: bound(*inputs, head, **given) - target for head, (target, _) in targets.items()}
+        return sum((targets[head][1] * jnp.square(error).sum((1, 2, 3))).mean() for head, error in errors.items())
 
     return _gradients(net, jax.grad(loss_of)(net.params))
 
@@ -136,18 +147,29 @@ def regression_gradients(net, inputs, given, target, scale):
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return _to_numpy(method.sample_times(_draws(net, method, draws), cfg))
+    return _to_numpy(common.sample_times(_draws(net, method, draws), cfg))
+
+
+def sample_guidance(net, draws, cfg):
+    """Return what improved MeanFlow tells its network of guidance, [b] each by name, from draws by name."""
+    return _to_numpy(improved.sample_guidance(_draws(net, improved, draws), cfg))
 
 
 def path(net, x, e, t, cfg):
     """Return z and v [b h w c]."""
-    return _to_numpy(METHODS[cfg.name].path(*_arrays(net, (x, e, t)), cfg))
+    x, e, t = _arrays(net, (x, e, t))
+    return _to_numpy(common.path(x, e, t, cfg))
 
 
 def sample(net, noise, y, cfg):
     """Return the images that noise becomes.  cfg: `config.sample`."""
-    noise, y = _arrays(net, (noise, y))
-    return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
+    (noise, y), method = _arrays(net, (noise, y)), METHODS[net.method]
+    return _to_numpy(method.sample(net, noise, y, method.sampling_conditions(cfg), cfg))
+
+
+def rotary_table(net):
+    """Return the cosines and sines [tokens, dim/2] of rotary positions."""
+    return imf_dit.rotary_table(*net.module.rope_shape)
 
 
 def time_features(net, t):
@@ -213,7 +235,12 @@ def _model(config):
 def _network(model):
     config = resolve.from_json(model)
     graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
-    apply = jax.jit(lambda params, z, t, r, y, given: nnx.merge(graphdef, params)(z, t, r, y, **given))
+    several = config.model.name == "imf_dit"
+
+    @functools.partial(jax.jit, static_argnames="heads")
+    def apply(params, z, t, r, y, given, heads):
+        return nnx.merge(graphdef, params)(z, t, r, y, **given, **({"heads": heads} if several else {}))
+
     return nnx.merge(graphdef, shapes), apply
 
 

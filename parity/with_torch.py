@@ -5,6 +5,7 @@ The twin of `with_jax`, function by function.
 
 import contextlib
 import copy
+import functools
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -12,8 +13,8 @@ import torch
 from torch import nn
 
 from torch_impl import step, weights
-from torch_impl.methods import METHODS
-from torch_impl.models import layers, unet
+from torch_impl.methods import METHODS, common, improved, meanflow
+from torch_impl.models import imf_dit, layers, unet
 
 
 class Net(NamedTuple):
@@ -21,6 +22,7 @@ class Net(NamedTuple):
 
     module: Any  # nn.Module
     dtype: torch.dtype  # of inputs and draws
+    method: str  # name of the method that trains it
 
     @property
     def num_classes(self):
@@ -41,9 +43,10 @@ class Net(NamedTuple):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
 
-    def __call__(self, z, t, r, y, **given):
-        """Return u."""
-        return self.module(z, t, r, y, **given)
+    def __call__(self, z, t, r, y, heads="u", **given):
+        """Return u, or what `heads` asks for of a network that has more than one."""
+        several = isinstance(self.module, imf_dit.IMFDiT)
+        return self.module(z, t, r, y, **given, **({"heads": heads} if several else {}))
 
 
 @contextlib.contextmanager
@@ -66,7 +69,8 @@ def build(config, canonical, as_trained=False):
     """
     module = step.build_net(config)
     module.load_state_dict(weights.from_canonical(module, canonical))
-    return Net(module, torch.float64 if config.model.compute_dtype == "float64" else torch.float32)
+    dtype = torch.float64 if config.model.compute_dtype == "float64" else torch.float32
+    return Net(module, dtype, config.method.name)
 
 
 def fresh_weights(config, seeds):
@@ -86,18 +90,23 @@ def tables(net):
 
 
 @torch.no_grad()
-def forward(net, z, t, r, y, given=None):
-    """Return u [b h w c].  given: what the network is given beside, dropout by its draws [b]."""
-    return _to_numpy(net(*_arrays(net, (z, t, r, y)), **_given(net, given)))
+def forward(net, z, t, r, y, given=None, head="u"):
+    """Return u [b h w c], or the velocity of another head.
+
+    given: what the network is given beside, dropout by its draws [b].
+    """
+    return _to_numpy(net(*_arrays(net, (z, t, r, y)), head, **_given(net, given)))
 
 
-def jvp(net, z, t, r, y, tangent, given=None):
-    """Return u and du/dt along (tangent, 1, 0) on all rows, through the method's own `average_velocity`."""
-    method = METHODS["meanflow"]
+def jvp(net, z, t, r, y, tangent, given=None, head="u"):
+    """Return u and du/dt along (tangent, 1, 0) on all rows, through MeanFlow's own `average_velocity`.
+
+    head: `v` for another head's velocity in place of u.
+    """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
-    rows = method.Rows(groups=1, flow=0, rest=len(y))
+    rows, one = common.Rows(groups=1, flow=0, rest=len(y)), functools.partial(net, heads=head)
     given = _given(net, given)
-    return tuple(map(_to_numpy, method.average_velocity(net, z, tangent, t, r, y, given, z[:0], rows)))
+    return tuple(map(_to_numpy, meanflow.average_velocity(one, z, tangent, t, r, y, given, z[:0], rows)))
 
 
 def loss(net, batch, draws, cfg):
@@ -110,28 +119,45 @@ def loss(net, batch, draws, cfg):
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
-def regression_gradients(net, inputs, given, target, scale):
-    """Return the gradients of the mean over rows of scale [b] times ||u - target||^2 at inputs (z, t, r, y), given."""
-    *inputs, target, scale = _arrays(net, (*inputs, target, scale))
-    return _gradients(net, (scale * (net(*inputs, **_given(net, given)) - target).square().sum((1, 2, 3))).mean())
+def regression_gradients(net, inputs, given, targets):
+    """Return the gradients of a sum of regressions at inputs (z, t, r, y), given.
+
+    targets: {head: (target [b h w c], scale [b])}, each the mean over rows of scale times ||u - target||^2.
+    """
+    inputs, given = _arrays(net, inputs), _given(net, given)
+    targets = {head: _arrays(net, pair) for head, pair in targets.items()}
+    errors = {head: net(*inputs, head, **given) - target for head, (target, _) in targets.items()}
+    return _gradients(net, sum((targets[h][1] * e.square().sum((1, 2, 3))).mean() for h, e in errors.items()))
 
 
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return tuple(map(_to_numpy, method.sample_times(_draws(net, method, draws), cfg)))
+    return tuple(map(_to_numpy, common.sample_times(_draws(net, method, draws), cfg)))
+
+
+def sample_guidance(net, draws, cfg):
+    """Return what improved MeanFlow tells its network of guidance, [b] each by name, from draws by name."""
+    given = improved.sample_guidance(_draws(net, improved, draws), cfg)
+    return {name: _to_numpy(a) for name, a in given.items()}
 
 
 def path(net, x, e, t, cfg):
     """Return z and v [b h w c]."""
-    return tuple(map(_to_numpy, METHODS[cfg.name].path(*_arrays(net, (x, e, t)), cfg)))
+    x, e, t = _arrays(net, (x, e, t))
+    return tuple(map(_to_numpy, common.path(x, e, t, cfg)))
 
 
 @torch.no_grad()
 def sample(net, noise, y, cfg):
     """Return the images that noise becomes.  cfg: `config.sample`."""
-    noise, y = _arrays(net, (noise, y))
-    return _to_numpy(METHODS["meanflow"].sample(net, noise, y, cfg))
+    (noise, y), method = _arrays(net, (noise, y)), METHODS[net.method]
+    return _to_numpy(method.sample(net, noise, y, method.sampling_conditions(cfg), cfg))
+
+
+def rotary_table(net):
+    """Return the cosines and sines [tokens, dim/2] of rotary positions."""
+    return _to_numpy(net.module.cos), _to_numpy(net.module.sin)
 
 
 def time_features(net, t):

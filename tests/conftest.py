@@ -16,22 +16,33 @@ from concurrent import futures
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 240.0  # seconds for one command; a loaded machine needs many
+TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
+# The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
+LONGEST = (
+    "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
+    "data/test_loader.py", "jax_impl/test_step.py", "parity/test_mutations.py",
+)  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
     "train.batch_size": 16, "train.steps": 5, "train.learning_rate": 1e-3, "train.warmup_steps": 0,
     "train.schedule": "constant", "train.log_every": 1, "train.sample_every": 0, "train.compile": False,
     "train.ema_decays": (0.9, 0.99), "sample.batch_size": 10, "evaluation.num_samples": 20,
 }  # fmt: skip
+TINY_IMPROVED = {
+    "model.name": "imf_dit", "method.name": "improved", "model.depth": 2, "model.head_depth": 1,
+    "model.num_class_tokens": 1, "model.num_omega_tokens": 1, "model.num_interval_tokens": 1,
+    "model.num_time_tokens": 1,
+}  # fmt: skip
 
 # Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept
-# for the session, since most commands compile the same step.
-CACHE = tempfile.mkdtemp(prefix="meanflow_tests_")
-atexit.register(shutil.rmtree, CACHE, ignore_errors=True)
+# for the session, since most commands compile the same step; pytest-xdist's workers inherit their directory.
+WORKER = "PYTEST_XDIST_WORKER" in os.environ
+if not WORKER:
+    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="meanflow_tests_")
+    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": "",
-    "JAX_COMPILATION_CACHE_DIR": CACHE,
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "OMP_NUM_THREADS": "1",  # the tiny networks of the tests gain nothing from two
@@ -39,6 +50,18 @@ os.environ |= {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
+
+
+def pytest_xdist_auto_num_workers(config):
+    """Two workers for all tests; none for those that are named on the command line, which seldom repay the start."""
+    return 2 if config.args_source is config.ArgsSource.TESTPATHS else 0
+
+
+def pytest_collection_modifyitems(items):
+    """Sort the tests by file as `LONGEST` says, for the workers of pytest-xdist; all else keeps its place."""
+    if WORKER:
+        rank = {ROOT / "tests" / name: i for i, name in enumerate(LONGEST)}
+        items.sort(key=lambda item: rank.get(item.path, len(rank)))
 
 
 class Command:
@@ -167,6 +190,12 @@ def tiny(datasets_dir):
 
 
 @pytest.fixture(scope="session")
+def tiny_improved():
+    """Return the changes that make the tiny run, of `tiny` and of `options`, one of improved MeanFlow."""
+    return TINY_IMPROVED
+
+
+@pytest.fixture(scope="session")
 def options(datasets_dir):
     """Return a function (changes by dotted name) -> the command-line arguments of the same config as `tiny`."""
 
@@ -175,6 +204,23 @@ def options(datasets_dir):
         return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in settings.items())]
 
     return make
+
+
+@pytest.fixture
+def parse_flags():
+    """Return a function (define, *argv) that has `define()` define flags and parses them, for one test."""
+    from absl import flags
+
+    before = set(flags.FLAGS)
+
+    def parse(define, *argv):
+        if set(flags.FLAGS) == before:
+            define()
+        flags.FLAGS(["program", *argv])
+
+    yield parse
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
 
 
 @pytest.fixture(scope="module")

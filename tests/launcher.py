@@ -7,6 +7,7 @@ its own signals, output and exit code; it imports this project itself.  One requ
 argv[0] is a script, or a module of which `python -m` would be told.
 """
 
+import gc
 import importlib
 import json
 import os
@@ -55,6 +56,7 @@ def run(argv, env, cwd, stdout, stderr):
 if __name__ == "__main__":
     for name in LIBRARIES:
         importlib.import_module(name)
+    gc.freeze()  # else each fork collects all of the libraries as it ends, and copies their pages, for three seconds
     print(json.dumps("ready"), flush=True)
     command = serve()
     if command is not None:

@@ -101,11 +101,42 @@ def test_evaluate_prints_one_json_line_and_keeps_it(framework, launcher, runs):
     assert 0 <= result["class_accuracy"] <= 1 and result["frechet_distance_pixels"] > 0
 
 
-@pytest.mark.parametrize("program", [*TRAIN.values(), *SAMPLE.values(), *EVALUATE.values()])
-def test_help(program, launcher):
-    command = launcher.run(program, "--help")
-    assert command.wait() == 0, command.stderr
-    assert "--workdir" in command.stdout
+def test_improved_meanflow_is_sampled_and_swept(launcher, options, tiny_improved, in_both, tmp_path):
+    def scenario(framework):
+        run = tmp_path / framework
+        command = launcher.run(TRAIN[framework], *options(tiny_improved), f"--workdir={run}")
+        assert command.wait() == 0, command.stderr
+        told = [
+            samples(launcher, framework, run, tmp_path / f"{framework}_{i}", "--num_samples=7", *flags)[0]
+            for i, flags in enumerate([(), ("--omega=4", "--interval=0.4,0.65")])
+        ]
+        assert told[0].shape == (7, 8, 8, 1) and (told[0] != told[1]).any()
+        flags = (f"--workdir={run}", "--num_samples=12", "--omegas=1,4", "--intervals=0:1,0.4:0.65")
+        command = launcher.run(EVALUATE[framework], *flags)
+        assert command.wait() == 0, command.stderr
+        rows = json.loads((run / "sweep.json").read_text())
+        pairs = [(1, [0, 1]), (4, [0, 1]), (1, [0.4, 0.65]), (4, [0.4, 0.65])]
+        assert [(row["omega"], row["interval"]) for row in rows] == pairs
+        assert len({row["frechet_distance_pixels"] for row in rows}) == 4
+        assert {row["num_samples"] for row in rows} == {12}
+        assert 0.9 < rows[0]["real_class_accuracy"] == rows[3]["real_class_accuracy"]
+        assert command.stdout.startswith("| omega |") and "best frechet_distance_pixels: " in command.stdout
+        assert (run / "sweep.html").read_text().count("<img") == 2 and not (run / "evaluation.json").exists()
+
+    in_both(scenario)
+
+
+@pytest.mark.parametrize(
+    ("programs", "flags"),
+    [(TRAIN, ()), (SAMPLE, ("--omega", "--steps", "--labels")), (EVALUATE, ("--omegas", "--steps"))],
+)
+def test_help(programs, flags, launcher):
+    for program in programs.values():
+        command = launcher.run(program, "--help")
+        assert command.wait() == 0, command.stderr
+        shown = {line.split(":")[0].strip() for line in command.stdout.splitlines()}
+        assert {"--workdir", *flags} <= shown
+        assert ("--steps" in shown) == (programs is not TRAIN)
 
 
 @FRAMEWORKS
@@ -125,6 +156,14 @@ def test_mistakes_of_training(framework, changes, message, launcher, options, tm
     assert command.wait() == 2
     assert message in command.stderr
     assert "Traceback" not in command.stderr
+
+
+@FRAMEWORKS
+def test_a_network_that_can_only_sample_is_not_trained(framework, launcher, options, tiny_improved, tmp_path):
+    changes = tiny_improved | {"model.v_heads": False}
+    command = launcher.run(TRAIN[framework], *options(changes), f"--workdir={tmp_path / 'run'}")
+    assert command.wait() == 2
+    assert "can sample but not be trained" in command.stderr and not (tmp_path / "run").exists()
 
 
 @FRAMEWORKS
@@ -153,6 +192,7 @@ def test_a_workdir_that_cannot_be_written(framework, launcher, options, tmp_path
         (("--times=0.5,1",), "must fall"),
         (("--ema=7",), "config.sample.ema is 7"),
         (("--labels=a",), "--labels"),
+        (("--omega=2",), "--omega is for networks that are told"),
     ],
 )
 def test_mistakes_of_sampling(framework, flags, message, launcher, runs, tmp_path):

@@ -21,11 +21,12 @@ from configs.flags import run, workdir
 from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress, setup_logging
+from evaluation.report import evaluate, evaluate_emas
+from evaluation.sampling import generate
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints
 from torch_impl.devices import start_torch
-from torch_impl.evaluate import evaluate, evaluate_emas
-from torch_impl.sample import generate, make_sampler
+from torch_impl.sample import make_sampler
 from torch_impl.step import create_state, make_mesh, make_train_step, put_batch, reduce_metrics
 
 GRID_SAMPLES = 64  # images in the grids shown during training
@@ -38,6 +39,7 @@ def train(config, workdir, device):
     A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
     among it; the last checkpoint is then from before it.
     """
+    resolve.check_trainable(config)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     first = dist.get_rank() == 0
     if first:
@@ -188,7 +190,7 @@ def make_reports(config, device, log):
         emas = [weights.to_canonical(state.net, ema) for ema in state.emas if config.evaluation.every_ema]
         result = evaluate_emas(config, sampler, emas) if config.evaluation.every_ema else {}
         if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= evaluate(config, sampler, sampled_weights(state))
+            result |= evaluate(config, sampler, sampled_weights(state))[0]
         log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

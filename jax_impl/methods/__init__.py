@@ -1,5 +1,5 @@
 """Methods, one file per system: draw, loss, sample."""
 
-from jax_impl.methods import meanflow
+from jax_impl.methods import improved, meanflow
 
-METHODS = {"meanflow": meanflow}
+METHODS = {"meanflow": meanflow, "improved": improved}

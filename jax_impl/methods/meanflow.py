@@ -7,15 +7,28 @@ A step runs as few forwards as the mathematics allows.  With F one forward of th
 with r < t: the primal and its gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
 """
 
-import itertools
-import math
 from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from configs.errors import UserError
+from jax_impl.methods.common import (
+    Rows,
+    drop_labels,
+    expand,
+    integrate,
+    join,
+    path,
+    sample_times,
+    sampling_times,
+    split_rows,
+    sum_squares,
+    take,
+    weigh,
+)
+
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_times"]
 
 
 class Draws(NamedTuple):
@@ -26,18 +39,6 @@ class Draws(NamedTuple):
     coin: jax.Array  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: jax.Array  # [b] uniforms: which rows lose their label
     dropout: jax.Array  # [b] uniforms: from which a network's dropout masks follow
-
-
-class Rows(NamedTuple):
-    """A static interleaving of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
-
-    Groups, not one block of each, keep a contiguous shard of the batch whole: to split it moves no data between
-    devices, and which rows are flow rows does not depend on how many devices there are.
-    """
-
-    groups: int
-    flow: int
-    rest: int
 
 
 def draw(key, shape, cfg):
@@ -91,65 +92,6 @@ def conditions(net, batch, draws):
     """
     given = {"augment": batch["augment"]} if net.augment_dim and "augment" in batch else {}
     return given | ({"dropout": net.dropout_masks(draws.dropout)} if net.dropout else {})
-
-
-def sample_times(draws, cfg):
-    """Return t >= r, [b] each in [0, 1], from two draws, each with its own mean and deviation, and r = t on flow rows.
-
-    `sorted`: t is the larger, r the smaller, then flow rows.  `truncated`: t is the first, r the second but at most t,
-    so that rows other than flow rows may have r = t as well.  Source: Gsunshine/py-meanflow, models/time_sampler.py,
-    where they are v0 and v1.
-    """
-    times = draws.times
-    t, r = times[:, 0], times[:, 1]
-    if cfg.time_sampler == "logit_normal":
-        t, r = (jax.nn.sigmoid(times[:, i] * cfg.time_std[i] + cfg.time_mean[i]) for i in range(2))
-    r, t = jnp.minimum(t, r), jnp.maximum(t, r) if cfg.time_order == "sorted" else t
-    return t, jnp.where(is_flow(draws, cfg), t, r)
-
-
-def is_flow(draws, cfg):
-    """Return [b] bool: the rows with r = t.
-
-    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows, as the official JAX
-    code.  `coin`: each row with probability flow_fraction, as the PyTorch reproduction.
-    """
-    if cfg.flow_rows == "coin":
-        return draws.coin < cfg.flow_fraction
-    row = jnp.arange(len(draws.coin))
-    if cfg.flow_rows == "front":
-        return row < int(len(row) * cfg.flow_fraction)
-    rows = split_rows(len(row), cfg)
-    return row % (rows.flow + rows.rest) < rows.flow
-
-
-def split_rows(batch_size, cfg):
-    """Return the static split of a batch: all rows are `rest` unless flow_rows = split."""
-    num_flow = int(batch_size * cfg.flow_fraction) if cfg.flow_rows == "split" else 0
-    groups = math.gcd(batch_size, num_flow)
-    return Rows(groups, num_flow // groups, (batch_size - num_flow) // groups)
-
-
-def path(x, e, t, cfg):
-    """Return the state z and its velocity v = dz/dt [b h w c] between data x (t = 0) and noise e (t = 1)."""
-    t = expand(t, x)
-    if cfg.path == "cosine":
-        angle = t * (math.pi / 2)
-        z = jnp.cos(angle) * x + jnp.sin(angle) * e
-        return z, (jnp.cos(angle) * e - jnp.sin(angle) * x) * (math.pi / 2)
-    return (1 - t) * x + t * e, e - x
-
-
-def drop_labels(y, draws, null, cfg):
-    """Return labels [b] with some replaced by `null`, and [b] bool: the rows that kept theirs.
-
-    `coin`: each row with probability label_drop_prob.  `front`: as many rows as that gives, but the first ones, as
-    the official JAX code.
-    """
-    dropped = draws.drop < cfg.label_drop_prob
-    if cfg.label_drop == "front":
-        dropped = jnp.arange(len(y)) < dropped.sum()
-    return jnp.where(dropped, null, y), ~dropped
 
 
 def flow_velocity(net, z, t, y, given, rows):
@@ -207,71 +149,24 @@ def interval(t, r, cfg):
     return jnp.clip(t - r, 0, 1) if cfg.clip_interval else t - r
 
 
-def weigh(err, cfg):
-    """Return the constant weight [b] and the weighted loss [b] of each row's summed squared error err [b].
-
-    `adaptive`: err / (err + eps)^p, arXiv:2505.13447 eq. 22.  `adaptive_squared`: the same of err^2, as the PyTorch
-    reproduction.  `uniform`: err itself.
-    """
-    if cfg.weighting == "uniform":
-        return jnp.ones_like(err), err
-    if cfg.weighting == "adaptive_squared":
-        err = err**2
-    weight = stop_gradient((err + cfg.adaptive_eps) ** -cfg.adaptive_power)
-    return weight, weight * err
+def sampling_conditions(cfg):
+    """Return what the network is told beside (z, t, r, y) when sampling: nothing.  cfg: `config.sample`."""
+    return {}
 
 
-def sample(net, noise, y, cfg):
+def sample(net, noise, y, given, cfg):
     """Carry noise [b h w c] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y).
 
-    y: [b] labels.  cfg: `config.sample`; with cfg_scale s not 1, u = u(null) + s (u(y) - u(null)), two forwards as
-    one batch.  Source: arXiv:2505.13447, algorithm 2; zhuyu-cs/MeanFlow, meanflow_sampler.py.
+    y: [b] labels.  given: nothing, see `sampling_conditions`.  cfg: `config.sample`; with cfg_scale s not 1,
+    u = u(null) + s (u(y) - u(null)), two forwards as one batch.  Source: arXiv:2505.13447, algorithm 2;
+    zhuyu-cs/MeanFlow, meanflow_sampler.py.
     """
 
-    def step(z, times):
-        t, r = (jnp.full(len(y), time) for time in times)
+    def velocity(z, t, r):
         if cfg.cfg_scale == 1:
-            u = net(z, t, r, y)
-        else:
-            both = jnp.concatenate([y, jnp.full_like(y, net.num_classes)])
-            u, u_null = jnp.split(net(*(jnp.concatenate([a, a]) for a in (z, t, r)), both), 2)
-            u = u_null + cfg.cfg_scale * (u - u_null)
-        return z - expand(t - r, z) * u, None
+            return net(z, t, r, y)
+        both = jnp.concatenate([y, jnp.full_like(y, net.num_classes)])
+        u, u_null = jnp.split(net(*(jnp.concatenate([a, a]) for a in (z, t, r)), both), 2)
+        return u_null + cfg.cfg_scale * (u - u_null)
 
-    times = jnp.asarray(sampling_times(cfg), noise.dtype)
-    return jax.lax.scan(step, noise, (times[:-1], times[1:]))[0]
-
-
-def sampling_times(cfg):
-    """Return the times of sampling, from noise to data: cfg.times, or cfg.steps uniform steps from 1 to 0.
-
-    Raises UserError unless they fall strictly and stay in [0, 1].
-    """
-    times = tuple(cfg.times) or tuple(1 - i / cfg.steps for i in range(cfg.steps + 1))
-    if len(times) < 2 or any(a <= b for a, b in itertools.pairwise(times)) or times[0] > 1 or times[-1] < 0:
-        raise UserError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
-    return times
-
-
-def take(a, rows, part):
-    """Return the `flow` or the `rest` rows of a [b ...]."""
-    a = a.reshape(rows.groups, -1, *a.shape[1:])
-    a = a[:, : rows.flow] if part == "flow" else a[:, rows.flow :]
-    return a.reshape(-1, *a.shape[2:])
-
-
-def join(a, b, rows):
-    """Join rows a and b group by group; the inverse of `take` for a flow and a rest part."""
-    a, b = (part.reshape(rows.groups, len(part) // rows.groups, *part.shape[1:]) for part in (a, b))
-    joined = jnp.concatenate([a, b], axis=1)
-    return joined.reshape(-1, *joined.shape[2:])
-
-
-def expand(a, like):
-    """Give a [b] the rank of `like` [b ...]."""
-    return a.reshape(-1, *[1] * (like.ndim - 1))
-
-
-def sum_squares(a):
-    """Return the sum of squares over each row of a [b ...], [b], in float32 at least."""
-    return jnp.square(a).sum(tuple(range(1, a.ndim)))
+    return integrate(velocity, noise, cfg)

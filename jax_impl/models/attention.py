@@ -18,7 +18,12 @@ class Attention(nnx.Module):
     def __call__(self, x):
         batch, tokens, width = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), (2, 3), (0, 2))
-        scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-        weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
-        x = weights.astype(v.dtype) @ v
+        x = attend(q, k, v)
         return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
+
+
+def attend(q, k, v):
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d]; the softmax in float32 at least."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
+    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
+    return weights.astype(v.dtype) @ v

@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import base, digits, meanflow_cifar10, meanflow_imagenet, resolve
+from configs import base, digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = ("data", "evaluation")
@@ -14,6 +14,8 @@ ONE_SIDED = {"train.compile": "JAX always compiles", "train.compile_backend": "t
 CIFAR10 = ("v0", "v1", "reproduction")
 CONFIGS = {"base": base.get_config(), "digits": digits.get_config(), "digits:unet": digits.get_config("unet")}
 CONFIGS |= {f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS}
+CONFIGS |= {"digits:imf": digits.get_config("imf")}
+CONFIGS |= {f"imf_imagenet:{name}": imf_imagenet.get_config(name) for name in imf_imagenet.VARIANTS}
 CONFIGS |= {f"meanflow_cifar10:{name}": meanflow_cifar10.get_config(name) for name in CIFAR10}
 
 
@@ -103,7 +105,30 @@ def test_published_settings_of_cifar10(variant):
     )
 
 
-@pytest.mark.parametrize("module", [digits, meanflow_cifar10])
+@pytest.mark.parametrize(
+    ("variant", "sizes", "omega", "interval", "steps"),
+    [
+        ("b2", (12, 768, 12), 8.0, (0.4, 0.65), 1),
+        ("m2", (24, 768, 12), 10.5, (0.4, 0.6), 1),
+        ("l2", (32, 1024, 16), 10.5, (0.4, 0.6), 1),
+        ("xl2", (48, 1024, 16), 8.0, (0.42, 0.62), 1),
+        ("xl2_2step", (48, 1024, 16), 4.0, (0.36, 0.64), 2),
+    ],
+)
+def test_published_settings_of_improved_meanflow(variant, sizes, omega, interval, steps):
+    config = imf_imagenet.get_config(variant)
+    m, net, c, s = config.method, config.model, config.train, config.sample
+    assert (net.depth, net.width, net.num_heads) == sizes
+    assert (net.head_depth, net.patch_size, net.mlp_ratio, net.input_size, net.channels) == (8, 2, 8 / 3, 32, 4)
+    assert (net.num_class_tokens, net.num_omega_tokens, net.num_interval_tokens, net.num_time_tokens) == (8, 4, 2, 4)
+    assert (s.omega, s.interval, s.steps, s.cfg_scale) == (omega, interval, steps, 1.0)
+    assert (m.flow_fraction, m.omega_max, m.omega_power, m.label_drop_prob) == (0.5, 8.0, 1.0, 0.1)
+    assert (m.time_mean, m.time_std, m.adaptive_power, m.adaptive_eps) == ((-0.4, -0.4), (1.0, 1.0), 1.0, 0.01)
+    assert (c.batch_size, c.learning_rate, c.beta1, c.beta2, c.ema_decays) == (1024, 1e-4, 0.9, 0.95, (0.9999,))
+    assert (c.steps, c.warmup_steps, c.schedule, c.cosine_end) == (640 * 1251, 10 * 1251, "constant", "steps")
+
+
+@pytest.mark.parametrize("module", [digits, meanflow_cifar10, imf_imagenet])
 def test_variants_that_do_not_exist(module):
     with pytest.raises(ValueError, match="no variant 'v9'"):
         module.get_config("v9")

@@ -65,6 +65,35 @@ def test_backends_of_the_compiler(backend, tmp_path):
     resolve.open_workdir(tmp_path, resolve.check(config), "torch")
 
 
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"method.name": "meanflow"}, "improved and imf_dit belong together"),
+        ({"model.name": "dit"}, "improved and imf_dit belong together"),
+        ({"model.head_depth": 9}, r"head_depth 9 is more than config\.model\.depth"),
+        ({"model.width": 36, "model.num_heads": 12}, "must be even, for rotary positions"),
+        ({"sample.cfg_scale": 2.0}, "this one is told its scale"),
+        ({"sample.omega": 0.5}, r"config\.sample\.omega is 0\.5; it must be at least 1"),
+        ({"sample.interval": (0.6, 0.4)}, r"config\.sample\.interval is \(0\.6, 0\.4\); it must rise"),
+        ({"sample.interval": (0.6,)}, "give two numbers, the start and the end of the interval"),
+        ({"method.omega_max": 0.5}, r"config\.method\.omega_max is 0\.5; it must be at least 1"),
+    ],
+)
+def test_mistakes_of_improved_meanflow_are_named(changes, message):
+    config = digits.get_config("imf")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        resolve.check(config)
+
+
+def test_a_network_without_the_head_of_v_can_sample_but_not_be_trained():
+    config = digits.get_config("imf")
+    resolve.check_trainable(config)
+    config.model.v_heads = False
+    with pytest.raises(UserError, match="can sample but not be trained"):
+        resolve.check_trainable(resolve.check(config))
+
+
 def test_a_transformer_does_not_mind_the_options_of_a_unet():
     config = digits.get_config()
     config.update_from_flattened_dict({"model.dropout": 1.0, "model.channel_mult": (), "sample.cfg_scale": 2.0})

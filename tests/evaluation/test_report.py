@@ -72,6 +72,38 @@ def test_a_dataset_without_a_test_split(config, monkeypatch):
     assert "real_class_accuracy" not in report.evaluate_samples(images, labels, config)
 
 
+def test_real_images_that_are_given_are_not_loaded_again(config, monkeypatch):
+    images, labels = loader.load_arrays(config, "test")
+    expected, real = report.evaluate_samples(images, labels, config), report.load_real(config)
+    monkeypatch.setattr(report, "load_real", None)
+    assert report.evaluate_samples(images, labels, config, real=real) == expected
+
+
+def test_every_ema_is_judged_on_the_same_samples(config, monkeypatch):
+    """The weights are added to the noise; the real images are loaded once."""
+    config.evaluation.update(classifier=False, num_samples=70)
+    config.sample.update(batch_size=30, ema=1)
+    config.train.ema_decays = (0.9, 0.99)
+    real, images = np.zeros((9, 8, 8, 1)), []
+    loads = iter([report.Real(real, np.zeros(9), {})])
+    monkeypatch.setattr(report, "load_real", lambda config: next(loads))
+
+    def sampler(weights, noise, y, c):
+        images.append(weights + noise)
+        return images[-1]
+
+    result = report.evaluate_emas(config, sampler, (0.0, 1.0))
+    rows = [np.concatenate(part)[:70].reshape(70, -1) for part in (images[:3], images[3:])]
+    np.testing.assert_array_equal(rows[1], rows[0] + 1)
+    first, second = (metrics.frechet_distance(a, real.reshape(9, -1)) for a in rows)
+    assert result == {
+        "frechet_distance_pixels_ema_0.9": first, "frechet_distance_pixels_ema_0.99": second,
+        "num_samples": 70, "frechet_distance_pixels": second,
+    }  # fmt: skip
+    config.sample.ema, loads = -1, iter([report.Real(real, np.zeros(9), {})])
+    assert set(report.evaluate_emas(config, sampler, (0.0, 1.0))) == set(list(result)[:2])
+
+
 @pytest.mark.parametrize(
     ("images", "num_labels", "words"),
     [

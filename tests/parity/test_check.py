@@ -133,7 +133,7 @@ def test_guidance_intervals_exclude_some_rows(name):
     config = cases.config(method=cases.SETTINGS[name])
     (rows, draws), cfg = cases.batch(config), config.method
     x, zeros = rows["image"], lambda *args: np.zeros_like(rows["image"])
-    t = formula.loss(zeros, lambda *args: (x, x), (x, rows["label"], 7), draws, cfg)["t"]
+    t = formula.meanflow(zeros, lambda *args: (x, x), (x, rows["label"], 7), {}, draws, cfg)["t"]
     inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     assert inside.any() and not inside.all()
 

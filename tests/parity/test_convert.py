@@ -12,10 +12,10 @@ import orbax.checkpoint as ocp
 import pytest
 import torch
 
-from configs import digits
+from configs import digits, resolve
 from configs.errors import UserError
 from jax_impl import checkpoints as jax_checkpoints
-from parity import cases, check, convert, frameworks, golden, infer, names
+from parity import cases, check, convert, frameworks, golden, golden_imf, infer, names
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
@@ -31,6 +31,12 @@ def sit():
 def dit():
     """Return a small official Flax tree, flat."""
     return golden.Fixture(check.GOLDEN / "meanflow_dit_flax.npz").under("param/")
+
+
+@pytest.fixture(scope="module")
+def imf():
+    """Return a small official Flax tree of improved MeanFlow, flat."""
+    return golden.Fixture(check.GOLDEN / "imf_dit_flax.npz").under("param/")
 
 
 @pytest.fixture
@@ -154,6 +160,48 @@ def test_both_frameworks_compute_the_same_from_a_converted_checkpoint(tmp_path, 
     assert np.linalg.norm(outputs[0] - outputs[1]) <= 2e-5 * np.linalg.norm(outputs[1])
 
 
+def test_flax_round_trip_of_improved_meanflow(imf):
+    weights = convert.flax_tree_to_canonical(imf)
+    assert weights["shared_blocks.0.mlp.w2._flax_linear.weight"].shape == (32, 85)
+    assert weights["u_heads.0.attn.q_norm.weight"].shape == (16,)
+    assert weights["h_embedder.mlp.0._flax_linear.weight"].shape == (32, 256)
+    assert_same(convert.canonical_to_flax_tree(weights), imf)
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["net/shared_blocks/0/norm1/kernel", "net/u_heads_0/attn/qkv/_flax_linear/kernel", "net/t_embedder/mlp/layers_0",
+     "net/shared_blocks_0/norm1/scale", "net/v_heads_0/mlp/w1/_flax_linear/bias", "net/omega_tokens/kernel"],
+)  # fmt: skip
+def test_unknown_flax_name_of_improved_meanflow(name):
+    with pytest.raises(UserError, match="is not a parameter of the official Flax network"):
+        names.canonical_name(name, "improved")
+
+
+@pytest.mark.parametrize("v_heads", [True, False])
+def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
+    """Flax and PyTorch, with the head of v or, as the released ones, without, give both frameworks one network."""
+    tree = {name: a for name, a in imf.items() if v_heads or "/v_heads_" not in name}
+    nested = flax.traverse_util.unflatten_dict(tree, sep="/")
+    (tmp_path / "flax.msgpack").write_bytes(flax.serialization.msgpack_serialize({"ema_params": nested}))
+    canonical = convert.flax_tree_to_canonical(tree)
+    torch.save({"ema": {f"net.{name}": a for name, a in tensors(canonical).items()}}, tmp_path / "torch.pth")
+    config = golden_imf.config_of(golden.Fixture(check.GOLDEN / "imf_dit_flax.npz"))
+    (tmp_path / "config.json").write_text(resolve.to_json(config))
+    for source in ("flax.msgpack", "torch.pth"):
+        for flags in ((), ("--config", tmp_path / "config.json")):
+            run(tmp_path / source, tmp_path / "b.safetensors", *flags)
+            assert_same(canonical_files.load(tmp_path / "b.safetensors"), canonical)
+    run(tmp_path / "b.safetensors", tmp_path / "run", "--to", "torch", "--config", tmp_path / "config.json")
+    assert resolve.read_workdir(tmp_path / "run").model.v_heads == v_heads
+    config.model.v_heads = v_heads
+    z, y = np.random.RandomState(0).normal(size=(3, 8, 8, 4)).astype(np.float32), np.array([1, 2, 9])
+    config.sample.steps = 2
+    with frameworks.full_precision():
+        images = [f.sample(f.build(config, canonical), z, y, config.sample) for f in frameworks.FRAMEWORKS.values()]
+    assert np.linalg.norm(images[0] - images[1]) <= 2e-5 * np.linalg.norm(images[1])
+
+
 WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype"}
 OTHER_NETWORKS = {
     "unet_16": cases.UNET | {
@@ -177,7 +225,8 @@ def test_the_options_of_a_network_are_found_in_its_weights(network, order, monke
     found = infer.inferred_config(weights).model
     for model in (found, expected):  # a filter is known but for its scale
         model.resample_filter = tuple(float(tap) / sum(model.resample_filter) for tap in model.resample_filter)
-    hidden = WITHOUT_A_TRACE | ({"num_classes"} if expected.name == "unet" else set())
+    hidden = WITHOUT_A_TRACE | {"unet": {"num_classes"}, "imf_dit": {"input_size"}}.get(expected.name, set())
+    found.mlp_ratio, expected.mlp_ratio = (int(model.mlp_ratio * model.width) for model in (found, expected))
     for option in set(expected) - hidden:
         same = np.allclose if option == "resample_filter" else operator.eq
         assert same(found[option], expected[option]), option
@@ -292,8 +341,6 @@ def test_help_lists_what_is_read_and_written(launcher):
 
 
 def test_config_may_be_json(tmp_path):
-    from configs import resolve
-
     path = tmp_path / "config.json"
     path.write_text(resolve.to_json(digits.get_config()))
     assert convert.load_config(str(path)).model == digits.get_config().model

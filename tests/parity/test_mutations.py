@@ -1,5 +1,6 @@
 """Tests of the tests: each mistake put into an implementation or a fixture is seen, and its case named."""
 
+import jax
 import jax.numpy as jnp
 import ml_collections
 import numpy as np
@@ -7,16 +8,23 @@ import pytest
 import torch
 
 from jax_impl import step as jax_step
+from jax_impl.methods import common as jax_common
+from jax_impl.methods import improved as jax_improved
 from jax_impl.methods import meanflow as jax_method
 from jax_impl.models import dit as jax_dit
+from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from parity import cases, check
 from torch_impl import step as torch_step
+from torch_impl.methods import common as torch_common
+from torch_impl.methods import improved as torch_improved
 from torch_impl.methods import meanflow as torch_method
 from torch_impl.models import dit as torch_dit
+from torch_impl.models import imf_dit as torch_imf_dit
 from torch_impl.models import unet as torch_unet
 
 METHODS = {"jax": jax_method, "torch": torch_method}
+COMMON = {"jax": jax_common, "torch": torch_common}
 STEPS = {"jax": jax_step, "torch": torch_step}
 
 
@@ -112,7 +120,7 @@ def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
 
 
 def test_a_second_time_that_is_not_cut_off(framework, monkeypatch, capsys):
-    method = METHODS[framework]
+    method = COMMON[framework]
     original = method.sample_times
 
     def as_drawn(draws, cfg):
@@ -128,6 +136,52 @@ def test_a_second_time_that_is_not_cut_off(framework, monkeypatch, capsys):
     assert f"FAILED: {case} {framework} r" in out and "1 failed" in out
 
 
+IMPROVED = {"jax": jax_improved, "torch": torch_improved}
+STOP = {"jax": jax.lax.stop_gradient, "torch": lambda a: a.detach()}
+
+
+def test_rotary_positions_that_lose_the_tangent(framework, monkeypatch, capsys):
+    """As those of the official PyTorch code do: the fixture of its forward passes, that of its derivative does not."""
+    module = {"jax": jax_imf_dit, "torch": torch_imf_dit}[framework]
+    original = module.rotate
+    monkeypatch.setattr(module, "rotate", lambda x, cos, sin: original(STOP[framework](x), cos, sin))
+    out = expect_failure(capsys, "golden/imf_dit_torch/(fwd|jvp)", f"golden/imf_dit_torch/jvp {framework}")
+    assert f"FAILED: golden/imf_dit_torch/jvp {framework} 1 / distance of du_dt from du_dt_literal" in out
+    assert "2 failed" in out
+
+
+def test_the_velocity_of_the_path_as_the_tangent(framework, monkeypatch, capsys):
+    """In place of the predicted one: MeanFlow's own tangent."""
+    method = IMPROVED[framework]
+    original = method.guide
+
+    def of_the_path(net, z, v, *args):
+        return v, original(net, z, v, *args)[1]
+
+    monkeypatch.setattr(method, "guide", of_the_path)
+    out = expect_failure(
+        capsys, "golden/imf_dit_flax/loss/cfg_beta2", f"golden/imf_dit_flax/loss/cfg_beta2 {framework}"
+    )
+    assert f"FAILED: golden/imf_dit_flax/loss/cfg_beta2 {framework} du_dt" in out
+    out = expect_failure(capsys, "float64/imf/split", "float64/imf/split")
+    assert "FAILED: float64/imf/split jax-torch v_c:" in out
+    assert f"FAILED: float64/imf/split {framework} compound (formula)" in out
+
+
+def test_guidance_that_forgets_the_interval(framework, monkeypatch, capsys):
+    method = IMPROVED[framework]
+    original = method.guide
+
+    def everywhere(net, z, v, t, y, given, *args):
+        whole = given | {"t_min": 0 * given["t_min"], "t_max": 0 * given["t_max"] + 1}
+        return original(net, z, v, t, y, whole, *args)
+
+    monkeypatch.setattr(method, "guide", everywhere)
+    out = expect_failure(capsys, "float64/imf/split", "float64/imf/split")
+    assert "FAILED: float64/imf/split jax-torch v_g:" in out
+    assert f"FAILED: float64/imf/split {framework} v_g (formula)" in out
+
+
 @pytest.mark.parametrize(
     ("name", "key", "case"),
     [
@@ -137,6 +191,8 @@ def test_a_second_time_that_is_not_cut_off(framework, monkeypatch, capsys):
         ("sit_torch", "out/time/uniform/r", "golden/sit_torch/time/uniform"),
         ("meanflow_unet_torch", "out/time/v1_default/r", "golden/meanflow_unet_torch/time/v1_default"),
         ("meanflow_unet_torch", "out/ema/decay_0.9996", "golden/meanflow_unet_torch/ema"),
+        ("imf_dit_flax", "out/time/omega_beta2.0", "golden/imf_dit_flax/time/omega_beta2.0"),
+        ("imf_dit_torch", "out/rope_imag", "golden/imf_dit_torch/rope_imag"),
         ("meanflow_dit_flax", "out/pos_embed", "golden/meanflow_dit_flax/pos_embed"),
         ("meanflow_dit_flax", "out/fwd/t_freq", "golden/meanflow_dit_flax/fwd"),
     ],

@@ -6,7 +6,7 @@ import torch
 
 from configs import base, digits
 from configs.errors import UserError
-from torch_impl.methods import meanflow
+from torch_impl.methods import common, meanflow
 from torch_impl.step import build_net
 
 
@@ -24,7 +24,7 @@ def draws(batch_size, cfg, seed=0):
 @pytest.mark.parametrize("flow_rows", ["split", "front", "coin"])
 def test_times_are_ordered_and_the_share_of_flow_rows_is_met(sampler, flow_rows):
     cfg = settings(time_sampler=sampler, flow_rows=flow_rows, flow_fraction=0.25)
-    t, r = meanflow.sample_times(draws(4000, cfg), cfg)
+    t, r = common.sample_times(draws(4000, cfg), cfg)
     assert bool((r <= t).all() and (r >= 0).all() and (t <= 1).all())
     share = float((r == t).double().mean())
     assert share == pytest.approx(0.25, abs=0.03 if flow_rows == "coin" else 0)
@@ -40,13 +40,13 @@ def test_sorted_times_change_places_and_truncated_ones_are_cut_off(order, t, r):
     cfg = settings(time_order=order, time_sampler="uniform", flow_rows="coin", flow_fraction=0.25)
     times = torch.tensor([[0.25, 0.75], [0.75, 0.25], [0.5, 0.5], [0.875, 0.125]])
     drawn = meanflow.Draws(None, times, torch.tensor([0.9, 0.9, 0.25, 0.1]), None, None)
-    assert [a.tolist() for a in meanflow.sample_times(drawn, cfg)] == [t, r]
+    assert [a.tolist() for a in common.sample_times(drawn, cfg)] == [t, r]
 
 
 def test_each_time_has_its_own_mean_and_deviation():
     cfg = settings(time_order="truncated", time_mean=(-0.6, -4.0), time_std=(1.6, 0.5), flow_fraction=0.0)
     drawn = meanflow.Draws(None, torch.tensor([[0.0, 0.0], [1.0, 2.0]]), torch.tensor([0.5, 0.5]), None, None)
-    t, r = (np.asarray(a) for a in meanflow.sample_times(drawn, cfg))
+    t, r = (np.asarray(a) for a in common.sample_times(drawn, cfg))
     np.testing.assert_allclose(np.log(t / (1 - t)), [-0.6, 1.0], rtol=1e-5)
     np.testing.assert_allclose(np.log(r / (1 - r)), [-4.0, -3.0], rtol=1e-5)
 
@@ -62,23 +62,23 @@ def test_a_draw_is_a_function_of_its_key():
 @pytest.mark.parametrize("shards", [1, 2, 4])
 def test_the_rows_of_a_shard_are_the_shard_of_the_rows(fraction, shards):
     cfg = settings(flow_fraction=fraction)
-    whole = meanflow.is_flow(draws(32, cfg), cfg)
-    part = meanflow.is_flow(draws(32 // shards, cfg), cfg)
+    whole = common.is_flow(draws(32, cfg), cfg)
+    part = common.is_flow(draws(32 // shards, cfg), cfg)
     assert torch.equal(whole, part.repeat(shards))
 
 
 @pytest.mark.parametrize("fraction", [0.0, 0.3, 0.75, 1.0])
 def test_join_undoes_take(fraction):
-    rows = meanflow.split_rows(20, settings(flow_fraction=fraction))
+    rows = common.split_rows(20, settings(flow_fraction=fraction))
     a = torch.arange(40).reshape(20, 2)
-    assert torch.equal(meanflow.join(meanflow.take(a, rows, "flow"), meanflow.take(a, rows, "rest"), rows), a)
-    assert len(meanflow.take(a, rows, "flow")) == int(20 * fraction)
+    assert torch.equal(common.join(common.take(a, rows, "flow"), common.take(a, rows, "rest"), rows), a)
+    assert len(common.take(a, rows, "flow")) == int(20 * fraction)
 
 
 def test_front_drops_as_many_labels_as_the_coin_but_the_first():
     y, cfg = torch.arange(40) % 5, settings(label_drop="front", label_drop_prob=0.3)
     drawn = draws(40, cfg)
-    dropped, kept = meanflow.drop_labels(y, drawn, 5, cfg)
+    dropped, kept = common.drop_labels(y, drawn, 5, cfg)
     number = int((drawn.drop < 0.3).sum())
     assert 0 < number < 40
     assert bool((dropped[:number] == 5).all()) and torch.equal(dropped[number:], y[number:])
@@ -102,7 +102,7 @@ def test_guidance_by_hand_only_inside_the_interval_and_on_kept_labels():
     cfg = settings(omega=0.5, kappa=0.25, guidance_start=0.4, guidance_end=0.6, flow_fraction=0.5)
     v, y = torch.ones(4, 1, 2, 2), torch.tensor([2, 2, 2, 2])
     t, kept = torch.tensor([0.5, 0.4, 0.5, 0.7]), torch.tensor([True, True, False, True])
-    rows, net = meanflow.split_rows(4, cfg), Constant()
+    rows, net = common.split_rows(4, cfg), Constant()
     u_flow = meanflow.flow_velocity(net, v, t, y, {}, rows)
     v_g = meanflow.guide(net, v, v, t, y, {}, kept, u_flow, cfg)
     guided = 0.5 * 1 + 0.25 * 2 + 0.25 * 9
@@ -154,7 +154,7 @@ def assert_difference(net, batch, cfg):
     drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
     _, aux = meanflow.loss(net, batch, drawn, cfg)
     t, r, v = (aux[name] for name in ("t", "r", "v"))
-    z, _ = meanflow.path(batch["image"], drawn.noise, t, cfg)
+    z, _ = common.path(batch["image"], drawn.noise, t, cfg)
     given, h = {"augment": batch["augment"], "dropout": net.dropout_masks(drawn.dropout)}, 1e-5
     with torch.no_grad():
         ahead, behind = (net(z + step * v, t + step, r, aux["y"], **given) for step in (h, -h))
@@ -189,7 +189,7 @@ def test_guidance_sees_no_dropout_and_shares_no_forward_with_it(kappa, guidance)
     drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
     _, aux = meanflow.loss(net, batch, drawn, cfg)
     assert net.calls == [(12, True, True), *guidance, (4, True, True)]
-    z, v = meanflow.path(batch["image"], drawn.noise, aux["t"], cfg)
+    z, v = common.path(batch["image"], drawn.noise, aux["t"], cfg)
     null = torch.full((16,), 9)
     u_null, u = (net(z, aux["t"], aux["t"], y, augment=batch["augment"]) for y in (null, batch["label"]))
     expected = 0.3 * v + kappa * u + (0.7 - kappa) * u_null
@@ -211,12 +211,12 @@ def test_sampling_times_that_do_not_fall_are_refused(times):
     cfg = base.get_config().sample
     cfg.times = times
     with pytest.raises(UserError, match="must fall"):
-        meanflow.sampling_times(cfg)
+        common.sampling_times(cfg)
 
 
 def test_sampling_times():
     cfg = base.get_config().sample
     cfg.steps = 4
-    assert meanflow.sampling_times(cfg) == (1.0, 0.75, 0.5, 0.25, 0.0)
+    assert common.sampling_times(cfg) == (1.0, 0.75, 0.5, 0.25, 0.0)
     cfg.times = (0.9, 0.1)
-    assert meanflow.sampling_times(cfg) == (0.9, 0.1)
+    assert common.sampling_times(cfg) == (0.9, 0.1)

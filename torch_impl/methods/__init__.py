@@ -1,5 +1,5 @@
 """Methods, one file per system: draw, loss, sample."""
 
-from torch_impl.methods import meanflow
+from torch_impl.methods import improved, meanflow
 
-METHODS = {"meanflow": meanflow}
+METHODS = {"meanflow": meanflow, "improved": improved}

@@ -18,7 +18,12 @@ class Attention(nn.Module):
     def forward(self, x):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
-        weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
-        x = weights.to(v.dtype) @ v
+        x = attend(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+def attend(q, k, v):
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d]; the softmax in float32 at least."""
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
+    return weights.to(v.dtype) @ v

@@ -1,0 +1,15 @@
+"""Puts figures on web pages."""
+
+import base64
+import html
+import io
+
+from matplotlib.figure import Figure
+
+
+def image(figure: Figure, description: str) -> str:
+    """Return a figure as an <img> that needs no other file; `description` is its text where it cannot be shown."""
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=110)
+    data = base64.b64encode(buffer.getvalue()).decode()
+    return f"<img alt='{html.escape(description)}' src='data:image/png;base64,{data}'>"

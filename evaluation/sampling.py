@@ -1,0 +1,167 @@
+"""Generates images from a trained model of either framework, and what both sample commands do beside that.
+
+A sampler is a function (weights, noise [b h w c], labels [b], c) -> images [b h w c] in data units, numpy in and out,
+of weights as its framework holds them.  c is a `config.sample`, of which it reads the guidance that the network is
+told (omega, interval); the rest is fixed when the sampler is made.
+"""
+
+import copy
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from configs import base, resolve
+from configs.errors import UserError
+from configs.flags import config as config_flag
+from configs.flags import workdir
+from data import noise as noise_and_labels
+from evaluation import files, grids
+
+NUM_SAMPLES = 100  # images that the sample commands generate unless told otherwise
+OPTIONS = ("steps", "times", "cfg_scale", "omega", "interval", "ema", "batch_size", "seed")  # flags of config.sample
+V_HEADS = "v_heads."  # canonical names of the blocks of the head of v begin so
+Sampler = Callable[[Any, np.ndarray, np.ndarray, base.Config], np.ndarray]
+Load = Callable[[str | None, str, base.Config | None], tuple[base.Config, Sampler, Any]]
+
+flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+
+
+def define_flags() -> None:
+    """Define the flags of all commands that sample: those of `OPTIONS` and the number of images."""
+    flags.DEFINE_integer(
+        "num_samples", None, f"Images; {NUM_SAMPLES} to look at, config.evaluation.num_samples to judge.", lower_bound=1
+    )
+    flags.DEFINE_integer("steps", None, "Network evaluations; config.sample.steps by default.", lower_bound=1)
+    flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")
+    flags.DEFINE_float("cfg_scale", None, "Guidance at sampling, for models trained without it; 1: none.")
+    flags.DEFINE_float("omega", None, "Guidance scale that the network is told; improved MeanFlow only.")
+    flags.DEFINE_list("interval", None, "Start and end of its guidance, e.g. 0.4,0.65; improved MeanFlow only.")
+    flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
+    flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
+    flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
+
+
+def define_sample_flags() -> None:
+    """Define the flags of the sample commands."""
+    define_flags()
+    flags.DEFINE_string("weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir.")
+    flags.DEFINE_string("output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
+    flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
+
+
+def sample(load: Load) -> None:
+    """Load, generate and write as the command line says, and print the PNG's path.
+
+    load: (work directory, path of weights, config) -> config, sampler, its weights; either the first is given or the
+    others are.  Raises UserError for what cannot be read, sampled or written.
+    """
+    f = flags.FLAGS
+    output, labels = output_directory(), numbers("labels", f.labels, int)
+    config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
+    if labels and config.model.name == "unet":
+        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
+    images, labels = generate(config, sampler, weights, f.num_samples or NUM_SAMPLES, labels)
+    print(write(output, images, labels))
+
+
+def generate(
+    config: base.Config, sampler: Sampler, weights: Any, num_samples: int, labels: Sequence[int] = ()
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
+
+    Sample i depends on (config.sample.seed, i) alone.  labels: classes repeated in turn; empty: drawn at random.
+    Raises UserError for a label outside the classes.
+    """
+    c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
+    check_labels(labels, config.model.num_classes)
+    images, all_labels = [], []
+    for start in tqdm(range(0, num_samples, c.batch_size), "sampling", unit="batch", disable=None, leave=None):
+        indices = np.arange(start, min(start + c.batch_size, num_samples))
+        noise, y = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed)
+        y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
+        missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
+        noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
+        images.append(sampler(weights, noise, padded, c)[: len(indices)])
+        all_labels.append(y)
+    return np.concatenate(images), np.concatenate(all_labels)
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise UserError for a label outside [0, num_classes]; num_classes itself asks for no class."""
+    for label in labels:
+        if not 0 <= label <= num_classes:
+            raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1} ({num_classes}: no class)")
+
+
+def override(config: base.Config) -> base.Config:
+    """Return a copy of the config with the sampling flags that were given.
+
+    Raises UserError for times or an interval that are no numbers, for guidance that the network cannot be told, and as
+    `resolve.check`.
+    """
+    given = {name: flags.FLAGS[name].value for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    check_told(config, given.keys() & {"omega", "interval"})
+    given |= {name: numbers(name, given[name]) for name in ("times", "interval") if name in given}
+    if "steps" in given:
+        given.setdefault("times", ())
+    config = copy.deepcopy(config)
+    config.sample.update(given)
+    return resolve.check(config)
+
+
+def check_told(config: base.Config, names: Iterable[str]) -> None:
+    """Raise UserError if flags of these names are given for a network that is not told its guidance."""
+    names = sorted(names)
+    if names and config.method.name != "improved":
+        raise UserError(
+            f"--{names[0]} is for networks that are told their guidance, and config.method.name is "
+            f"{config.method.name}: one trained without guidance takes --cfg_scale"
+        )
+
+
+def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
+    """Return the numbers, as a tuple, that the list flag --`flag` gives as texts.  Raises UserError for another."""
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from error
+
+
+def without_v_heads(config: base.Config, weights: dict[str, np.ndarray]) -> tuple[base.Config, dict[str, np.ndarray]]:
+    """Return the config and the canonical weights {name: array} of the network that samples.
+
+    That of improved MeanFlow needs no head of v, and released weights have none: its blocks are left out of both, so
+    that weights with and without them load alike.  Any other network is left as it is.
+    """
+    if config.model.name != "imf_dit":
+        return config, weights
+    config = copy.deepcopy(config)
+    config.model.v_heads = False
+    return config, {name: a for name, a in weights.items() if not name.startswith(V_HEADS)}
+
+
+def output_directory() -> str:
+    """Return the directory for the samples.  Raises UserError if no flag names one."""
+    if flags.FLAGS.output:
+        return flags.FLAGS.output
+    if flags.FLAGS.weights and not flags.FLAGS.workdir:
+        raise UserError("--output is missing: name the directory for the samples")
+    return os.path.join(workdir(), "samples")
+
+
+def write(output: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
+    """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path."""
+    output = pathlib.Path(output)
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        np.savez(output / "samples.npz", images=images, labels=labels)
+    except OSError as error:
+        raise files.cannot_write(output, error) from error
+    grids.save_png(output / "samples.png", images)
+    return output / "samples.png"

@@ -1,0 +1,172 @@
+"""Sampling with a sampler of the test: what is asked of it, what comes of the flags, and what is written."""
+
+import functools
+
+import numpy as np
+import pytest
+
+from configs import digits
+from configs.errors import UserError
+from evaluation import sampling
+
+
+@pytest.fixture
+def config():
+    return digits.get_config()
+
+
+@pytest.fixture
+def improved(config):
+    config.model.name, config.method.name = "imf_dit", "improved"
+    return config
+
+
+@pytest.fixture
+def parse(parse_flags):
+    """Return a function that parses sampling flags."""
+    return functools.partial(parse_flags, sampling.define_sample_flags)
+
+
+class Sampler:
+    """Returns its weights times the noise, plus the label; remembers the guidance and the shapes it was called with."""
+
+    def __init__(self):
+        self.calls = []
+
+    def __call__(self, weights, noise, y, c):
+        self.calls.append((noise.shape, y.shape, c.omega, c.interval))
+        return weights * noise + y[:, None, None, None].astype(np.float32)
+
+
+def test_samples_do_not_depend_on_the_batching(config):
+    whole, labels = sampling.generate(config, Sampler(), 2.0, 7)
+    assert whole.shape == (7, 8, 8, 1) and whole.dtype == np.float32
+    assert labels.shape == (7,) and labels.dtype == np.int32 and len(set(labels)) > 1
+    for size in (1, 3, 7):
+        config.sample.batch_size = size
+        images, again = sampling.generate(config, Sampler(), 2.0, 7)
+        np.testing.assert_array_equal(images, whole)
+        np.testing.assert_array_equal(again, labels)
+    config.sample.seed = 1
+    assert np.abs(sampling.generate(config, Sampler(), 2.0, 7)[0] - whole).min() > 0
+
+
+def test_every_batch_has_one_shape_and_the_guidance_of_the_config(improved):
+    improved.sample.update(batch_size=3, omega=4.0, interval=(0.25, 0.5))
+    sampler = Sampler()
+    sampling.generate(improved, sampler, 1.0, 7)
+    assert sampler.calls == [((3, 8, 8, 1), (3,), 4.0, (0.25, 0.5))] * 3
+    sampler.calls.clear()
+    sampling.generate(improved, sampler, 1.0, 2)
+    assert sampler.calls == [((2, 8, 8, 1), (2,), 4.0, (0.25, 0.5))]
+
+
+def test_labels_are_repeated_in_turn(config):
+    config.sample.batch_size = 2
+    images, labels = sampling.generate(config, Sampler(), 0.0, 5, (3, 10, 1))
+    assert labels.tolist() == [3, 10, 1, 3, 10]
+    np.testing.assert_array_equal(images[:, 0, 0, 0], labels)
+
+
+@pytest.mark.parametrize("label", [-1, 11])
+def test_labels_outside_the_classes(config, label):
+    with pytest.raises(UserError, match=rf"label {label} is outside the classes 0 to 9 \(10: no class\)"):
+        sampling.generate(config, Sampler(), 1.0, 5, (0, label))
+
+
+def test_flags_replace_the_options_of_a_copy(improved, parse):
+    improved.sample.times = (1.0, 0.5, 0.0)
+    before = improved.to_dict()
+    parse()
+    assert sampling.override(improved).to_dict() == before
+    parse("--omega=4", "--interval=0.25,0.5", "--steps=3", "--ema=-1", "--batch_size=9", "--seed=5")
+    c = sampling.override(improved).sample
+    assert (c.omega, c.interval, c.steps, c.times) == (4.0, (0.25, 0.5), 3, ())
+    assert (c.ema, c.batch_size, c.seed, c.cfg_scale) == (-1, 9, 5, 1.0)
+    assert improved.to_dict() == before
+
+
+def test_times_and_scale_of_a_network_that_is_told_no_guidance(config, parse):
+    parse("--times=1,0.25,0", "--cfg_scale=2")
+    c = sampling.override(config).sample
+    assert (c.times, c.cfg_scale) == ((1.0, 0.25, 0.0), 2.0)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--omega=0.5", "sample.omega is 0.5; it must be at least 1"),
+        ("--interval=0.5", "sample.interval .* give two numbers"),
+        ("--interval=", "sample.interval .* give two numbers"),
+        ("--interval=0.1,0.2,0.3", "sample.interval .* give two numbers"),
+        ("--interval=0.6,0.4", "sample.interval .* must rise"),
+        ("--interval=a,1", "--interval: .*'a'"),
+        ("--times=1,b", "--times: .*'b'"),
+        ("--cfg_scale=2", "--config.sample.omega"),
+    ],
+)
+def test_flags_of_no_sense(improved, parse, argv, message):
+    parse(argv)
+    with pytest.raises(UserError, match=message):
+        sampling.override(improved)
+
+
+@pytest.mark.parametrize("argv", ["--omega=2", "--interval=0,0.5"])
+def test_guidance_for_a_network_that_is_told_none(config, parse, argv):
+    parse(argv)
+    with pytest.raises(UserError, match=f"{argv.split('=')[0]} is for .* meanflow: .* --cfg_scale"):
+        sampling.override(config)
+
+
+def test_the_network_that_samples_has_no_head_of_v(improved):
+    weights = {name: np.zeros(1) for name in ("u_heads.0.w", "v_heads.0.w", "v_heads.1.w", "v_final_layer.w")}
+    config, kept = sampling.without_v_heads(improved, weights)
+    assert list(kept) == ["u_heads.0.w", "v_final_layer.w"] and not config.model.v_heads
+    assert sampling.without_v_heads(config, kept) == (config, kept)
+    assert improved.model.v_heads and len(weights) == 4
+
+
+def test_other_networks_keep_their_weights(config):
+    weights = {"v_heads.0.w": np.zeros(1)}
+    assert sampling.without_v_heads(config, weights) == (config, weights)
+    assert config.model.v_heads
+
+
+def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
+    asked = []
+
+    def load(*where):
+        asked.append(where)
+        return config, Sampler(), 0.0
+
+    parse(f"--output={tmp_path / 'new'}", "--weights=w.safetensors", "--num_samples=3", "--labels=4,5")
+    sampling.sample(load)
+    assert asked == [(None, "w.safetensors", None)]
+    assert capsys.readouterr().out == f"{tmp_path / 'new' / 'samples.png'}\n"
+    with np.load(tmp_path / "new" / "samples.npz") as file:
+        assert file["labels"].tolist() == [4, 5, 4]
+        np.testing.assert_array_equal(file["images"][:, 0, 0, 0], [4, 5, 4])
+
+
+@pytest.mark.parametrize(
+    ("network", "argv", "message"),
+    [
+        ("dit", ("--weights=w",), "--output is missing"),
+        ("dit", (), "--workdir is missing"),
+        ("dit", ("--weights=w", "--output=o", "--labels=1,x"), "--labels: .*'x'"),
+        ("unet", ("--weights=w", "--output=o", "--labels=1"), "knows no classes"),
+    ],
+)
+def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, argv, message):
+    sampler = Sampler()
+    config.model.name = network
+    parse(*argv)
+    with pytest.raises(UserError, match=message):
+        sampling.sample(lambda *_: (config, sampler, 1.0))
+    assert not sampler.calls
+
+
+def test_a_directory_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file"):
+        sampling.write(tmp_path / "file", np.zeros((1, 8, 8, 1)), np.zeros(1))

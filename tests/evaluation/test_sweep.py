@@ -1,0 +1,205 @@
+"""A sweep over metrics that the test makes up: one judgement a pair, the table, the best, and what is written."""
+
+import functools
+import json
+
+import numpy as np
+import pytest
+
+from configs import digits
+from configs.errors import UserError
+from evaluation import report, sweep, sweep_page
+from evaluation.plots import image
+
+ROWS = [
+    {"omega": 1.0, "interval": (0.0, 1.0), "num_samples": 9, "class_accuracy": 0.5, "frechet_distance_pixels": 2.0},
+    {"omega": 4.0, "interval": (0.0, 1.0), "num_samples": 9, "class_accuracy": 0.75, "frechet_distance_pixels": 3.0},
+    {"omega": 1.0, "interval": (0.4, 0.65), "num_samples": 9, "class_accuracy": 0.75, "frechet_distance_pixels": 1.5},
+]
+REAL = {"real_class_accuracy": 0.9931, "real_frechet_distance_pixels": 1.0}
+
+
+@pytest.fixture
+def config():
+    config = digits.get_config()
+    config.model.name, config.method.name = "imf_dit", "improved"
+    return config
+
+
+@pytest.fixture
+def parse(parse_flags):
+    """Return a function that parses the flags of an evaluation."""
+    return functools.partial(parse_flags, sweep.define_flags)
+
+
+def pairs(configs):
+    return [(c.sample.omega, c.sample.interval) for c in configs]
+
+
+def test_every_pair_of_both_lists(config, parse):
+    parse("--omegas=1,8", "--intervals=0:1,0.4:0.65")
+    whole, part = (0.0, 1.0), (0.4, 0.65)
+    before = config.to_dict()
+    assert pairs(sweep.guided(config)) == [(1, whole), (8, whole), (1, part), (8, part)]
+    assert config.to_dict() == before
+
+
+def test_one_list_alone_takes_the_other_from_the_config(config, parse):
+    config.sample.update(omega=2.0, interval=(0.25, 0.5))
+    parse("--omegas=1,8,1")
+    assert pairs(sweep.guided(config)) == [(1, (0.25, 0.5)), (8, (0.25, 0.5))]
+
+
+def test_intervals_alone(config, parse):
+    config.sample.update(omega=2.0, interval=(0.25, 0.5))
+    parse("--intervals=0:0.5")
+    assert pairs(sweep.guided(config)) == [(2, (0, 0.5))]
+
+
+def test_without_the_flags_there_is_no_sweep(config, parse):
+    parse("--steps=2")
+    assert sweep.guided(config) == []
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--omegas=1,a",), "--omegas: .*'a'"),
+        (("--omegas=",), "--omegas must name one"),
+        (("--omegas=0.5",), "sample.omega is 0.5; it must be at least 1"),
+        (("--intervals=0.5",), "give two numbers"),
+        (("--intervals=0.5:b",), "--intervals: .*'b'"),
+        (("--intervals=0.5:0.1",), "must rise"),
+        (("--omegas=1", "--omega=2"), "--omegas must .* beside --omega"),
+        (("--intervals=0:1", "--interval=0,1"), "--intervals must .* beside --interval"),
+    ],
+)
+def test_flags_of_no_sense(config, parse, argv, message):
+    parse(*argv)
+    with pytest.raises(UserError, match=message):
+        sweep.guided(config)
+
+
+@pytest.mark.parametrize("argv", ["--omegas=1,2", "--intervals=0:1"])
+def test_a_network_that_is_told_no_guidance(parse, argv):
+    parse(argv)
+    with pytest.raises(UserError, match=f"{argv.split('=')[0]} is for .* meanflow: .* --cfg_scale"):
+        sweep.guided(digits.get_config())
+
+
+def test_each_pair_is_judged_once(config, parse):
+    """Pictures are those of the first interval, a few of each scale."""
+    judged = []
+
+    def judge(c):
+        judged.append((c.sample.omega, c.sample.interval))
+        metric = c.sample.omega + c.sample.interval[0]
+        return {"metric": metric}, np.full((50, 2, 2, 1), metric)
+
+    parse("--omegas=1,8", "--intervals=0.25:1,0.5:1")
+    configs = sweep.guided(config)
+    rows, images = sweep.sweep(configs, judge)
+    assert judged == pairs(configs) and len(judged) == 4
+    assert [row["metric"] for row in rows] == [1.25, 8.25, 1.5, 8.5]
+    assert [(row["omega"], row["interval"]) for row in rows] == judged
+    assert {omega: a.shape for omega, a in images.items()} == {1: (36, 2, 2, 1), 8: (36, 2, 2, 1)}
+    assert (images[8] == 8.25).all()
+
+
+def test_best():
+    """The first of equal accuracies, which are to be high; the least distance."""
+    assert sweep.best(ROWS) == {"class_accuracy": ROWS[1], "frechet_distance_pixels": ROWS[2]}
+    assert sweep.best_lines(ROWS) == [
+        "best class_accuracy: 0.75 with --omega=4 --interval=0,1",
+        "best frechet_distance_pixels: 1.5 with --omega=1 --interval=0.4,0.65",
+    ]
+
+
+def test_table():
+    names, rule, *lines = sweep.table([row | REAL for row in ROWS]).splitlines()
+    assert [cell.strip() for cell in names.strip("|").split("|")] == [
+        "omega", "interval", "class_accuracy", "frechet_distance_pixels",
+    ]  # fmt: skip
+    assert set(rule) == set("|-:") and len({len(line) for line in (names, rule, *lines)}) == 1
+    assert [[cell.strip() for cell in line.strip("|").split("|")] for line in lines] == [
+        ["1", "0:1", "0.5", "2"],
+        ["4", "0:1", "0.75", "3"],
+        ["1", "0.4:0.65", "0.75", "1.5"],
+        ["real", "", "0.9931", "1"],
+    ]
+    assert len(sweep.table(ROWS).splitlines()) == 5
+
+
+def test_json_and_page(config, tmp_path):
+    images = {omega: np.zeros((5, 8, 8, 1), np.float32) for omega in (1.0, 4.0)}
+    config.name = "digits & more"
+    path = sweep.write(tmp_path / "run", config, [row | REAL for row in ROWS], images)
+    assert path == tmp_path / "run" / "sweep.html" and len(list(path.parent.iterdir())) == 2
+    rows = json.loads((tmp_path / "run" / "sweep.json").read_text())
+    assert rows == [row | REAL | {"interval": list(row["interval"])} for row in ROWS]
+    page = path.read_text()
+    assert page.count("src='data:image/png;base64,") == page.count("<img") == 2
+    assert page.count("<tr>") == 5 and "0.4:0.65" in page and "0.9931" in page
+    assert "digits &amp; more" in page and "http" not in page
+    assert "best class_accuracy: 0.75 with --omega=4 --interval=0,1" in page
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file/sweep.json"):
+        sweep.write(tmp_path / "file", config, ROWS, images)
+
+
+def test_curves():
+    """One panel a metric, a line an interval with its points in order, and a dashed one of the real images."""
+    panels = sweep_page.curves([row | REAL for row in ROWS[::-1]]).axes
+    assert [axes.get_ylabel() for axes in panels] == ["class_accuracy", "frechet_distance_pixels"]
+    part, whole, real = panels[1].lines
+    assert (part.get_label(), part.get_xydata().tolist()) == ("interval 0.4:0.65", [[1, 1.5]])
+    assert (whole.get_label(), whole.get_xydata().tolist()) == ("interval 0:1", [[1, 2], [4, 3]])
+    assert (real.get_label(), real.get_linestyle(), set(real.get_ydata())) == ("real test images", "--", {1.0})
+    assert len(sweep_page.curves(ROWS).axes[0].lines) == 2
+
+
+@pytest.mark.parametrize("num", [1, 3, 5])
+def test_pictures(num):
+    images = {float(omega): np.full((4, 32, 32, 3), -1 + 2 * omega / 255) for omega in range(1, num + 1)}
+    shown = [axes for axes in sweep_page.pictures(images).axes if axes.images]
+    assert [axes.get_title() for axes in shown] == [f"omega {omega}" for omega in range(1, num + 1)]
+    assert all(axes.images[0].get_array()[5, 5, 0] == i for i, axes in enumerate(shown, 1))
+    assert {axes.images[0].get_clim() for axes in shown} == {(0, 255)}
+
+
+def test_an_image_stands_alone():
+    shown = image(sweep_page.curves(ROWS), "it's <all>")
+    assert shown.startswith("<img alt='it&#x27;s &lt;all&gt;' src='data:image/png;base64,iVBOR") and shown.endswith(
+        "'>"
+    )
+
+
+@pytest.fixture
+def run(config, monkeypatch, tmp_path):
+    """Return a loader of a run whose images are 1 / omega everywhere, judged by that number."""
+
+    def judge(images, labels, config, features, real):
+        return {"num_samples": len(images), "frechet_distance_pixels": float(images.mean())} | real
+
+    monkeypatch.setattr(report, "load_real", lambda config: {"real_frechet_distance_pixels": 0.25})
+    monkeypatch.setattr(report, "evaluate_samples", judge)
+    monkeypatch.setattr(sweep, "workdir", lambda: str(tmp_path))
+    return lambda *_: (config, lambda weights, noise, y, c: 0 * noise + weights / c.omega, 1.0)
+
+
+def test_evaluate_without_a_sweep_prints_one_line(run, parse, tmp_path, capsys):
+    parse("--num_samples=6")
+    sweep.evaluate(run)
+    result = {"num_samples": 6, "frechet_distance_pixels": 1.0, "real_frechet_distance_pixels": 0.25}
+    assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+
+
+def test_evaluate_prints_the_table_and_the_best(run, parse, tmp_path, capsys):
+    parse("--num_samples=6", "--omegas=1,4,2")
+    sweep.evaluate(run)
+    *lines, best, path = capsys.readouterr().out.splitlines()
+    assert [line.split("|")[1].strip(" -:") for line in lines] == ["omega", "", "1", "4", "2", "real"]
+    assert best == "best frechet_distance_pixels: 0.25 with --omega=4 --interval=0,1"
+    assert path == str(tmp_path / "sweep.html")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.html", "sweep.json"]

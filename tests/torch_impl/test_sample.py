@@ -1,0 +1,75 @@
+"""The sampler: images as the method makes them, of the guidance asked for, from weights with or without v heads."""
+
+import numpy as np
+import pytest
+import torch
+
+from configs.errors import UserError
+from evaluation import sampling
+from torch_impl import sample, weights
+from torch_impl.methods import improved
+from torch_impl.step import build_net
+
+NOISE = np.random.RandomState(0).randn(3, 8, 8, 1).astype(np.float32)
+LABELS = np.array([1, 10, 0], np.int32)
+
+
+@pytest.fixture(scope="module")
+def config(tiny_improved, tiny):
+    return tiny(tiny_improved | {"sample.steps": 2})
+
+
+@pytest.fixture(scope="module")
+def canonical(config):
+    """Return weights that are zero nowhere, with v heads."""
+    net, rng = build_net(config), np.random.RandomState(1)
+    fresh = weights.to_canonical(net, dict(net.named_parameters()))
+    return {name: rng.randn(*a.shape).astype(np.float32) for name, a in fresh.items()}
+
+
+@pytest.fixture
+def load(config, canonical, parse_flags, tmp_path):
+    """Return a function that loads, of the weights, those with names that it is told to keep."""
+
+    def load(keep=lambda name: True):
+        parse_flags(sampling.define_sample_flags)
+        weights.save(tmp_path / "w.safetensors", {n: a for n, a in canonical.items() if keep(n)}, {})
+        return sample.load(None, tmp_path / "w.safetensors", config)
+
+    return load
+
+
+def asked(config, omega, interval):
+    c = config.sample.copy_and_resolve_references()
+    c.update(omega=omega, interval=interval)
+    return c
+
+
+def test_the_guidance_asked_for_reaches_the_network(config, load):
+    different = []
+    c, sampler, params = load()
+    net = build_net(c)
+    net.load_state_dict(weights.from_canonical(net, params))
+    for omega, interval in ((1.0, (0.0, 1.0)), (8.0, (0.0, 1.0)), (8.0, (0.4, 0.65)), (3, (0, 1))):
+        images = sampler(params, NOISE, LABELS, asked(config, omega, interval))
+        given = {"omega": omega, "t_min": interval[0], "t_max": interval[1]}
+        assert isinstance(images, np.ndarray) and images.shape == NOISE.shape
+        noise = torch.from_numpy(NOISE).permute(0, 3, 1, 2)
+        with torch.no_grad():
+            want = improved.sample(net, noise, torch.from_numpy(LABELS).long(), given, config.sample)
+        np.testing.assert_allclose(images, want.permute(0, 2, 3, 1), atol=1e-4)
+        different.append(images)
+    assert all(np.abs(a - b).max() > 1e-3 for i, a in enumerate(different) for b in different[:i])
+
+
+def test_weights_without_the_head_of_v_sample_the_same(config, load):
+    (with_v, sampler, params), (without, other, fewer) = load(), load(lambda name: not name.startswith("v_heads."))
+    assert not with_v.model.v_heads and not without.model.v_heads and config.model.v_heads
+    expected = sampler(params, NOISE, LABELS, config.sample)
+    np.testing.assert_array_equal(other(fewer, NOISE, LABELS, config.sample), expected)
+
+
+def test_other_weights_must_be_there(config, load):
+    with pytest.raises(UserError, match="lack u_heads"):
+        _, sampler, params = load(lambda name: not name.startswith("u_heads."))
+        sampler(params, NOISE, LABELS, config.sample)

@@ -1,0 +1,247 @@
+"""The transformer of improved MeanFlow: conditions as tokens in context, a trunk, and one head each for u and v.
+
+Source: arXiv:2512.02012; Lyy-iiis/imeanflow, models/imfDiT.py, whose state-dict names are the canonical ones, the
+wrappers `_flax_linear` and `_flax_embedding` among them, but for the prefix `net.` of the class around the network.
+"""
+
+import functools
+import math
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from torch_impl.models import layers
+from torch_impl.models.attention import attend
+from torch_impl.models.layers import PatchEmbed, timestep_features, unpatchify
+
+BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
+
+
+class Linear(nn.Module):
+    """A linear layer in -> out with normal initial weights of deviation gain / sqrt(in), and zero bias or none."""
+
+    def __init__(self, in_features, out_features, gain, *, dtype, bias=False):
+        super().__init__()
+        init = functools.partial(nn.init.normal_, std=gain / math.sqrt(in_features))
+        self._flax_linear = layers.Linear(in_features, out_features, dtype=dtype, kernel_init=init, bias=bias)
+
+    def forward(self, x):
+        return self._flax_linear(x)
+
+
+class RMSNorm(nn.Module):
+    """Divide the last axis by its root mean square and scale it; in float32 at least."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(width))
+
+    def forward(self, x, eps=1e-6):
+        x = x.to(torch.promote_types(x.dtype, torch.float32))
+        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.weight
+
+
+class Embedder(nn.Module):
+    """Embed numbers [b] into vectors [b width]: sinusoidal features, then a two-layer MLP in float32."""
+
+    def __init__(self, width, *, features=256):
+        super().__init__()
+        self.features = features
+        self.mlp = nn.ModuleDict(
+            {
+                "0": Linear(features, width, 1.0, dtype=None, bias=True),
+                "2": Linear(width, width, 1.0, dtype=None, bias=True),
+            }
+        )
+
+    def forward(self, a):
+        x = timestep_features(a, self.features)
+        return self.mlp["2"](F.silu(self.mlp["0"](x)))
+
+
+class ClassEmbedder(nn.Module):
+    """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
+
+    def __init__(self, num_classes, width):
+        super().__init__()
+        table = nn.Embedding(num_classes + 1, width)
+        nn.init.normal_(table.weight, std=width**-0.5)
+        self.embedding_table = nn.ModuleDict({"_flax_embedding": table})
+
+    def forward(self, y):
+        return self.embedding_table["_flax_embedding"](y)
+
+
+def rotary_table(num_tokens, dim, max_period=10_000.0):
+    """Return cosines and sines [num_tokens, dim/2], float64, of the angles n max_period^(-2i/dim) of token n."""
+    angles = np.arange(num_tokens)[:, None] * max_period ** (-np.arange(0, dim, 2) / dim)
+    return np.cos(angles), np.sin(angles)
+
+
+def rotate(x, cos, sin):
+    """Turn adjacent channels of x [b heads n d] by the angles of cos, sin [n, d/2]: rotary positions.
+
+    Real arithmetic, through which gradients and tangents pass: the official PyTorch code sees pairs as complex numbers
+    by a change of data type, which no derivative passes.
+    """
+    even, odd = x[..., 0::2], x[..., 1::2]
+    return torch.stack([even * cos - odd * sin, even * sin + odd * cos], dim=-1).reshape(x.shape)
+
+
+class RotaryAttention(nn.Module):
+    """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normed a head, then rotated."""
+
+    def __init__(self, width, num_heads, *, dtype):
+        super().__init__()
+        self.num_heads = num_heads
+        self.q_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+        self.k_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+        self.v_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+        self.q_norm = RMSNorm(width // num_heads)
+        self.k_norm = RMSNorm(width // num_heads)
+        self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+
+    def forward(self, x, cos, sin):
+        batch, tokens, width = x.shape
+        q, k, v = (
+            proj(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
+            for proj in (self.q_proj, self.k_proj, self.v_proj)
+        )
+        q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v)
+        return self.out_proj(x.transpose(1, 2).reshape(batch, tokens, width))
+
+
+class SwiGLU(nn.Module):
+    """Gated MLP over tokens: w2(silu(w1 x) w3 x)."""
+
+    def __init__(self, width, hidden, *, dtype):
+        super().__init__()
+        self.w1 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype)
+        self.w3 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype)
+        self.w2 = Linear(hidden, width, BLOCK_GAIN, dtype=dtype)
+
+    def forward(self, x):
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+
+class RotaryBlock(nn.Module):
+    """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
+
+    def __init__(self, width, num_heads, mlp_ratio, *, dtype):
+        super().__init__()
+        self.norm1 = RMSNorm(width)
+        self.attn = RotaryAttention(width, num_heads, dtype=dtype)
+        self.norm2 = RMSNorm(width)
+        self.mlp = SwiGLU(width, int(width * mlp_ratio), dtype=dtype)
+        self.attn_scale = nn.Parameter(torch.zeros(width))
+        self.mlp_scale = nn.Parameter(torch.zeros(width))
+
+    def forward(self, x, cos, sin):
+        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin)
+        x = x + self.mlp_scale * self.mlp(self.norm2(x))
+        return x
+
+
+class NormedLayer(nn.Module):
+    """Map tokens [b n d] to patches [b n p*p*c]; zero at initialisation."""
+
+    def __init__(self, width, out_features, *, dtype):
+        super().__init__()
+        self.norm = RMSNorm(width)
+        self.linear = Linear(width, out_features, 0.0, dtype=dtype, bias=True)
+
+    def forward(self, x):
+        return self.linear(self.norm(x))
+
+
+class IMFDiT(nn.Module):
+    """Average velocity u and instantaneous velocity v, under guidance of a scale and an interval that it is told.
+
+    z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; only t - r is used.
+    y: [b] int labels in [0, num_classes]; num_classes is the null class.  omega: [b] guidance scales, at least 1.
+    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.
+    Returns u or v [b c h w], or a pair of them, in float32 at least.  `dtype` is that of the matmuls.
+    `depth` counts the blocks on the way to u: depth - head_depth in the trunk, then head_depth for each head.  Without
+    v_heads, as in released weights, its v is what the official code returns in eval mode: a final layer on the trunk,
+    of no meaning.  It has no dropout and is told of no augmentation.  Raises ValueError for sizes that do not divide.
+    """
+
+    dropout, augment_dim = 0.0, 0
+
+    def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
+                 mlp_ratio, num_tokens, v_heads=True, dtype=torch.float32):  # fmt: skip
+        super().__init__()
+        if input_size % patch_size:
+            raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
+        if width % (2 * num_heads) or head_depth > depth:
+            raise ValueError(f"width {width} must be a multiple of 2 num_heads {num_heads}, head_depth at most depth")
+        self.num_classes, self.channels = num_classes, channels
+        num_class, num_omega, num_interval, num_time = num_tokens
+        self.prefix = num_class + num_omega + 2 * num_interval + num_time
+        self.rope_shape = (self.prefix + (input_size // patch_size) ** 2, width // num_heads)
+
+        def tokens(num):
+            return nn.Parameter(torch.randn(num, width) * width**-0.5)
+
+        def blocks(num):
+            return nn.ModuleList([RotaryBlock(width, num_heads, mlp_ratio, dtype=dtype) for _ in range(num)])
+
+        self.time_tokens, self.class_tokens, self.omega_tokens = tokens(num_time), tokens(num_class), tokens(num_omega)
+        self.t_min_tokens, self.t_max_tokens = tokens(num_interval), tokens(num_interval)
+        self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype)
+        self.h_embedder = Embedder(width)
+        self.omega_embedder = Embedder(width)
+        self.cfg_t_start_embedder = Embedder(width)
+        self.cfg_t_end_embedder = Embedder(width)
+        self.y_embedder = ClassEmbedder(num_classes, width)
+        self.shared_blocks = blocks(depth - head_depth)
+        self.u_heads = blocks(head_depth)
+        self.v_heads = blocks(head_depth if v_heads else 0)
+        self.u_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype)
+        self.v_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype)
+        for name, table in zip(("cos", "sin"), rotary_table(*self.rope_shape), strict=True):
+            self.register_buffer(name, torch.from_numpy(table), persistent=False)
+
+    @classmethod
+    def from_config(cls, c):
+        """Build from `config.model`."""
+        return cls(
+            input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, patch_size=c.patch_size,
+            depth=c.depth, head_depth=c.head_depth, width=c.width, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
+            num_tokens=(c.num_class_tokens, c.num_omega_tokens, c.num_interval_tokens, c.num_time_tokens),
+            v_heads=c.v_heads, dtype=getattr(torch, c.compute_dtype),
+        )  # fmt: skip
+
+    def tables(self):
+        """Return the fixed tables of the canonical state dict: none, the rotary one is not in it."""
+        return {}
+
+    def forward(self, z, t, r, y, omega, t_min, t_max, heads="u"):
+        x = torch.cat([self.prefix_tokens(t - r, y, omega, t_min, t_max), self.x_embedder(z)], dim=1)
+        cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
+        for block in self.shared_blocks:
+            x = block(x, cos, sin)
+        velocities = tuple(self.velocity(head, x, cos, sin) for head in heads)
+        return velocities if len(heads) > 1 else velocities[0]
+
+    def prefix_tokens(self, h, y, omega, t_min, t_max):
+        """Return the tokens [b n width] that stand before those of the patches: learnt ones plus what they carry."""
+        carried = (
+            (self.class_tokens, self.y_embedder(y)),
+            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
+            (self.t_min_tokens, self.cfg_t_start_embedder(t_min)),
+            (self.t_max_tokens, self.cfg_t_end_embedder(t_max)),
+            (self.time_tokens, self.h_embedder(h)),
+        )
+        return torch.cat([tokens + embedding[:, None] for tokens, embedding in carried], dim=1)
+
+    def velocity(self, head, x, cos, sin):
+        """Return the velocity [b c h w] that the head `u` or `v` makes of the trunk's tokens x [b n width]."""
+        blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
+        for block in blocks:
+            x = block(x, cos, sin)
+        x = unpatchify(final_layer(x[:, self.prefix :]), self.channels)
+        return x.to(torch.promote_types(x.dtype, torch.float32))
