@@ -82,7 +82,7 @@ def model() -> Config:
     c.num_heads = 4  # dit, imf_dit: attention heads
     c.mlp_ratio = 4.0  # dit, imf_dit: hidden width of a block's MLP over `width`
     c.head_depth = 2  # imf_dit: blocks of the head of u, and as many of the head of v; the rest they share
-    c.v_heads = True  # imf_dit: has the blocks of the head of v, which training needs and sampling does not
+    c.v_heads = True  # imf_dit: has the blocks of the head of v; False, as in released weights: can only sample
     c.num_class_tokens = 8  # imf_dit: tokens that carry the class
     c.num_omega_tokens = 4  # imf_dit: tokens that carry the guidance scale
     c.num_interval_tokens = 2  # imf_dit: tokens that carry the start of the guidance interval, and as many for its end

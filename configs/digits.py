@@ -67,3 +67,4 @@ def imf(config: base.Config) -> None:
     config.method.omega_max = 4.0
     config.train.steps = 800
     config.train.learning_rate = 2e-3
+    config.sample.omega = 1.5

@@ -35,7 +35,8 @@ def get_config(variant: str = "b2") -> base.Config:
     size, steps, omega, interval = VARIANTS[variant]
     config = base.get_config()
     config.name = f"imf_imagenet:{variant}"
-    config.data.name = "imagenet_latents"  # a TFDS name; 32x32x4 latents of the Stable Diffusion VAE
+    # A TFDS name; 32x32x4 latents of the Stable Diffusion VAE, normalised a channel (docs/differences.md, latents).
+    config.data.name = "imagenet_latents"
     config.data.flip = True
     config.data.num_workers = 8
     config.model.name = "imf_dit"

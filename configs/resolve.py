@@ -33,6 +33,8 @@ CHOICES = {
 # Least and largest value of numbers; None: no bound.
 RANGES = {
     "model.depth": (1, None),
+    "model.width": (1, None),
+    "model.num_heads": (1, None),
     "model.patch_size": (1, None),
     "model.num_classes": (1, None),
     "model.head_depth": (0, None),
@@ -93,7 +95,7 @@ def check(config: base.Config) -> base.Config:
         if flat[key] not in allowed:
             raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
     for key, (least, most) in RANGES.items():
-        if flat[key] < least or (most is not None and flat[key] > most):
+        if not flat[key] >= least or (most is not None and not flat[key] <= most):  # NaN is neither
             raise UserError(
                 f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
             )
@@ -136,8 +138,8 @@ def check_imf_dit(config: base.Config) -> None:
         raise UserError(f"config.model.head_depth {c.head_depth} is more than config.model.depth {c.depth}")
     if config.sample.cfg_scale != 1:
         raise UserError(
-            "config.sample.cfg_scale is of models trained without guidance; this one is told its scale: set "
-            "--config.sample.cfg_scale=1 and --config.sample.omega"
+            f"config.sample.cfg_scale is {config.sample.cfg_scale}, which is for models trained without guidance; this "
+            "one is told its scale: leave it at 1 and choose the scale by --omega or --config.sample.omega"
         )
 
 

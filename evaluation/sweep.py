@@ -74,6 +74,8 @@ def guided(config: base.Config) -> list[base.Config]:
         omegas = sampling.numbers("omegas", f.omegas)
     if "intervals" in given:
         intervals = [sampling.numbers("intervals", text.split(":")) for text in f.intervals]
+        if any(len(interval) != 2 for interval in intervals):
+            raise UserError(f"--intervals takes start:end each, e.g. 0:1,0.4:0.65, not {','.join(f.intervals)}")
     configs = []
     for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas) if given else ():
         configs.append(copy.deepcopy(config))
@@ -93,7 +95,7 @@ def sweep(configs: list[base.Config], judge: Judge) -> tuple[list[Row], dict[flo
         result, samples = judge(config)
         rows.append({"omega": c.omega, "interval": c.interval} | result)
         if c.interval == configs[0].sample.interval:
-            images[c.omega] = samples[:SHOWN]
+            images[c.omega] = samples[:SHOWN].copy()  # a view would keep them all
     return rows, images
 
 

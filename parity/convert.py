@@ -59,7 +59,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--config", metavar="FILE",
         help="config of the network: FILE.py[:variant] or a config.json; needed for a work directory as DEST, and for "
-        "Flax trees, which do not say the size of their images",
+        "Flax trees of MeanFlow, which do not say the size of their images",
     )  # fmt: skip
     parser.add_argument(
         "--prefix", metavar="P", default="",
@@ -93,11 +93,11 @@ def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, 
 
 
 def fitted(config, weights: dict[str, np.ndarray]):
-    """Return `config`, but without improved MeanFlow's head of v if the weights, as released ones, have none."""
-    if config is None or config.model.name != "imf_dit" or any(name.startswith("v_heads.") for name in weights):
+    """Return `config`, but with improved MeanFlow's head of v if the weights have it; released ones have none."""
+    if config is None or config.model.name != "imf_dit" or config.model.head_depth == 0:
         return config
     config = copy.deepcopy(config)
-    config.model.v_heads = False
+    config.model.v_heads = any(name.startswith("v_heads.") for name in weights)
     return config
 
 

@@ -110,7 +110,8 @@ def jvp(fixture, measure: Measure) -> None:
         if not is_flax(fixture):
             literal = images(fixture, "out/jvp/du_dt_literal")
             distance = relative_error(f.jvp(net, *inputs, given(fixture, "jvp"))[1], literal)
-            measure.add(name, "1 / distance of du_dt from du_dt_literal", 1 / distance, 1 / LOST_TANGENT)
+            closeness = 1 / distance if distance else np.inf
+            measure.add(name, "1 / distance of du_dt from du_dt_literal", closeness, 1 / LOST_TANGENT)
 
 
 def loss(fixture, case: str, measure: Measure) -> None:
@@ -120,7 +121,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     x, y, noise, n_t, n_r = (images(fixture, f"in/loss/{key}") for key in ("x", "y", "e", "n_t", "n_r"))
     uniforms = {"drop": "drop_u", "omega": "u_omega", "t_min": "u_tmin", "t_max": "u_tmax"}
     draws = {ours: fixture.get(f"in/loss/{key}") for ours, key in uniforms.items()}
-    if case == "noguid":  # run with other draws than those stored: omega = 1 and no label dropped
+    if f"{case}_overrides" in fixture.config:  # run with other draws than those stored: omega 1, no label dropped
         draws |= {"omega": np.zeros_like(draws["omega"]), "drop": np.ones_like(draws["drop"])}
     draws |= {"noise": noise, "times": np.stack([n_t, n_r], axis=1), "coin": draws["drop"]}
     prefix = f"out/loss/{case}/"

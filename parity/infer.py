@@ -42,9 +42,10 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
 
 def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Return the config of improved MeanFlow's transformer."""
+    block = "shared_blocks.0" if "shared_blocks.0.norm1.weight" in weights else "u_heads.0"  # there may be no trunk
     table, norm, hidden = (
-        "y_embedder.embedding_table._flax_embedding.weight", "shared_blocks.0.attn.q_norm.weight",
-        "shared_blocks.0.mlp.w1._flax_linear.weight",
+        "y_embedder.embedding_table._flax_embedding.weight", f"{block}.attn.q_norm.weight",
+        f"{block}.mlp.w1._flax_linear.weight",
     )  # fmt: skip
     needed = ("x_embedder.proj.weight", table, norm, hidden, *(f"{name}_tokens" for name in ("class", "t_min", "time")))
     for name in needed:
@@ -61,7 +62,8 @@ def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDic
         name="imf_dit", width=width, channels=channels, patch_size=patch_size, num_heads=width // len(weights[norm]),
         input_size=16 * patch_size, num_classes=len(weights[table]) - 1,
         mlp_ratio=(len(weights[hidden]) + 0.5) / width,  # its product with the width is rounded down
-        depth=depths["shared_blocks"] + depths["u_heads"], head_depth=depths["u_heads"], v_heads=depths["v_heads"] > 0,
+        depth=depths["shared_blocks"] + depths["u_heads"], head_depth=depths["u_heads"],
+        v_heads=depths["v_heads"] == depths["u_heads"],
         num_class_tokens=len(weights["class_tokens"]), num_omega_tokens=len(weights["omega_tokens"]),
         num_interval_tokens=len(weights["t_min_tokens"]), num_time_tokens=len(weights["time_tokens"]),
     )  # fmt: skip

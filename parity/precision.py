@@ -14,8 +14,12 @@ BOUNDS = {
     "float32": {"value": 3e-6, "derivative": 9e-6, "gradient": 9e-6},
     "bfloat16": {"value": 3.5e-2, "derivative": 9e-2, "gradient": 1.2e-1},
 }
-METHOD = cases.SETTINGS["coin/kappa"] | {"adaptive_power": 0.75}  # p = 1 would make every row's loss 1
-VALUES = ("v_g", "u", "target", "err", "weight", "row_loss")
+POWER = {"adaptive_power": 0.75}  # p = 1 would make every row's loss 1
+METHODS = {
+    "dit": cases.SETTINGS["coin/kappa"] | POWER, "unet": cases.SETTINGS["coin/kappa"] | POWER,
+    "imf": cases.NETWORK_SETTINGS["imf/split"] | POWER,
+}  # fmt: skip
+VALUES = ("v_g", "v_c", "u", "v_head", "target", "compound", "err", "err_v", "weight", "row_loss", "row_loss_v")
 
 
 def all_cases() -> list[Case]:
@@ -28,6 +32,8 @@ def all_cases() -> list[Case]:
             ("loss", "dit", loss),
             ("sample", "dit", sample),
             ("unet/network", "unet", network),
+            ("imf/network", "imf", network),
+            ("imf/loss", "imf", loss),
         )
     ]
 
@@ -49,7 +55,9 @@ def compare(dtype: str, architecture: str, function, measure: Measure) -> None:
 
 def result_of(function, architecture: str, framework: str, dtype: str) -> dict:
     """Return what `function` measures of one tiny network in one framework and data type."""
-    config = cases.config(architecture, model={"compute_dtype": dtype}, method=METHOD, sample={"steps": 2})
+    config = cases.config(
+        architecture, model={"compute_dtype": dtype}, method=METHODS[architecture], sample={"steps": 2}
+    )
     f = FRAMEWORKS[framework]
     return function(f, f.build(config, cases.random_weights(config), as_trained=dtype != "float64"), config)
 
@@ -65,7 +73,7 @@ def network(f, net, config) -> dict:
 def loss(f, net, config) -> dict:
     """The intermediates of the loss, the worst gradient, and all gradients as one vector."""
     _, aux, grads = f.loss(net, *cases.batch(config), config.method)
-    result = {("value", key): aux[key] for key in VALUES} | {("derivative", "du_dt"): aux["du_dt"]}
+    result = {("value", key): aux[key] for key in VALUES if key in aux} | {("derivative", "du_dt"): aux["du_dt"]}
     whole = np.concatenate([grads[name].ravel() for name in sorted(grads)])
     return result | {("gradient", "grad"): grads, ("gradient", "grad (as a whole)"): whole}
 

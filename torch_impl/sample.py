@@ -24,10 +24,13 @@ def make_sampler(config, device):
     """
     method, net = METHODS[config.method.name], build_net(config).to(device).eval()
     method.sampling_times(config.sample)
+    loaded = [None]  # the weights that the network holds: a sweep asks for the same ones many times
 
     @torch.no_grad()
     def sampler(canonical, noise, y, c):
-        net.load_state_dict(weights.from_canonical(net, canonical))
+        if loaded[0] is not canonical:
+            net.load_state_dict(weights.from_canonical(net, canonical))
+            loaded[0] = canonical
         batch, given = put_batch({"image": noise, "label": y}, device), method.sampling_conditions(c)
         images = method.sample(net, batch["image"], batch["label"], given, config.sample)
         return images.permute(0, 2, 3, 1).cpu().numpy()

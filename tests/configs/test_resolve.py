@@ -74,6 +74,8 @@ def test_backends_of_the_compiler(backend, tmp_path):
         ({"model.width": 36, "model.num_heads": 12}, "must be even, for rotary positions"),
         ({"sample.cfg_scale": 2.0}, "this one is told its scale"),
         ({"sample.omega": 0.5}, r"config\.sample\.omega is 0\.5; it must be at least 1"),
+        ({"sample.omega": float("nan")}, r"config\.sample\.omega is nan; it must be at least 1"),
+        ({"model.num_heads": 0}, r"config\.model\.num_heads is 0; it must be at least 1"),
         ({"sample.interval": (0.6, 0.4)}, r"config\.sample\.interval is \(0\.6, 0\.4\); it must rise"),
         ({"sample.interval": (0.6,)}, "give two numbers, the start and the end of the interval"),
         ({"method.omega_max": 0.5}, r"config\.method\.omega_max is 0\.5; it must be at least 1"),

@@ -67,7 +67,7 @@ def test_without_the_flags_there_is_no_sweep(config, parse):
         (("--omegas=1,a",), "--omegas: .*'a'"),
         (("--omegas=",), "--omegas must name one"),
         (("--omegas=0.5",), "sample.omega is 0.5; it must be at least 1"),
-        (("--intervals=0.5",), "give two numbers"),
+        (("--intervals=0.5",), "takes start:end each"),
         (("--intervals=0.5:b",), "--intervals: .*'b'"),
         (("--intervals=0.5:0.1",), "must rise"),
         (("--omegas=1", "--omega=2"), "--omegas must .* beside --omega"),
@@ -104,6 +104,7 @@ def test_each_pair_is_judged_once(config, parse):
     assert [(row["omega"], row["interval"]) for row in rows] == judged
     assert {omega: a.shape for omega, a in images.items()} == {1: (36, 2, 2, 1), 8: (36, 2, 2, 1)}
     assert (images[8] == 8.25).all()
+    assert images[8].base is None  # not a view, which would keep all the samples
 
 
 def test_best():

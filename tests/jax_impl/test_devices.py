@@ -15,20 +15,26 @@ from jax_impl.step import create_state, make_mesh
 HERE = pathlib.Path(__file__).parent
 BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
+IMPROVED = {"train.batch_size": 32, "method.flow_fraction": 0.5}  # and what makes it improved MeanFlow
+# Name of the run by one device, by four: {what four devices change}.
 ON_FOUR_DEVICES = {
-    "data": {},
-    "data_and_fsdp_accumulate": {"train.fsdp": 2, "train.accumulate": 2},
+    "data": ("one", {}),
+    "data_and_fsdp_accumulate": ("one", {"train.fsdp": 2, "train.accumulate": 2}),
+    "improved_accumulate": ("one_improved", {"train.fsdp": 2, "train.accumulate": 2}),
 }
 TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each
+REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | {"two_processes": "one"}
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, options, tiny, tmp_path_factory):
+def trained(launcher, options, tiny, tiny_improved, tmp_path_factory):
     """Return the directory that holds the work directory of each run."""
     directory = tmp_path_factory.mktemp("devices")
     commands = []
-    for devices, cases in ((1, {"one": {}}), (4, ON_FOUR_DEVICES)):
-        lines = [[str(directory / name), flatten(tiny(REFERENCE | changes))] for name, changes in cases.items()]
+    one = {"one": REFERENCE, "one_improved": IMPROVED | tiny_improved}
+    four = {name: one[reference] | changes for name, (reference, changes) in ON_FOUR_DEVICES.items()}
+    for devices, cases in ((1, one), (4, four)):
+        lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
         path = directory / f"{devices}.json"
         path.write_text(json.dumps({"devices": devices, "cases": lines}))
         commands.append(launcher.start(HERE / "run_cases.py", path))
@@ -61,36 +67,36 @@ def arrays(workdir):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("case", [*ON_FOUR_DEVICES, "two_processes"])
+@pytest.mark.parametrize("case", REFERENCES)
 def test_many_devices_train_as_one(trained, case):
-    expected, found = arrays(trained / "one"), arrays(trained / case)
+    expected, found = arrays(trained / REFERENCES[case]), arrays(trained / case)
     assert found.keys() == expected.keys()
     difference = {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
     print(case, max(difference, key=difference.get), max(difference.values()))
     assert max(difference.values()) <= BOUND
 
 
-@pytest.mark.parametrize("case", [*ON_FOUR_DEVICES, "two_processes"])
+@pytest.mark.parametrize("case", REFERENCES)
 def test_many_devices_log_as_one(trained, case):
     expected, found = (
         [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
-        for name in ("one", case)
+        for name in (REFERENCES[case], case)
     )
     assert len(found) == 5
     for one, many in zip(expected, found, strict=True):
         assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_only_gradients_and_parameters_move(launcher, tiny, tmp_path):
+def test_only_gradients_and_parameters_move(launcher, tiny, tiny_improved, tmp_path):
     """Slicing a sharded batch would need permutes or all-to-alls; so would activations sharded as parameters are."""
-    cases = {"data": {}, "fsdp": {"train.fsdp": 2}}
+    cases = {"data": REFERENCE, "fsdp": REFERENCE | {"train.fsdp": 2}, "improved": IMPROVED | tiny_improved}
     for name, changes in cases.items():
-        (tmp_path / name).write_text(to_json(tiny(REFERENCE | changes)))
+        (tmp_path / name).write_text(to_json(tiny(changes)))
     command = launcher.run(HERE / "collectives.py", *(tmp_path / name for name in cases))
     assert command.poll() == 0, command.stderr
-    data, fsdp = (json.loads(line) for line in command.stdout.splitlines())
-    assert set(data["collectives"]) == {"all-reduce"}
+    data, fsdp, improved = (json.loads(line) for line in command.stdout.splitlines())
+    assert set(data["collectives"]) == set(improved["collectives"]) == {"all-reduce"}
     assert set(fsdp["collectives"]) <= {"all-reduce", "all-gather", "reduce-scatter"}
     assert fsdp["collectives"]["all-gather"] <= 40  # once for each of the 25 parameters, give or take
-    assert data["moved"] == fsdp["moved"] == 0
+    assert data["moved"] == fsdp["moved"] == improved["moved"] == 0
     assert "rematerialization" not in command.stderr

@@ -20,23 +20,26 @@ REFERENCES = {
     "all_jvp": {"method.guidance": False, "method.flow_fraction": 0.0},  # the smallest graph, for the compiler's sake
     "kappa_0": {"method.omega": 2.0, "method.kappa": 0.0, "data.flip": True},
 }
+IMPROVED = {"method.flow_fraction": 0.5, "train.batch_size": 32}  # and what makes it improved MeanFlow
 CASES = {
     "ddp": ("plain", {}),
     "ddp_guided": ("guided", {}),
     "ddp_accumulate": ("guided", {"train.accumulate": 4}),
     "ddp_compiled": ("all_jvp", {"train.compile": True}),
     "fsdp": ("kappa_0", {"train.fsdp": 2}),
+    "ddp_improved_accumulate": ("improved", {"train.accumulate": 2}),
+    "fsdp_improved": ("improved", {"train.fsdp": 2}),
     "fsdp_accumulate": ("guided", {"train.fsdp": 2, "train.accumulate": 2}),
     "fsdp_compiled": ("all_jvp", {"train.fsdp": 2, "train.compile": True}),
 }
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, tmp_path_factory, tiny):
+def trained(launcher, tmp_path_factory, tiny, tiny_improved):
     """Return the directory in which each reference and case has its work directory."""
     directory = tmp_path_factory.mktemp("processes")
-    one = {name: REFERENCES[name] for name in REFERENCES}
-    two = {name: REFERENCES[reference] | changes for name, (reference, changes) in CASES.items()}
+    one = REFERENCES | {"improved": IMPROVED | tiny_improved}
+    two = {name: one[reference] | changes for name, (reference, changes) in CASES.items()}
     for title, cases in (("one", one), ("two", two)):
         lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
         (directory / f"{title}.json").write_text(json.dumps(lines))

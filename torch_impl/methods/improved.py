@@ -5,7 +5,7 @@ Source: arXiv:2512.02012; Lyy-iiis/imeanflow, imf.py.  `docs/differences.md` lis
 A step runs as few forwards as the mathematics allows.  With F one forward through trunk and one head, a the share of a
 head in F, and p the share of rows with r < t:
   3(1 + a)F  both heads, and their gradient
-  pF         the tangent of u; v needs none
+  pF         the tangent of u; v needs none (uncompiled PyTorch carries one all the same)
   F          the velocity without class, of all rows
   pF         the velocity with class, of rows with r < t: on flow rows it is the row's own prediction
 so (4 + 2p + 3a)/3 of a flow-matching step of the same depth.  The official code runs (7 + 3a)/3: the velocity with
