@@ -154,6 +154,9 @@ def train() -> Config:
     c.ema_every = 1  # steps between updates of the EMAs, each by decay^ema_every
     c.compile = True  # PyTorch: torch.compile the step (JAX always compiles)
     c.compile_backend = "inductor"  # inductor (fused kernels) | aot_eager (traced, no kernels: ready many times sooner)
+    c.num_threads = (
+        0  # PyTorch on CPU: threads of an operation, of which tiny networks gain nothing; 0: as many as cores
+    )
     c.matmul_precision = "highest"  # float32 matmuls: highest (full float32) | default (TF32 where the device has it)
     c.log_every = 100  # steps between log lines
     c.sample_every = 1000  # steps between sample grids in TensorBoard; 0: never

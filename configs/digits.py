@@ -8,7 +8,8 @@
 unet          the CIFAR-10 system made small: an unconditional U-Net, 0.8 M parameters, with dropout, augmentation and
               the times of v1.  In one step: a Fréchet distance in pixel space near 2
 imf           improved MeanFlow made small, 0.3 M parameters; the guidance scale is chosen when sampling.  In one step,
-              class accuracy rises from 0.98 at scale 1 to 0.999 and stays there
+              class accuracy rises from 0.97 to 0.99 at scale 1 to 0.999 at scale 1.5 and stays there; the Fréchet
+              distance is least near scale 1.5, below 4
 """
 
 from configs import base
@@ -65,6 +66,7 @@ def imf(config: base.Config) -> None:
     config.method.name = "improved"
     config.method.flow_fraction = 0.5
     config.method.omega_max = 4.0
-    config.train.steps = 800
+    config.train.steps = 1200
+    config.train.num_threads = 1  # many small kernels: 0.09 s a step, against 0.07 to 0.17 s on two cores
     config.train.learning_rate = 2e-3
     config.sample.omega = 1.5

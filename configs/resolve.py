@@ -57,6 +57,7 @@ RANGES = {
     "train.accumulate": (1, None),
     "train.fsdp": (1, None),
     "train.ema_every": (1, None),
+    "train.num_threads": (0, None),
     "train.log_every": (1, None),
     "train.checkpoint_every": (1, None),
     "train.keep_checkpoints": (1, None),
@@ -68,7 +69,7 @@ RANGES = {
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
     "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
-    "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
+    "train.num_threads", "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 FILE_NAME = "config.json"

@@ -13,13 +13,16 @@ def choose_device():
     return torch.device("cpu")
 
 
-def start_torch(precision):
+def start_torch(precision, num_threads=0):
     """Join the processes of torchrun, or stand alone, and set the precision of float32 matmuls.  Returns the device.
 
-    precision: `highest` (full float32) or `default` (TF32 where the device has it).
+    precision: `highest` (full float32) or `default` (TF32 where the device has it).  num_threads: of an operation on
+    the CPU; 0 leaves that to PyTorch.
     """
     device = choose_device()
     torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
+    if num_threads:
+        torch.set_num_threads(num_threads)
     torch.backends.cudnn.allow_tf32 = precision != "highest"
     if device.type == "cuda":
         torch.cuda.set_device(device)

@@ -10,7 +10,10 @@ from configs import base, digits, imf_imagenet, meanflow_cifar10, meanflow_image
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = ("data", "evaluation")
 # Options that one implementation has no use for, and why.
-ONE_SIDED = {"train.compile": "JAX always compiles", "train.compile_backend": "the same"}
+ONE_SIDED = {
+    "train.compile": "JAX always compiles", "train.compile_backend": "the same",
+    "train.num_threads": "JAX has threads of its own",
+}  # fmt: skip
 CIFAR10 = ("v0", "v1", "reproduction")
 CONFIGS = {"base": base.get_config(), "digits": digits.get_config(), "digits:unet": digits.get_config("unet")}
 CONFIGS |= {f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS}
