@@ -34,8 +34,10 @@ setup(
     ],
     extras_require={
         "gpu": ["jax[cuda12]>=0.10"],
+        "repa": ["transformers>=5.0"],
         "dev": [
             "jaxtyping>=0.2.34", "pre-commit>=3.7", "pyright>=1.1.400", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6",
+            "transformers>=5.0",
         ],
     },
 )  # fmt: skip

@@ -1,12 +1,12 @@
 """Cost of a training step over a plain flow-matching step of the same network, compiled, in one process.
 
     python benchmarks/step.py --framework=jax
-    python benchmarks/step.py --framework=jax --system=improved
+    python benchmarks/step.py --framework=jax --system=improved          (or decoupled)
     python benchmarks/step.py --framework=torch --size=S --patch=4 --batch=16 --runs=15
 
 Steps take turns, so that each ratio is of paired runs; medians are printed as Markdown and, with --json, written.
 The limit is counted in forwards F (backward = 2F): 3F for flow matching, p F for the tangent, guidance on top; in
-improved MeanFlow 3F more for the part of F that its second head is.
+improved MeanFlow 3F more for the part of F that its second head is; in decoupled MeanFlow 3F for each of two terms.
 """
 
 import argparse
@@ -57,7 +57,18 @@ def improved_cases(args):
     return table
 
 
-CASES = {"meanflow": meanflow_cases, "improved": improved_cases}
+def decoupled_cases(args):
+    """Return the same of decoupled MeanFlow, against the flow model that it starts from."""
+    flow = {"model.name": "dit", "model.interval_embedder": False, "method.name": "flow"}
+    kinds = {"none": ("default", 7 / 3), "all": ("mg", 10 / 3)}
+    return {FLOW_MATCHING: (flow, 1.0)} | {
+        f"guidance {kind}": ({"method.guidance_type": kind}, limit)
+        for name, (kind, limit) in kinds.items()
+        if name in (args.guidance or name)
+    }
+
+
+CASES = {"meanflow": meanflow_cases, "improved": improved_cases, "decoupled": decoupled_cases}
 
 
 def make_config(args, options):
@@ -68,6 +79,10 @@ def make_config(args, options):
     if args.system == "improved":
         config.method.name, config.model.name = "improved", "imf_dit"
         config.model.update(mlp_ratio=8 / 3, head_depth=args.head_depth)
+    if args.system == "decoupled":
+        config.method.name, config.model.name = "decoupled", "dmf_dit"
+        config.model.dmf_depth = config.model.depth * 5 // 7  # 20 of 28 in XL
+        config.method.update(omega=0.6, guidance_end=0.7, time_mean=(0.4, -1.2))
     config.train.batch_size = args.batch
     config.update_from_flattened_dict(options)
     return resolve.check(config)

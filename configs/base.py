@@ -31,6 +31,7 @@ def get_config() -> Config:
     config.train = train()
     config.sample = sample()
     config.evaluation = evaluation()
+    config.sample.path = config.method.get_ref("path")  # one value, set by either name: noise anew follows the path
     return config
 
 
@@ -42,6 +43,8 @@ def data() -> Config:
     c.dir = ""  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.flip = False  # mirror each image left-right with probability 0.5
     c.num_workers = 0  # loader processes; 0 loads in the trainer's own process
+    c.encoder = ""  # flow with model.repa_dims: a frozen DINOv2, a local path or a name on the hub; empty: the dataset
+    # has its `features` stored beside the images
     c.augment = augment()
     return c
 
@@ -72,15 +75,23 @@ def augment() -> Config:
 def model() -> Config:
     """The network."""
     c = ml_collections.ConfigDict()
-    c.name = "dit"  # architecture, a file in models/: dit | unet | imf_dit; options of one are ignored by the others
+    c.name = "dit"  # a file in models/: dit | unet | imf_dit | dmf_dit; options of one are ignored by the others
     c.input_size = 8  # height and width of the data
     c.channels = 1  # channels of the data
     c.num_classes = 10  # classes; the label `num_classes` means "no class"
-    c.width = 128  # channels of a token (dit, imf_dit), of the first level (unet)
-    c.patch_size = 2  # dit, imf_dit: side of a patch, tokens = (input_size / patch_size)^2
-    c.depth = 4  # dit: transformer blocks; imf_dit: blocks on the way to u, its head's included
-    c.num_heads = 4  # dit, imf_dit: attention heads
-    c.mlp_ratio = 4.0  # dit, imf_dit: hidden width of a block's MLP over `width`
+    c.width = 128  # channels of a token, of the first level (unet)
+    c.patch_size = 2  # all but unet: side of a patch, tokens = (input_size / patch_size)^2
+    c.depth = 4  # all but unet: transformer blocks; of imf_dit those on the way to u, its head's included
+    c.num_heads = 4  # all but unet: attention heads
+    c.mlp_ratio = 4.0  # all but unet: hidden width of a block's MLP over `width`
+    c.attention = "plain"  # all but unet: where no tangent passes: plain | fused (cuDNN's, PyTorch's)
+    c.attention_jvp = "plain"  # all but unet: under the JVP; fused is refused, since no fused kernel has a tangent
+    c.qk_norm = False  # dit, dmf_dit: queries and keys are divided by their root mean square
+    c.interval_embedder = True  # dit: embeds t - r, for MeanFlow; False: a flow model (SiT), which ignores r
+    c.repa_dims = ()  # dit: width of the features that each encoder of REPA has of a token; (): no REPA
+    c.repa_depth = 8  # dit: blocks before the projectors of REPA
+    c.projector_dim = 2048  # dit: hidden width of a projector
+    c.dmf_depth = 3  # dmf_dit: first blocks, which are told t; the rest are told r
     c.head_depth = 2  # imf_dit: blocks of the head of u, and as many of the head of v; the rest they share
     c.v_heads = True  # imf_dit: has the blocks of the head of v; False, as in released weights: can only sample
     c.num_class_tokens = 8  # imf_dit: tokens that carry the class
@@ -105,29 +116,41 @@ def model() -> Config:
 
 
 def method() -> Config:
-    """The objective: MeanFlow, arXiv:2505.13447, or improved MeanFlow, arXiv:2512.02012, and what public code added."""
+    """The objective, and what public code added to it.
+
+    MeanFlow, arXiv:2505.13447; improved MeanFlow, arXiv:2512.02012; flow matching with logit-normal times,
+    arXiv:2403.03206, with REPA, arXiv:2410.06940; decoupled MeanFlow, arXiv:2510.24474.
+    """
     c = ml_collections.ConfigDict()
-    c.name = "meanflow"  # file of the method in methods/: meanflow | improved; options of one are ignored by the other
+    c.name = "meanflow"  # file in methods/: meanflow | improved | flow | decoupled; each ignores others' options
     c.path = "linear"  # z(t): linear (1-t)x + te | cosine cos(pi t/2)x + sin(pi t/2)e
-    c.time_sampler = "logit_normal"  # of both times: logit_normal | uniform
+    c.time_sampler = "logit_normal"  # of all times: logit_normal | uniform | arctan (2/pi atan(exp(normal)), which is
+    # to the cosine path what logit_normal is to the linear) | arctan_official (without exp; may be negative)
     c.time_mean = (-0.4, -0.4)  # means of the normals under the logistic, of the first and the second time
     c.time_std = (1.0, 1.0)  # their standard deviations
+    c.flow_time_mean = 0.0  # flow, decoupled: the same of the time of the flow term
+    c.flow_time_std = 1.0
     c.time_order = "sorted"  # t, r: sorted (larger, smaller) | truncated (first, second but at most the first)
-    c.flow_rows = "split"  # rows with r = t: split (static, cheapest) | front (first rows) | coin (each row by chance)
-    c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
+    c.flow_rows = "split"  # meanflow, improved: r = t on: split (static, cheapest) | front | coin (each by chance)
+    c.flow_fraction = 0.75  # meanflow, improved: share of rows with r = t, in [0, 1]
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
     c.label_drop_prob = 0.1  # probability of losing it
-    c.guidance = True  # train on a guided velocity; improved: of every scale and interval, else of scale 1 alone
-    c.omega = 1.0  # meanflow: w in v_g = w v + k u(y) + (1-w-k) u(no class); effective scale omega / (1 - kappa)
+    c.guidance = True  # meanflow, improved: train on a guided velocity; improved: of every scale, else of scale 1 alone
+    c.guidance_type = "mg"  # decoupled: default (none) | mg (by the model itself) | distill (from a frozen teacher)
+    c.teacher = ""  # decoupled, distill: a flow model, its work directory or, of this model's sizes, its .safetensors
+    c.omega = 1.0  # w.  meanflow: v_g = w v + k u(y) + (1-w-k) u(no class), an effective scale of w / (1-k)
+    # decoupled: v + w (v(y) - v(no class)) for mg, v(no class) + w (v(y) - v(no class)) for distill
     c.kappa = 0.5  # meanflow: k, in [0, 1)
-    c.guidance_start = 0.0  # meanflow: guide where guidance_start <= t <= guidance_end
+    c.guidance_start = 0.0  # meanflow, decoupled: guide where guidance_start <= t <= guidance_end
     c.guidance_end = 1.0
     c.omega_max = 8.0  # improved: largest guidance scale drawn, the least is 1
     c.omega_power = 1.0  # improved: the density of drawn scales falls as omega^-omega_power
     c.clip_interval = True  # meanflow: clip t - r to [0, 1] in the target, as the official JAX code does
-    c.weighting = "adaptive"  # of a row's squared error: adaptive | adaptive_squared (PyTorch reproduction) | uniform
+    c.weighting = "adaptive"  # meanflow, improved, of an error: adaptive | adaptive_squared (reproduction) | uniform
     c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
-    c.adaptive_eps = 0.01  # eps
+    c.adaptive_eps = 0.01  # eps; decoupled: in log(error / variance + eps)
+    c.log_variance_pairs = "row"  # decoupled: of a log-variance: row | all (official, by accident; of a micro-batch)
+    c.repa_coeff = 0.5  # flow: weight of the term of REPA
     return c
 
 
@@ -154,27 +177,31 @@ def train() -> Config:
     c.ema_every = 1  # steps between updates of the EMAs, each by decay^ema_every
     c.compile = True  # PyTorch: torch.compile the step (JAX always compiles)
     c.compile_backend = "inductor"  # inductor (fused kernels) | aot_eager (traced, no kernels: ready many times sooner)
-    c.num_threads = (
-        0  # PyTorch on CPU: threads of an operation, of which tiny networks gain nothing; 0: as many as cores
-    )
+    c.num_threads = 0  # PyTorch on CPU: threads of an operation; tiny networks gain from 1; 0: as many as cores
     c.matmul_precision = "highest"  # float32 matmuls: highest (full float32) | default (TF32 where the device has it)
     c.log_every = 100  # steps between log lines
     c.sample_every = 1000  # steps between sample grids in TensorBoard; 0: never
     c.evaluate_every = 0  # steps between evaluations; 0: only by the evaluate command
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # newest checkpoints kept
-    c.load_from = ""  # canonical .safetensors to start from; empty: fresh weights
+    c.load_from = ""  # canonical .safetensors or a work directory to start from; empty: fresh weights
     return c
 
 
 def sample() -> Config:
     """How to generate."""
     c = ml_collections.ConfigDict()
-    c.steps = 1  # network evaluations, at uniform times
+    c.steps = 1  # steps at uniform times, a network evaluation each; heun has two in all but the last
     c.times = ()  # times from 1 down to 0 instead, e.g. (1.0, 0.5, 0.0)
-    c.cfg_scale = 1.0  # meanflow: guidance at sampling, for models trained without it; 1: none
+    c.shift = 1.0  # s: uniform times t become s t / (1 + (s - 1) t); above 1 spends more steps on noise
+    c.sampler = "euler"  # flow models: euler | heun | sde; all others: euler | restart (to 0, and noise anew) | ctm
+    c.gamma = 0.5  # ctm: 0 is euler, 1 is restart, in between a part of the noise is drawn anew
+    c.diffusion = "sigma"  # sde: 2 sigma(t) | elbo, 2 sigma (sigma' - sigma alpha'/alpha), infinite at t = 1
+    c.diffusion_scale = 1.0  # sde: factor of the coefficient; 0 is euler
+    c.official = False  # official mistakes: flow models take no step where unguided; ctm adds other noise than exact
+    c.cfg_scale = 1.0  # all but improved: guidance at sampling, for models trained without it; 1: none
     c.omega = 1.0  # improved: guidance scale, at least 1, which the network is told
-    c.interval = (0.0, 1.0)  # improved: times between which it guides, which the network is told
+    c.interval = (0.0, 1.0)  # times between which cfg_scale guides; improved: which the network is told
     c.batch_size = 500  # images generated at once
     c.ema = 0  # which of train.ema_decays to use; -1: the raw parameters
     c.seed = 0  # of noise and labels

@@ -1,77 +1,23 @@
 """Checks a config, and keeps it in the work directory as text."""
 
+import copy
 import json
 import os
 import pathlib
 
 import ml_collections
 
-from configs import base
+from configs import base, rules
 from configs.errors import UserError
 
-CHOICES = {
-    "model.name": ("dit", "unet", "imf_dit"),
-    "model.embedding_type": ("positional", "fourier"),
-    "model.encoder_type": ("standard", "skip", "residual"),
-    "model.decoder_type": ("standard", "skip"),
-    "model.time_embedding": ("joint", "separate"),
-    "model.qkv_layout": ("split", "interleaved"),
-    "model.compute_dtype": ("float32", "bfloat16", "float64"),
-    "method.name": ("meanflow", "improved"),
-    "method.path": ("linear", "cosine"),
-    "method.time_sampler": ("logit_normal", "uniform"),
-    "method.time_order": ("sorted", "truncated"),
-    "method.flow_rows": ("split", "front", "coin"),
-    "method.label_drop": ("coin", "front"),
-    "method.weighting": ("adaptive", "adaptive_squared", "uniform"),
-    "train.optimizer": ("adam", "adamw"),
-    "train.schedule": ("constant", "cosine"),
-    "train.cosine_end": ("steps", "early"),
-    "train.compile_backend": ("inductor", "aot_eager"),
-    "train.matmul_precision": ("highest", "default"),
-}
-# Least and largest value of numbers; None: no bound.
-RANGES = {
-    "model.depth": (1, None),
-    "model.width": (1, None),
-    "model.num_heads": (1, None),
-    "model.patch_size": (1, None),
-    "model.num_classes": (1, None),
-    "model.head_depth": (0, None),
-    "model.num_class_tokens": (1, None),
-    "model.num_omega_tokens": (1, None),
-    "model.num_interval_tokens": (1, None),
-    "model.num_time_tokens": (1, None),
-    "model.num_blocks": (1, None),
-    "model.channel_mult_emb": (1, None),
-    "model.channel_mult_noise": (1, None),
-    "model.augment_dim": (0, None),
-    "model.dropout": (0, 1),
-    "data.augment.prob": (0, 1),
-    "method.flow_fraction": (0, 1),
-    "method.label_drop_prob": (0, 1),
-    "method.kappa": (0, 1),
-    "method.omega_max": (1, None),
-    "train.steps": (1, None),
-    "train.batch_size": (1, None),
-    "train.accumulate": (1, None),
-    "train.fsdp": (1, None),
-    "train.ema_every": (1, None),
-    "train.num_threads": (0, None),
-    "train.log_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.keep_checkpoints": (1, None),
-    "sample.steps": (1, None),
-    "sample.omega": (1, None),
-    "sample.batch_size": (1, None),
-    "evaluation.num_samples": (2, None),
-}
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
     "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
     "train.num_threads", "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
     "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
+# What a model and one that it starts or learns from have in common.
+ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
 FILE_NAME = "config.json"
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
@@ -92,87 +38,15 @@ def check(config: base.Config) -> base.Config:
     flat, known = flatten(config), flatten(base.get_config())
     for key in flat.keys() ^ known.keys():
         raise UserError(f"config.{key} is {'unknown' if key in flat else 'missing'}; configs/base.py lists the options")
-    for key, allowed in CHOICES.items():
-        if flat[key] not in allowed:
-            raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
-    for key, (least, most) in RANGES.items():
-        if not flat[key] >= least or (most is not None and not flat[key] <= most):  # NaN is neither
-            raise UserError(
-                f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
-            )
-    {"dit": check_dit, "unet": check_unet, "imf_dit": check_imf_dit}[config.model.name](config)
-    if (config.method.name == "improved") != (config.model.name == "imf_dit"):
-        raise UserError(
-            f"config.method.name {config.method.name} cannot use config.model.name {config.model.name}: improved and "
-            "imf_dit belong together"
-        )
-    start, end = pair(config.sample.interval, "sample.interval", "the start and the end of the interval")
-    if not 0 <= start <= end <= 1:
-        raise UserError(f"config.sample.interval is {config.sample.interval}; it must rise and stay in [0, 1]")
-    for key in ("time_mean", "time_std"):
-        pair(config.method[key], f"method.{key}", "for t and for r")
+    rules.check_values(flat)
+    rules.NETWORK_CHECKS[config.model.name](config)
+    rules.check_method(config)
+    rules.check_sampling(config)
     if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
         raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
     if not -1 <= config.sample.ema < len(config.train.ema_decays):
         raise UserError(f"config.sample.ema is {config.sample.ema}, but there are {len(config.train.ema_decays)} EMAs")
     return config
-
-
-def check_dit(config: base.Config) -> None:
-    """Raise UserError for sizes of which no transformer can be built."""
-    c = config.model
-    if c.input_size % c.patch_size:
-        raise UserError(
-            f"config.model.patch_size {c.patch_size} does not divide config.model.input_size {c.input_size}"
-        )
-    if c.width % c.num_heads or c.width % 4:
-        raise UserError(f"config.model.width {c.width} must be a multiple of model.num_heads and of 4")
-
-
-def check_imf_dit(config: base.Config) -> None:
-    """Raise UserError for sizes of which no transformer with two heads can be built."""
-    check_dit(config)
-    c = config.model
-    if c.width // c.num_heads % 2:
-        raise UserError(f"config.model.width {c.width} over model.num_heads must be even, for rotary positions")
-    if c.head_depth > c.depth:
-        raise UserError(f"config.model.head_depth {c.head_depth} is more than config.model.depth {c.depth}")
-    if config.sample.cfg_scale != 1:
-        raise UserError(
-            f"config.sample.cfg_scale is {config.sample.cfg_scale}, which is for models trained without guidance; this "
-            "one is told its scale: leave it at 1 and choose the scale by --omega or --config.sample.omega"
-        )
-
-
-def check_unet(config: base.Config) -> None:
-    """Raise UserError for sizes of which no U-Net can be built, and for what only a network with classes can do.
-
-    The network itself checks what depends on its levels.
-    """
-    c = config.model
-    sizes = [c.input_size >> level for level in range(len(c.channel_mult))]
-    if c.width < 4 or c.width % 4:
-        raise UserError(f"config.model.width {c.width} must be a multiple of 4")
-    if not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
-        raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
-    if not set(c.attn_resolutions) <= set(sizes):
-        raise UserError(f"config.model.attn_resolutions {c.attn_resolutions} are not among the levels' sizes {sizes}")
-    if config.evaluation.classifier:
-        raise UserError("a U-Net knows no classes to be scored: set --config.evaluation.classifier=False")
-    if config.method.guidance or config.sample.cfg_scale != 1:
-        raise UserError(
-            "config.model.name is unet, a network without classes, which cannot be guided: set "
-            "--config.method.guidance=False and --config.sample.cfg_scale=1"
-        )
-    if config.model.dropout == 1:
-        raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
-
-
-def pair(value: object, key: str, what: str) -> tuple[float, float]:
-    """Return `value` if it is two numbers.  Raises UserError naming the option `key` and what they are."""
-    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(v, int | float) for v in value):
-        raise UserError(f"config.{key} is {value}; give two numbers, {what}")
-    return value
 
 
 def check_trainable(config: base.Config) -> None:
@@ -182,6 +56,38 @@ def check_trainable(config: base.Config) -> None:
             "config.model.v_heads is False: without the head of v, which released weights leave out, a network can "
             "sample but not be trained"
         )
+
+
+def check_teacher(config: base.Config, teacher: base.Config | None) -> base.Config:
+    """Return the config of the frozen flow model that `method.teacher` names; None: one of the sizes of `config`.
+
+    It computes as this run does, whatever it was trained in.  Raises UserError if it is no flow model, or one of other
+    images, classes or another path.
+    """
+    flow, of = copy.deepcopy(config if teacher is None else teacher), config.method.teacher
+    if teacher is None:
+        flow.model.update(name="dit", interval_embedder=False, repa_dims=())
+        flow.method.name = "flow"
+    if flow.method.name != "flow":
+        raise UserError(f"config.method.teacher {of} is of config.method.name {flow.method.name}, not flow")
+    check_alike(config, flow, "method.teacher", ALIKE)
+    flow.model.update(attention=config.model.attention, compute_dtype=config.model.compute_dtype)
+    return flow
+
+
+def check_alike(config: base.Config, other: base.Config | None, key: str, names: tuple[str, ...] = ()) -> None:
+    """Raise UserError if the model that the option `key` names differs in what its weights do not show.
+
+    other: its config, None if only its weights are known.  names: dotted options; by default those of `ALIKE`, and
+    `num_heads` of transformers.
+    """
+    heads = () if config.model.name == "unet" else ("model.num_heads",)
+    theirs, ours = flatten(other or config), flatten(config)
+    for name in names or ALIKE + heads:
+        if theirs[name] != ours[name]:
+            raise UserError(
+                f"config.{key} {ours[key]} has config.{name} {theirs[name]}, this model {ours[name]}: they must agree"
+            )
 
 
 def check_divisible(config: base.Config, devices: int, kind: str) -> None:

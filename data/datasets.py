@@ -9,7 +9,7 @@ import os
 import pathlib
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import tensorflow_datasets as tfds
@@ -26,37 +26,55 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
+class Extra(NamedTuple):
+    """A feature that each record is to have beside `image` and `label`."""
+
+    key: str
+    shape: tuple[int | None, ...]  # None: any size, the same for all records
+    kind: type[np.generic]  # of its values: a type of NumPy, or a family of them
+    remedy: str  # what the user can do where it is missing, for messages
+
+
 @dataclasses.dataclass(frozen=True)
 class ImageSource:
     """Random access to one split: `source[i]` is {'image': [h w c] as stored, 'label': int}; images may differ in size.
 
+    With `extra` a record holds that feature too, an array as stored.
     Can be pickled, so that loader processes open it for themselves.
     """
 
     records: Sequence[dict]
+    extra: str = ""
 
     def __len__(self) -> int:
         return len(self.records)
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         record = self.records[index]
-        return {"image": record["image"], "label": int(record["label"])}
+        extra = {self.extra: record[self.extra]} if self.extra else {}
+        return {"image": record["image"], "label": int(record["label"])} | extra
 
 
-def open_source(name: str, split: str, directory: str) -> ImageSource:
+def open_source(name: str, split: str, directory: str, extra: Extra | None = None) -> ImageSource:
     """Return split `split` of dataset `name`, downloading and preparing it first if need be.
 
     name: `digits`, any TFDS name (`mnist`, `cifar10`, `cifar10_corrupted/fog_1`), a builder of your own whose module
         has been imported (in the config file, say), or the path of a prepared directory (.../name/1.0.0).
     split: a TFDS split: `train`, `test`, `train[:90%]`.
     directory: where TFDS keeps datasets; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets.
+    extra: one more feature that the records are to have; all others are left out.
     Processes of one machine may call it at once: one prepares, the others wait for it.
-    Raises UserError: unknown name or split, no `image` or `label`, stored in a format without random access,
-        download impossible, directory not writable, disk full.
+    Raises UserError: unknown name or split, no `image` or `label`, no such `extra` or one of another shape, stored in a
+        format without random access, download impossible, directory not writable, disk full.
     """
     builder = _open(name, directory)
     _check(builder, name, split)
-    return ImageSource(builder.as_data_source(split))  # pyright: ignore  # a subclass takes the source
+    if extra:
+        _check_extra(builder, name, extra)
+    key = extra.key if extra else ""
+    decoders = _skip_images(builder, key)
+    records: Any = builder.as_data_source(split, decoders=decoders)  # pyright: ignore  # it does not see the arguments
+    return ImageSource(records, key)
 
 
 def split_names(name: str, directory: str) -> tuple[str, ...]:
@@ -123,6 +141,13 @@ def _way_out(error: OSError) -> str:
     return "If this machine has no network, prepare the dataset on one that has, and copy its directory here."
 
 
+def _skip_images(builder: tfds.core.DatasetBuilder, key: str) -> dict[str, tfds.decode.Decoder]:
+    """Return the decoders that leave images other than `image` and `key` as they are, for decoding takes its time."""
+    features: Any = builder.info.features
+    images = {name for name, feature in features.items() if isinstance(feature, tfds.features.Image)}
+    return {name: tfds.decode.SkipDecoding() for name in images - {"image", key}}
+
+
 def _check(builder: tfds.core.DatasetBuilder, name: str, split: str) -> None:
     formats = {file_format.value for file_format in builder.info.available_file_formats()}
     if FILE_FORMAT not in formats:
@@ -146,3 +171,21 @@ def _check(builder: tfds.core.DatasetBuilder, name: str, split: str) -> None:
         raise UserError(f"no split {split!r} of dataset {name!r} {options}") from error
     if num_examples == 0:
         raise UserError(f"split {split!r} of dataset {name!r} is empty {options}")
+
+
+def _check_extra(builder: tfds.core.DatasetBuilder, name: str, extra: Extra) -> None:
+    features: Any = builder.info.features
+    if extra.key not in features:
+        raise UserError(
+            f"dataset {name!r} (config.data.name) has no feature {extra.key!r}, only {', '.join(features)}: "
+            f"{extra.remedy}"
+        )
+    feature = features[extra.key]
+    fits = len(feature.shape) == len(extra.shape) and all(
+        size is not None and wanted in (None, size) for size, wanted in zip(feature.shape, extra.shape, strict=True)
+    )
+    if not fits or not np.issubdtype(feature.np_dtype, extra.kind):
+        raise UserError(
+            f"feature {extra.key!r} of dataset {name!r} (config.data.name) is {feature}, but it must be "
+            f"{extra.kind.__name__} of shape {extra.shape}: {extra.remedy}"
+        )

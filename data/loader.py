@@ -8,7 +8,7 @@ import dataclasses
 import functools
 import json
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import Any
 
 import grain
@@ -31,7 +31,8 @@ class Examples:
     """Records of a source, checked against config.model and brought to data units.
 
     `examples[i]` is {'image': float32 [h w c], 'label': int32 scalar}.  uint8 images become x/127.5 - 1, in [-1, 1];
-    floating images (latents) are taken to be in data units already and only cast to float32.
+    floating images (latents) are taken to be in data units already and only cast to float32.  If the source has them,
+    `features`, float32 [n d], and `pixels`, uint8 [h w 3], are there too.
     A small dataset stays in memory once read: decoding an 8x8 image costs more than the rest of loading it.
     Raises UserError for a record that does not fit the model.
     """
@@ -49,7 +50,7 @@ class Examples:
         example = self.kept.get(index)
         if example is None:
             example = self._read(index)
-            if 4 * len(self) * math.prod(self.shape) <= MAX_KEPT_BYTES:
+            if len(self) * sum(value.nbytes for value in example.values()) <= MAX_KEPT_BYTES:
                 self.kept[index] = example
         return example
 
@@ -67,21 +68,35 @@ class Examples:
                 f"{where} has label {label}, outside [0, {self.num_classes}): set --config.model.num_classes, or "
                 "choose a labelled split"
             )
-        return {"image": _to_data_units(image, where), "label": np.int32(label)}
+        example = dict(record) | {"image": _to_data_units(image, where), "label": np.int32(label)}
+        if "features" in record:
+            example["features"] = np.asarray(record["features"], np.float32)
+        return example
 
 
 class Loader(Iterator):
     """Endless batches of one process; made by `make_loader`.
 
     Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}, and with config.data.augment
-    'augment': float32 [b k], the labels of the augmentation.
+    'augment': float32 [b k], the labels of the augmentation.  With config.model.repa_dims there is 'features' too:
+    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders joined along d.
     """
 
-    def __init__(self, batches: grain.MapDataset, identity: dict[str, int | str], num_workers: int):
-        """batches: those of this process, by step.  identity: what the order depends on, kept in the state."""
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        identity: dict[str, int | str],
+        num_workers: int,
+        encode: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        """batches: those of this process, by step.  identity: what the order depends on, kept in the state.
+
+        encode: makes the features of `pixels` or else of `image`; None: as the batches are.
+        """
         self._batches = batches
         self._identity = identity
         self._num_workers = num_workers
+        self._encode = encode
         self._step = 0
         self._iterator = None
 
@@ -91,7 +106,10 @@ class Loader(Iterator):
         batch = next(self._iterator)
         self._step += 1
         # Worker processes hand over Grain's own subclass; a plain view of it keeps the shared memory alive.
-        return {key: np.asarray(value) for key, value in batch.items()}
+        batch = {key: np.asarray(value) for key, value in batch.items()}
+        if self._encode:
+            batch["features"] = self._encode(batch.pop("pixels", batch["image"]))
+        return batch
 
     def get_state(self) -> str:
         """Return the position after the last batch returned, as JSON text; the same in every process."""
@@ -137,10 +155,14 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
     and batches run across the ends of epochs, so that no example is dropped.
     config.data.flip mirrors arrays as they are; the mirror image of a latent is only nearly the latent of the mirror
-    image.  config.data.augment comes after it, and is for pixels.
+    image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and is for pixels.
+    With config.model.repa_dims the dataset has `features` beside the images, or config.data.encoder makes them, of the
+    images that the network sees or, if these are neither grey nor RGB, of the `pixels` beside them.  It runs in this
+    process on the rows of this process: their number changes its features by rounding.
     Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
-    data.augment, empty split, whatever `open_source` raises; while iterating, for a record that does not fit
-    config.model, or channels that data.augment cannot change.
+    data.augment, empty split, whatever `open_source` and `encoder.load` raise, stored features or pixels with
+    data.augment; while iterating, for a record that does not fit config.model, or channels that data.augment cannot
+    change.
     """
     if batch_size <= 0 or batch_size % num_processes:
         raise UserError(
@@ -155,7 +177,8 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
             f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
             f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not told of them"
         )
-    examples = _examples(config, config.data.split)
+    extra, encode = _extra(config), _load_encoder(config)
+    examples = _examples(config, config.data.split, extra)
     identity = {
         "dataset": examples.title,
         "num_examples": len(examples),
@@ -168,13 +191,13 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     if config.data.augment.prob > 0:
         rows = rows.random_map(functools.partial(_augment, c=config.data.augment))
     batches = rows.batch(batch_size // num_processes)[process::num_processes]
-    return Loader(batches, identity, config.data.num_workers)
+    return Loader(batches, identity, config.data.num_workers, encode)
 
 
 def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
 
-    They are neither flipped nor augmented.
+    They are neither flipped nor augmented, and have no features.
     Raises UserError as `make_loader` does.
     """
     examples = _examples(config, split)
@@ -186,11 +209,57 @@ def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray
     return images, labels
 
 
-def _examples(config: base.Config, split: str) -> Examples:
-    source = datasets.open_source(config.data.name, split, config.data.dir)
+def _examples(config: base.Config, split: str, extra: datasets.Extra | None = None) -> Examples:
+    source = datasets.open_source(config.data.name, split, config.data.dir, extra)
     title = f"{config.data.name} ({split})"
     size = config.model.input_size
     return Examples(source, title, (size, size, config.model.channels), config.model.num_classes)
+
+
+def _has_repa(config: base.Config) -> bool:
+    return config.model.name == "dit" and len(config.model.repa_dims) > 0
+
+
+def _extra(config: base.Config) -> datasets.Extra | None:
+    """Return what REPA needs beside image and label; None: nothing.  Raises UserError if it would be augmented."""
+    c = config.model
+    if not _has_repa(config) or (config.data.encoder and c.channels in (1, 3)):
+        return None
+    if config.data.encoder:
+        remedy = (
+            f"config.data.encoder can read images of 1 or 3 channels, and these have {c.channels} "
+            "(config.model.channels): store the images that they are the latents of beside them, as `pixels`, uint8 of "
+            "shape [h w 3]; or store their `features`, and leave config.data.encoder empty"
+        )
+        extra = datasets.Extra("pixels", (None, None, 3), np.uint8, remedy)
+    else:
+        remedy = (
+            "REPA learns from the features that frozen encoders have of the images: store them beside the images, "
+            "with a row for each token (config.model.input_size / config.model.patch_size, squared) and the encoders "
+            "along the last axis, as wide as config.model.repa_dims; or name one encoder by --config.data.encoder"
+        )
+        shape = ((c.input_size // c.patch_size) ** 2, sum(c.repa_dims))
+        extra = datasets.Extra("features", shape, np.floating, remedy)
+    if config.data.augment.prob > 0:
+        raise UserError(
+            f"config.data.augment changes the images, but not the `{extra.key}` stored beside them, of which REPA "
+            "learns: set --config.data.augment.prob=0, or train on pixels with --config.data.encoder"
+        )
+    return extra
+
+
+def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | None:
+    if not (_has_repa(config) and config.data.encoder):
+        return None
+    c = config.model
+    if len(c.repa_dims) > 1:
+        raise UserError(
+            f"config.model.repa_dims is {c.repa_dims}, but config.data.encoder is only one encoder: give one width, or "
+            "store the `features` of all encoders beside the images and leave config.data.encoder empty"
+        )
+    from data import encoder  # imports PyTorch, which the JAX trainer has no other use for
+
+    return encoder.load(config.data.encoder, c.input_size // c.patch_size, sum(c.repa_dims))
 
 
 def _to_data_units(image: np.ndarray, where: str) -> np.ndarray:
@@ -202,9 +271,14 @@ def _to_data_units(image: np.ndarray, where: str) -> np.ndarray:
 
 
 def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
-    if rng.random() < FLIP_PROB:
-        return example | {"image": example["image"][:, ::-1]}
-    return example
+    if rng.random() >= FLIP_PROB:
+        return example
+    mirrored = {key: example[key][:, ::-1] for key in ("image", "pixels") if key in example}
+    if "features" in example:
+        tokens = example["features"]
+        grid = math.isqrt(len(tokens))
+        mirrored["features"] = tokens.reshape(grid, grid, -1)[:, ::-1].reshape(tokens.shape)
+    return example | mirrored
 
 
 def _augment(example: dict[str, np.ndarray], rng: np.random.Generator, c: base.Config) -> dict[str, np.ndarray]:

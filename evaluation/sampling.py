@@ -1,8 +1,9 @@
 """Generates images from a trained model of either framework, and what both sample commands do beside that.
 
-A sampler is a function (weights, noise [b h w c], labels [b], c) -> images [b h w c] in data units, numpy in and out,
-of weights as its framework holds them.  c is a `config.sample`, of which it reads the guidance that the network is
-told (omega, interval); the rest is fixed when the sampler is made.
+A sampler is a function (weights, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units, numpy in and
+out, of weights as its framework holds them.  c is a `config.sample`, of which it reads the guidance that the network is
+told (omega, interval); the rest is fixed when the sampler is made.  fresh is the noise that it draws anew, [k b h w c],
+None for samplers that draw none.
 """
 
 import copy
@@ -15,7 +16,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base, resolve
+from configs import base, resolve, rules
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import workdir
@@ -23,9 +24,13 @@ from data import noise as noise_and_labels
 from evaluation import files, grids
 
 NUM_SAMPLES = 100  # images that the sample commands generate unless told otherwise
-OPTIONS = ("steps", "times", "cfg_scale", "omega", "interval", "ema", "batch_size", "seed")  # flags of config.sample
+# Flags of config.sample.
+OPTIONS = (
+    "steps", "times", "shift", "sampler", "gamma", "diffusion", "diffusion_scale", "official", "cfg_scale", "omega",
+    "interval", "ema", "batch_size", "seed",
+)  # fmt: skip
 V_HEADS = "v_heads."  # canonical names of the blocks of the head of v begin so
-Sampler = Callable[[Any, np.ndarray, np.ndarray, base.Config], np.ndarray]
+Sampler = Callable[[Any, np.ndarray, np.ndarray, base.Config, np.ndarray | None], np.ndarray]
 Load = Callable[[str | None, str, base.Config | None], tuple[base.Config, Sampler, Any]]
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
@@ -36,11 +41,18 @@ def define_flags() -> None:
     flags.DEFINE_integer(
         "num_samples", None, f"Images; {NUM_SAMPLES} to look at, config.evaluation.num_samples to judge.", lower_bound=1
     )
-    flags.DEFINE_integer("steps", None, "Network evaluations; config.sample.steps by default.", lower_bound=1)
+    flags.DEFINE_integer("steps", None, "Steps of sampling; config.sample.steps by default.", lower_bound=1)
     flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")
+    flags.DEFINE_float("shift", None, "Shift of uniform steps towards noise; 1: none.")
+    samplers = dict.fromkeys(rules.FLOW_MAP_SAMPLERS + rules.FLOW_SAMPLERS)
+    flags.DEFINE_enum("sampler", None, list(samplers), "How to sample; config.sample.sampler by default.")
+    flags.DEFINE_float("gamma", None, "Share of the noise that the sampler ctm draws anew, in [0, 1].")
+    flags.DEFINE_enum("diffusion", None, ["sigma", "elbo"], "Coefficient of the sampler sde.")
+    flags.DEFINE_float("diffusion_scale", None, "Factor of that coefficient.")
+    flags.DEFINE_bool("official", None, "Sample with the mistakes of the official code; docs/differences.md.")
     flags.DEFINE_float("cfg_scale", None, "Guidance at sampling, for models trained without it; 1: none.")
     flags.DEFINE_float("omega", None, "Guidance scale that the network is told; improved MeanFlow only.")
-    flags.DEFINE_list("interval", None, "Start and end of its guidance, e.g. 0.4,0.65; improved MeanFlow only.")
+    flags.DEFINE_list("interval", None, "Start and end of the guidance, e.g. 0.4,0.65.")
     flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
     flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
     flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
@@ -61,6 +73,10 @@ def sample(load: Load) -> None:
     others are.  Raises UserError for what cannot be read, sampled or written.
     """
     f = flags.FLAGS
+    if config_flag() is not None and not f.weights:
+        raise UserError(
+            "--config goes with --weights: a work directory has its own, of which flags change the sampling"
+        )
     output, labels = output_directory(), numbers("labels", f.labels, int)
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
@@ -79,14 +95,16 @@ def generate(
     """
     c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
     check_labels(labels, config.model.num_classes)
-    images, all_labels = [], []
+    images, all_labels, num_fresh = [], [], noise_and_labels.num_fresh(c)
     for start in tqdm(range(0, num_samples, c.batch_size), "sampling", unit="batch", disable=None, leave=None):
         indices = np.arange(start, min(start + c.batch_size, num_samples))
-        noise, y = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed)
+        noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)
         y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
         missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
         noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
-        images.append(sampler(weights, noise, padded, c)[: len(indices)])
+        if fresh is not None and missing:
+            fresh = np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * len(shape))
+        images.append(sampler(weights, noise, padded, c, fresh)[: len(indices)])
         all_labels.append(y)
     return np.concatenate(images), np.concatenate(all_labels)
 
@@ -106,7 +124,7 @@ def override(config: base.Config) -> base.Config:
     """
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
-    check_told(config, given.keys() & {"omega", "interval"})
+    check_told(config, given.keys() & {"omega"})
     given |= {name: numbers(name, given[name]) for name in ("times", "interval") if name in given}
     if "steps" in given:
         given.setdefault("times", ())

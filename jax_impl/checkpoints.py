@@ -3,6 +3,7 @@
 Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
 """
 
+import copy
 import itertools
 import os
 import pathlib
@@ -98,6 +99,11 @@ class Checkpoints:
         self.manager = self._open()
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a work directory holds a checkpoint, whole or not."""
+    return any(path.name.isdigit() for path in (pathlib.Path(workdir) / DIRECTORY).glob("*"))
+
+
 def read_weights(workdir: str | os.PathLike, ema: int = 0):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
@@ -111,7 +117,9 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
         raise UserError(
             f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
         )
-    graphdef, like = create_state(config, make_mesh(config))
+    whole = copy.deepcopy(config)
+    whole.train.fsdp = 1  # however many devices the run had, and this process has
+    graphdef, like = create_state(whole, make_mesh(whole))
     restored = Checkpoints(workdir, config).restore(like)
     if restored is None:
         raise UserError(f"{workdir} holds no checkpoint yet")

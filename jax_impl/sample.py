@@ -18,20 +18,23 @@ from jax_impl.step import build_net
 
 
 def make_sampler(config, graphdef):
-    """Return the sampler (params, noise [b h w c], labels [b], c) -> images [b h w c] in data units, all numpy.
+    """Return the sampler (params, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.
 
-    params: nnx.State.  c: a `config.sample`, see `sampling`; one compilation serves every guidance.
-    Raises UserError for sampling times that do not fall.
+    All but the first are numpy.  params: nnx.State.  c: a `config.sample`, see `sampling`; one compilation serves every
+    guidance that is told.
+    fresh: [k b h w c], the noise that samplers draw anew.
+    Raises UserError for sampling times that do not fall, or a diffusion that is infinite.
     """
     method = METHODS[config.method.name]
-    method.sampling_times(config.sample)
+    method.sampling_steps(config.sample)
 
     @jax.jit
     def compiled(params, noise, y, given):
         return method.sample(nnx.merge(graphdef, params), noise, y, given, config.sample)
 
-    def sampler(params, noise, y, c):
+    def sampler(params, noise, y, c, fresh=None):
         given = {name: float(value) for name, value in method.sampling_conditions(c).items()}
+        given |= {} if fresh is None else {"fresh": fresh}
         return np.asarray(jax.device_get(compiled(params, noise, y, given)))
 
     return sampler

@@ -130,28 +130,35 @@ def apply_gradients(state, grads, c):
 def measure(loss, aux):
     """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
 
-    raw_error_v: that of the head of v, where the method has one.
+    raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
+    are the JVP's.  projection: the term of REPA.
     """
-    jvp_row = aux["r"] < aux["t"]
-    du_dt_norm = jnp.sqrt(jnp.square(aux["du_dt"]).sum((1, 2, 3)))
+    scalars = {"loss": loss, "raw_error": aux["err"].mean()}
+    if "du_dt" in aux:
+        jvp_row = aux["r"] < aux["t"]
+        du_dt_norm = jnp.sqrt(jnp.square(aux["du_dt"]).sum((1, 2, 3)))
 
-    def mean_over(rows, a):
-        return jnp.where(rows, a, 0).sum() / jnp.maximum(rows.sum(), 1)
+        def mean_over(rows, a):
+            return jnp.where(rows, a, 0).sum() / jnp.maximum(rows.sum(), 1)
 
-    return {
-        "loss": loss,
-        "raw_error": aux["err"].mean(),
-        "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
-        "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
-        "du_dt_norm": mean_over(jvp_row, du_dt_norm),
-    } | ({"raw_error_v": aux["err_v"].mean()} if "err_v" in aux else {})
+        scalars |= {
+            "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
+            "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
+            "du_dt_norm": mean_over(jvp_row, du_dt_norm),
+        }
+    if "err_flow" in aux:
+        scalars["raw_error_flow_rows"] = aux["err_flow"].mean()
+    if "err_v" in aux:
+        scalars["raw_error_v"] = aux["err_v"].mean()
+    return scalars | {name: aux[name] for name in ("projection",) if name in aux}
 
 
-def make_train_step(config, graphdef, mesh, draw=None):
+def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
     """Return the compiled step: (state, batch) -> (state, metrics).
 
     batch: {'image' [b h w c] float32, 'label' [b] int32, and 'augment' [b k] float32 if images are augmented}, rows
     sharded over all devices.  The state is donated.  draw: (key, shape, cfg) -> Draws; None: the method's own.
+    teacher: (graph definition, parameters) of a frozen network that the method's loss is given, or None.
     Draws depend on (seed, step) alone and the rows are split inside each device's shard, so the result does not
     depend on the number of devices or micro-batches.
     """
@@ -159,9 +166,10 @@ def make_train_step(config, graphdef, mesh, draw=None):
     draw = draw or method.draw
     rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, batch, draws):
+    def loss_fn(params, frozen, batch, draws):
         net = nnx.merge(graphdef, params)
-        loss, aux = method.loss(net, batch, draws, config.method)
+        given = {"teacher": nnx.merge(teacher[0], frozen)} if teacher else {}
+        loss, aux = method.loss(net, batch, draws, config.method, **given)
         return loss, measure(loss, aux)
 
     def micro_batches(a):
@@ -169,36 +177,38 @@ def make_train_step(config, graphdef, mesh, draw=None):
         a = a.reshape(mesh.size, c.accumulate, -1, *a.shape[1:]).swapaxes(0, 1)
         return a.reshape(c.accumulate, -1, *a.shape[3:])
 
-    def gradients(params, *rows):
+    def gradients(params, frozen, *rows):
         value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
         if c.accumulate == 1:
-            (_, metrics), grads = value_and_grad(params, *rows)
+            (_, metrics), grads = value_and_grad(params, frozen, *rows)
             return grads, metrics
 
         def add(total, rows):
-            (_, metrics), grads = value_and_grad(params, *rows)
+            (_, metrics), grads = value_and_grad(params, frozen, *rows)
             return jax.tree.map(jnp.add, total, (grads, metrics)), None
 
-        shapes = jax.eval_shape(lambda *rows: value_and_grad(params, *rows), *jax.tree.map(lambda a: a[0], rows))
+        first = jax.tree.map(lambda a: a[0], rows)
+        shapes = jax.eval_shape(lambda *rows: value_and_grad(params, frozen, *rows), *first)
         zeros = jax.tree.map(lambda a: jnp.zeros(a.shape, a.dtype), (shapes[1], shapes[0][1]))
         total, _ = jax.lax.scan(add, zeros, rows)
         return jax.tree.map(lambda a: a / c.accumulate, total)
 
-    def train_step(state, batch):
+    def train_step(state, batch, frozen=None):
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
         draws = draw(key, batch["image"].shape, config.method)
         rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
         # Every device gathers whole parameters and gradients; else activations would be sharded as parameters are.
-        params = jax.lax.with_sharding_constraint(state.params, whole)
-        grads, metrics = jax.lax.with_sharding_constraint(gradients(params, *rows), whole)
+        params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), whole)
+        grads, metrics = jax.lax.with_sharding_constraint(gradients(params, frozen, *rows), whole)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, grads, c)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate}
 
-    return jax.jit(train_step, donate_argnums=0)
+    compiled = jax.jit(train_step, donate_argnums=0)
+    return (lambda state, batch: compiled(state, batch, teacher[1])) if teacher else compiled
 
 
 def put_batch(batch, mesh):

@@ -1,6 +1,7 @@
 """The training loop: batches in, steps, and what happens every so many steps."""
 
 import math
+import os
 import signal
 from typing import Any, NamedTuple
 
@@ -17,9 +18,9 @@ from evaluation.logs import MetricLog, Progress
 from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import generate
 from jax_impl import weights
-from jax_impl.checkpoints import Checkpoints
+from jax_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
 from jax_impl.sample import make_sampler
-from jax_impl.step import create_state, make_mesh, make_train_step, put_batch
+from jax_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, state_shardings
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 
@@ -32,13 +33,14 @@ def train(config, workdir):
     """
     resolve.check_trainable(config)
     resolve.check_divisible(config, jax.device_count(), "devices")
-    first = jax.process_index() == 0
-    if first:
+    mesh, first = make_mesh(config), jax.process_index() == 0
+    loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
+    teacher = load_teacher(config, mesh)
+    graphdef, state = start_state(config, mesh, resumes=has_checkpoint(workdir))
+    sampler = make_sampler(config, graphdef)
+    if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
         resolve.open_workdir(workdir, config, "jax")
     multihost_utils.sync_global_devices("workdir")
-    loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
-    mesh = make_mesh(config)
-    graphdef, state = start_state(config, mesh)
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
@@ -51,9 +53,9 @@ def train(config, workdir):
             loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(int(state.step))
-    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, graphdef, log))
+    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, sampler, log))
     try:
-        return loop(parts, make_train_step(config, graphdef, mesh), state, mesh)
+        return loop(parts, make_train_step(config, graphdef, mesh, teacher=teacher), state, mesh)
     finally:
         loader.close()
         checkpoints.close()
@@ -71,13 +73,40 @@ class Parts(NamedTuple):
     reports: list  # of (every, report)
 
 
-def start_state(config, mesh):
-    """Return the graph definition and the state of step 0, from `train.load_from` if that is set."""
-    graphdef, state = create_state(config, mesh)
-    if config.train.load_from:
-        net = nnx.merge(graphdef, state.params)
-        graphdef, state = create_state(config, mesh, weights.from_canonical(net, weights.load(config.train.load_from)))
-    return graphdef, state
+def start_state(config, mesh, resumes=False):
+    """Return the graph definition and the state of step 0, from `train.load_from` if that is set.
+
+    resumes: the weights will come from a checkpoint, and that model may be gone.  Raises UserError if it is one of
+    other images, classes, heads or another path than this.
+    """
+    if not config.train.load_from or resumes:
+        return create_state(config, mesh)
+    graphdef, fresh = build_net(config)
+    net, (own, canonical) = nnx.merge(graphdef, fresh), read_model(config.train.load_from)
+    resolve.check_alike(config, own, "train.load_from")
+    return create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical)))
+
+
+def read_model(path):
+    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors."""
+    if not os.path.isdir(path):
+        return None, weights.load(path)
+    ema = resolve.read_workdir(path).sample.ema
+    return read_weights(path, ema)
+
+
+def load_teacher(config, mesh):
+    """Return (graph definition, parameters) of the frozen flow model of guidance distillation, None without it.
+
+    Raises UserError if `method.teacher` is no flow model, or one of other images or classes.
+    """
+    if config.method.name != "decoupled" or config.method.guidance_type != "distill":
+        return None
+    own, canonical = read_model(config.method.teacher)
+    graphdef, params = build_net(resolve.check_teacher(config, own))
+    net = nnx.merge(graphdef, params)
+    params = weights.from_canonical(net, weights.adopt(net, params, canonical))
+    return graphdef, jax.device_put(params, state_shardings(params, mesh))
 
 
 def loop(parts, train_step, state, mesh):
@@ -156,9 +185,8 @@ class Termination:
         return self.received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
 
 
-def make_reports(config, graphdef, log):
+def make_reports(config, sampler, log):
     """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
-    sampler = make_sampler(config, graphdef)
 
     def sampled_params(state):
         return state.params if config.sample.ema < 0 else state.emas[config.sample.ema]

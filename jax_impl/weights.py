@@ -8,12 +8,17 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import safetensors
+from absl import logging
 from flax import nnx
 from safetensors.numpy import load_file, save_file
 
 from configs.errors import UserError
 
 LEAVES = {"kernel": "weight", "embedding": "weight"}
+# Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
+# and the log-variance of decoupled MeanFlow; and those that it may have no use for.
+ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
+UNUSED = ("projectors.", "logvar_linear.")
 
 
 def to_canonical(net, params):
@@ -44,6 +49,21 @@ def from_canonical(net, weights):
         check_shape(canonical_name(path), array.shape, leaf.shape)
         leaves.append((path, leaf.replace(jnp.array(array, leaf.dtype))))
     return nnx.from_flat_state(leaves)
+
+
+def adopt(net, params, weights):
+    """Return canonical weights for `net` that start from `weights` of a model of its family.
+
+    What `net` has more, of `ADDED`, is that of its own `params`, what it has no use for, of `UNUSED`, is left out; both
+    are named in a message.  All else must fit, see `from_canonical`.
+    """
+    own = to_canonical(net, params)
+    added = sorted(name for name in own.keys() - weights.keys() if name.startswith(ADDED))
+    unused = sorted(name for name in weights.keys() - own.keys() if name.startswith(UNUSED))
+    for text, names in (("start fresh", added), ("are left out", unused)):
+        if names:
+            logging.info("of the weights to start from, %s %s", ", ".join(names), text)
+    return {name: a for name, a in weights.items() if name not in unused} | {name: own[name] for name in added}
 
 
 def canonical_name(path):

@@ -5,6 +5,7 @@ import functools
 import numpy as np
 
 from configs import base, resolve
+from data import noise
 from parity import formula
 from parity.checks import Case, Measure
 from parity.frameworks import FRAMEWORKS
@@ -23,9 +24,13 @@ IMF = COMMON | {
     "name": "imf_dit", "patch_size": 2, "depth": 3, "head_depth": 1, "width": 32, "num_heads": 4, "mlp_ratio": 8 / 3,
     "num_class_tokens": 3, "num_omega_tokens": 2, "num_interval_tokens": 1, "num_time_tokens": 2,
 }  # fmt: skip
+TRANSFORMER = COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0}
+DMF = TRANSFORMER | {"name": "dmf_dit", "depth": 3, "dmf_depth": 2}
+# The frozen flow model that distills its guidance, of other sizes than the network that it teaches.
+TEACHER = TRANSFORMER | {"interval_embedder": False, "depth": 1, "width": 16, "num_heads": 2}
 # Tiny networks, by the name that their cases carry; the transformer's cases carry none.
 NETWORKS = {
-    "dit": COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0},
+    "dit": TRANSFORMER,
     "unet": UNET,
     "unet_separate": UNET | {
         "time_embedding": "separate", "qkv_layout": "interleaved", "resample_filter": (1, 1), "channel_mult_noise": 1,
@@ -34,6 +39,11 @@ NETWORKS = {
     "unet_residual": UNET | {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "skip"},
     "unet_skip": UNET | {"encoder_type": "skip", "decoder_type": "skip", "channel_mult": (1, 1, 2)},
     "imf": IMF,
+    "dmf": DMF,
+    "dmf_qk": DMF | {"qk_norm": True, "dmf_depth": 1},
+    "dmf_sit": TRANSFORMER | {
+        "interval_embedder": False, "depth": 3, "repa_dims": (12, 8), "repa_depth": 2, "projector_dim": 20
+    },
 }  # fmt: skip
 GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
 OMEGA = {"omega": 2.5, "kappa": 0.0, "guidance_start": 0.2, "guidance_end": 0.8}
@@ -60,6 +70,8 @@ V0 = {
     "adaptive_power": 0.75, "adaptive_eps": 1e-3, "clip_interval": False,
 }  # fmt: skip
 V1 = V0 | {"time_order": "truncated", "time_mean": (-0.6, -4.0), "time_std": (1.6, 1.6)}
+DMF_TIMES = {"time_mean": (0.4, -1.2), "time_std": (1.0, 0.9)}
+MODEL_GUIDANCE = {"omega": 0.6, "guidance_start": 0.1, "guidance_end": 0.7}
 # The same for other networks, by network and name.  A U-Net has no classes, but the objective must not know that.
 NETWORK_SETTINGS = {
     "unet/v0": V0,
@@ -75,6 +87,16 @@ NETWORK_SETTINGS = {
     "imf/coin": {"flow_fraction": 0.5, "flow_rows": "coin", "adaptive_eps": 1e-3, "adaptive_power": 0.5},
     "imf/all_flow": {"flow_fraction": 1.0},
     "imf/no_flow": {"flow_fraction": 0.0, "weighting": "uniform"},
+    "dmf/mg": DMF_TIMES | MODEL_GUIDANCE | {"label_drop_prob": 0.3},
+    "dmf/default": {"guidance_type": "default", "path": "cosine", "time_sampler": "arctan", "adaptive_eps": 0.1},
+    "dmf/distill": DMF_TIMES | MODEL_GUIDANCE | {"guidance_type": "distill", "teacher": "TEACHER", "omega": 1.5},
+    "dmf/uniform": MODEL_GUIDANCE | {"time_sampler": "uniform", "label_drop": "front", "time_order": "truncated"},
+    "dmf/all_pairs": DMF_TIMES | MODEL_GUIDANCE | {"log_variance_pairs": "all", "flow_time_std": 0.7},
+    "dmf/official_times": DMF_TIMES | {"time_sampler": "arctan_official", "path": "cosine", "flow_time_mean": 0.5},
+    "dmf_qk/mg": DMF_TIMES | MODEL_GUIDANCE,
+    "dmf_sit/repa": {"label_drop_prob": 0.3},
+    "dmf_sit/cosine": {"path": "cosine", "time_sampler": "arctan", "flow_time_mean": -0.3, "repa_coeff": 2.0},
+    "dmf_sit/uniform": {"time_sampler": "uniform", "label_drop": "front", "label_drop_prob": 0.4},
 }
 SAMPLERS = {
     "steps1": {"steps": 1},
@@ -83,6 +105,20 @@ SAMPLERS = {
     "times": {"times": (1.0, 0.8, 0.35, 0.0)},
     "steps1_cfg": {"steps": 1, "cfg_scale": 1.5},
     "steps3_cfg": {"steps": 3, "cfg_scale": 2.5},
+}
+# The same of decoupled MeanFlow and of flow models, guided in an interval, with noise drawn anew.
+INSIDE = {"cfg_scale": 1.5, "interval": (0.2, 0.8)}
+NETWORK_SAMPLERS = {
+    "dmf/euler": {"steps": 4, "shift": 1.5} | INSIDE,
+    "dmf/restart": {"steps": 3, "sampler": "restart", "path": "cosine"},
+    "dmf/ctm": {"steps": 4, "sampler": "ctm", "gamma": 0.7, "shift": 2.0} | INSIDE,
+    "dmf/ctm_cosine": {"times": (1.0, 0.7, 0.4, 0.0), "sampler": "ctm", "path": "cosine"},
+    "dmf/ctm_official": {"steps": 3, "sampler": "ctm", "official": True},
+    "dmf_sit/euler": {"steps": 5, "shift": 1.5} | INSIDE,
+    "dmf_sit/euler_official": {"steps": 5, "official": True} | INSIDE,
+    "dmf_sit/heun": {"steps": 4} | INSIDE,
+    "dmf_sit/sde": {"steps": 5, "sampler": "sde", "shift": 1.5} | INSIDE,
+    "dmf_sit/sde_elbo": {"times": (0.95, 0.6, 0.2, 0.0), "sampler": "sde", "diffusion": "elbo", "path": "cosine"},
 }
 GUIDED_SAMPLES = {"omega": 3.5, "interval": (0.25, 0.75)}
 TRAINING = {
@@ -117,6 +153,13 @@ def all_cases() -> list[Case]:
         Case(f"float64/imf/sample/{name}", functools.partial(sample, "imf", SAMPLERS[name] | GUIDED_SAMPLES))
         for name in ("steps1", "steps2", "times")
     ]
+    decoupled = {"method": NETWORK_SETTINGS["dmf/mg"]}
+    cases.append(
+        Case("float64/dmf/train/clip", functools.partial(train, "dmf", decoupled, TRAINING["adamw_cosine_clip"]))
+    )
+    for name, options in NETWORK_SAMPLERS.items():
+        network, sampler = name.split("/")
+        cases.append(Case(f"float64/{network}/sample/{sampler}", functools.partial(sample, network, options)))
     return cases
 
 
@@ -131,6 +174,13 @@ def forward(network: str, measure: Measure) -> None:
     for quantity, (r_given, beside, head) in cases.items():
         u = {name: f.forward(net, x, t, r_given, y, beside, head) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
+    if cfg.model.repa_dims:
+        got = {name: f.features(net, x, t, y) for name, f, net in nets(cfg)}
+        for i, (ours, theirs) in enumerate(zip(got["jax"], got["torch"], strict=True)):
+            measure.compare("jax-torch", f"features {i}", ours, theirs, BOUND)
+    if cfg.model.name == "dmf_dit":
+        got = {name: f.log_variance(net, t, r) for name, f, net in nets(cfg)}
+        measure.compare("jax-torch", "log_variance", got["jax"], got["torch"], BOUND)
 
 
 def jvp(network: str, measure: Measure) -> None:
@@ -157,14 +207,17 @@ def loss(network: str, setting: dict, measure: Measure) -> None:
     """Every quantity and gradient of the loss, between the frameworks and against the plain formula."""
     cfg = config(network, method=setting)
     rows, draws = batch(cfg)
-    images = rows["image"], rows["label"], cfg.model.num_classes
     result = {}
     for name, f, net in nets(cfg):
+        net = net._replace(teacher=f.build(teacher_config(), random_weights(teacher_config())))
+        net = net if cfg.method.teacher else net._replace(teacher=None)
         result[name] = f.loss(net, rows, draws, cfg.method)
-        bare = functools.partial(f.forward, net), functools.partial(f.jvp, net)
-        plain = formula.FORMULAS[cfg.method.name](*bare, images, given(cfg), draws, cfg.method)
-        inputs, beside, targets = (plain.pop(key) for key in ("inputs", "given", "targets"))
-        plain_grads = f.regression_gradients(net, inputs, beside, targets)
+        functions = (f.forward, f.jvp, f.log_variance, f.features)
+        bound = [functools.partial(function, net) for function in functions]
+        bare = formula.Bare(*bound, teacher=functools.partial(f.forward, net.teacher))
+        named = rows | {"null": cfg.model.num_classes}
+        plain = formula.FORMULAS[cfg.method.name](bare, named, given(cfg), draws, cfg.method)
+        plain_grads = f.regression_gradients(net, plain.pop("regressions"))
         against_formula(measure, name, result[name], plain, plain_grads)
     (value, aux, grads), (torch_value, torch_aux, torch_grads) = result["jax"], result["torch"]
     measure.compare("jax-torch", "loss", value, torch_value, BOUND)
@@ -182,7 +235,7 @@ def against_formula(measure, framework, result, plain, plain_grads):
     value, aux, grads = result
     jvp_row = (plain["r"] < plain["t"])[:, None, None, None]
     losses = plain["row_loss"] + plain.get("row_loss_v", 0)
-    measure.compare(framework, "loss (formula)", value, losses.mean(), BOUND)
+    measure.compare(framework, "loss (formula)", value, plain.pop("loss", losses.mean()), BOUND)
     for quantity in sorted(plain):
         mask = jvp_row if quantity in ("du_dt", "v_c") else 1
         measure.compare(framework, f"{quantity} (formula)", aux[quantity] * mask, plain[quantity] * mask, BOUND)
@@ -205,7 +258,10 @@ def sample(network: str, options: dict, measure: Measure) -> None:
     """Generated images."""
     cfg = config(network, sample=options)
     rows, draws = batch(cfg)
-    images = {name: f.sample(net, draws["noise"], rows["label"], cfg.sample) for name, f, net in nets(cfg)}
+    num_fresh = noise.num_fresh(cfg.sample)
+    fresh = np.random.RandomState(3).normal(size=(num_fresh, *draws["noise"].shape)) if num_fresh else None
+    inputs = draws["noise"], rows["label"], cfg.sample, fresh
+    images = {name: f.sample(net, *inputs) for name, f, net in nets(cfg)}
     measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
 
 
@@ -213,9 +269,24 @@ def config(network: str = "dit", **changes: dict) -> base.Config:
     """Return the config of a tiny network; changes: options of a section by its name, e.g. method={'kappa': 0}."""
     cfg = base.get_config()
     cfg.model.update(NETWORKS[network])
-    cfg.method.name = "improved" if cfg.model.name == "imf_dit" else "meanflow"
+    cfg.method.name = method_of(cfg.model)
     for section, options in changes.items():
         cfg[section].update(options)
+    return cfg
+
+
+def method_of(model: base.Config) -> str:
+    """Return the name of the method that trains the network of `config.model`."""
+    if model.name == "dit" and not model.interval_embedder:
+        return "flow"
+    return {"imf_dit": "improved", "dmf_dit": "decoupled"}.get(model.name, "meanflow")
+
+
+def teacher_config() -> base.Config:
+    """Return the config of the frozen flow model."""
+    cfg = base.get_config()
+    cfg.model.update(TEACHER)
+    cfg.method.name = "flow"
     return cfg
 
 
@@ -260,11 +331,31 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
         "coin": rng.uniform(size=BATCH_SIZE),
         "drop": rng.uniform(size=BATCH_SIZE),
     }
+    if cfg.method.name in ("flow", "decoupled"):
+        return rows_of(cfg, x, y, rng), flow_draws(cfg, draws, rng)
     own = ("omega", "t_min", "t_max") if cfg.method.name == "improved" else ("dropout",)
     # Exact in any precision, as the masks that follow from `dropout` must be.
     draws |= {name: rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64) for name in own}
-    rows = {"image": x, "label": y}
-    return rows | ({"augment": rng.normal(size=(BATCH_SIZE, c.augment_dim))} if c.augment_dim else {}), draws
+    return rows_of(cfg, x, y, rng), draws
+
+
+def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
+    """Return a batch of images and labels with what else a batch of the config holds."""
+    c, rows = cfg.model, {"image": x, "label": y}
+    if c.augment_dim:
+        rows["augment"] = rng.normal(size=(BATCH_SIZE, c.augment_dim))
+    if c.repa_dims:
+        rows["features"] = rng.normal(size=(BATCH_SIZE, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)))
+    return rows
+
+
+def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
+    """Return the draws of the flow term, with those of the MeanFlow term if the method has one."""
+    times_flow = rng.uniform(size=BATCH_SIZE) if cfg.method.time_sampler == "uniform" else rng.normal(size=BATCH_SIZE)
+    if cfg.method.name == "flow":
+        return {"noise": draws["noise"], "times": times_flow, "drop": draws["drop"]}
+    both = {name: draws[name] for name in ("noise", "times", "drop")}
+    return both | {"times_flow": times_flow, "noise_flow": rng.normal(size=draws["noise"].shape)}
 
 
 def given(cfg) -> dict[str, np.ndarray]:

@@ -4,18 +4,43 @@ They know no static split, share no forward and run the JVP on all rows, so they
 leaves the mathematics unchanged.
 """
 
+from typing import Any, NamedTuple
+
 import numpy as np
 
 
-def meanflow(forward, jvp, batch, given, draws, cfg):
-    """Return t, r, v_g, u, du_dt, target, err, weight, row_loss, and what `inputs_and_targets` adds.
+class Bare(NamedTuple):
+    """A network as functions of arrays; those that a method does not use may be None."""
 
-    forward: (z, t, r, y, given) -> u.  jvp: (z, t, r, y, tangent, given) -> (u, du_dt).  batch: x [b h w c], y [b],
-    null label.  given: what the network is given in training, by name.  draws: noise, times, coin, drop by name, see
-    a method's `Draws`.  cfg: `config.method`.  All in float64.
-    Source: arXiv:2505.13447, algorithm 1 and eqs. 10, 11, 19 to 22.
+    forward: Any  # (z, t, r, y, given, head) -> u or the velocity of another head
+    jvp: Any  # (z, t, r, y, tangent, given) -> (u, du_dt)
+    log_variance: Any = None  # (t, r) -> [b]
+    features: Any = None  # (z, t, y) -> [b n d] for each encoder
+    teacher: Any = None  # (z, t, r, y) -> v of a frozen flow model
+
+
+class Regression(NamedTuple):
+    """What has the gradients of a loss, when all that stays constant in it is given as numbers.
+
+    The sum of: for each head the mean over rows of scale ||u - target||^2; the mean of slope times the log-variance;
+    the products of cotangents and features.
     """
-    (x, y, null), noise = batch, draws["noise"]
+
+    inputs: tuple  # z, t, r, y
+    targets: dict  # {head: (target [b h w c], scale [b])}
+    given: dict  # what the network is given beside, by name
+    slope: Any = None  # [b]
+    cotangents: Any = None  # [b n d] for each encoder
+
+
+def meanflow(net, batch, given, draws, cfg):
+    """Return t, r, v_g, u, du_dt, target, err, weight, row_loss, and under `regressions` what has their gradients.
+
+    net: a `Bare`.  batch: image [b h w c], label [b], null label, and perhaps more by name.  given: what the network is
+    given in training, by name.  draws: noise, times, coin, drop by name, see a method's `Draws`.  cfg: `config.method`.
+    All in float64.  Source: arXiv:2505.13447, algorithm 1 and eqs. 10, 11, 19 to 22.
+    """
+    x, y, null, noise = batch["image"], batch["label"], batch["null"], draws["noise"]
     in_guidance = {name: a for name, a in given.items() if name != "dropout"}
     t, r = sorted_times(draws, cfg)
     z, v = state_and_velocity(x, noise, t[:, None, None, None], cfg)
@@ -23,10 +48,10 @@ def meanflow(forward, jvp, batch, given, draws, cfg):
     y = np.where(lost, null, y)
     guided = ~lost & (cfg.guidance_start <= t) & (t <= cfg.guidance_end) & cfg.guidance
     w, k = cfg.omega, cfg.kappa
-    u_cond, u_null = (forward(z, t, t, labels, in_guidance) for labels in (y, np.full_like(y, null)))
+    u_cond, u_null = (net.forward(z, t, t, labels, in_guidance) for labels in (y, np.full_like(y, null)))
     v_guided = w * v + k * u_cond + (1 - w - k) * u_null
     v_g = np.where(guided[:, None, None, None], v_guided, v)
-    u, du_dt = jvp(z, t, r, y, v_g, given)
+    u, du_dt = net.jvp(z, t, r, y, v_g, given)
     target = v_g - (t - r)[:, None, None, None] * du_dt
     err = np.square(u - target).sum((1, 2, 3))
     weight, row_loss, scale = weigh(err, cfg)
@@ -34,16 +59,15 @@ def meanflow(forward, jvp, batch, given, draws, cfg):
         "t": t, "r": r, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err, "weight": weight,
         "row_loss": row_loss,
     }  # fmt: skip
-    return result | inputs_and_targets((z, t, r, y), given, {"u": (target, scale)})
+    return result | {"regressions": [Regression((z, t, r, y), {"u": (target, scale)}, given)]}
 
 
-def improved(forward, jvp, batch, _, draws, cfg):
+def improved(net, batch, _, draws, cfg):
     """Return the same of improved MeanFlow, and v_c, v_head, compound, omega, t_min, t_max and its second error.
 
-    forward: (z, t, r, y, given, head) -> the velocity of a head.  draws: omega, t_min, t_max as well.
-    Source: arXiv:2512.02012.
+    draws: omega, t_min, t_max as well.  Source: arXiv:2512.02012.
     """
-    (x, y, null), noise = batch, draws["noise"]
+    x, y, null, noise = batch["image"], batch["label"], batch["null"], draws["noise"]
     t, r = sorted_times(draws, cfg)
     h = (t - r)[:, None, None, None]
     z, v = state_and_velocity(x, noise, t[:, None, None, None], cfg)
@@ -52,12 +76,12 @@ def improved(forward, jvp, batch, _, draws, cfg):
     omega = power_law(draws["omega"], cfg.omega_max, cfg.omega_power) if cfg.guidance else np.ones_like(t)
     w = np.where((t_min <= t) & (t <= t_max), omega, 1)
     zeros, ones = np.zeros_like(t), np.ones_like(t)
-    v_c = forward(z, t, t, y, {"omega": w, "t_min": zeros, "t_max": ones}, "v")
-    v_null = forward(z, t, t, np.full_like(y, null), {"omega": ones, "t_min": zeros, "t_max": ones}, "v")
+    v_c = net.forward(z, t, t, y, {"omega": w, "t_min": zeros, "t_max": ones}, "v")
+    v_null = net.forward(z, t, t, np.full_like(y, null), {"omega": ones, "t_min": zeros, "t_max": ones}, "v")
     v_g = np.where((lost | (w == 1))[:, None, None, None], v, v + (1 - 1 / w)[:, None, None, None] * (v_c - v_null))
     y, given = np.where(lost, null, y), {"omega": omega, "t_min": t_min, "t_max": t_max}
-    u, du_dt = jvp(z, t, r, y, v_c, given)
-    v_head, compound = forward(z, t, r, y, given, "v"), u + h * du_dt
+    u, du_dt = net.jvp(z, t, r, y, v_c, given)
+    v_head, compound = net.forward(z, t, r, y, given, "v"), u + h * du_dt
     err, err_v = (np.square(a - v_g).sum((1, 2, 3)) for a in (compound, v_head))
     (weight, row_loss, scale), (weight_v, row_loss_v, scale_v) = weigh(err, cfg), weigh(err_v, cfg)
     result = given | {
@@ -65,29 +89,109 @@ def improved(forward, jvp, batch, _, draws, cfg):
         "err": err, "err_v": err_v, "weight": weight, "weight_v": weight_v, "row_loss": row_loss,
         "row_loss_v": row_loss_v,
     }  # fmt: skip
-    return result | inputs_and_targets((z, t, r, y), given, {"u": (v_g - h * du_dt, scale), "v": (v_g, scale_v)})
+    targets = {"u": (v_g - h * du_dt, scale), "v": (v_g, scale_v)}
+    return result | {"regressions": [Regression((z, t, r, y), targets, given)]}
 
 
-FORMULAS = {"meanflow": meanflow, "improved": improved}
+def flow(net, batch, _, draws, cfg):
+    """Return t, r, u, err, row_loss of flow matching, projection, and under `regressions` what has their gradients.
 
-
-def inputs_and_targets(inputs, given, targets):
-    """Return what one regression needs to have the gradients of the loss: under `inputs`, `given` and `targets`.
-
-    inputs: z, t, r, y.  targets: {head: (target [b h w c], scale [b])}, scale being d row_loss / d err.
+    batch: `features` [b n d] as well.  Source: arXiv:2403.03206; REPA: arXiv:2410.06940 eq. 8.
     """
-    return {"inputs": inputs, "given": given, "targets": targets}
+    x, y = batch["image"], np.where(lost_labels(draws, cfg), batch["null"], batch["label"])
+    t = time_of(draws["times"], cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    z, v = state_and_velocity(x, draws["noise"], t[:, None, None, None], cfg)
+    u, size = net.forward(z, t, t, y), x[0].size
+    err = np.square(u - v).sum((1, 2, 3))
+    cosines, cotangents, start = [], [], 0
+    for projected in net.features(z, t, y):
+        wanted = batch["features"][:, :, start : start + projected.shape[-1]]
+        start += projected.shape[-1]
+        length = np.sqrt((projected**2).sum(-1, keepdims=True))
+        direction, wanted = projected / length, wanted / np.sqrt((wanted**2).sum(-1, keepdims=True))
+        cosine = (direction * wanted).sum(-1, keepdims=True)
+        cosines.append(cosine.mean())
+        cotangents.append(-(wanted - cosine * direction) / length / cosine.size)
+    scale = cfg.repa_coeff / len(cosines)
+    regression = Regression(
+        (z, t, t, y), {"u": (v, np.full_like(t, 1 / size))}, {}, None, [scale * c for c in cotangents]
+    )
+    projection = -np.mean(cosines)
+    return {
+        "t": t, "r": t, "u": u, "v": v, "err": err, "row_loss": err / size, "projection": projection,
+        "regressions": [regression], "loss": err.mean() / size + cfg.repa_coeff * projection,
+    }  # fmt: skip
+
+
+def decoupled(net, batch, _, draws, cfg):
+    """Return the quantities of both terms of decoupled MeanFlow, and `regressions`, one for each term.
+
+    draws: noise_flow, times_flow as well.  Source: arXiv:2510.24474.
+    """
+    x, lost = batch["image"], lost_labels(draws, cfg)
+    y, size = np.where(lost, batch["null"], batch["label"]), x[0].size
+    t, r = sorted_pair(draws, cfg)
+    t_flow = time_of(draws["times_flow"], cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    result, regressions = {"t": t, "r": r, "t_flow": t_flow}, []
+    for suffix, noise, start, end in (("", "noise", t, r), ("_flow", "noise_flow", t_flow, t_flow)):
+        z, v = state_and_velocity(x, draws[noise], start[:, None, None, None], cfg)
+        v_g = guided_velocity(net, z, v, start, y, batch["null"], lost, cfg)
+        u, du_dt = net.jvp(z, start, end, y, v_g, {})
+        target = v_g - (start - end)[:, None, None, None] * du_dt
+        err = np.square(u - target).sum((1, 2, 3))
+        log_variance = net.log_variance(start, end)
+        # Rows of log-variances, columns of errors; only the diagonal is meant to be.
+        scaled = np.exp(-log_variance)[:, None] * err / size
+        row_loss = np.log(scaled + cfg.adaptive_eps) + log_variance[:, None]
+        pairs = np.full(scaled.shape, 1 / len(t)) if cfg.log_variance_pairs == "all" else np.eye(len(t))
+        share = pairs / (scaled + cfg.adaptive_eps) / 2
+        scale, slope = (share * np.exp(-log_variance)[:, None] / size).sum(0), 0.5 - (share * scaled).sum(1)
+        regressions.append(Regression((z, start, end, y), {"u": (target, scale)}, {}, slope))
+        quantities = {"v_g": v_g, "u": u, "log_variance": log_variance}
+        quantities["row_loss"] = row_loss if cfg.log_variance_pairs == "all" else np.diagonal(row_loss)
+        result |= {name + suffix: a for name, a in quantities.items()}
+        result |= {"err_flow": err} if suffix else {"err": err, "du_dt": du_dt, "target": target}
+    value = (result["row_loss"].mean() + result["row_loss_flow"].mean()) / 2
+    return result | {"regressions": regressions, "loss": value}
+
+
+def guided_velocity(net, z, v, t, y, null, lost, cfg):
+    """Return the velocity [b h w c] that both terms of decoupled MeanFlow learn."""
+    source = net.teacher if cfg.guidance_type == "distill" else net.forward
+    if cfg.guidance_type == "default":
+        return v
+    v_cond, v_null = (source(z, t, t, labels) for labels in (y, np.full_like(y, null)))
+    inside = (cfg.guidance_start <= t) & (t <= cfg.guidance_end)
+    if cfg.guidance_type == "distill":
+        return np.where(inside[:, None, None, None], v_null + cfg.omega * (v_cond - v_null), v_cond)
+    return np.where((inside & ~lost)[:, None, None, None], v + cfg.omega * (v_cond - v_null), v)
+
+
+FORMULAS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled}
 
 
 def sorted_times(draws, cfg):
     """Return t and r [b], r = t on flow rows."""
-    times = draws["times"]
-    if cfg.time_sampler == "logit_normal":
-        times = 1 / (1 + np.exp(-(np.array(cfg.time_mean) + np.array(cfg.time_std) * times)))
-    t, r = times[:, 0], times[:, 1]
+    t, r = sorted_pair(draws, cfg)
+    return t, np.where(flow_rows(draws["coin"], cfg), t, r)
+
+
+def sorted_pair(draws, cfg):
+    """Return t and r [b] without flow rows."""
+    t, r = (time_of(draws["times"][:, i], cfg.time_mean[i], cfg.time_std[i], cfg) for i in range(2))
     if cfg.time_order == "sorted":
         t, r = np.maximum(t, r), np.minimum(t, r)
-    return t, np.where(flow_rows(draws["coin"], cfg), t, np.minimum(t, r))
+    return t, np.minimum(t, r)
+
+
+def time_of(drawn, mean, std, cfg):
+    """Return the times [b] of draws [b]."""
+    return {
+        "uniform": lambda n: drawn,
+        "logit_normal": lambda n: 1 / (1 + np.exp(-n)),
+        "arctan": lambda n: np.arctan2(np.exp(n), 1) / (np.pi / 2),
+        "arctan_official": lambda n: np.arctan2(n, 1) / (np.pi / 2),
+    }[cfg.time_sampler](mean + std * drawn)
 
 
 def lost_labels(draws, cfg):

@@ -2,12 +2,14 @@
 
     python parity/full_step.py --config=configs/meanflow_cifar10.py:v1 [--batch_size 8] [--backend aot_eager]
 
-Same random non-zero weights, same batch, same draws, in float32, through the trainers' own step functions.  Prints the
-number of parameters, the scalars that training logs, and how far the gradients' norms are apart, tensor by tensor.
+Same random non-zero weights, same batch, same draws, in float32 whatever the config says, through the trainers' own
+step functions.  Prints the number of parameters, the scalars that training logs, and how far the gradients' norms are
+apart, tensor by tensor.
 Exit code 0 if all agree to 1e-4, 1 if not, 2 for a mistake on the command line.
 """
 
 import argparse
+import functools
 import sys
 import time
 
@@ -45,7 +47,10 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be at least 1")
     config = load_config(args.config)
+    if config.method.name == "decoupled" and config.method.guidance_type == "distill":
+        raise UserError("one step is compared without a teacher: config.method.guidance_type must be mg or default")
     config.train.update(batch_size=args.batch_size, accumulate=1, fsdp=1)
+    config.model.compute_dtype = "float32"
     config.train.compile = args.backend != "eager"
     if args.backend in ("inductor", "aot_eager"):
         config.train.compile_backend = args.backend
@@ -110,10 +115,15 @@ def random_rows(config) -> tuple[dict, dict]:
     }
     if c.name == "unet" and c.augment_dim:
         batch["augment"] = rng.normal(size=(num, c.augment_dim)).astype(np.float32)
-    times = rng.normal if config.method.time_sampler == "logit_normal" else rng.uniform
-    draws = {"noise": rng.normal(size=shape), "times": times(size=(num, 2))}
-    uniforms = JAX_METHODS[config.method.name].Draws._fields[len(draws) :]
-    draws |= {name: rng.uniform(size=num) for name in uniforms}
+    if c.name == "dit" and c.repa_dims:
+        tokens = (c.input_size // c.patch_size) ** 2
+        batch["features"] = rng.normal(size=(num, tokens, sum(c.repa_dims))).astype(np.float32)
+    draw = functools.partial(JAX_METHODS[config.method.name].draw, shape=shape, cfg=config.method)
+    shapes = jax.eval_shape(lambda: draw(jax.random.key(0)))._asdict()
+    normals = ("noise",) if config.method.time_sampler == "uniform" else ("noise", "times")
+    draws = {
+        name: (rng.normal if name.startswith(normals) else rng.uniform)(size=a.shape) for name, a in shapes.items()
+    }
     return batch, {name: a.astype(np.float32) for name, a in draws.items()}
 
 
@@ -141,7 +151,7 @@ def torch_result(config, canonical, batch, draws):
     torch.set_float32_matmul_precision("highest")
     device = torch.device("cpu")
     given = {name: torch.from_numpy(a) for name, a in draws.items()}
-    given["noise"] = given["noise"].permute(0, 3, 1, 2).contiguous()
+    given = {name: a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for name, a in given.items()}
     given = TORCH_METHODS[config.method.name].Draws(**given)
     train_step = torch_step.make_train_step(config, draw=lambda *_: given)
     params = torch_weights.from_canonical(torch_step.build_net(config), canonical)

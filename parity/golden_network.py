@@ -9,6 +9,8 @@ from parity.frameworks import FRAMEWORKS
 BOUND = 2e-5  # float32 against float32 of another kernel, relative: the fixtures' own spread is 6e-6
 # A gradient whose norm is below this share of the norm of all is a near-cancellation and carries more rounding.
 TINY_SHARE, TINY_BOUND = 1e-2, 1e-4
+# So does this one whatever its norm: its terms are 1 - x / (x + eps) with x far above eps, 5e-5 between two kernels.
+CANCELLING = "logvar_linear."
 SEEDS = range(40)  # fresh networks pooled for the statistics of initial weights, as many as in the fixtures
 UNIFORM = 1.8  # largest over standard deviation: sqrt(3) for uniforms, well above 2 for so many normals
 
@@ -35,13 +37,14 @@ def nhwc(a: np.ndarray) -> np.ndarray:
 
 
 def compare_gradients(measure: Measure, framework: str, got: dict, want: dict) -> None:
-    """Compare gradients by canonical name: `TINY_BOUND` for those of a tiny norm, `BOUND` for the others."""
+    """Compare gradients by canonical name: `TINY_BOUND` for those that nearly cancel, `BOUND` for the others."""
     # The official code stores no gradient of what receives none; ours must then be exactly 0.
     got = {name: grad for name, grad in got.items() if name in want or np.any(grad)}
     whole = np.sqrt(sum(np.square(grad, dtype=np.float64).sum() for grad in want.values()))
 
     def bound(name):
-        return TINY_BOUND if np.linalg.norm(want[name]) < TINY_SHARE * whole else BOUND
+        tiny = np.linalg.norm(want[name]) < TINY_SHARE * whole
+        return TINY_BOUND if tiny or name.startswith(CANCELLING) else BOUND
 
     measure.compare_worst(framework, "grad", got, want, bound)
 

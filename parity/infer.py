@@ -12,8 +12,9 @@ from configs.errors import UserError
 def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Return a config whose network has parameters of these shapes.
 
-    What leaves no trace in them keeps its default: the number of heads; of a U-Net the layout of q, k and v, dropout
-    and the number of classes; of improved MeanFlow's transformer the size of its images, that of ImageNet latents.
+    What leaves no trace in them keeps its default: the number of heads without qk_norm, dmf_depth and repa_depth; of a
+    U-Net the layout of q, k and v, dropout and the number of classes; of improved MeanFlow's transformer the size of
+    its images, that of ImageNet latents.
     Raises UserError for weights of no network that is known, or that do not say the size of their images.
     """
     if any(name.startswith("enc.") for name in weights):
@@ -22,7 +23,7 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
 
 
 def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
-    """Return the config of a transformer."""
+    """Return the config of a transformer: MeanFlow's, a flow model's, or that of decoupled MeanFlow."""
     needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
     for name in needed:
         if name not in weights:
@@ -36,7 +37,20 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
         input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
         num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
+        interval_embedder="r_embedder.mlp.0.weight" in weights,
     )  # fmt: skip
+    config.method.name = "meanflow" if config.model.interval_embedder else "flow"
+    scale = weights.get("blocks.0.attn.q_norm.scale")
+    if scale is not None:
+        config.model.update(qk_norm=True, num_heads=width // len(scale))
+    projectors = sorted(n for n in weights if re.fullmatch(r"projectors\.\d+\.4\.weight", n))
+    if projectors:
+        config.model.projector_dim = weights[projectors[0]].shape[1]
+        config.model.repa_dims = tuple(len(weights[f"projectors.{i}.4.weight"]) for i in range(len(projectors)))
+    if "logvar_linear.weight" in weights:
+        config.method.name = "decoupled"
+        config.model.update(name="dmf_dit", interval_embedder=True)  # which it ignores
+        config.model.dmf_depth = min(config.model.dmf_depth, config.model.depth)
     return config
 
 

@@ -17,9 +17,15 @@ BOUNDS = {
 POWER = {"adaptive_power": 0.75}  # p = 1 would make every row's loss 1
 METHODS = {
     "dit": cases.SETTINGS["coin/kappa"] | POWER, "unet": cases.SETTINGS["coin/kappa"] | POWER,
-    "imf": cases.NETWORK_SETTINGS["imf/split"] | POWER,
+    "imf": cases.NETWORK_SETTINGS["imf/split"] | POWER, "dmf": cases.NETWORK_SETTINGS["dmf/mg"],
+    "dmf_fused": cases.NETWORK_SETTINGS["dmf/mg"], "dmf_sit": cases.NETWORK_SETTINGS["dmf_sit/repa"],
 }  # fmt: skip
-VALUES = ("v_g", "v_c", "u", "v_head", "target", "compound", "err", "err_v", "weight", "row_loss", "row_loss_v")
+# Networks beside those of `cases`: a fused kernel computes its softmax in float32, so there is no float64 of it.
+FUSED = {"dmf_fused": "dmf"}
+VALUES = (
+    "v_g", "v_c", "v_g_flow", "u", "u_flow", "v_head", "target", "compound", "err", "err_v", "err_flow", "weight",
+    "row_loss", "row_loss_v", "row_loss_flow",
+)  # fmt: skip
 
 
 def all_cases() -> list[Case]:
@@ -34,6 +40,11 @@ def all_cases() -> list[Case]:
             ("unet/network", "unet", network),
             ("imf/network", "imf", network),
             ("imf/loss", "imf", loss),
+            ("dmf/network", "dmf", network),
+            ("dmf/loss", "dmf", loss),
+            ("dmf_fused/loss", "dmf_fused", loss),
+            ("dmf_fused/sample", "dmf_fused", sample),
+            ("dmf_sit/loss", "dmf_sit", loss),
         )
     ]
 
@@ -55,9 +66,11 @@ def compare(dtype: str, architecture: str, function, measure: Measure) -> None:
 
 def result_of(function, architecture: str, framework: str, dtype: str) -> dict:
     """Return what `function` measures of one tiny network in one framework and data type."""
-    config = cases.config(
-        architecture, model={"compute_dtype": dtype}, method=METHODS[architecture], sample={"steps": 2}
-    )
+    model = {"compute_dtype": dtype}
+    if architecture in FUSED and dtype != "float64":
+        model["attention"] = "fused"
+    network, setting = FUSED.get(architecture, architecture), METHODS[architecture]
+    config = cases.config(network, model=model, method=setting, sample={"steps": 2})
     f = FRAMEWORKS[framework]
     return function(f, f.build(config, cases.random_weights(config), as_trained=dtype != "float64"), config)
 
@@ -73,7 +86,8 @@ def network(f, net, config) -> dict:
 def loss(f, net, config) -> dict:
     """The intermediates of the loss, the worst gradient, and all gradients as one vector."""
     _, aux, grads = f.loss(net, *cases.batch(config), config.method)
-    result = {("value", key): aux[key] for key in VALUES if key in aux} | {("derivative", "du_dt"): aux["du_dt"]}
+    result = {("value", key): aux[key] for key in VALUES if key in aux}
+    result |= {("derivative", "du_dt"): aux["du_dt"]} if "du_dt" in aux else {}
     whole = np.concatenate([grads[name].ravel() for name in sorted(grads)])
     return result | {("gradient", "grad"): grads, ("gradient", "grad (as a whole)"): whole}
 

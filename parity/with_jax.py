@@ -15,7 +15,7 @@ from flax import nnx
 
 from configs import base, resolve
 from jax_impl import step, weights
-from jax_impl.methods import METHODS, common, improved, meanflow
+from jax_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, samplers
 from jax_impl.models import imf_dit, layers, unet
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
@@ -25,10 +25,11 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y, given, heads) -> u, v or both, jitted
+    apply: Any  # (params, z, t, r, y, given, heads, jvp, features) -> u, v or both, or u and features, jitted
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
     method: str  # name of the method that trains it
+    teacher: Any = None  # the frozen network that its loss is given
 
     @property
     def num_classes(self):
@@ -49,9 +50,13 @@ class Net(NamedTuple):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
 
-    def __call__(self, z, t, r, y, heads="u", **given):
-        """Return u, or what `heads` asks for of a network that has more than one."""
-        return self.apply(self.params, z, t, r, y, given, heads)
+    def log_variance(self, t, r):
+        """Return the logarithm of the variance that the network expects [b]."""
+        return nnx.merge(nnx.graphdef(self.module), self.params).log_variance(t, r)
+
+    def __call__(self, z, t, r, y, heads="u", jvp=False, features=False, **given):
+        """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
+        return self.apply(self.params, z, t, r, y, given, heads, jvp, features)
 
 
 @contextlib.contextmanager
@@ -104,50 +109,84 @@ def forward(net, z, t, r, y, given=None, head="u"):
 
 
 def jvp(net, z, t, r, y, tangent, given=None, head="u"):
-    """Return u and du/dt along (tangent, 1, 0) on all rows, through MeanFlow's own `average_velocity`.
+    """Return u and du/dt along (tangent, 1, 0) on all rows, through `average_velocity` of its method or of MeanFlow.
 
     head: `v` for another head's velocity in place of u.
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
+    if net.method == "decoupled":
+        return _to_numpy(decoupled.average_velocity(net, z, tangent, t, r, y))
     rows, one = common.Rows(groups=1, flow=0, rest=len(y)), functools.partial(net, heads=head)
     return _to_numpy(meanflow.average_velocity(one, z, tangent, t, r, y, _given(net, given), z[:0], rows))
+
+
+def features(net, z, t, y):
+    """Return what the projectors make of the tokens of a flow model, [b n d] for each encoder."""
+    z, t, y = _arrays(net, (z, t, y))
+    return _to_numpy(net(z, t, t, y, features=True)[1])
+
+
+def alignment(projections, features):
+    """Return the term of REPA (scalar) of projections [b n d_i] and features [b n sum d_i]."""
+    return _to_numpy(flow.alignment([jnp.asarray(p) for p in projections], jnp.asarray(features)))
+
+
+def log_variance(net, t, r):
+    """Return the logarithm [b] of the variance that the network expects at times t and r [b]."""
+    return _to_numpy(net.log_variance(*_arrays(net, (t, r))))
 
 
 def loss(net, batch, draws, cfg):
     """Return the loss, its aux, and its gradients by canonical name.
 
-    batch: image, label and perhaps augment; draws: those that are used; arrays by name.  cfg: `config.method`.
+    batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
     """
     method = METHODS[cfg.name]
     batch, draws = _by_name(net, batch), _draws(net, method, draws)
+    given = {"teacher": net.teacher} if net.teacher else {}
 
     def loss_of(params):
-        return method.loss(net._replace(params=params), batch, draws, cfg)
+        return method.loss(net._replace(params=params), batch, draws, cfg, **given)
 
     (value, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(net.params)
     return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
 
 
-def regression_gradients(net, inputs, given, targets):
-    """Return the gradients of a sum of regressions at inputs (z, t, r, y), given.
-
-    targets: {head: (target [b h w c], scale [b])}, each the mean over rows of scale times ||u - target||^2.
-    """
-    inputs, given = _arrays(net, inputs), _given(net, given)
-    targets = {head: _arrays(net, pair) for head, pair in targets.items()}
+def regression_gradients(net, regressions):
+    """Return the gradients of a sum of `formula.Regression`s."""
 
     def loss_of(params):
-        bound = net._replace(params=params)
-        errors = {head: bound(*inputs, head, **given) - target for head, (target, _) in targets.items()}
-        return sum((targets[head][1] * jnp.square(error).sum((1, 2, 3))).mean() for head, error in errors.items())
+        return sum(_regression(net._replace(params=params), r) for r in regressions)
 
     return _gradients(net, jax.grad(loss_of)(net.params))
+
+
+def _regression(net, r):
+    inputs, given, total = _arrays(net, r.inputs), _given(net, r.given), 0.0
+    for head, (target, scale) in ((head, _arrays(net, pair)) for head, pair in r.targets.items()):
+        total += (scale * jnp.square(net(*inputs, head, **given) - target).sum((1, 2, 3))).mean()
+    if r.slope is not None:
+        total += (_arrays(net, [r.slope])[0] * net.log_variance(*inputs[1:3])).mean()
+    if r.cotangents:
+        outputs = net(*inputs, features=True)[1]
+        total += sum((a * b).sum() for a, b in zip(outputs, _arrays(net, r.cotangents), strict=True))
+    return total
 
 
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
     return _to_numpy(common.sample_times(_draws(net, method, draws), cfg))
+
+
+def order_times(net, times, cfg):
+    """Return t and r [b] of draws [b 2], without flow rows."""
+    return _to_numpy(common.order_times(_arrays(net, [times])[0], cfg))
+
+
+def flow_time(net, times, cfg):
+    """Return the time of flow matching [b] of draws [b]."""
+    return _to_numpy(common.to_time(_arrays(net, [times])[0], cfg.flow_time_mean, cfg.flow_time_std, cfg))
 
 
 def sample_guidance(net, draws, cfg):
@@ -161,10 +200,28 @@ def path(net, x, e, t, cfg):
     return _to_numpy(common.path(x, e, t, cfg))
 
 
-def sample(net, noise, y, cfg):
-    """Return the images that noise becomes.  cfg: `config.sample`."""
+def sample(net, noise, y, cfg, fresh=None):
+    """Return the images that noise becomes.  cfg: `config.sample`.  fresh: [k b h w c], of samplers that draw anew."""
     (noise, y), method = _arrays(net, (noise, y)), METHODS[net.method]
-    return _to_numpy(method.sample(net, noise, y, method.sampling_conditions(cfg), cfg))
+    given = method.sampling_conditions(cfg) | ({} if fresh is None else {"fresh": _arrays(net, [fresh])[0]})
+    return _to_numpy(method.sample(net, noise, y, given, cfg))
+
+
+def sampling_times(cfg):
+    """Return the times of sampling.  cfg: `config.sample`."""
+    return samplers.sampling_times(cfg)
+
+
+def score(v, z, t, path):
+    """Return the score at states z with velocities v [b h w c] and times t [b]."""
+    factors = np.array([samplers.score_factors(float(time), path) for time in t])
+    of_v, of_z = factors.T[..., None, None, None]
+    return of_v * v + of_z * z
+
+
+def diffusion(t, cfg):
+    """Return g^2 of the stochastic sampler at times t [n].  cfg: `config.sample`."""
+    return np.array([samplers.diffusion(float(time), cfg) for time in t])
 
 
 def rotary_table(net):
@@ -237,9 +294,10 @@ def _network(model):
     graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
     several = config.model.name == "imf_dit"
 
-    @functools.partial(jax.jit, static_argnames="heads")
-    def apply(params, z, t, r, y, given, heads):
-        return nnx.merge(graphdef, params)(z, t, r, y, **given, **({"heads": heads} if several else {}))
+    @functools.partial(jax.jit, static_argnames=("heads", "jvp", "features"))
+    def apply(params, z, t, r, y, given, heads, jvp, features):
+        options = ({"heads": heads} if several else {}) | ({"features": True} if features else {})
+        return nnx.merge(graphdef, params)(z, t, r, y, **given, **options, jvp=jvp)
 
     return nnx.merge(graphdef, shapes), apply
 

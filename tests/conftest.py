@@ -20,7 +20,7 @@ TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 # The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
 LONGEST = (
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
-    "data/test_loader.py", "jax_impl/test_step.py", "parity/test_mutations.py",
+    "test_decoupled_commands.py", "data/test_loader.py", "jax_impl/test_step.py", "parity/test_mutations.py",
 )  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
@@ -33,6 +33,8 @@ TINY_IMPROVED = {
     "model.num_class_tokens": 1, "model.num_omega_tokens": 1, "model.num_interval_tokens": 1,
     "model.num_time_tokens": 1,
 }  # fmt: skip
+TINY_FLOW = {"model.interval_embedder": False, "method.name": "flow"}
+TINY_DECOUPLED = {"model.name": "dmf_dit", "model.dmf_depth": 1, "method.name": "decoupled"}
 
 # Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept
 # for the session, since most commands compile the same step; pytest-xdist's workers inherit their directory.
@@ -193,6 +195,18 @@ def tiny(datasets_dir):
 def tiny_improved():
     """Return the changes that make the tiny run, of `tiny` and of `options`, one of improved MeanFlow."""
     return TINY_IMPROVED
+
+
+@pytest.fixture(scope="session")
+def tiny_flow():
+    """Return the changes that make the tiny run one of flow matching, of the same network as `tiny_decoupled`."""
+    return TINY_FLOW
+
+
+@pytest.fixture(scope="session")
+def tiny_decoupled():
+    """Return the changes that make the tiny run one of decoupled MeanFlow."""
+    return TINY_DECOUPLED
 
 
 @pytest.fixture(scope="session")

@@ -114,6 +114,11 @@ class Checkpoints:
         _barrier()
 
 
+def has_checkpoint(workdir: str | os.PathLike) -> bool:
+    """Return whether a work directory holds a checkpoint, whole or not."""
+    return any(path.name.isdigit() for path in (pathlib.Path(workdir) / DIRECTORY).glob("*"))
+
+
 def read_weights(workdir: str | os.PathLike, ema: int = 0):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 

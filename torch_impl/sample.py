@@ -17,21 +17,23 @@ from torch_impl.step import build_net, put_batch
 
 
 def make_sampler(config, device):
-    """Return the sampler (canonical, noise [b h w c], labels [b], c) -> images [b h w c] in data units, all numpy.
+    """Return the sampler (canonical, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.
 
-    canonical: weights {name: array}.  c: a `config.sample`, see `sampling`.
-    Raises UserError for sampling times that do not fall.
+    All are numpy.  canonical: weights {name: array}.  c: a `config.sample`, see `sampling`.  fresh: [k b h w c], the
+    noise that samplers draw anew.
+    Raises UserError for sampling times that do not fall, or a diffusion that is infinite.
     """
     method, net = METHODS[config.method.name], build_net(config).to(device).eval()
-    method.sampling_times(config.sample)
+    method.sampling_steps(config.sample)
     loaded = [None]  # the weights that the network holds: a sweep asks for the same ones many times
 
     @torch.no_grad()
-    def sampler(canonical, noise, y, c):
+    def sampler(canonical, noise, y, c, fresh=None):
         if loaded[0] is not canonical:
             net.load_state_dict(weights.from_canonical(net, canonical))
             loaded[0] = canonical
         batch, given = put_batch({"image": noise, "label": y}, device), method.sampling_conditions(c)
+        given |= {} if fresh is None else {"fresh": torch.from_numpy(fresh).to(device).permute(0, 1, 4, 2, 3)}
         images = method.sample(net, batch["image"], batch["label"], given, config.sample)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 

@@ -36,13 +36,14 @@ class Loss(nn.Module):
     goes around the loss.
     """
 
-    def __init__(self, net, method, cfg):
+    def __init__(self, net, method, cfg, teacher=None):
         super().__init__()
-        self.net, self.method, self.cfg = net, method, cfg
+        self.net, self.method, self.cfg, self.teacher = net, method, cfg, teacher
 
     def forward(self, batch, draws):
         """Return the mean loss of the rows and the scalars that are logged."""
-        loss, aux = self.method.loss(self.net, batch, draws, self.cfg)
+        given = {} if self.teacher is None else {"teacher": self.teacher}
+        loss, aux = self.method.loss(self.net, batch, draws, self.cfg, **given)
         return loss, measure(loss.detach(), aux)
 
 
@@ -98,13 +99,17 @@ def wrap(loss, config, mesh: DeviceMesh | None):
         return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
 
 
-def create_state(config, mesh, device, params=None):
-    """Return the state of step 0 on `device`; `params` {name: tensor} replace the fresh weights."""
+def create_state(config, mesh, device, params=None, teacher=None):
+    """Return the state of step 0 on `device`; `params` {name: tensor} replace the fresh weights.
+
+    teacher: a frozen network that the method's loss is given, or None.
+    """
     net = build_net(config)
     if params is not None:
         net.load_state_dict(params)
     net = net.to(device)
-    loss = wrap(Loss(net, METHODS[config.method.name], SimpleNamespace(**config.method)), config, mesh)
+    loss = Loss(net, METHODS[config.method.name], SimpleNamespace(**config.method), teacher)
+    loss = wrap(loss.to(device), config, mesh)
     emas = tuple({name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays)
     return TrainState(0, net, make_optimizer(net, config.train), emas, loss)
 
@@ -167,21 +172,27 @@ def apply_gradients(state, c):
 def measure(loss, aux):
     """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
 
-    raw_error_v: that of the head of v, where the method has one.
+    raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
+    are the JVP's.  projection: the term of REPA.
     """
-    jvp_row = aux["r"] < aux["t"]
-    du_dt_norm = aux["du_dt"].square().sum((1, 2, 3)).sqrt()
+    scalars = {"loss": loss, "raw_error": aux["err"].mean()}
+    if "du_dt" in aux:
+        jvp_row = aux["r"] < aux["t"]
+        du_dt_norm = aux["du_dt"].square().sum((1, 2, 3)).sqrt()
 
-    def mean_over(rows, a):
-        return torch.where(rows, a, 0).sum() / rows.sum().clamp(min=1)
+        def mean_over(rows, a):
+            return torch.where(rows, a, 0).sum() / rows.sum().clamp(min=1)
 
-    return {
-        "loss": loss,
-        "raw_error": aux["err"].mean(),
-        "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
-        "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
-        "du_dt_norm": mean_over(jvp_row, du_dt_norm),
-    } | ({"raw_error_v": aux["err_v"].mean()} if "err_v" in aux else {})
+        scalars |= {
+            "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
+            "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
+            "du_dt_norm": mean_over(jvp_row, du_dt_norm),
+        }
+    if "err_flow" in aux:
+        scalars["raw_error_flow_rows"] = aux["err_flow"].mean()
+    if "err_v" in aux:
+        scalars["raw_error_v"] = aux["err_v"].mean()
+    return scalars | {name: aux[name] for name in ("projection",) if name in aux}
 
 
 def make_train_step(config, draw=None):

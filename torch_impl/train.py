@@ -7,6 +7,7 @@ Run again with the same arguments to resume.
 """
 
 import math
+import os
 import signal
 from typing import Any, NamedTuple
 
@@ -24,10 +25,10 @@ from evaluation.logs import MetricLog, Progress, setup_logging
 from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import generate
 from torch_impl import weights
-from torch_impl.checkpoints import Checkpoints
+from torch_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
 from torch_impl.devices import start_torch
 from torch_impl.sample import make_sampler
-from torch_impl.step import create_state, make_mesh, make_train_step, put_batch, reduce_metrics
+from torch_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, reduce_metrics
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 AGREE_EVERY = 10  # steps between agreements of several processes to stop
@@ -41,13 +42,13 @@ def train(config, workdir, device):
     """
     resolve.check_trainable(config)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
-    first = dist.get_rank() == 0
-    if first:
+    mesh, first = make_mesh(config, device), dist.get_rank() == 0
+    loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
+    state = start_state(config, mesh, device, resumes=has_checkpoint(workdir))
+    sampler = make_sampler(config, device)
+    if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
         resolve.open_workdir(workdir, config, "torch")
     dist.barrier()
-    loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
-    mesh = make_mesh(config, device)
-    state = start_state(config, mesh, device)
     num_parameters = sum(p.numel() for p in state.net.parameters())
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
@@ -60,7 +61,7 @@ def train(config, workdir, device):
             loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(state.step)
-    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, device, log))
+    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, sampler, log))
     try:
         return loop(parts, make_train_step(config), state, device)
     finally:
@@ -80,13 +81,40 @@ class Parts(NamedTuple):
     reports: list  # of (every, report)
 
 
-def start_state(config, mesh, device):
-    """Return the state of step 0, from `train.load_from` if that is set."""
-    state = create_state(config, mesh, device)
-    if config.train.load_from:
-        params = weights.from_canonical(state.net, weights.load(config.train.load_from))
-        state = create_state(config, mesh, device, params)
-    return state
+def start_state(config, mesh, device, resumes=False):
+    """Return the state of step 0, from `train.load_from` if that is set.
+
+    resumes: the weights will come from a checkpoint, and that model may be gone.  Raises UserError if it is one of
+    other images, classes, heads or another path than this.
+    """
+    teacher = load_teacher(config, device)
+    if not config.train.load_from or resumes:
+        return create_state(config, mesh, device, teacher=teacher)
+    net, (own, canonical) = build_net(config), read_model(config.train.load_from)
+    resolve.check_alike(config, own, "train.load_from")
+    params = weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical))
+    return create_state(config, mesh, device, params, teacher)
+
+
+def read_model(path):
+    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors."""
+    if not os.path.isdir(path):
+        return None, weights.load(path)
+    ema = resolve.read_workdir(path).sample.ema
+    return read_weights(path, ema)
+
+
+def load_teacher(config, device):
+    """Return the frozen flow model of guidance distillation, None without it.
+
+    Raises UserError if `method.teacher` is no flow model, or one of other images or classes.
+    """
+    if config.method.name != "decoupled" or config.method.guidance_type != "distill":
+        return None
+    own, canonical = read_model(config.method.teacher)
+    net = build_net(resolve.check_teacher(config, own))
+    net.load_state_dict(weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical)))
+    return net.to(device).requires_grad_(False)
 
 
 def loop(parts, train_step, state, device):
@@ -174,9 +202,8 @@ class Termination:
         return bool(received)
 
 
-def make_reports(config, device, log):
+def make_reports(config, sampler, log):
     """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
-    sampler = make_sampler(config, device)
 
     def sampled_weights(state):
         params = dict(state.net.named_parameters()) if config.sample.ema < 0 else state.emas[config.sample.ema]

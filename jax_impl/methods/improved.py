@@ -12,6 +12,7 @@ so (4 + 2p + 3a)/3 of a flow-matching step of the same depth.  The official code
 class a second time inside the interval, and everything on all rows.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -21,21 +22,22 @@ from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
     Rows,
+    draw_times,
     drop_labels,
     expand,
-    integrate,
     is_flow,
     join,
     path,
     sample_times,
-    sampling_times,
     split_rows,
     sum_squares,
     take,
     weigh,
 )
+from jax_impl.methods.samplers import flow_map_steps as sampling_steps
+from jax_impl.methods.samplers import integrate
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_times"]
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -53,10 +55,9 @@ class Draws(NamedTuple):
 def draw(key, shape, cfg):
     """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
     noise, times, *uniforms = jax.random.split(key, 7)
-    times_of = jax.random.normal if cfg.time_sampler == "logit_normal" else jax.random.uniform
     return Draws(
         jax.random.normal(noise, shape),
-        times_of(times, (shape[0], 2)),
+        draw_times(times, (shape[0], 2), cfg),
         *(jax.random.uniform(key, shape[:1]) for key in uniforms),
     )
 
@@ -153,7 +154,8 @@ def average_velocity(net, z, v_c, t, r, y, given, flow, rows):
     u, v, du_dt = z, z, z
     if rows.rest:
         tangents = (v_c, jnp.ones_like(t), jnp.zeros_like(r))
-        u, du_dt, v = jax.jvp(lambda z, t, r: net(z, t, r, y, **given, heads="uv"), (z, t, r), tangents, has_aux=True)
+        both = functools.partial(net, **given, heads="uv", jvp=True)
+        u, du_dt, v = jax.jvp(lambda z, t, r: both(z, t, r, y), (z, t, r), tangents, has_aux=True)
     u, v = (join(a, b, rows) for a, b in zip(flow, (u, v), strict=True))
     return u, v, stop_gradient(join(jnp.zeros_like(flow[0]), du_dt, rows))
 
@@ -164,9 +166,10 @@ def sampling_conditions(cfg):
 
 
 def sample(net, noise, y, given, cfg):
-    """Carry noise [b h w c] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y, given).
+    """Carry noise [b h w c] to data in the steps of `sampling_steps(cfg)`.
 
-    y: [b] labels.  given: see `sampling_conditions`; every row is told the same.  cfg: `config.sample`.
+    y: [b] labels.  given: numbers of `sampling_conditions`, of which every row is told the same; see `integrate` for
+    what else.  cfg: `config.sample`.
     """
-    given = {name: jnp.full(len(y), value, noise.dtype) for name, value in given.items()}
-    return integrate(lambda z, t, r: net(z, t, r, y, **given), noise, cfg)
+    told = {name: jnp.full(len(y), given[name], noise.dtype) for name in ("omega", "t_min", "t_max")}
+    return integrate(net, noise, y, given | told, cfg, sampling_steps(cfg))

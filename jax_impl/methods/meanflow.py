@@ -15,20 +15,22 @@ from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
     Rows,
+    draw_times,
     drop_labels,
     expand,
-    integrate,
     join,
     path,
     sample_times,
-    sampling_times,
     split_rows,
     sum_squares,
     take,
     weigh,
 )
+from jax_impl.methods.samplers import flow_map_steps as sampling_steps
+from jax_impl.methods.samplers import no_conditions as sampling_conditions
+from jax_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_times"]
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -44,10 +46,9 @@ class Draws(NamedTuple):
 def draw(key, shape, cfg):
     """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
     keys = jax.random.split(key, 4)
-    times = jax.random.normal if cfg.time_sampler == "logit_normal" else jax.random.uniform
     return Draws(
         noise=jax.random.normal(keys[0], shape),
-        times=times(keys[1], (shape[0], 2)),
+        times=draw_times(keys[1], (shape[0], 2), cfg),
         coin=jax.random.uniform(keys[2], shape[:1]),
         drop=jax.random.uniform(keys[3], shape[:1]),
         dropout=jax.random.uniform(jax.random.fold_in(key, 4), shape[:1]),
@@ -140,33 +141,10 @@ def average_velocity(net, z, v_g, t, r, y, given, u_flow, rows):
     u, du_dt = z, z
     if rows.rest:
         tangents = (v_g, jnp.ones_like(t), jnp.zeros_like(r))
-        u, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), tangents)
+        u, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, **given, jvp=True), (z, t, r), tangents)
     return join(u_flow, u, rows), stop_gradient(join(jnp.zeros_like(u_flow), du_dt, rows))
 
 
 def interval(t, r, cfg):
     """Return t - r [b], clipped to [0, 1] if clip_interval."""
     return jnp.clip(t - r, 0, 1) if cfg.clip_interval else t - r
-
-
-def sampling_conditions(cfg):
-    """Return what the network is told beside (z, t, r, y) when sampling: nothing.  cfg: `config.sample`."""
-    return {}
-
-
-def sample(net, noise, y, given, cfg):
-    """Carry noise [b h w c] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y).
-
-    y: [b] labels.  given: nothing, see `sampling_conditions`.  cfg: `config.sample`; with cfg_scale s not 1,
-    u = u(null) + s (u(y) - u(null)), two forwards as one batch.  Source: arXiv:2505.13447, algorithm 2;
-    zhuyu-cs/MeanFlow, meanflow_sampler.py.
-    """
-
-    def velocity(z, t, r):
-        if cfg.cfg_scale == 1:
-            return net(z, t, r, y)
-        both = jnp.concatenate([y, jnp.full_like(y, net.num_classes)])
-        u, u_null = jnp.split(net(*(jnp.concatenate([a, a]) for a in (z, t, r)), both), 2)
-        return u_null + cfg.cfg_scale * (u - u_null)
-
-    return integrate(velocity, noise, cfg)

@@ -1,29 +1,66 @@
-"""Self-attention from matmul and softmax: the form through which a tangent passes."""
+"""Self-attention: from matmul and softmax, through which a tangent passes, or by a fused kernel."""
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_impl.models.layers import linear
+from jax_impl.models.layers import linear, rms_norm
+
+
+class HeadNorm(nnx.Module):
+    """Divide the channels of each head by their root mean square and scale them; in float32 at least."""
+
+    def __init__(self, dim):
+        self.scale = nnx.Param(jnp.ones(dim))
+
+    def __call__(self, x):
+        return rms_norm(x) * self.scale
 
 
 class Attention(nnx.Module):
-    """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads)."""
+    """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads).
 
-    def __init__(self, width, num_heads, *, dtype, rngs):
-        self.num_heads = num_heads
+    kernels: names of `KERNELS`, where no tangent passes and under a JVP.  qk_norm: queries and keys are normed a head.
+    """
+
+    def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype, rngs):
+        self.num_heads, self.qk_norm, self.kernels = num_heads, qk_norm, kernels
         self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        if qk_norm:
+            self.q_norm = HeadNorm(width // num_heads)
+            self.k_norm = HeadNorm(width // num_heads)
         self.proj = linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
+    def __call__(self, x, jvp=False):
         batch, tokens, width = x.shape
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), (2, 3), (0, 2))
-        x = attend(q, k, v)
+        if self.qk_norm:
+            q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
+        x = attend(q, k, v, self.kernels[jvp])
         return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
 
 
-def attend(q, k, v):
-    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d]; the softmax in float32 at least."""
+def attend(q, k, v, kernel="plain"):
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d], by a kernel of `KERNELS`."""
+    return KERNELS[kernel](q, k, v)
+
+
+def plain(q, k, v):
+    """Attend by matmul and softmax, the latter in float32 at least: every derivative passes."""
     scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
     return weights.astype(v.dtype) @ v
+
+
+def fused(q, k, v):
+    """Attend by cuDNN's fused kernel, through which gradients pass but no tangent.
+
+    On a GPU, in bfloat16 or float16; elsewhere XLA makes what it can of the plain form, its softmax in float32.
+    """
+    half = jnp.dtype(v.dtype).itemsize == 2
+    kernel = "cudnn" if half and jax.default_backend() == "gpu" else None
+    q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
+    return jax.nn.dot_product_attention(q, k, v, implementation=kernel).swapaxes(1, 2)
+
+
+KERNELS = {"plain": plain, "fused": fused}

@@ -1,7 +1,9 @@
-"""DiT for MeanFlow: a transformer over patches, conditioned on t, t - r and the label through adaLN-Zero.
+"""DiT: a transformer over patches, conditioned on t and the label, and for MeanFlow on t - r, through adaLN-Zero.
 
 Source: arXiv:2212.09748 (DiT) and arXiv:2505.13447 (MeanFlow, section 5); Gsunshine/meanflow, models/models_dit.py;
-zhuyu-cs/MeanFlow, sit.py, whose state-dict names are the canonical ones (there `r_embedder` embeds t - r).
+zhuyu-cs/MeanFlow, sit.py, whose state-dict names are the canonical ones (there `r_embedder` embeds t - r).  Without
+t - r it is SiT, arXiv:2401.08740, with the projectors of REPA, arXiv:2410.06940, as an option; kyungmnlee/dmf,
+models/sit.py.
 """
 
 import jax.numpy as jnp
@@ -35,15 +37,15 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each modulated and gated by the condition c [b d]; the residual stays in float32."""
 
-    def __init__(self, width, num_heads, mlp_ratio, *, dtype, rngs):
-        self.attn = Attention(width, num_heads, dtype=dtype, rngs=rngs)
+    def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype, rngs):
+        self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
         self.adaLN_modulation = nnx.Dict({"1": linear(width, 6 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
 
-    def __call__(self, x, c):
+    def __call__(self, x, c, jvp=False):
         modulation = self.adaLN_modulation["1"](nnx.silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a))
+        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), jvp)
         x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
         return x
 
@@ -60,49 +62,91 @@ class FinalLayer(nnx.Module):
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
-class DiT(nnx.Module):
-    """Average velocity u = net(z, t, r, y).  It has no dropout and is told of no augmentation.
+class Projector(nnx.Module):
+    """Map tokens [b n d] to the features [b n out] that an encoder has of them, by a three-layer MLP."""
 
-    z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise.
-    y: [b] int labels in [0, num_classes]; num_classes is the null class.  Returns u [b h w c] in float32 at least.
-    `dtype` is that of the matmuls.  Raises ValueError for sizes that do not divide.
+    def __init__(self, width, hidden, out_features, *, dtype, rngs):
+        sizes = {"0": (width, hidden), "2": (hidden, hidden), "4": (hidden, out_features)}
+        for name, (in_features, out) in sizes.items():
+            setattr(self, name, linear(in_features, out, dtype=dtype, rngs=rngs))
+
+    def __call__(self, x):
+        first, second, last = (getattr(self, name) for name in ("0", "2", "4"))
+        x = last(nnx.silu(second(nnx.silu(first(x)))))
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
+class DiT(nnx.Module):
+    """Average velocity u = net(z, t, r, y), or velocity v of a flow model.  It has no dropout nor augmentation labels.
+
+    z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; a flow model, without
+    interval_embedder, ignores r.  y: [b] int labels in [0, num_classes]; num_classes is the null class.
+    jvp: a tangent passes, which not every attention carries.  Returns u [b h w c] in float32 at least, and if
+    `features`, also a tuple of [b n dim] for each of repa_dims: what the projectors make of the tokens after repa_depth
+    blocks.  `dtype` is that of the matmuls; kernels, qk_norm: see `Attention`.
+    Raises ValueError for sizes that do not divide.
     """
 
     dropout, augment_dim = 0.0, 0
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
-                 dtype=jnp.float32, rngs):  # fmt: skip
+                 qk_norm=False, kernels=("plain", "plain"), interval_embedder=True, repa_dims=(), repa_depth=8,
+                 projector_dim=2048, dtype=jnp.float32, rngs):  # fmt: skip
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if width % num_heads or width % 4:
             raise ValueError(f"width {width} must be a multiple of num_heads {num_heads} and of 4")
         self.num_classes, self.channels = num_classes, channels
         self.grid_size, self.width = input_size // patch_size, width
+        self.interval_embedder, self.repa_depth = interval_embedder, repa_depth
         self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype, rngs=rngs)
         self.t_embedder = TimestepEmbedder(width, rngs=rngs)
-        self.r_embedder = TimestepEmbedder(width, rngs=rngs)
+        if interval_embedder:
+            self.r_embedder = TimestepEmbedder(width, rngs=rngs)
         self.y_embedder = LabelEmbedder(num_classes, width, rngs=rngs)
-        self.blocks = nnx.List([Block(width, num_heads, mlp_ratio, dtype=dtype, rngs=rngs) for _ in range(depth)])
+        options = {"qk_norm": qk_norm, "kernels": kernels, "dtype": dtype, "rngs": rngs}
+        self.blocks = nnx.List([Block(width, num_heads, mlp_ratio, **options) for _ in range(depth)])
+        self.projectors = nnx.List([Projector(width, projector_dim, dim, dtype=dtype, rngs=rngs) for dim in repa_dims])
         self.final_layer = FinalLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
 
     @classmethod
     def from_config(cls, c, rngs):
         """Build from `config.model`."""
         return cls(
-            input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, patch_size=c.patch_size,
-            depth=c.depth, width=c.width, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
-            dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+            **sizes_of(c), interval_embedder=c.interval_embedder, repa_dims=c.repa_dims, repa_depth=c.repa_depth,
+            projector_dim=c.projector_dim, rngs=rngs,
         )  # fmt: skip
 
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
         return {"pos_embed": position_table(self.grid_size, self.width)[None]}
 
-    def __call__(self, z, t, r, y):
-        c = self.t_embedder(t) + self.r_embedder(t - r) + self.y_embedder(y)
+    def __call__(self, z, t, r, y, jvp=False, features=False):
+        c = self.t_embedder(t)
+        if self.interval_embedder:
+            c = c + self.r_embedder(t - r)
+        c = c + self.y_embedder(y)
+        u, tokens = self.transform(z, [c] * (len(self.blocks) + 1), jvp)
+        return (u, tuple(projector(tokens) for projector in self.projectors)) if features else u
+
+    def transform(self, z, conditions, jvp):
+        """Return the velocity [b h w c] and the tokens [b n width] after repa_depth blocks.
+
+        conditions: [b width] for each block and one for the final layer.
+        """
         x = self.x_embedder(z)
-        x = x + self.tables()["pos_embed"]
-        for block in self.blocks:
-            x = block(x, c)
-        x = unpatchify(self.final_layer(x, c), self.channels)
-        return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+        x = tokens = x + self.tables()["pos_embed"]
+        for i, block in enumerate(self.blocks):
+            x = block(x, conditions[i], jvp)
+            tokens = x if i + 1 == self.repa_depth else tokens
+        x = unpatchify(self.final_layer(x, conditions[-1]), self.channels)
+        return x.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens
+
+
+def sizes_of(c):
+    """Return the arguments of a DiT that every kind of it takes, from `config.model`."""
+    return {
+        "input_size": c.input_size, "channels": c.channels, "num_classes": c.num_classes, "patch_size": c.patch_size,
+        "depth": c.depth, "width": c.width, "num_heads": c.num_heads, "mlp_ratio": c.mlp_ratio, "qk_norm": c.qk_norm,
+        "kernels": (c.attention, c.attention_jvp), "dtype": jnp.dtype(c.compute_dtype),
+    }  # fmt: skip

@@ -12,7 +12,7 @@ import numpy as np
 from flax import nnx
 
 from jax_impl.models.attention import attend
-from jax_impl.models.layers import PatchEmbed, linear, timestep_features, unpatchify, zeros
+from jax_impl.models.layers import PatchEmbed, linear, rms_norm, timestep_features, unpatchify, zeros
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -34,9 +34,8 @@ class RMSNorm(nnx.Module):
     def __init__(self, width):
         self.weight = nnx.Param(jnp.ones(width))
 
-    def __call__(self, x, eps=1e-6):
-        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps) * self.weight
+    def __call__(self, x):
+        return rms_norm(x) * self.weight
 
 
 class Embedder(nnx.Module):
@@ -88,8 +87,8 @@ def rotate(x, cos, sin):
 class RotaryAttention(nnx.Module):
     """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normed a head, then rotated."""
 
-    def __init__(self, width, num_heads, *, dtype, rngs):
-        self.num_heads = num_heads
+    def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype, rngs):
+        self.num_heads, self.kernels = num_heads, kernels
         self.q_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
         self.k_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
         self.v_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
@@ -97,14 +96,14 @@ class RotaryAttention(nnx.Module):
         self.k_norm = RMSNorm(width // num_heads)
         self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, cos, sin):
+    def __call__(self, x, cos, sin, jvp=False):
         batch, tokens, width = x.shape
         q, k, v = (
             proj(x).reshape(batch, tokens, self.num_heads, -1).swapaxes(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = attend(q.astype(v.dtype), k.astype(v.dtype), v)
+        x = attend(q.astype(v.dtype), k.astype(v.dtype), v, self.kernels[jvp])
         return self.out_proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
 
 
@@ -123,16 +122,16 @@ class SwiGLU(nnx.Module):
 class RotaryBlock(nnx.Module):
     """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
 
-    def __init__(self, width, num_heads, mlp_ratio, *, dtype, rngs):
+    def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype, rngs):
         self.norm1 = RMSNorm(width)
-        self.attn = RotaryAttention(width, num_heads, dtype=dtype, rngs=rngs)
+        self.attn = RotaryAttention(width, num_heads, kernels=kernels, dtype=dtype, rngs=rngs)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
         self.attn_scale = nnx.Param(jnp.zeros(width))
         self.mlp_scale = nnx.Param(jnp.zeros(width))
 
-    def __call__(self, x, cos, sin):
-        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin)
+    def __call__(self, x, cos, sin, jvp=False):
+        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, jvp)
         x = x + self.mlp_scale * self.mlp(self.norm2(x))
         return x
 
@@ -153,7 +152,7 @@ class IMFDiT(nnx.Module):
 
     z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; only t - r is used.
     y: [b] int labels in [0, num_classes]; num_classes is the null class.  omega: [b] guidance scales, at least 1.
-    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.
+    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.  jvp: a tangent passes.
     Returns u or v [b h w c], or a pair of them, in float32 at least.  `dtype` is that of the matmuls.
     `depth` counts the blocks on the way to u: depth - head_depth in the trunk, then head_depth for each head.  Without
     v_heads, as in released weights, its v is what the official code returns in eval mode: a final layer on the trunk,
@@ -163,7 +162,8 @@ class IMFDiT(nnx.Module):
     dropout, augment_dim = 0.0, 0
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
-                 mlp_ratio, num_tokens, v_heads=True, dtype=jnp.float32, rngs):  # fmt: skip
+                 mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"), dtype=jnp.float32,
+                 rngs):  # fmt: skip
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if width % (2 * num_heads) or head_depth > depth:
@@ -177,7 +177,8 @@ class IMFDiT(nnx.Module):
             return nnx.Param(jax.random.normal(rngs.params(), (num, width)) * width**-0.5)
 
         def blocks(num):
-            return nnx.List([RotaryBlock(width, num_heads, mlp_ratio, dtype=dtype, rngs=rngs) for _ in range(num)])
+            options = {"kernels": kernels, "dtype": dtype, "rngs": rngs}
+            return nnx.List([RotaryBlock(width, num_heads, mlp_ratio, **options) for _ in range(num)])
 
         self.time_tokens, self.class_tokens, self.omega_tokens = tokens(num_time), tokens(num_class), tokens(num_omega)
         self.t_min_tokens, self.t_max_tokens = tokens(num_interval), tokens(num_interval)
@@ -200,19 +201,19 @@ class IMFDiT(nnx.Module):
             input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, patch_size=c.patch_size,
             depth=c.depth, head_depth=c.head_depth, width=c.width, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
             num_tokens=(c.num_class_tokens, c.num_omega_tokens, c.num_interval_tokens, c.num_time_tokens),
-            v_heads=c.v_heads, dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+            v_heads=c.v_heads, kernels=(c.attention, c.attention_jvp), dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
         )  # fmt: skip
 
     def tables(self):
         """Return the fixed tables of the canonical state dict: none, the rotary one is not in it."""
         return {}
 
-    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u"):
+    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
         x = jnp.concatenate([self.prefix_tokens(t - r, y, omega, t_min, t_max), self.x_embedder(z)], axis=1)
         cos, sin = (jnp.asarray(a, x.dtype) for a in rotary_table(*self.rope_shape))
         for block in self.shared_blocks:
-            x = block(x, cos, sin)
-        velocities = tuple(self.velocity(head, x, cos, sin) for head in heads)
+            x = block(x, cos, sin, jvp)
+        velocities = tuple(self.velocity(head, x, cos, sin, jvp) for head in heads)
         return velocities if len(heads) > 1 else velocities[0]
 
     def prefix_tokens(self, h, y, omega, t_min, t_max):
@@ -226,10 +227,10 @@ class IMFDiT(nnx.Module):
         )
         return jnp.concatenate([tokens + embedding[:, None] for tokens, embedding in carried], axis=1)
 
-    def velocity(self, head, x, cos, sin):
+    def velocity(self, head, x, cos, sin, jvp=False):
         """Return the velocity [b h w c] that the head `u` or `v` makes of the trunk's tokens x [b n width]."""
         blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
         for block in blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, jvp)
         x = unpatchify(final_layer(x[:, self.prefix :]), self.channels)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

@@ -31,6 +31,12 @@ def layer_norm(x, eps=1e-6):
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
 
 
+def rms_norm(x, eps=1e-6):
+    """Divide the last axis by its root mean square; in float32 at least."""
+    x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)
+
+
 def modulate(x, shift, scale):
     """Shift and scale the tokens x [b n d] by vectors [b d]: x (1 + scale) + shift."""
     return x * (1 + scale[:, None]) + shift[:, None]

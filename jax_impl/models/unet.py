@@ -386,7 +386,7 @@ class UNet(nnx.Module):
                 image = shown if image is None else add(image, shown)
         return image
 
-    def __call__(self, z, t, r, y, augment=None, dropout=None):
+    def __call__(self, z, t, r, y, augment=None, dropout=None, jvp=False):
         emb = self.embed(t, r, augment)
         x, skips = self.encode(z, emb, dropout)
         x = self.decode(x, emb, dropout, skips)

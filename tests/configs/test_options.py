@@ -5,7 +5,7 @@ import pathlib
 
 import pytest
 
-from configs import base, digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet, resolve
+from configs import base, digits, dmf_imagenet, imf_imagenet, meanflow_cifar10, meanflow_imagenet, resolve
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHARED = ("data", "evaluation")
@@ -15,9 +15,10 @@ ONE_SIDED = {
     "train.num_threads": "JAX has threads of its own",
 }  # fmt: skip
 CIFAR10 = ("v0", "v1", "reproduction")
-CONFIGS = {"base": base.get_config(), "digits": digits.get_config(), "digits:unet": digits.get_config("unet")}
+CONFIGS = {"base": base.get_config(), "digits": digits.get_config()}
 CONFIGS |= {f"meanflow_imagenet:{name}": meanflow_imagenet.get_config(name) for name in meanflow_imagenet.VARIANTS}
-CONFIGS |= {"digits:imf": digits.get_config("imf")}
+CONFIGS |= {f"digits:{name}": digits.get_config(name) for name in digits.VARIANTS}
+CONFIGS |= {f"dmf_imagenet:{name}": dmf_imagenet.get_config(name) for name in dmf_imagenet.VARIANTS}
 CONFIGS |= {f"imf_imagenet:{name}": imf_imagenet.get_config(name) for name in imf_imagenet.VARIANTS}
 CONFIGS |= {f"meanflow_cifar10:{name}": meanflow_cifar10.get_config(name) for name in CIFAR10}
 
@@ -131,7 +132,42 @@ def test_published_settings_of_improved_meanflow(variant, sizes, omega, interval
     assert (c.steps, c.warmup_steps, c.schedule, c.cosine_end) == (640 * 1251, 10 * 1251, "constant", "steps")
 
 
-@pytest.mark.parametrize("module", [digits, meanflow_cifar10, imf_imagenet])
+@pytest.mark.parametrize(
+    ("variant", "size", "interval", "steps"),
+    [("dmf_256", 32, (0.0, 0.7), 400_000), ("dmf_512", 64, (0.0, 0.8), 800_000)],
+)
+def test_published_settings_of_decoupled_meanflow(variant, size, interval, steps):
+    config, flow = dmf_imagenet.get_config(variant), dmf_imagenet.get_config(variant.replace("dmf", "sit"))
+    m, net, c, s = config.method, config.model, config.train, config.sample
+    assert (net.name, net.depth, net.width, net.num_heads, net.dmf_depth) == ("dmf_dit", 28, 1152, 16, 20)
+    assert (m.guidance_type, m.omega, (m.guidance_start, m.guidance_end)) == ("mg", 0.6, interval)
+    assert (m.time_mean, m.time_std, m.flow_time_mean, m.flow_time_std) == ((0.4, -1.2), (1.0, 1.0), 0.0, 1.0)
+    assert (m.adaptive_eps, m.log_variance_pairs, c.steps) == (0.01, "row", steps)
+    assert s.shift == (1.5 if size == 64 else 1.0)
+    assert (flow.model.repa_dims, flow.model.repa_depth, flow.method.repa_coeff) == ((768,), 8, 0.5)
+    assert (flow.method.name, flow.model.interval_embedder) == ("flow", False)
+    for either in (config, flow):
+        m, net, c = either.method, either.model, either.train
+        assert (net.input_size, net.patch_size, net.channels, net.qk_norm) == (size, 2, 4, size == 64)
+        assert (net.compute_dtype, net.attention, net.attention_jvp) == ("bfloat16", "fused", "plain")
+        assert (c.batch_size, c.learning_rate, c.beta1, c.beta2, c.ema_decays) == (256, 1e-4, 0.9, 0.95, (0.9999,))
+        assert (c.optimizer, c.clip_norm, c.weight_decay, m.label_drop_prob) == ("adamw", 1.0, 0.0, 0.1)
+
+
+@pytest.mark.parametrize("size", [256, 512])
+def test_decoupled_meanflow_has_the_parameters_of_its_flow_model(size):
+    """But for the log-variance: 256 weights and a bias."""
+    torch = pytest.importorskip("torch")
+    from torch_impl.step import build_net
+
+    with torch.device("meta"):
+        nets = [build_net(dmf_imagenet.get_config(f"{kind}_{size}")) for kind in ("sit", "dmf")]
+    flow, decoupled = ({name: tuple(p.shape) for name, p in net.named_parameters()} for net in nets)
+    flow = {name: shape for name, shape in flow.items() if not name.startswith("projectors.")}
+    assert decoupled == flow | {"logvar_linear.weight": (1, 256), "logvar_linear.bias": (1,)}
+
+
+@pytest.mark.parametrize("module", [digits, meanflow_cifar10, imf_imagenet, dmf_imagenet])
 def test_variants_that_do_not_exist(module):
     with pytest.raises(ValueError, match="no variant 'v9'"):
         module.get_config("v9")

@@ -68,8 +68,8 @@ def test_backends_of_the_compiler(backend, tmp_path):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"method.name": "meanflow"}, "improved and imf_dit belong together"),
-        ({"model.name": "dit"}, "improved and imf_dit belong together"),
+        ({"method.name": "meanflow"}, "meanflow cannot use config.model.name imf_dit: it trains dit or unet"),
+        ({"model.name": "dit"}, "improved cannot use config.model.name dit: it trains imf_dit"),
         ({"model.head_depth": 9}, r"head_depth 9 is more than config\.model\.depth"),
         ({"model.width": 36, "model.num_heads": 12}, "must be even, for rotary positions"),
         ({"sample.cfg_scale": 2.0}, "this one is told its scale"),

@@ -44,11 +44,29 @@ class UnlabelledPatches(ColourPatches):
             yield i, {"image": np.full((12, 12, 3), i, np.uint8)}
 
 
+class DescribedPatches(ColourPatches):
+    """The same with features of four tokens, and images beside them, of which some may be of any size."""
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(12, 12, 3)), "label": tfds.features.ClassLabel(num_classes=3),
+            "features": tfds.features.Tensor(shape=(4, 2), dtype=np.float16, encoding="bytes"),
+            "pixels": tfds.features.Image(shape=(6, 6, 3)), "sketch": tfds.features.Image(shape=(None, None, 3)),
+        }  # fmt: skip
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _generate_examples(self, num):
+        for i, example in super()._generate_examples(num):
+            pixels = np.full((6, 6, 3), 100 + i, np.uint8)
+            yield i, example | {"features": np.full((4, 2), i, np.float16), "pixels": pixels, "sketch": pixels}
+
+
 @pytest.fixture(scope="module")
 def directory(tmp_path_factory):
-    """Holds `colour_patches`."""
+    """Holds `colour_patches` and `described_patches`."""
     path = str(tmp_path_factory.mktemp("datasets"))
     datasets.open_source("colour_patches", "train", path)
+    datasets.open_source("described_patches", "train", path)
     return path
 
 
@@ -64,6 +82,38 @@ def test_builder_of_ones_own(directory):
         assert set(record) == {"image", "label"}
         assert record["image"].shape == (12, 12, 3)
         assert record["label"] == record["image"][0, 0, 0] % 3
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "kind", "value"),
+    [("features", (4, 2), np.floating, 0), ("pixels", (None, None, 3), np.uint8, 100)],
+)
+def test_one_more_feature(directory, key, shape, kind, value):
+    source = datasets.open_source("described_patches", "train", directory, datasets.Extra(key, shape, kind, ""))
+    for record in (source[i] for i in range(30)):
+        assert set(record) == {"image", "label", key}
+        np.testing.assert_array_equal(record[key], value + int(record["image"][0, 0, 0]))
+
+
+def test_nothing_is_paid_for_features_that_are_not_asked_for(directory):
+    source = datasets.open_source("described_patches", "train", directory)
+    assert set(source[0]) == {"image", "label"}
+    assert isinstance(source.records[0]["pixels"], bytes)  # not decoded
+
+
+@pytest.mark.parametrize(
+    ("key", "shape", "kind", "words"),
+    [
+        ("depth", (4, 2), np.floating, "described_patches.* has no feature 'depth', only .*image.*: the way out"),
+        ("features", (4, 3), np.floating, r"float16.* must be floating of shape \(4, 3\): the way out"),
+        ("features", (4,), np.floating, r"'features' of dataset 'described_patches'.* shape \(4,\)"),
+        ("features", (4, 2), np.float32, "must be float32"),
+        ("sketch", (None, None, 3), np.uint8, r"None.* must be uint8 of shape \(None, None, 3\)"),
+    ],
+)
+def test_one_more_feature_that_is_not_there(directory, key, shape, kind, words):
+    with pytest.raises(UserError, match=words):
+        datasets.open_source("described_patches", "train", directory, datasets.Extra(key, shape, kind, "the way out"))
 
 
 def test_part_of_a_split(directory):

@@ -5,6 +5,8 @@ import itertools
 
 import numpy as np
 import pytest
+import tensorflow_datasets as tfds
+from etils import epath
 
 from configs import digits
 from configs.errors import UserError
@@ -12,6 +14,33 @@ from data import augment, loader
 
 BATCH = 256
 STEPS = 8  # more than one epoch of 1397 examples
+
+
+class FeaturedPatches(tfds.core.GeneratorBasedBuilder):
+    """Grey images with features of two encoders; image i is filled with i, but for a last column of 255."""
+
+    VERSION = tfds.core.Version("1.0.0")
+    pkg_dir_path = epath.Path(__file__).parent  # TFDS looks it up by itself only for a module inside a package
+
+    def _info(self):
+        features = {
+            "image": tfds.features.Image(shape=(8, 8, 1)), "label": tfds.features.ClassLabel(num_classes=10),
+            "features": tfds.features.Tensor(shape=(16, 5), dtype=np.float16, encoding="bytes"),
+        }  # fmt: skip
+        return self.dataset_info_from_configs(features=tfds.features.FeaturesDict(features))
+
+    def _split_generators(self, dl_manager):
+        return {"train": self._generate_examples()}
+
+    def _generate_examples(self):
+        for i in range(40):
+            image = np.full((8, 8, 1), i, np.uint8)
+            image[:, -1] = 255
+            yield i, {"image": image, "label": i % 10, "features": features_of(i)}
+
+
+def features_of(i):
+    return np.random.default_rng(i).normal(size=(16, 5)).astype(np.float16)
 
 
 @pytest.fixture(scope="module")
@@ -32,6 +61,14 @@ def augmented(config):
     config.data.flip = True
     config.data.augment.update(dict.fromkeys(augment.NUM_LABELS, 0.0))
     config.data.augment.update(prob=0.5, rotate_int=1.0, scale=0.5, brightness=1.0)
+    return config
+
+
+@pytest.fixture
+def featured(config):
+    """Return a config whose dataset has features beside the images."""
+    config.data.update(name="featured_patches", flip=True)
+    config.model.repa_dims = (2, 3)
     return config
 
 
@@ -136,6 +173,79 @@ def test_whole_splits_are_not_augmented(augmented):
         [dict(zip(("image", "label"), loader.load_arrays(augmented, "train"), strict=True))],
         [{"image": images, "label": labels}],
     )
+
+
+def test_stored_features_follow_their_images(featured):
+    """Mirrored ones too: then the columns of the grid of tokens change places, not its rows."""
+    mirrored = []
+    for batch in take(loader.make_loader(featured, 20), 4):
+        assert set(batch) == {"image", "label", "features"}
+        assert batch["features"].shape == (20, 16, 5)
+        assert batch["features"].dtype == np.float32
+        for image, features in zip(batch["image"], batch["features"], strict=True):
+            mirrored.append(image[0, 0, 0] == 1)
+            stored = features_of(round(127.5 * (image[0, 4, 0] + 1))).reshape(4, 4, 5)
+            np.testing.assert_array_equal(features.reshape(4, 4, 5), stored[:, ::-1] if mirrored[-1] else stored)
+    assert 20 < sum(mirrored) < 60
+
+
+def test_processes_share_the_features_of_one(featured):
+    whole = take(loader.make_loader(featured, 16), 4)
+    parts = [take(loader.make_loader(featured, 16, p, 2), 4) for p in range(2)]
+    joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*parts, strict=True)]
+    assert_same(joined, whole)
+
+
+def test_resumes_with_features(featured):
+    """And they pass through loader processes."""
+    batches = loader.make_loader(featured, 16)
+    take(batches, 2)
+    state = batches.get_state()
+    expected = take(batches, 2)
+    featured.data.num_workers = 1
+    resumed = loader.make_loader(featured, 16)
+    resumed.set_state(state)
+    assert_same(take(resumed, 2), expected)
+    resumed.close()
+
+
+@pytest.mark.parametrize("change", [{"model.repa_dims": ()}, {"model.name": "unet"}])
+def test_no_features_without_repa(featured, change):
+    featured.update_from_flattened_dict(change)
+    assert set(next(loader.make_loader(featured, 16))) == {"image", "label"}
+
+
+def test_whole_splits_need_no_features(featured):
+    featured.model.repa_dims = (99,)
+    images, labels = loader.load_arrays(featured, "train")
+    assert len(images) == len(labels) == 40
+
+
+def test_what_is_kept_in_memory_counts_the_features(featured, monkeypatch):
+    """Of the 40 images of 256 bytes and the features of 320."""
+    for most, kept in ((40 * 400, False), (40 * 600, True)):
+        monkeypatch.setattr(loader, "MAX_KEPT_BYTES", most)
+        examples = loader._examples(featured, "train", loader._extra(featured))
+        assert "features" in examples[0]
+        assert bool(examples.kept) == kept
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"data.name": "digits"},
+            "'digits'.* no feature 'features', only image, label: .*repa_dims.*--config.data.enc",
+        ),
+        ({"model.repa_dims": (5, 1)}, r"'features'.*floating of shape \(16, 6\).*config.model.repa_dims"),
+        ({"model.patch_size": 4}, r"'features'.*floating of shape \(4, 5\).*config.model.patch_size"),
+        ({"data.augment.prob": 0.1}, "not the `features` .*--config.data.augment.prob=0, .*--config.data.encoder"),
+    ],
+)
+def test_features_that_are_not_there_or_do_not_fit(featured, change, words):
+    featured.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=words):
+        loader.make_loader(featured, 16)
 
 
 def test_a_network_told_of_other_labels(augmented):

@@ -88,7 +88,7 @@ def test_every_ema_is_judged_on_the_same_samples(config, monkeypatch):
     loads = iter([report.Real(real, np.zeros(9), {})])
     monkeypatch.setattr(report, "load_real", lambda config: next(loads))
 
-    def sampler(weights, noise, y, c):
+    def sampler(weights, noise, y, c, fresh):
         images.append(weights + noise)
         return images[-1]
 

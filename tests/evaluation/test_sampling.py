@@ -7,6 +7,7 @@ import pytest
 
 from configs import digits
 from configs.errors import UserError
+from data import noise
 from evaluation import sampling
 
 
@@ -28,17 +29,22 @@ def parse(parse_flags):
 
 
 class Sampler:
-    """Returns its weights times the noise, plus the label; remembers the guidance and the shapes it was called with."""
+    """Returns its weights times all the noise, plus the label; remembers guidance and shapes it was called with."""
 
     def __init__(self):
-        self.calls = []
+        self.calls, self.fresh = [], []
 
-    def __call__(self, weights, noise, y, c):
+    def __call__(self, weights, noise, y, c, fresh):
         self.calls.append((noise.shape, y.shape, c.omega, c.interval))
+        self.fresh.append(None if fresh is None else fresh.shape)
+        factors = np.arange(2, 2 + (0 if fresh is None else len(fresh)), dtype=np.float32)
+        noise = noise + (0 if fresh is None else np.tensordot(factors, fresh, 1))
         return weights * noise + y[:, None, None, None].astype(np.float32)
 
 
-def test_samples_do_not_depend_on_the_batching(config):
+@pytest.mark.parametrize("sampler", ["euler", "restart"])
+def test_samples_do_not_depend_on_the_batching(config, sampler):
+    config.sample.update(sampler=sampler, steps=3)
     whole, labels = sampling.generate(config, Sampler(), 2.0, 7)
     assert whole.shape == (7, 8, 8, 1) and whole.dtype == np.float32
     assert labels.shape == (7,) and labels.dtype == np.int32 and len(set(labels)) > 1
@@ -59,6 +65,50 @@ def test_every_batch_has_one_shape_and_the_guidance_of_the_config(improved):
     sampler.calls.clear()
     sampling.generate(improved, sampler, 1.0, 2)
     assert sampler.calls == [((2, 8, 8, 1), (2,), 4.0, (0.25, 0.5))]
+
+
+def test_noise_is_drawn_anew_for_every_step_but_the_last(config):
+    config.sample.update(sampler="ctm", steps=3, batch_size=3)
+    sampler = Sampler()
+    sampling.generate(config, sampler, 1.0, 7)
+    assert sampler.fresh == [(2, 3, 8, 8, 1)] * 3
+    config.sample.update(sampler="euler")
+    sampling.generate(config, sampler, 1.0, 7)
+    assert sampler.fresh[3:] == [None] * 3
+
+
+@pytest.mark.parametrize(
+    ("changes", "num"),
+    [
+        ({"sampler": "euler", "steps": 4}, 0),
+        ({"sampler": "heun", "steps": 4}, 0),
+        ({"sampler": "restart", "steps": 4}, 3),
+        ({"sampler": "ctm", "steps": 1}, 0),
+        ({"sampler": "sde", "steps": 4}, 3),
+        ({"sampler": "restart", "steps": 4, "times": (1.0, 0.5, 0.0)}, 1),
+    ],
+)
+def test_how_often_a_sampler_draws_noise_anew(config, changes, num):
+    config.sample.update(changes)
+    assert noise.num_fresh(config.sample) == num
+
+
+def test_the_noise_of_a_sample_depends_on_seed_and_index_alone():
+    """The first noise and the labels are what they were before there was any drawn anew."""
+    first, labels, none = noise.draw([5, 2**40], (8, 8, 1), 10, 3)
+    for row, index in enumerate([5, 2**40]):
+        rng = np.random.Generator(np.random.Philox(key=[3, index]))
+        np.testing.assert_array_equal(first[row], rng.standard_normal((8, 8, 1), np.float32))
+        assert labels[row] == rng.integers(10)
+    same, same_labels, fresh = noise.draw([5, 2**40], (8, 8, 1), 10, 3, num_fresh=3)
+    assert none is None and fresh.shape == (3, 2, 8, 8, 1) and fresh.dtype == np.float32
+    np.testing.assert_array_equal(same, first)
+    np.testing.assert_array_equal(same_labels, labels)
+    fewer = noise.draw([9, 2**40, 5], (8, 8, 1), 10, 3, num_fresh=2)[2]
+    np.testing.assert_array_equal(fewer[:, 2:0:-1], fresh[:2])
+    every = np.concatenate([same[None], fresh]).reshape(8, -1)
+    assert np.abs(np.corrcoef(every) - np.eye(8)).max() < 0.5  # none is another's
+    assert abs(fresh.std() - 1) < 0.2 and np.abs(noise.draw([5], (8, 8, 1), 10, 4, 1)[2] - fresh[0, 0]).max() > 1
 
 
 def test_labels_are_repeated_in_turn(config):
@@ -92,6 +142,29 @@ def test_times_and_scale_of_a_network_that_is_told_no_guidance(config, parse):
     assert (c.times, c.cfg_scale) == ((1.0, 0.25, 0.0), 2.0)
 
 
+def test_the_sampler_and_its_settings(config, parse):
+    config.method.guidance = False
+    parse("--sampler=ctm", "--shift=1.5", "--gamma=0.25", "--cfg_scale=2", "--interval=0.1,0.7")
+    c = sampling.override(config).sample
+    assert (c.sampler, c.shift, c.gamma, c.cfg_scale, c.interval) == ("ctm", 1.5, 0.25, 2.0, (0.1, 0.7))
+    assert (config.sample.sampler, config.sample.shift, config.sample.gamma) == ("euler", 1.0, 0.5)
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        ("--sampler=heun", "sample.sampler is heun, but .* meanflow is sampled by one of euler, restart, ctm"),
+        ("--gamma=1.5", "sample.gamma is 1.5; it must be at least 0 and at most 1"),
+        ("--shift=-1", "sample.shift is -1.0; it must be a number above 0"),
+        ("--interval=0.6,0.4", "sample.interval .* must rise"),
+    ],
+)
+def test_samplers_of_no_sense(config, parse, argv, message):
+    parse(argv)
+    with pytest.raises(UserError, match=message):
+        sampling.override(config)
+
+
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
@@ -111,10 +184,9 @@ def test_flags_of_no_sense(improved, parse, argv, message):
         sampling.override(improved)
 
 
-@pytest.mark.parametrize("argv", ["--omega=2", "--interval=0,0.5"])
-def test_guidance_for_a_network_that_is_told_none(config, parse, argv):
-    parse(argv)
-    with pytest.raises(UserError, match=f"{argv.split('=')[0]} is for .* meanflow: .* --cfg_scale"):
+def test_guidance_for_a_network_that_is_told_none(config, parse):
+    parse("--omega=2")
+    with pytest.raises(UserError, match="--omega is for .* meanflow: .* --cfg_scale"):
         sampling.override(config)
 
 

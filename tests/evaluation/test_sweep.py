@@ -185,7 +185,7 @@ def run(config, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "load_real", lambda config: {"real_frechet_distance_pixels": 0.25})
     monkeypatch.setattr(report, "evaluate_samples", judge)
     monkeypatch.setattr(sweep, "workdir", lambda: str(tmp_path))
-    return lambda *_: (config, lambda weights, noise, y, c: 0 * noise + weights / c.omega, 1.0)
+    return lambda *_: (config, lambda weights, noise, y, c, fresh: 0 * noise + weights / c.omega, 1.0)
 
 
 def test_evaluate_without_a_sweep_prints_one_line(run, parse, tmp_path, capsys):

@@ -7,31 +7,42 @@ import socket
 import jax
 import numpy as np
 import pytest
+from flax import nnx
 
 from configs.resolve import flatten, read_workdir, to_json
+from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints
-from jax_impl.step import create_state, make_mesh
+from jax_impl.step import build_net, create_state, make_mesh
 
 HERE = pathlib.Path(__file__).parent
 BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
 IMPROVED = {"train.batch_size": 32, "method.flow_fraction": 0.5}  # and what makes it improved MeanFlow
+DECOUPLED = {"train.batch_size": 32, "method.omega": 0.6, "method.guidance_end": 0.7}  # and what makes it decoupled
 # Name of the run by one device, by four: {what four devices change}.
 ON_FOUR_DEVICES = {
     "data": ("one", {}),
     "data_and_fsdp_accumulate": ("one", {"train.fsdp": 2, "train.accumulate": 2}),
     "improved_accumulate": ("one_improved", {"train.fsdp": 2, "train.accumulate": 2}),
+    "decoupled_accumulate": ("one_decoupled", {"train.fsdp": 2, "train.accumulate": 2}),
+    "distilled_fsdp": ("one_distilled", {"train.fsdp": 2}),
 }
 TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each
 REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | {"two_processes": "one"}
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, options, tiny, tiny_improved, tmp_path_factory):
+def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, tmp_path_factory):
     """Return the directory that holds the work directory of each run."""
     directory = tmp_path_factory.mktemp("devices")
     commands = []
-    one = {"one": REFERENCE, "one_improved": IMPROVED | tiny_improved}
+    teacher = {"method.guidance_type": "distill", "method.teacher": str(directory / "teacher.safetensors")}
+    save_teacher(tiny(tiny_flow), teacher["method.teacher"])
+    decoupled = DECOUPLED | tiny_decoupled
+    one = {
+        "one": REFERENCE, "one_improved": IMPROVED | tiny_improved, "one_decoupled": decoupled,
+        "one_distilled": decoupled | teacher,
+    }  # fmt: skip
     four = {name: one[reference] | changes for name, (reference, changes) in ON_FOUR_DEVICES.items()}
     for devices, cases in ((1, one), (4, four)):
         lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
@@ -48,6 +59,14 @@ def trained(launcher, options, tiny, tiny_improved, tmp_path_factory):
     for command in commands:
         assert command.wait() == 0, command.stderr
     return directory
+
+
+def save_teacher(config, path):
+    """Write weights of a flow model that are zero nowhere."""
+    graphdef, params = build_net(config)
+    rng = np.random.RandomState(0)
+    params = jax.tree.map(lambda a: a + rng.normal(0, 0.1, a.shape).astype(np.float32), params)
+    weights.save(path, weights.to_canonical(nnx.merge(graphdef, params), params), {})
 
 
 def free_port():
@@ -87,16 +106,20 @@ def test_many_devices_log_as_one(trained, case):
         assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_only_gradients_and_parameters_move(launcher, tiny, tiny_improved, tmp_path):
+def test_only_gradients_and_parameters_move(launcher, tiny, tiny_improved, tiny_decoupled, tmp_path):
     """Slicing a sharded batch would need permutes or all-to-alls; so would activations sharded as parameters are."""
-    cases = {"data": REFERENCE, "fsdp": REFERENCE | {"train.fsdp": 2}, "improved": IMPROVED | tiny_improved}
+    cases = {
+        "data": REFERENCE, "fsdp": REFERENCE | {"train.fsdp": 2}, "improved": IMPROVED | tiny_improved,
+        "decoupled": DECOUPLED | tiny_decoupled,
+    }  # fmt: skip
     for name, changes in cases.items():
         (tmp_path / name).write_text(to_json(tiny(changes)))
     command = launcher.run(HERE / "collectives.py", *(tmp_path / name for name in cases))
     assert command.poll() == 0, command.stderr
-    data, fsdp, improved = (json.loads(line) for line in command.stdout.splitlines())
-    assert set(data["collectives"]) == set(improved["collectives"]) == {"all-reduce"}
+    data, fsdp, improved, decoupled = (json.loads(line) for line in command.stdout.splitlines())
+    for found in (data, improved, decoupled):
+        assert set(found["collectives"]) == {"all-reduce"}
     assert set(fsdp["collectives"]) <= {"all-reduce", "all-gather", "reduce-scatter"}
     assert fsdp["collectives"]["all-gather"] <= 40  # once for each of the 25 parameters, give or take
-    assert data["moved"] == fsdp["moved"] == improved["moved"] == 0
+    assert data["moved"] == fsdp["moved"] == improved["moved"] == decoupled["moved"] == 0
     assert "rematerialization" not in command.stderr

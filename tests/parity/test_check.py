@@ -133,7 +133,8 @@ def test_guidance_intervals_exclude_some_rows(name):
     config = cases.config(method=cases.SETTINGS[name])
     (rows, draws), cfg = cases.batch(config), config.method
     x, zeros = rows["image"], lambda *args: np.zeros_like(rows["image"])
-    t = formula.meanflow(zeros, lambda *args: (x, x), (x, rows["label"], 7), {}, draws, cfg)["t"]
+    bare = formula.Bare(zeros, lambda *args: (x, x))
+    t = formula.meanflow(bare, rows | {"null": 7}, {}, draws, cfg)["t"]
     inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     assert inside.any() and not inside.all()
 

@@ -11,13 +11,18 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import torch
+from flax import nnx
 
 from configs import digits, resolve
 from configs.errors import UserError
 from jax_impl import checkpoints as jax_checkpoints
-from parity import cases, check, convert, frameworks, golden, golden_imf, infer, names
+from jax_impl import step as jax_step
+from jax_impl import train as jax_train
+from jax_impl import weights as jax_weights
+from parity import cases, check, convert, frameworks, golden, golden_dmf, golden_imf, infer, names
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
+from torch_impl import train as torch_train
 from torch_impl import weights as canonical_files
 
 
@@ -202,12 +207,45 @@ def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
     assert np.linalg.norm(images[0] - images[1]) <= 2e-5 * np.linalg.norm(images[1])
 
 
-WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype"}
+@pytest.mark.parametrize("projectors", [True, False])
+def test_an_official_flow_model_becomes_a_flow_map_with_the_same_velocity(tmp_path, projectors, caplog):
+    """A SiT checkpoint, with REPA's projectors or without, as each trainer loads it: the same at r = t as before."""
+    fixture = golden.Fixture(check.GOLDEN / "dmf_sit_torch.npz")
+    official = {n: a for n, a in fixture.under("param/").items() if projectors or not n.startswith("projectors.")}
+    torch.save({"ema": tensors(official), "args": argparse.Namespace(lr=1e-4)}, tmp_path / "sit.pt")
+    run(tmp_path / "sit.pt", tmp_path / "sit.safetensors")
+    config = golden_dmf.config_of(fixture.config["net"] | {"dmf_depth": 2})
+    config.train.load_from = str(tmp_path / "sit.safetensors")
+    x, t, y, want = golden_dmf.images(fixture, "in/fwd/x", "in/fwd/t", "in/fwd/y", "out/fwd/v")
+    with frameworks.full_precision():
+        caplog.set_level("INFO")
+        graphdef, state = jax_train.start_state(config, jax_step.make_mesh(config))
+        got = {"jax": jax_weights.to_canonical(nnx.merge(graphdef, state.params), state.params)}
+        state = torch_train.start_state(config, None, torch.device("cpu"))
+        got["torch"] = canonical_files.to_canonical(state.net, dict(state.net.named_parameters()))
+        for name, f in frameworks.FRAMEWORKS.items():
+            shared = {n: a for n, a in official.items() if not n.startswith("projectors.")}
+            assert_same({n: a for n, a in got[name].items() if not n.startswith("logvar_linear.")}, shared)
+            net = f.build(config, got[name])
+            assert np.linalg.norm(f.forward(net, x, t, t, y) - want) <= 1e-6 * np.linalg.norm(want)
+            assert np.linalg.norm(f.forward(net, x, t, 0 * t, y) - want) > 1e-2 * np.linalg.norm(want)
+    said = caplog.text
+    (tmp_path / "sit.safetensors").unlink()
+    with pytest.raises(UserError, match="cannot read"):
+        torch_train.start_state(config, None, torch.device("cpu"))
+    torch_train.start_state(config, None, torch.device("cpu"), resumes=True)
+    jax_train.start_state(config, jax_step.make_mesh(config), resumes=True)
+    assert said.count("logvar_linear.bias, logvar_linear.weight start fresh") == 2
+    assert ("projectors.0.0.bias" in said) == projectors
+
+
+WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype", "dmf_depth", "repa_depth"}
 OTHER_NETWORKS = {
     "unet_16": cases.UNET | {
         "input_size": 16, "channel_mult": (1, 2, 3), "channel_mult_emb": 2, "channel_mult_noise": 3, "num_blocks": 2,
         "attn_resolutions": (16, 4), "resample_filter": (1.0, 2.0, 3.0, 2.0), "encoder_type": "residual",
     },
+    "dmf_shallow": cases.DMF | {"depth": 1, "dmf_depth": 1},
     "unet_separate_wide": cases.NETWORKS["unet_separate"] | {"channel_mult_noise": 3},
 }  # fmt: skip
 
@@ -225,7 +263,10 @@ def test_the_options_of_a_network_are_found_in_its_weights(network, order, monke
     found = infer.inferred_config(weights).model
     for model in (found, expected):  # a filter is known but for its scale
         model.resample_filter = tuple(float(tap) / sum(model.resample_filter) for tap in model.resample_filter)
-    hidden = WITHOUT_A_TRACE | {"unet": {"num_classes"}, "imf_dit": {"input_size"}}.get(expected.name, set())
+    hidden = WITHOUT_A_TRACE - ({"num_heads"} if expected.qk_norm else set()) | {
+        "unet": {"num_classes"},
+        "imf_dit": {"input_size"},
+    }.get(expected.name, set())
     found.mlp_ratio, expected.mlp_ratio = (int(model.mlp_ratio * model.width) for model in (found, expected))
     for option in set(expected) - hidden:
         same = np.allclose if option == "resample_filter" else operator.eq

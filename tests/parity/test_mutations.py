@@ -9,17 +9,25 @@ import torch
 
 from jax_impl import step as jax_step
 from jax_impl.methods import common as jax_common
+from jax_impl.methods import decoupled as jax_decoupled
+from jax_impl.methods import flow as jax_flow
 from jax_impl.methods import improved as jax_improved
 from jax_impl.methods import meanflow as jax_method
+from jax_impl.methods import samplers as jax_samplers
 from jax_impl.models import dit as jax_dit
+from jax_impl.models import dmf_dit as jax_dmf_dit
 from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from parity import cases, check
 from torch_impl import step as torch_step
 from torch_impl.methods import common as torch_common
+from torch_impl.methods import decoupled as torch_decoupled
+from torch_impl.methods import flow as torch_flow
 from torch_impl.methods import improved as torch_improved
 from torch_impl.methods import meanflow as torch_method
+from torch_impl.methods import samplers as torch_samplers
 from torch_impl.models import dit as torch_dit
+from torch_impl.models import dmf_dit as torch_dmf_dit
 from torch_impl.models import imf_dit as torch_imf_dit
 from torch_impl.models import unet as torch_unet
 
@@ -70,9 +78,9 @@ def swap(monkeypatch, framework):
     cls, call = {"jax": (jax_dit.DiT, "__call__"), "torch": (torch_dit.DiT, "forward")}[framework]
     original = getattr(cls, call)
 
-    def swapped(self, z, t, r, y):
+    def swapped(self, z, t, r, y, jvp=False):
         self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
-        u = original(self, z, t, r, y)
+        u = original(self, z, t, r, y, jvp)
         self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
         return u
 
@@ -182,9 +190,93 @@ def test_guidance_that_forgets_the_interval(framework, monkeypatch, capsys):
     assert f"FAILED: float64/imf/split {framework} v_g (formula)" in out
 
 
+DECOUPLED = {"jax": jax_decoupled, "torch": torch_decoupled}
+FLOW = {"jax": jax_flow, "torch": torch_flow}
+SAMPLERS = {"jax": jax_samplers, "torch": torch_samplers}
+
+
+def test_blocks_that_are_told_the_other_time(framework, monkeypatch, capsys):
+    """The first blocks r and the last t; at r = t nothing is seen."""
+    network = {"jax": jax_dmf_dit, "torch": torch_dmf_dit}[framework].DMFDiT
+    name = {"jax": "__call__", "torch": "forward"}[framework]
+    original = getattr(network, name)
+    monkeypatch.setattr(network, name, lambda self, z, t, r, y, jvp=False: original(self, z, r, t, y, jvp))
+    out = expect_failure(capsys, "golden/dmf_dmft_torch/fwd", f"golden/dmf_dmft_torch/fwd {framework}")
+    assert "1 failed" in out
+    out = expect_failure(capsys, "float64/dmf/forward", "float64/dmf/forward")
+    assert "FAILED: float64/dmf/forward jax-torch u:" in out and "1 failed" in out
+
+
+def test_log_variances_that_are_paired_with_every_row(framework, monkeypatch, capsys):
+    """The official accident where each was to have its own row; and the other way round."""
+    method = DECOUPLED[framework]
+    original = method.log_loss
+
+    def other(err, log_variance, cfg):
+        second = ml_collections.ConfigDict(dict(cfg.items()))
+        second.log_variance_pairs = {"row": "all", "all": "row"}[cfg.log_variance_pairs]
+        result = original(err, log_variance, second)
+        return result.mean(1) if result.ndim == 2 else result[:, None] + 0 * result
+
+    monkeypatch.setattr(method, "log_loss", other)
+    out = expect_failure(capsys, "float64/dmf/mg", "float64/dmf/mg")
+    assert f"FAILED: float64/dmf/mg {framework} row_loss (formula)" in out
+    assert f"FAILED: float64/dmf/mg {framework} grad (formula)" in out
+    case = "golden/dmf_dmft_torch/loss/default"
+    out = expect_failure(capsys, case, f"{case} {framework}")
+    assert f"FAILED: {case} {framework} mf_p_loss" in out
+
+
+def test_a_teacher_that_guides_everywhere(framework, monkeypatch, capsys):
+    method = DECOUPLED[framework]
+    original = method.distill
+
+    def everywhere(teacher, states, times, y, cfg):
+        whole = ml_collections.ConfigDict(dict(cfg.items()))
+        whole.update(guidance_start=0.0, guidance_end=1.0)
+        return original(teacher, states, times, y, whole)
+
+    monkeypatch.setattr(method, "distill", everywhere)
+    case = "golden/dmf_dmft_torch/loss/distill"
+    out = expect_failure(capsys, case, f"{case} {framework}")
+    assert f"FAILED: {case} {framework} v_tgt_fm" in out and f"FAILED: {case} {framework} v_fm" not in out
+
+
+def test_features_that_are_not_normed(framework, monkeypatch, capsys):
+    monkeypatch.setattr(FLOW[framework], "unit", lambda a, eps=0: a)
+    case = "golden/dmf_sit_torch/loss/repa"
+    out = expect_failure(capsys, case, f"{case} {framework}")
+    assert f"FAILED: {case} {framework} proj_loss" in out and f"FAILED: {case} {framework} v_fm" not in out
+    out = expect_failure(capsys, "float64/dmf_sit/repa", "float64/dmf_sit/repa")
+    assert f"FAILED: float64/dmf_sit/repa {framework} grad (formula)" in out
+
+
+def test_noise_anew_of_another_size(framework, monkeypatch, capsys):
+    """That of the official ctm where the exact one was asked for, and the other way round."""
+    module = SAMPLERS[framework]
+    original = module.renoise
+    monkeypatch.setattr(module, "renoise", lambda *args: (original(*args)[0], 1 - original(*args)[0]))
+    expect_failure(capsys, "float64/dmf/sample/ctm$", "float64/dmf/sample/ctm")
+    monkeypatch.setattr(module, "renoise", lambda *args: (0.9 * original(*args)[0], original(*args)[1]))
+    case = "golden/dmf_dmft_torch/sample/ctm_n2_s1.0"
+    expect_failure(capsys, f"{case}$", f"{case} {framework}")
+
+
+def test_a_guided_step_outside_of_the_interval(framework, monkeypatch, capsys):
+    monkeypatch.setattr(SAMPLERS[framework], "is_guided", lambda t, cfg: True)
+    for case in ("golden/dmf_dmft_torch/sample/restart_n4_s1.0_cfg", "golden/dmf_sit_torch/sample/sde_n4_cfg"):
+        expect_failure(capsys, f"{case}$", f"{case} {framework}")
+
+
 @pytest.mark.parametrize(
     ("name", "key", "case"),
     [
+        ("dmf_dmft_torch", "out/tsteps/n7_s3.0", "golden/dmf_dmft_torch/tsteps"),
+        ("dmf_dmft_torch", "out/time/cosine/t_fm", "golden/dmf_dmft_torch/time/cosine"),
+        ("dmf_sit_torch", "out/score/cosine", "golden/dmf_sit_torch/score"),
+        ("dmf_sit_torch", "out/diffusion/linear_elbo", "golden/dmf_sit_torch/diffusion"),
+        ("dmf_sit_torch", "out/repa_loss", "golden/dmf_sit_torch/repa_loss"),
+        ("dmf_dmft_qknorm_torch", "out/fwd/logvar", "golden/dmf_dmft_qknorm_torch/fwd"),
         ("ema_lr_optim", "out/lr/imf_warmup_cosine", "golden/ema_lr_optim/lr/imf_warmup_cosine"),
         ("ema_lr_optim", "out/ema/dmf_0.99", "golden/ema_lr_optim/ema"),
         ("ema_lr_optim", "out/opt/grad_norms", "golden/ema_lr_optim/opt"),

@@ -66,8 +66,8 @@ class Told:
     def __init__(self):
         self.calls = []
 
-    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u"):
-        self.calls.append((len(z), heads))
+    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
+        self.calls.append((len(z), heads, jvp))
         v = (y + omega / 10 + 100 * t_min + 1000 * (1 - t_max))[:, None, None, None] + z
         u = (t - r)[:, None, None, None] * z
         velocities = tuple({"u": u, "v": v}[head] for head in heads)
@@ -84,17 +84,17 @@ def batch_of(num):
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [
-        ({}, [(8, "uv"), (16 + 8, "v"), (8, "uv")]),
-        ({"flow_fraction": 0.75}, [(12, "uv"), (16 + 4, "v"), (4, "uv")]),
-        ({"flow_fraction": 1.0}, [(16, "uv"), (16, "v")]),
-        ({"flow_fraction": 0.0}, [(32, "v"), (16, "uv")]),
-        ({"flow_rows": "front"}, [(32, "v"), (16, "uv")]),
-        ({"guidance": False}, [(8, "uv"), (8, "v"), (8, "uv")]),
-        ({"guidance": False, "flow_fraction": 1.0}, [(16, "uv")]),
+        ({}, [(8, "uv", False), (16 + 8, "v", False), (8, "uv", True)]),
+        ({"flow_fraction": 0.75}, [(12, "uv", False), (16 + 4, "v", False), (4, "uv", True)]),
+        ({"flow_fraction": 1.0}, [(16, "uv", False), (16, "v", False)]),
+        ({"flow_fraction": 0.0}, [(32, "v", False), (16, "uv", True)]),
+        ({"flow_rows": "front"}, [(32, "v", False), (16, "uv", True)]),
+        ({"guidance": False}, [(8, "uv", False), (8, "v", False), (8, "uv", True)]),
+        ({"guidance": False, "flow_fraction": 1.0}, [(16, "uv", False)]),
     ],
 )
 def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(changes, calls):
-    """Flow rows, all without a class and the rest with theirs, then the rest."""
+    """Flow rows, all without a class and the rest with theirs, then the rest under the JVP."""
     cfg, net = settings(**changes), Told()
     improved.loss(net, batch_of(16), draws(16, cfg), cfg)
     assert net.calls == calls

@@ -5,7 +5,6 @@ import pytest
 import torch
 
 from configs import base, digits
-from configs.errors import UserError
 from torch_impl.methods import common, meanflow
 from torch_impl.step import build_net
 
@@ -93,7 +92,7 @@ class Constant:
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, z, t, r, y):
+    def __call__(self, z, t, r, y, jvp=False):
         self.calls += len(y)
         return y.to(z.dtype)[:, None, None, None].expand_as(z)
 
@@ -119,7 +118,10 @@ def test_a_step_runs_as_few_rows_as_it_says():
 
 
 class Masked:
-    """A network of one nonlinear layer, which masks and labels change; it keeps what it was called with."""
+    """A network of one nonlinear layer, which masks and labels change; it keeps what it was called with.
+
+    A call under the JVP says so by `jvp`.
+    """
 
     num_classes, dropout, augment_dim = 9, 0.5, 2
 
@@ -129,8 +131,8 @@ class Masked:
     def dropout_masks(self, draws):
         return draws[:, None] * torch.tensor([3, 5, 7, 11]) % 1 > 0.5
 
-    def __call__(self, z, t, r, y, augment=None, dropout=None):
-        self.calls.append((len(y), augment is not None, dropout is not None))
+    def __call__(self, z, t, r, y, augment=None, dropout=None, jvp=False):
+        self.calls.append((len(y), augment is not None, dropout is not None, jvp))
         scale = 1 + y[:, None, None, None] + (0 if augment is None else augment.sum(1)[:, None, None, None])
         u = torch.sin(z * scale + (t * t + r)[:, None, None, None])
         return u if dropout is None else torch.where(dropout.reshape(z.shape), 2 * u, 0)
@@ -182,13 +184,16 @@ def test_primal_and_tangent_of_a_unet_share_their_masks(float64):
 
 @pytest.mark.parametrize(
     ("kappa", "guidance"),
-    [(0.0, [(16, True, False)]), (0.5, [(32, True, False)])],  # the null forward, and the conditional one, of all rows
+    [
+        (0.0, [(16, True, False, False)]),
+        (0.5, [(32, True, False, False)]),
+    ],  # the null forward, and the conditional one, of all rows
 )
 def test_guidance_sees_no_dropout_and_shares_no_forward_with_it(kappa, guidance):
     cfg, net, batch = settings(kappa=kappa, omega=0.3, flow_fraction=0.75), Masked(), batch_of(16)
     drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
     _, aux = meanflow.loss(net, batch, drawn, cfg)
-    assert net.calls == [(12, True, True), *guidance, (4, True, True)]
+    assert net.calls == [(12, True, True, False), *guidance, (4, True, True, True)]
     z, v = common.path(batch["image"], drawn.noise, aux["t"], cfg)
     null = torch.full((16,), 9)
     u_null, u = (net(z, aux["t"], aux["t"], y, augment=batch["augment"]) for y in (null, batch["label"]))
@@ -204,19 +209,3 @@ def test_what_a_network_is_given():
     assert list(meanflow.conditions(net, {"image": batch["image"]}, drawn)) == ["dropout"]
     net.augment_dim, net.dropout = 0, 0.0
     assert meanflow.conditions(net, batch, drawn) == {}
-
-
-@pytest.mark.parametrize("times", [(0.5,), (0.2, 0.5), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1)])
-def test_sampling_times_that_do_not_fall_are_refused(times):
-    cfg = base.get_config().sample
-    cfg.times = times
-    with pytest.raises(UserError, match="must fall"):
-        common.sampling_times(cfg)
-
-
-def test_sampling_times():
-    cfg = base.get_config().sample
-    cfg.steps = 4
-    assert common.sampling_times(cfg) == (1.0, 0.75, 0.5, 0.25, 0.0)
-    cfg.times = (0.9, 0.1)
-    assert common.sampling_times(cfg) == (0.9, 0.1)

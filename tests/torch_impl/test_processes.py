@@ -8,8 +8,9 @@ import pytest
 import torch
 
 from configs.resolve import flatten, read_workdir
+from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints
-from torch_impl.step import create_state
+from torch_impl.step import build_net, create_state
 
 SCRIPT = pathlib.Path(__file__).with_name("run_cases.py")
 BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
@@ -21,6 +22,7 @@ REFERENCES = {
     "kappa_0": {"method.omega": 2.0, "method.kappa": 0.0, "data.flip": True},
 }
 IMPROVED = {"method.flow_fraction": 0.5, "train.batch_size": 32}  # and what makes it improved MeanFlow
+DECOUPLED = {"method.omega": 0.6, "method.guidance_end": 0.7, "train.batch_size": 32}  # and what makes it decoupled
 CASES = {
     "ddp": ("plain", {}),
     "ddp_guided": ("guided", {}),
@@ -29,16 +31,24 @@ CASES = {
     "fsdp": ("kappa_0", {"train.fsdp": 2}),
     "ddp_improved_accumulate": ("improved", {"train.accumulate": 2}),
     "fsdp_improved": ("improved", {"train.fsdp": 2}),
+    "ddp_decoupled_accumulate": ("decoupled", {"train.accumulate": 2}),
+    "ddp_distilled": ("distilled", {}),
+    "fsdp_distilled": ("distilled", {"train.fsdp": 2}),
     "fsdp_accumulate": ("guided", {"train.fsdp": 2, "train.accumulate": 2}),
     "fsdp_compiled": ("all_jvp", {"train.fsdp": 2, "train.compile": True}),
 }
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, tmp_path_factory, tiny, tiny_improved):
+def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_decoupled):
     """Return the directory in which each reference and case has its work directory."""
     directory = tmp_path_factory.mktemp("processes")
-    one = REFERENCES | {"improved": IMPROVED | tiny_improved}
+    teacher = {"method.guidance_type": "distill", "method.teacher": str(directory / "teacher.safetensors")}
+    save_teacher(tiny(tiny_flow), teacher["method.teacher"])
+    decoupled = DECOUPLED | tiny_decoupled
+    one = REFERENCES | {
+        "improved": IMPROVED | tiny_improved, "decoupled": decoupled, "distilled": decoupled | teacher,
+    }  # fmt: skip
     two = {name: one[reference] | changes for name, (reference, changes) in CASES.items()}
     for title, cases in (("one", one), ("two", two)):
         lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
@@ -49,6 +59,14 @@ def trained(launcher, tmp_path_factory, tiny, tiny_improved):
     for command in commands:
         assert command.wait() == 0, command.stderr
     return directory
+
+
+def save_teacher(config, path):
+    """Write a flow model whose weights are zero nowhere."""
+    net, rng = build_net(config).requires_grad_(False), np.random.RandomState(0)
+    for p in net.parameters():
+        p.copy_(torch.from_numpy(0.1 * rng.randn(*p.shape)))
+    weights.save(path, weights.to_canonical(net, dict(net.named_parameters())), {})
 
 
 def tensors(workdir):

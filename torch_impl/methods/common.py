@@ -1,12 +1,9 @@
 """What the methods share: times and flow rows, the path, label drop, weights, and work on rows."""
 
-import itertools
 import math
 from typing import NamedTuple
 
 import torch
-
-from configs.errors import UserError
 
 
 class Rows(NamedTuple):
@@ -28,12 +25,35 @@ def sample_times(draws, cfg):
     so that rows other than flow rows may have r = t as well.  Source: Gsunshine/py-meanflow, models/time_sampler.py,
     where they are v0 and v1.
     """
-    times = draws.times
-    t, r = times[:, 0], times[:, 1]
-    if cfg.time_sampler == "logit_normal":
-        t, r = (torch.sigmoid(times[:, i] * cfg.time_std[i] + cfg.time_mean[i]) for i in range(2))
-    r, t = torch.minimum(t, r), torch.maximum(t, r) if cfg.time_order == "sorted" else t
+    t, r = order_times(draws.times, cfg)
     return t, torch.where(is_flow(draws, cfg), t, r)
+
+
+def order_times(times, cfg):
+    """Return t >= r [b] from two draws [b 2], without flow rows; see `sample_times`."""
+    t, r = (to_time(times[:, i], cfg.time_mean[i], cfg.time_std[i], cfg) for i in range(2))
+    r, t = torch.minimum(t, r), torch.maximum(t, r) if cfg.time_order == "sorted" else t
+    return t, r
+
+
+def to_time(drawn, mean, std, cfg):
+    """Return times in [0, 1] from unit normals or, if time_sampler = uniform, from uniforms, which are times already.
+
+    `logit_normal`: sigmoid(normal).  `arctan`: 2/pi atan(exp(normal)), the time at which the cosine path has the
+    signal-to-noise ratio that the linear path has at sigmoid(normal).  `arctan_official`: without exp, as
+    kyungmnlee/dmf, loss.py; it may be negative.
+    """
+    normal = drawn * std + mean
+    if cfg.time_sampler == "arctan":
+        return torch.arctan(torch.exp(normal)) * (2 / math.pi)
+    if cfg.time_sampler == "arctan_official":
+        return torch.arctan(normal) * (2 / math.pi)
+    return torch.sigmoid(normal) if cfg.time_sampler == "logit_normal" else drawn
+
+
+def draw_times(key, shape, cfg):
+    """Draw what `to_time` takes: unit normals, or uniforms if time_sampler = uniform."""
+    return (torch.rand if cfg.time_sampler == "uniform" else torch.randn)(shape, generator=key, device=key.device)
 
 
 def is_flow(draws, cfg):
@@ -94,32 +114,6 @@ def weigh(err, cfg):
     return weight, weight * err
 
 
-def integrate(velocity, noise, cfg):
-    """Carry noise [b c h w] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) velocity(z_t, t, r).
-
-    Source: arXiv:2505.13447, algorithm 2.
-    """
-
-    def step(z, times):
-        t, r = (torch.full_like(z[:, 0, 0, 0], time) for time in times)
-        return z - expand(t - r, z) * velocity(z, t, r)
-
-    for times in itertools.pairwise(sampling_times(cfg)):
-        noise = step(noise, times)
-    return noise
-
-
-def sampling_times(cfg):
-    """Return the times of sampling, from noise to data: cfg.times, or cfg.steps uniform steps from 1 to 0.
-
-    Raises UserError unless they fall strictly and stay in [0, 1].
-    """
-    times = tuple(cfg.times) or tuple(1 - i / cfg.steps for i in range(cfg.steps + 1))
-    if len(times) < 2 or any(a <= b for a, b in itertools.pairwise(times)) or times[0] > 1 or times[-1] < 0:
-        raise UserError(f"sampling times must fall from at most 1 to at least 0, in one step or more, not {times}")
-    return times
-
-
 def take(a, rows, part):
     """Return the `flow` or the `rest` rows of a [b ...]."""
     a = a.reshape(rows.groups, -1, *a.shape[1:])
@@ -132,6 +126,18 @@ def join(a, b, rows):
     a, b = (part.reshape(rows.groups, len(part) // rows.groups, *part.shape[1:]) for part in (a, b))
     joined = torch.cat([a, b], dim=1)
     return joined.reshape(-1, *joined.shape[2:])
+
+
+def interleave(*parts):
+    """Join parts [b ...] row by row into [b*parts ...], so that a contiguous shard of rows stays whole."""
+    a = torch.stack(parts, dim=1)
+    return a.reshape(-1, *a.shape[2:])
+
+
+def separate(a, num):
+    """Return the `num` parts [b ...] of a [b*num ...]; the inverse of `interleave`."""
+    a = a.reshape(-1, num, *a.shape[1:])
+    return tuple(a[:, i] for i in range(num))
 
 
 def expand(a, like):

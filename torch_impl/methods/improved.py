@@ -12,6 +12,7 @@ so (4 + 2p + 3a)/3 of a flow-matching step of the same depth.  The official code
 class a second time inside the interval, and everything on all rows.
 """
 
+import functools
 import math
 from typing import NamedTuple
 
@@ -19,21 +20,22 @@ import torch
 
 from torch_impl.methods.common import (
     Rows,
+    draw_times,
     drop_labels,
     expand,
-    integrate,
     is_flow,
     join,
     path,
     sample_times,
-    sampling_times,
     split_rows,
     sum_squares,
     take,
     weigh,
 )
+from torch_impl.methods.samplers import flow_map_steps as sampling_steps
+from torch_impl.methods.samplers import integrate
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_times"]
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -53,10 +55,9 @@ def draw(key, shape, cfg):
 
     key: a `torch.Generator`; the draws are on its device.
     """
-    times_of = torch.randn if cfg.time_sampler == "logit_normal" else torch.rand
     return Draws(
         torch.randn(shape, generator=key, device=key.device),
-        times_of((shape[0], 2), generator=key, device=key.device),
+        draw_times(key, (shape[0], 2), cfg),
         *(torch.rand(shape[:1], generator=key, device=key.device) for _ in Draws._fields[2:]),
     )
 
@@ -154,8 +155,9 @@ def average_velocity(net, z, v_c, t, r, y, given, flow, rows):
     u, v, du_dt = z, z, z
     if rows.rest:
         tangents = (v_c, torch.ones_like(t), torch.zeros_like(r))
+        both = functools.partial(net, **given, heads="uv", jvp=True)
         u, du_dt, v = torch.func.jvp(  # pyright: ignore
-            lambda z, t, r: net(z, t, r, y, **given, heads="uv"), (z, t, r), tangents, has_aux=True
+            lambda z, t, r: both(z, t, r, y), (z, t, r), tangents, has_aux=True
         )
     u, v = (join(a, b, rows) for a, b in zip(flow, (u, v), strict=True))
     return u, v, join(torch.zeros_like(flow[0]), du_dt, rows).detach()
@@ -167,9 +169,10 @@ def sampling_conditions(cfg):
 
 
 def sample(net, noise, y, given, cfg):
-    """Carry noise [b c h w] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y, given).
+    """Carry noise [b c h w] to data in the steps of `sampling_steps(cfg)`.
 
-    y: [b] labels.  given: see `sampling_conditions`; every row is told the same.  cfg: `config.sample`.
+    y: [b] labels.  given: numbers of `sampling_conditions`, of which every row is told the same; see `integrate` for
+    what else.  cfg: `config.sample`.
     """
-    given = {name: torch.full_like(noise[:, 0, 0, 0], value) for name, value in given.items()}
-    return integrate(lambda z, t, r: net(z, t, r, y, **given), noise, cfg)
+    told = {name: torch.full_like(noise[:, 0, 0, 0], given[name]) for name in ("omega", "t_min", "t_max")}
+    return integrate(net, noise, y, given | told, cfg, sampling_steps(cfg))

@@ -13,20 +13,22 @@ import torch
 
 from torch_impl.methods.common import (
     Rows,
+    draw_times,
     drop_labels,
     expand,
-    integrate,
     join,
     path,
     sample_times,
-    sampling_times,
     split_rows,
     sum_squares,
     take,
     weigh,
 )
+from torch_impl.methods.samplers import flow_map_steps as sampling_steps
+from torch_impl.methods.samplers import no_conditions as sampling_conditions
+from torch_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_times"]
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -44,10 +46,9 @@ def draw(key, shape, cfg):
 
     key: a `torch.Generator`; the draws are on its device.
     """
-    times = torch.randn if cfg.time_sampler == "logit_normal" else torch.rand
     return Draws(
         noise=torch.randn(shape, generator=key, device=key.device),
-        times=times((shape[0], 2), generator=key, device=key.device),
+        times=draw_times(key, (shape[0], 2), cfg),
         coin=torch.rand(shape[:1], generator=key, device=key.device),
         drop=torch.rand(shape[:1], generator=key, device=key.device),
         dropout=torch.rand(shape[:1], generator=key, device=key.device),
@@ -141,33 +142,12 @@ def average_velocity(net, z, v_g, t, r, y, given, u_flow, rows):
     u, du_dt = z, z
     if rows.rest:
         tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
-        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), tangents)  # pyright: ignore
+        u, du_dt = torch.func.jvp(  # pyright: ignore
+            lambda z, t, r: net(z, t, r, y, **given, jvp=True), (z, t, r), tangents
+        )
     return join(u_flow, u, rows), join(torch.zeros_like(u_flow), du_dt, rows).detach()
 
 
 def interval(t, r, cfg):
     """Return t - r [b], clipped to [0, 1] if clip_interval."""
     return torch.clip(t - r, 0, 1) if cfg.clip_interval else t - r
-
-
-def sampling_conditions(cfg):
-    """Return what the network is told beside (z, t, r, y) when sampling: nothing.  cfg: `config.sample`."""
-    return {}
-
-
-def sample(net, noise, y, given, cfg):
-    """Carry noise [b c h w] to data along `sampling_times(cfg)`: z_r = z_t - (t - r) u(z_t, t, r, y).
-
-    y: [b] labels.  given: nothing, see `sampling_conditions`.  cfg: `config.sample`; with cfg_scale s not 1,
-    u = u(null) + s (u(y) - u(null)), two forwards as one batch.  Source: arXiv:2505.13447, algorithm 2;
-    zhuyu-cs/MeanFlow, meanflow_sampler.py.
-    """
-
-    def velocity(z, t, r):
-        if cfg.cfg_scale == 1:
-            return net(z, t, r, y)
-        both = torch.cat([y, torch.full_like(y, net.num_classes)])
-        u, u_null = net(*(torch.cat([a, a]) for a in (z, t, r)), both).chunk(2)
-        return u_null + cfg.cfg_scale * (u - u_null)
-
-    return integrate(velocity, noise, cfg)

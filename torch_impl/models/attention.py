@@ -1,29 +1,62 @@
-"""Self-attention from matmul and softmax: the form through which a tangent passes."""
+"""Self-attention: from matmul and softmax, through which a tangent passes, or by a fused kernel."""
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from torch_impl.models.layers import Linear
+from torch_impl.models.layers import Linear, rms_norm
+
+
+class HeadNorm(nn.Module):
+    """Divide the channels of each head by their root mean square and scale them; in float32 at least."""
+
+    def __init__(self, dim):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(dim))
+
+    def forward(self, x):
+        return rms_norm(x) * self.scale
 
 
 class Attention(nn.Module):
-    """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads)."""
+    """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads).
 
-    def __init__(self, width, num_heads, *, dtype):
+    kernels: names of `KERNELS`, where no tangent passes and under a JVP.  qk_norm: queries and keys are normed a head.
+    """
+
+    def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.qk_norm, self.kernels = num_heads, qk_norm, kernels
         self.qkv = Linear(width, 3 * width, dtype=dtype)
+        if qk_norm:
+            self.q_norm = HeadNorm(width // num_heads)
+            self.k_norm = HeadNorm(width // num_heads)
         self.proj = Linear(width, width, dtype=dtype)
 
-    def forward(self, x):
+    def forward(self, x, jvp=False):
         batch, tokens, width = x.shape
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
-        x = attend(q, k, v)
+        if self.qk_norm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        x = attend(q, k, v, self.kernels[jvp])
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
-def attend(q, k, v):
-    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d]; the softmax in float32 at least."""
+def attend(q, k, v, kernel="plain"):
+    """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d], by a kernel of `KERNELS`."""
+    return KERNELS[kernel](q, k, v)
+
+
+def plain(q, k, v):
+    """Attend by matmul and softmax, the latter in float32 at least: every derivative passes."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
     return weights.to(v.dtype) @ v
+
+
+def fused(q, k, v):
+    """Attend by PyTorch's fused kernel, the best that the device has; gradients pass, but no tangent."""
+    return F.scaled_dot_product_attention(q, k, v)
+
+
+KERNELS = {"plain": plain, "fused": fused}

@@ -14,7 +14,7 @@ from torch import nn
 
 from torch_impl.models import layers
 from torch_impl.models.attention import attend
-from torch_impl.models.layers import PatchEmbed, timestep_features, unpatchify
+from torch_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -38,9 +38,8 @@ class RMSNorm(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(torch.ones(width))
 
-    def forward(self, x, eps=1e-6):
-        x = x.to(torch.promote_types(x.dtype, torch.float32))
-        return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps) * self.weight
+    def forward(self, x):
+        return rms_norm(x) * self.weight
 
 
 class Embedder(nn.Module):
@@ -93,9 +92,9 @@ def rotate(x, cos, sin):
 class RotaryAttention(nn.Module):
     """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normed a head, then rotated."""
 
-    def __init__(self, width, num_heads, *, dtype):
+    def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype):
         super().__init__()
-        self.num_heads = num_heads
+        self.num_heads, self.kernels = num_heads, kernels
         self.q_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
         self.k_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
         self.v_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
@@ -103,14 +102,14 @@ class RotaryAttention(nn.Module):
         self.k_norm = RMSNorm(width // num_heads)
         self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
 
-    def forward(self, x, cos, sin):
+    def forward(self, x, cos, sin, jvp=False):
         batch, tokens, width = x.shape
         q, k, v = (
             proj(x).reshape(batch, tokens, self.num_heads, -1).transpose(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = attend(q.to(v.dtype), k.to(v.dtype), v)
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, self.kernels[jvp])
         return self.out_proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
@@ -130,17 +129,17 @@ class SwiGLU(nn.Module):
 class RotaryBlock(nn.Module):
     """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
 
-    def __init__(self, width, num_heads, mlp_ratio, *, dtype):
+    def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype):
         super().__init__()
         self.norm1 = RMSNorm(width)
-        self.attn = RotaryAttention(width, num_heads, dtype=dtype)
+        self.attn = RotaryAttention(width, num_heads, kernels=kernels, dtype=dtype)
         self.norm2 = RMSNorm(width)
         self.mlp = SwiGLU(width, int(width * mlp_ratio), dtype=dtype)
         self.attn_scale = nn.Parameter(torch.zeros(width))
         self.mlp_scale = nn.Parameter(torch.zeros(width))
 
-    def forward(self, x, cos, sin):
-        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin)
+    def forward(self, x, cos, sin, jvp=False):
+        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, jvp)
         x = x + self.mlp_scale * self.mlp(self.norm2(x))
         return x
 
@@ -162,7 +161,7 @@ class IMFDiT(nn.Module):
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; only t - r is used.
     y: [b] int labels in [0, num_classes]; num_classes is the null class.  omega: [b] guidance scales, at least 1.
-    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.
+    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.  jvp: a tangent passes.
     Returns u or v [b c h w], or a pair of them, in float32 at least.  `dtype` is that of the matmuls.
     `depth` counts the blocks on the way to u: depth - head_depth in the trunk, then head_depth for each head.  Without
     v_heads, as in released weights, its v is what the official code returns in eval mode: a final layer on the trunk,
@@ -172,7 +171,8 @@ class IMFDiT(nn.Module):
     dropout, augment_dim = 0.0, 0
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
-                 mlp_ratio, num_tokens, v_heads=True, dtype=torch.float32):  # fmt: skip
+                 mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"),
+                 dtype=torch.float32):  # fmt: skip
         super().__init__()
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
@@ -187,7 +187,8 @@ class IMFDiT(nn.Module):
             return nn.Parameter(torch.randn(num, width) * width**-0.5)
 
         def blocks(num):
-            return nn.ModuleList([RotaryBlock(width, num_heads, mlp_ratio, dtype=dtype) for _ in range(num)])
+            options = {"kernels": kernels, "dtype": dtype}
+            return nn.ModuleList([RotaryBlock(width, num_heads, mlp_ratio, **options) for _ in range(num)])
 
         self.time_tokens, self.class_tokens, self.omega_tokens = tokens(num_time), tokens(num_class), tokens(num_omega)
         self.t_min_tokens, self.t_max_tokens = tokens(num_interval), tokens(num_interval)
@@ -212,19 +213,19 @@ class IMFDiT(nn.Module):
             input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, patch_size=c.patch_size,
             depth=c.depth, head_depth=c.head_depth, width=c.width, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
             num_tokens=(c.num_class_tokens, c.num_omega_tokens, c.num_interval_tokens, c.num_time_tokens),
-            v_heads=c.v_heads, dtype=getattr(torch, c.compute_dtype),
+            v_heads=c.v_heads, kernels=(c.attention, c.attention_jvp), dtype=getattr(torch, c.compute_dtype),
         )  # fmt: skip
 
     def tables(self):
         """Return the fixed tables of the canonical state dict: none, the rotary one is not in it."""
         return {}
 
-    def forward(self, z, t, r, y, omega, t_min, t_max, heads="u"):
+    def forward(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
         x = torch.cat([self.prefix_tokens(t - r, y, omega, t_min, t_max), self.x_embedder(z)], dim=1)
         cos, sin = self.cos.to(x.dtype), self.sin.to(x.dtype)
         for block in self.shared_blocks:
-            x = block(x, cos, sin)
-        velocities = tuple(self.velocity(head, x, cos, sin) for head in heads)
+            x = block(x, cos, sin, jvp)
+        velocities = tuple(self.velocity(head, x, cos, sin, jvp) for head in heads)
         return velocities if len(heads) > 1 else velocities[0]
 
     def prefix_tokens(self, h, y, omega, t_min, t_max):
@@ -238,10 +239,10 @@ class IMFDiT(nn.Module):
         )
         return torch.cat([tokens + embedding[:, None] for tokens, embedding in carried], dim=1)
 
-    def velocity(self, head, x, cos, sin):
+    def velocity(self, head, x, cos, sin, jvp=False):
         """Return the velocity [b c h w] that the head `u` or `v` makes of the trunk's tokens x [b n width]."""
         blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
         for block in blocks:
-            x = block(x, cos, sin)
+            x = block(x, cos, sin, jvp)
         x = unpatchify(final_layer(x[:, self.prefix :]), self.channels)
         return x.to(torch.promote_types(x.dtype, torch.float32))

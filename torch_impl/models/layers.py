@@ -48,6 +48,12 @@ def layer_norm(x, eps=1e-6):
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 
 
+def rms_norm(x, eps=1e-6):
+    """Divide the last axis by its root mean square; in float32 at least."""
+    x = x.to(torch.promote_types(x.dtype, torch.float32))
+    return x * torch.rsqrt(x.square().mean(-1, keepdim=True) + eps)
+
+
 def modulate(x, shift, scale):
     """Shift and scale the tokens x [b n d] by vectors [b d]: x (1 + scale) + shift."""
     return x * (1 + scale[:, None]) + shift[:, None]

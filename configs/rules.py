@@ -1,0 +1,221 @@
+"""What the options of a config may be: choices, ranges, and which of them go together."""
+
+import math
+
+from configs import base
+from configs.errors import UserError
+
+CHOICES = {
+    "model.name": ("dit", "unet", "imf_dit", "dmf_dit"),
+    "model.attention": ("plain", "fused"),
+    "model.attention_jvp": ("plain", "fused"),
+    "model.embedding_type": ("positional", "fourier"),
+    "model.encoder_type": ("standard", "skip", "residual"),
+    "model.decoder_type": ("standard", "skip"),
+    "model.time_embedding": ("joint", "separate"),
+    "model.qkv_layout": ("split", "interleaved"),
+    "model.compute_dtype": ("float32", "bfloat16", "float64"),
+    "method.name": ("meanflow", "improved", "flow", "decoupled"),
+    "method.path": ("linear", "cosine"),
+    "method.time_sampler": ("logit_normal", "uniform", "arctan", "arctan_official"),
+    "method.time_order": ("sorted", "truncated"),
+    "method.flow_rows": ("split", "front", "coin"),
+    "method.label_drop": ("coin", "front"),
+    "method.guidance_type": ("default", "mg", "distill"),
+    "method.log_variance_pairs": ("row", "all"),
+    "method.weighting": ("adaptive", "adaptive_squared", "uniform"),
+    "train.optimizer": ("adam", "adamw"),
+    "train.schedule": ("constant", "cosine"),
+    "train.cosine_end": ("steps", "early"),
+    "train.compile_backend": ("inductor", "aot_eager"),
+    "train.matmul_precision": ("highest", "default"),
+    "sample.sampler": ("euler", "restart", "ctm", "heun", "sde"),
+    "sample.diffusion": ("sigma", "elbo"),
+}
+# Least and largest value of numbers; None: no bound.
+RANGES = {
+    "model.depth": (1, None),
+    "model.width": (1, None),
+    "model.num_heads": (1, None),
+    "model.patch_size": (1, None),
+    "model.num_classes": (1, None),
+    "model.head_depth": (0, None),
+    "model.dmf_depth": (0, None),
+    "model.repa_depth": (1, None),
+    "model.projector_dim": (1, None),
+    "model.num_class_tokens": (1, None),
+    "model.num_omega_tokens": (1, None),
+    "model.num_interval_tokens": (1, None),
+    "model.num_time_tokens": (1, None),
+    "model.num_blocks": (1, None),
+    "model.channel_mult_emb": (1, None),
+    "model.channel_mult_noise": (1, None),
+    "model.augment_dim": (0, None),
+    "model.dropout": (0, 1),
+    "data.augment.prob": (0, 1),
+    "method.flow_fraction": (0, 1),
+    "method.label_drop_prob": (0, 1),
+    "method.kappa": (0, 1),
+    "method.omega_max": (1, None),
+    "train.steps": (1, None),
+    "train.batch_size": (1, None),
+    "train.accumulate": (1, None),
+    "train.fsdp": (1, None),
+    "train.ema_every": (1, None),
+    "train.num_threads": (0, None),
+    "train.log_every": (1, None),
+    "train.checkpoint_every": (1, None),
+    "train.keep_checkpoints": (1, None),
+    "sample.steps": (1, None),
+    "sample.omega": (1, None),
+    "sample.gamma": (0, 1),
+    "sample.diffusion_scale": (0, None),
+    "sample.batch_size": (1, None),
+    "evaluation.num_samples": (2, None),
+}
+NETWORKS = {"meanflow": ("dit", "unet"), "improved": ("imf_dit",), "flow": ("dit",), "decoupled": ("dmf_dit",)}
+FLOW_SAMPLERS, FLOW_MAP_SAMPLERS = ("euler", "heun", "sde"), ("euler", "restart", "ctm")
+
+
+def check_dit(config: base.Config) -> None:
+    """Raise UserError for sizes of which no transformer can be built."""
+    c = config.model
+    if c.attention_jvp == "fused":
+        raise UserError(
+            "config.model.attention_jvp is fused, but neither cuDNN's nor PyTorch's fused attention has the "
+            "forward-mode derivative that a JVP needs: leave it plain; config.model.attention=fused holds wherever no "
+            "tangent passes"
+        )
+    if c.attention == "fused" and c.compute_dtype == "float64":
+        raise UserError(
+            "config.model.attention is fused and config.model.compute_dtype float64, but a fused kernel computes its "
+            "softmax in float32: set --config.model.attention=plain"
+        )
+    if c.input_size % c.patch_size:
+        raise UserError(
+            f"config.model.patch_size {c.patch_size} does not divide config.model.input_size {c.input_size}"
+        )
+    if c.width % c.num_heads or c.width % 4:
+        raise UserError(f"config.model.width {c.width} must be a multiple of model.num_heads and of 4")
+    if c.repa_dims and not all(isinstance(dim, int) and dim > 0 for dim in c.repa_dims):
+        raise UserError(f"config.model.repa_dims is {c.repa_dims}; give a whole number above 0 for each encoder")
+    if c.name == "dit" and c.repa_dims and c.repa_depth > c.depth:
+        raise UserError(f"config.model.repa_depth {c.repa_depth} is more than config.model.depth {c.depth}")
+
+
+def check_dmf_dit(config: base.Config) -> None:
+    """Raise UserError for sizes of which no decoupled transformer can be built."""
+    check_dit(config)
+    c = config.model
+    if c.dmf_depth > c.depth:
+        raise UserError(f"config.model.dmf_depth {c.dmf_depth} is more than config.model.depth {c.depth}")
+
+
+def check_imf_dit(config: base.Config) -> None:
+    """Raise UserError for sizes of which no transformer with two heads can be built."""
+    check_dit(config)
+    c = config.model
+    if c.width // c.num_heads % 2:
+        raise UserError(f"config.model.width {c.width} over model.num_heads must be even, for rotary positions")
+    if c.head_depth > c.depth:
+        raise UserError(f"config.model.head_depth {c.head_depth} is more than config.model.depth {c.depth}")
+    if config.sample.cfg_scale != 1:
+        raise UserError(
+            f"config.sample.cfg_scale is {config.sample.cfg_scale}, which is for models trained without guidance; this "
+            "one is told its scale: leave it at 1 and choose the scale by --omega or --config.sample.omega"
+        )
+
+
+def check_unet(config: base.Config) -> None:
+    """Raise UserError for sizes of which no U-Net can be built, and for what only a network with classes can do.
+
+    The network itself checks what depends on its levels.
+    """
+    c = config.model
+    sizes = [c.input_size >> level for level in range(len(c.channel_mult))]
+    if c.width < 4 or c.width % 4:
+        raise UserError(f"config.model.width {c.width} must be a multiple of 4")
+    if not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
+        raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
+    if not set(c.attn_resolutions) <= set(sizes):
+        raise UserError(f"config.model.attn_resolutions {c.attn_resolutions} are not among the levels' sizes {sizes}")
+    if config.evaluation.classifier:
+        raise UserError("a U-Net knows no classes to be scored: set --config.evaluation.classifier=False")
+    if config.method.guidance or config.sample.cfg_scale != 1:
+        raise UserError(
+            "config.model.name is unet, a network without classes, which cannot be guided: set "
+            "--config.method.guidance=False and --config.sample.cfg_scale=1"
+        )
+    if config.model.dropout == 1:
+        raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
+
+
+NETWORK_CHECKS = {"dit": check_dit, "unet": check_unet, "imf_dit": check_imf_dit, "dmf_dit": check_dmf_dit}
+
+
+def check_values(flat: dict) -> None:
+    """Raise UserError for the first value, by dotted option, that is no choice or out of its range."""
+    for key, allowed in CHOICES.items():
+        if flat[key] not in allowed:
+            raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
+    for key, (least, most) in RANGES.items():
+        if not flat[key] >= least or (most is not None and not flat[key] <= most):  # NaN is neither
+            raise UserError(
+                f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
+            )
+
+
+def check_method(config: base.Config) -> None:
+    """Raise UserError for a method that cannot train the network, or options of no sense for it."""
+    c, net = config.method, config.model
+    if net.name not in NETWORKS[c.name]:
+        raise UserError(
+            f"config.method.name {c.name} cannot use config.model.name {net.name}: it trains "
+            f"{' or '.join(NETWORKS[c.name])}"
+        )
+    if net.name == "dit" and net.interval_embedder != (c.name == "meanflow"):
+        raise UserError(
+            f"config.model.interval_embedder is {net.interval_embedder}: meanflow needs it, for its network is told "
+            "t - r; flow needs a network without it"
+        )
+    if c.name != "flow" and net.name == "dit" and net.repa_dims:
+        raise UserError("config.model.repa_dims: only config.method.name=flow trains the projectors of REPA")
+    if config.data.encoder and not (net.name == "dit" and net.repa_dims):
+        raise UserError(
+            "config.data.encoder is set, which is for REPA: for config.method.name=flow, with the encoder's width in "
+            "config.model.repa_dims"
+        )
+    if c.name == "decoupled" and c.guidance_type == "distill" and not c.teacher:
+        raise UserError(
+            "config.method.guidance_type is distill, but there is no teacher: set --config.method.teacher to the work "
+            "directory or the .safetensors of a flow model"
+        )
+    if c.name in ("meanflow", "decoupled") and not 0 <= c.guidance_start <= c.guidance_end <= 1:
+        raise UserError(
+            f"config.method.guidance_start and guidance_end are {c.guidance_start} and {c.guidance_end}; they must "
+            "rise and stay in [0, 1]"
+        )
+    for key in ("time_mean", "time_std"):
+        pair(c[key], f"method.{key}", "for t and for r")
+
+
+def check_sampling(config: base.Config) -> None:
+    """Raise UserError for a sampler that the model does not have, or an interval of no sense."""
+    c, samplers = config.sample, FLOW_SAMPLERS if config.method.name == "flow" else FLOW_MAP_SAMPLERS
+    if c.sampler not in samplers:
+        raise UserError(
+            f"config.sample.sampler is {c.sampler}, but a model of config.method.name {config.method.name} is sampled "
+            f"by one of {', '.join(samplers)}"
+        )
+    if not 0 < c.shift < math.inf:
+        raise UserError(f"config.sample.shift is {c.shift}; it must be a number above 0, 1 for no shift")
+    start, end = pair(c.interval, "sample.interval", "the start and the end of the interval")
+    if not 0 <= start <= end <= 1:
+        raise UserError(f"config.sample.interval is {c.interval}; it must rise and stay in [0, 1]")
+
+
+def pair(value: object, key: str, what: str) -> tuple[float, float]:
+    """Return `value` if it is two numbers.  Raises UserError naming the option `key` and what they are."""
+    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(v, int | float) for v in value):
+        raise UserError(f"config.{key} is {value}; give two numbers, {what}")
+    return value

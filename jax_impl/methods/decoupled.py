@@ -1,0 +1,144 @@
+"""Decoupled MeanFlow: a trained flow transformer becomes a flow map.
+
+Source: arXiv:2510.24474; kyungmnlee/dmf, loss.py, DMFLoss.  `docs/differences.md` lists where it differs from ours.
+
+A step has two terms on the whole batch, each with its own times and noise: flow matching, and MeanFlow on rows with
+r < t.  With F one forward of the batch: 3F and 3F for both with their gradients, F for the tangent, and guidance by the
+model itself 3F (without class in both terms, with it in the second: in the first it is the row's own prediction), or by
+a teacher 4F of the teacher's.
+"""
+
+from typing import NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jax.lax import stop_gradient
+
+from jax_impl.methods.common import (
+    draw_times,
+    drop_labels,
+    expand,
+    interleave,
+    order_times,
+    path,
+    separate,
+    sum_squares,
+    to_time,
+)
+from jax_impl.methods.samplers import flow_map_steps as sampling_steps
+from jax_impl.methods.samplers import no_conditions as sampling_conditions
+from jax_impl.methods.samplers import sample_flow_map as sample
+
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+
+
+class Draws(NamedTuple):
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+
+    noise: jax.Array  # [b h w c] unit normals of the MeanFlow term
+    noise_flow: jax.Array  # [b h w c] unit normals of the flow term
+    times: jax.Array  # [b 2] unit normals, or uniforms (time_sampler = uniform), of the MeanFlow term
+    times_flow: jax.Array  # [b] the same of the flow term
+    drop: jax.Array  # [b] uniforms: which rows lose their label, in both terms
+
+
+def draw(key, shape, cfg):
+    """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
+    keys = jax.random.split(key, 5)
+    return Draws(
+        noise=jax.random.normal(keys[0], shape),
+        noise_flow=jax.random.normal(keys[1], shape),
+        times=draw_times(keys[2], (shape[0], 2), cfg),
+        times_flow=draw_times(keys[3], shape[:1], cfg),
+        drop=jax.random.uniform(keys[4], shape[:1]),
+    )
+
+
+def loss(net, batch, draws, cfg, teacher=None):
+    """Decoupled MeanFlow objective: half the flow term and half the MeanFlow term.  Source: arXiv:2510.24474.
+
+    net: (z, t, r, y) -> u, z and u of shape [b h w c], t, r, y of [b]; `net.log_variance(t, r)` [b];
+    `net.num_classes` is the null label.  batch: 'image' [b h w c] in data units, 'label' [b] int.  cfg:
+    `config.method`.  teacher: (z, t, r, y) -> v, a frozen flow model, for guidance_type = distill.
+    Returns the loss (scalar) and aux: t, r, t_flow, y [b], v, v_g, v_g_flow, u, u_flow, du_dt, target [b h w c], err
+    and err_flow [b] (squared, summed over a row, of the MeanFlow and of the flow term), log_variance, log_variance_flow
+    [b], row_loss and row_loss_flow, [b] or, for log_variance_pairs = all, [b b].  No gradient flows through v_g,
+    v_g_flow, du_dt and target.
+    """
+    x = batch["image"]
+    t, r = order_times(draws.times, cfg)
+    t_flow = to_time(draws.times_flow, cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    y, kept = drop_labels(batch["label"], draws, net.num_classes, cfg)
+    z, v = path(x, draws.noise, t, cfg)
+    z_flow, v_flow = path(x, draws.noise_flow, t_flow, cfg)
+    u_flow = net(z_flow, t_flow, t_flow, y)
+    states, velocities, times = (z_flow, z), (v_flow, v), (t_flow, t)
+    if cfg.guidance_type == "distill":
+        v_g_flow, v_g = distill(teacher, states, times, y, cfg)
+    else:
+        v_g_flow, v_g = guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg)
+    u, du_dt = average_velocity(net, z, v_g, t, r, y)
+    target = stop_gradient(v_g - expand(t - r, v) * du_dt)
+    err, err_flow = sum_squares(u - target), sum_squares(u_flow - v_g_flow)
+    log_variance, log_variance_flow = net.log_variance(t, r), net.log_variance(t_flow, t_flow)
+    row_loss = log_loss(err / u[0].size, log_variance, cfg)
+    row_loss_flow = log_loss(err_flow / u[0].size, log_variance_flow, cfg)
+    aux = {
+        "t": t, "r": r, "t_flow": t_flow, "y": y, "v": v, "v_g": v_g, "v_g_flow": v_g_flow, "u": u, "u_flow": u_flow,
+        "du_dt": du_dt, "target": target, "err": err, "err_flow": err_flow, "log_variance": log_variance,
+        "log_variance_flow": log_variance_flow, "row_loss": row_loss, "row_loss_flow": row_loss_flow,
+    }  # fmt: skip
+    return (row_loss.mean() + row_loss_flow.mean()) / 2, aux
+
+
+def guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg):
+    """Return the guided velocities (of the flow term, of the MeanFlow term) v + w (v(y) - v(no class)) [b h w c] each.
+
+    Only where the label was kept and guidance_start <= t <= guidance_end; v elsewhere, and if guidance_type = default.
+    states, velocities, times: of both terms.  On the flow term v(y) is the row's own prediction `u_flow`; the other
+    three forwards run as one batch.
+    """
+    if cfg.guidance_type == "default":
+        return velocities
+    null = jnp.full_like(y, net.num_classes)
+    z, t = interleave(*states, states[1]), interleave(*times, times[1])
+    null_flow, null_mean, cond_mean = separate(net(z, t, t, interleave(null, null, y)), 3)
+    guided = []
+    for v, t, u_cond, u_null in zip(velocities, times, (u_flow, cond_mean), (null_flow, null_mean), strict=True):
+        inside = kept & (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
+        guided.append(stop_gradient(jnp.where(expand(inside, v), v + cfg.omega * (u_cond - u_null), v)))
+    return tuple(guided)
+
+
+def distill(teacher, states, times, y, cfg):
+    """Return the teacher's guided velocities, v(no class) + w (v(y) - v(no class)) [b h w c] of each term.
+
+    v(y) where t is outside [guidance_start, guidance_end].  states, times: of both terms.  y: [b], some dropped.
+    """
+    null = jnp.full_like(y, teacher.num_classes)
+    z, t = interleave(*states, *states), interleave(*times, *times)
+    v = separate(teacher(z, t, t, interleave(y, y, null, null)), 4)
+    guided = []
+    for t, v_cond, v_null in zip(times, v[:2], v[2:], strict=True):
+        inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
+        guided.append(stop_gradient(jnp.where(expand(inside, z), v_null + cfg.omega * (v_cond - v_null), v_cond)))
+    return tuple(guided)
+
+
+def average_velocity(net, z, v_g, t, r, y):
+    """Return u(z, t, r, y) and its total derivative du/dt along (v_g, 1, 0), [b h w c] each."""
+    tangents = (v_g, jnp.ones_like(t), jnp.zeros_like(r))
+    u, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, jvp=True), (z, t, r), tangents)
+    return u, stop_gradient(du_dt)
+
+
+def log_loss(err, log_variance, cfg):
+    """Return log(err / variance + eps) + log variance [b]: the error's logarithm, scaled by what is expected of it.
+
+    err: [b] mean squared errors.  log_variance: [b].  For log_variance_pairs = all, as the official code has it by a
+    broadcasting accident, [b b]: the log-variance of row i with the error of row j, of the rows that are computed
+    together: a micro-batch, in PyTorch one of a single process.
+    """
+    if cfg.log_variance_pairs == "all":
+        log_variance = log_variance[:, None]
+    return jnp.log(err * jnp.exp(-log_variance) + cfg.adaptive_eps) + log_variance

@@ -1,0 +1,250 @@
+"""What decoupled MeanFlow's parts promise, beyond what the parity suite compares."""
+
+import functools
+import math
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs import base
+from jax_impl.methods import common, decoupled
+
+pytestmark = pytest.mark.usefixtures("optimize_less")
+
+
+def settings(**changes):
+    cfg = base.get_config().method
+    cfg.update({"name": "decoupled", "omega": 0.5} | changes)
+    return cfg
+
+
+def draws(cfg, seed=0):
+    return decoupled.draw(jax.random.key(seed), (8, 2, 2, 1), cfg)
+
+
+def batch():
+    return {"image": jax.random.normal(jax.random.key(1), (8, 2, 2, 1)), "label": jnp.arange(8)}
+
+
+def loss_of(net, batch, drawn, cfg, teacher=None):
+    """Return the loss and aux, compiled."""
+    return jax.jit(lambda batch, drawn: decoupled.loss(net, batch, drawn, cfg, teacher))(batch, drawn)
+
+
+def wide(*rows):
+    """Return arrays [b] as [b 1 1 1]."""
+    return tuple(a.reshape(-1, 1, 1, 1) for a in rows)
+
+
+class Curved:
+    """A nonlinear network of everything it is told, with one parameter; remembers (rows, under a JVP) of its calls."""
+
+    num_classes = 9
+
+    def __init__(self, parameter=1.0):
+        self.parameter, self.calls = parameter, []
+
+    def __call__(self, z, t, r, y, jvp=False):
+        self.calls.append((len(y), jvp))
+        t, r, y = wide(t, r, y)
+        return self.parameter * jnp.sin(z * (1 + y / 10) + t * t - r / 2)
+
+    def log_variance(self, t, r):
+        return self.parameter * (t + 2 * r)
+
+
+def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():
+    cfg = settings(time_sampler="uniform")
+    first, same, other = (draws(cfg, seed) for seed in (1, 1, 2))
+    assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))
+    assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
+    assert not np.array_equal(first.noise, first.noise_flow)
+    columns = [first.times[:, 0], first.times[:, 1], first.times_flow, first.drop]
+    assert len({tuple(np.asarray(a).tolist()) for a in columns}) == 4
+
+
+@pytest.mark.parametrize(
+    ("guidance", "calls", "of_teacher"),
+    [
+        ("default", [(8, False), (8, True)], []),
+        ("mg", [(8, False), (24, False), (8, True)], []),
+        ("distill", [(8, False), (8, True)], [(32, False)]),
+    ],
+)
+def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(guidance, calls, of_teacher):
+    """The flow term, guidance as one batch, then the MeanFlow term under the JVP."""
+    cfg, net, teacher = settings(guidance_type=guidance), Curved(), Curved()
+    loss_of(net, batch(), draws(cfg), cfg, teacher)
+    assert net.calls == calls and teacher.calls == of_teacher
+
+
+class Label:
+    """A velocity that is the label plus the state."""
+
+    num_classes = 9
+
+    def __call__(self, z, t, r, y):
+        return z + y[:, None, None, None]
+
+
+def guided_by_hand(y, kept, times, changes, guide):
+    """Return a number a row of both terms' guided velocities, with states 10 and 100 and velocities 1 and 2."""
+    cfg = settings(guidance_start=0.2, guidance_end=0.7, **changes)
+    states, velocities = ([jnp.full((4, 2, 2, 1), a) for a in pair] for pair in ((10.0, 100.0), (1.0, 2.0)))
+    given = (tuple(states), tuple(velocities), tuple(jnp.array(t) for t in times), jnp.array(y))
+    return [a[:, 0, 0, 0].tolist() for a in guide(*given, jnp.array(kept), cfg)]
+
+
+# Of one row each: inside the interval, on its edge, outside, and without label; in the other term some the other way.
+ROWS = {"kept": [True, True, True, False], "times": ([0.5, 0.2, 0.1, 0.5], [0.8, 0.5, 0.7, 0.5])}
+
+
+def test_guidance_by_itself_by_hand():
+    """The flow term's own predictions are 13 for every row, those of the others z + y or, without class, z + 9."""
+
+    def guide(states, velocities, times, y, kept, cfg):
+        u_flow = jnp.full((4, 2, 2, 1), 13.0)
+        return decoupled.guide_by_itself(Label(), states, velocities, times, y, kept, u_flow, cfg)
+
+    guided = guided_by_hand([2, 3, 4, 9], changes={"omega": 0.5}, guide=guide, **ROWS)
+    own, other = 1 + 0.5 * (13 - 19), [2 + 0.5 * (y - 9) for y in (3, 4)]
+    assert guided == [[own, own, 1, 1], [2, *other, 2]]
+    unguided = guided_by_hand([2, 3, 4, 9], changes={"guidance_type": "default"}, guide=guide, **ROWS)
+    assert unguided == [[1] * 4, [2] * 4]
+
+
+def test_guidance_by_a_teacher_by_hand():
+    """Without class a row's velocity is z + 9, guided or not."""
+
+    def guide(states, velocities, times, y, kept, cfg):
+        return decoupled.distill(Label(), states, times, y, cfg)
+
+    guided = guided_by_hand([2, 3, 4, 9], changes={"omega": 1.5}, guide=guide, **ROWS)
+    inside = {y: 9 + 1.5 * (y - 9) for y in (2, 3, 4)}
+    assert guided == [[10 + inside[2], 10 + inside[3], 14, 19], [102, 100 + inside[3], 100 + inside[4], 109]]
+
+
+@pytest.mark.parametrize("guidance", ["default", "mg", "distill"])
+def test_both_terms_are_what_their_own_draws_make_of_them(guidance):
+    cfg = settings(guidance_type=guidance, guidance_end=0.6, label_drop_prob=0.3)
+    net, teacher, drawn, x = Curved(), Curved(0.5), draws(cfg), batch()["image"]
+    loss, aux = loss_of(net, batch(), drawn, cfg, teacher)
+    kept, y = np.asarray(drawn.drop) >= cfg.label_drop_prob, aux["y"]
+    assert np.array_equal(y, np.where(kept, batch()["label"], 9)) and 0 < kept.sum() < 8
+    terms = (
+        (drawn.noise, aux["t"], aux["v_g"], None),
+        (drawn.noise_flow, aux["t_flow"], aux["v_g_flow"], aux["u_flow"]),
+    )
+    for e, t, v_g, u in terms:
+        z, v = common.path(x, e, t, cfg)
+        guide = teacher if guidance == "distill" else net
+        u_cond, u_null = guide(z, t, t, y), guide(z, t, t, jnp.full(8, 9))
+        inside = np.asarray(t) <= 0.6
+        expected = {
+            "default": v,
+            "mg": jnp.where(wide(inside & kept)[0], v + 0.5 * (u_cond - u_null), v),
+            "distill": jnp.where(wide(inside)[0], u_null + 0.5 * (u_cond - u_null), u_cond),
+        }[guidance]
+        np.testing.assert_allclose(v_g, expected, rtol=1e-4, atol=1e-5)
+        assert u is None or np.allclose(u, net(z, t, t, y), atol=1e-5)
+    z, _ = common.path(x, drawn.noise, aux["t"], cfg)
+    np.testing.assert_allclose(aux["u"], net(z, aux["t"], aux["r"], y), rtol=1e-4, atol=1e-5)
+    assert bool((aux["r"] < aux["t"]).all()) and not np.allclose(aux["t"], aux["t_flow"])
+    np.testing.assert_allclose(aux["log_variance"], net.log_variance(aux["t"], aux["r"]), rtol=1e-5)
+    np.testing.assert_allclose(aux["log_variance_flow"], 3 * aux["t_flow"], rtol=1e-5)
+    assert float(loss) == pytest.approx(float(aux["row_loss"].mean() + aux["row_loss_flow"].mean()) / 2)
+
+
+def test_the_log_loss_of_a_row_and_of_all_pairs():
+    err, log_variance = jnp.array([1.0, 3.0]), jnp.array([0.0, math.log(2)])
+
+    def of(e, variance):
+        return math.log(e / variance + 0.01) + math.log(variance)
+
+    rows = decoupled.log_loss(err, log_variance, settings(adaptive_eps=0.01))
+    np.testing.assert_allclose(rows, [of(1, 1), of(3, 2)], rtol=1e-5)
+    pairs = decoupled.log_loss(err, log_variance, settings(adaptive_eps=0.01, log_variance_pairs="all"))
+    np.testing.assert_allclose(pairs, [[of(1, 1), of(3, 1)], [of(1, 2), of(3, 2)]], rtol=1e-5)
+
+
+def test_errors_of_the_log_loss_are_means_over_a_row():
+    cfg, net = settings(guidance_type="default"), Curved()
+    _, aux = loss_of(net, batch(), draws(cfg), cfg)
+    for name, u, target, lv in (
+        ("", "u", "target", "log_variance"),
+        ("_flow", "u_flow", "v_g_flow", "log_variance_flow"),
+    ):
+        err = np.square(np.asarray(aux[u] - aux[target])).mean((1, 2, 3))
+        log_variance = np.asarray(aux[lv])
+        expected = np.log(err / np.exp(log_variance) + cfg.adaptive_eps) + log_variance
+        np.testing.assert_allclose(aux["row_loss" + name], expected, rtol=1e-4)
+
+
+@pytest.mark.parametrize("guidance", ["mg", "distill"])
+def test_no_gradient_reaches_targets_or_the_teacher(guidance):
+    """That of the loss is that of one with the targets as they are."""
+    cfg = settings(guidance_type=guidance)
+    drawn = draws(cfg)
+    _, fixed = loss_of(Curved(), batch(), drawn, cfg, Curved(0.5))
+
+    def loss(parameter, of_teacher):
+        return decoupled.loss(Curved(parameter), batch(), drawn, cfg, Curved(of_teacher))[0]
+
+    def with_fixed_targets(parameter):
+        net, total = Curved(parameter), 0.0
+        for e, t, r, target in (
+            (drawn.noise, fixed["t"], fixed["r"], fixed["target"]),
+            (drawn.noise_flow, fixed["t_flow"], fixed["t_flow"], fixed["v_g_flow"]),
+        ):
+            z, _ = common.path(batch()["image"], e, t, cfg)
+            err = jnp.square(net(z, t, r, fixed["y"]) - target).mean((1, 2, 3))
+            total += decoupled.log_loss(err, net.log_variance(t, r), cfg).mean() / 2
+        return total
+
+    own, of_teacher = jax.jit(jax.grad(loss, (0, 1)))(1.0, 0.5)
+    assert float(own) == pytest.approx(float(jax.jit(jax.grad(with_fixed_targets))(1.0)), rel=1e-4)
+    assert float(of_teacher) == 0 and abs(float(own)) > 1e-3
+
+
+class FlowMap:
+    """The exact flow map of one image along the cosine path: its noise is the same at all times."""
+
+    num_classes = 9
+
+    def __init__(self, x):
+        self.x = x
+
+    def __call__(self, z, t, r, y, jvp=False):
+        t, r = wide(t, r)
+        e = (z - jnp.cos(t * math.pi / 2) * self.x) / jnp.sin(t * math.pi / 2)
+        if not jvp:
+            return (jnp.cos(t * math.pi / 2) * e - jnp.sin(t * math.pi / 2) * self.x) * math.pi / 2
+        return (z - jnp.cos(r * math.pi / 2) * self.x - jnp.sin(r * math.pi / 2) * e) / (t - r)
+
+    def log_variance(self, t, r):
+        return 0 * t
+
+
+@pytest.mark.parametrize("guidance", ["default", "mg"])
+def test_the_exact_flow_map_is_its_own_target(guidance):
+    with jax.enable_x64(True):
+        cfg, x = settings(path="cosine", guidance_type=guidance), batch()["image"][:1]
+        same = {"image": jnp.tile(x, (8, 1, 1, 1)), "label": batch()["label"]}
+        loss, aux = loss_of(FlowMap(x), same, draws(cfg), cfg)
+        assert float(jnp.abs(aux["du_dt"]).max()) > 0.1
+        np.testing.assert_allclose(aux["target"], aux["u"], rtol=1e-6, atol=1e-8)
+        assert float(loss) == pytest.approx(math.log(cfg.adaptive_eps))
+
+
+def test_the_derivative_is_the_total_one_along_the_guided_velocity():
+    with jax.enable_x64(True):
+        y, h = jnp.array([1, 9]), 1e-5
+        net = functools.partial(Curved(2.0), y=y)
+        z, v_g = (jax.random.normal(jax.random.key(i), (2, 2, 2, 1), jnp.float64) for i in range(2))
+        t, r = jnp.array([0.9, 0.5]), jnp.array([0.2, 0.4])
+        u, du_dt = decoupled.average_velocity(Curved(2.0), z, v_g, t, r, y)
+        np.testing.assert_allclose(u, net(z, t, r))
+        difference = (net(z + h * v_g, t + h, r) - net(z - h * v_g, t - h, r)) / (2 * h)
+        np.testing.assert_allclose(du_dt, difference, rtol=1e-7, atol=1e-9)

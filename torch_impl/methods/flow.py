@@ -1,0 +1,75 @@
+"""Flow matching: the velocity of a flow, from which MeanFlow models can start.
+
+Source: arXiv:2403.03206 (logit-normal times); arXiv:2410.06940 (REPA); kyungmnlee/dmf, loss.py, FMLoss.
+"""
+
+from typing import NamedTuple
+
+import torch
+
+from torch_impl.methods.common import draw_times, drop_labels, path, sum_squares, to_time
+from torch_impl.methods.samplers import flow_steps as sampling_steps
+from torch_impl.methods.samplers import no_conditions as sampling_conditions
+from torch_impl.methods.samplers import sample_flow as sample
+
+__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+
+
+class Draws(NamedTuple):
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+
+    noise: torch.Tensor  # [b c h w] unit normals
+    times: torch.Tensor  # [b] unit normals, or uniforms (time_sampler = uniform)
+    drop: torch.Tensor  # [b] uniforms: which rows lose their label
+
+
+def draw(key, shape, cfg):
+    """Draw what the loss of a batch of the given shape (b c h w) needs.  The only random function.
+
+    key: a `torch.Generator`; the draws are on its device.
+    """
+    return Draws(
+        torch.randn(shape, generator=key, device=key.device),
+        draw_times(key, shape[:1], cfg),
+        torch.rand(shape[:1], generator=key, device=key.device),
+    )
+
+
+def loss(net, batch, draws, cfg):
+    """Flow-matching objective: the mean squared error of the velocity, and with REPA that of the features' direction.
+
+    net: (z, t, r, y) -> v, z and v of shape [b c h w], and with `features` also what its projectors make of its tokens;
+    `net.num_classes` is the null label.  batch: 'image' [b c h w] in data units, 'label' [b] int, and for REPA
+    'features' [b n d] of frozen encoders, side by side.  cfg: `config.method`.
+    Returns the loss (scalar) and aux: t, r (both the same), y [b], v, u (the prediction) [b c h w], err [b] (squared,
+    summed over a row), row_loss [b] (its mean over a row), and with REPA projection (scalar, see `alignment`).
+    """
+    x = batch["image"]
+    t = to_time(draws.times, cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    y, _ = drop_labels(batch["label"], draws, net.num_classes, cfg)
+    z, v = path(x, draws.noise, t, cfg)
+    aux = {"t": t, "r": t, "y": y, "v": v}
+    if "features" in batch:
+        u, projections = net(z, t, t, y, features=True)
+        aux["projection"] = alignment(projections, batch["features"])
+    else:
+        u = net(z, t, t, y)
+    err = sum_squares(u - v)
+    row_loss = err / u[0].numel()
+    aux |= {"u": u, "err": err, "row_loss": row_loss}
+    value = row_loss.mean() + cfg.repa_coeff * aux.get("projection", 0)
+    return value, {name: a.detach() for name, a in aux.items()}
+
+
+def alignment(projections, features):
+    """Return the negative cosine similarity (scalar in [-1, 1]) of projections and features, the mean over all tokens.
+
+    projections: [b n d_i] for each encoder.  features: [b n sum d_i].  Source: arXiv:2410.06940 eq. 8.
+    """
+    parts = features.split([p.shape[-1] for p in projections], dim=-1)
+    return -sum((unit(p) * unit(f)).sum(-1).mean() for p, f in zip(projections, parts, strict=True)) / len(parts)
+
+
+def unit(a, eps=1e-12):
+    """Return a [... d] divided by its norm, or by eps if that is larger: at zero, too, it has a derivative."""
+    return a / a.square().sum(-1, keepdim=True).clamp(min=eps**2).sqrt()

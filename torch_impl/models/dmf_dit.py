@@ -1,0 +1,43 @@
+"""DiT for decoupled MeanFlow: a flow transformer whose first blocks are told t and whose last blocks are told r.
+
+It has the parameters of the flow model, one time embedder among them, so that a trained flow model is one of these:
+at r = t their outputs are the same.  New is only a head of a few hundred parameters, which training alone uses.
+Source: arXiv:2510.24474; kyungmnlee/dmf, models/dmft.py.
+"""
+
+import torch
+
+from torch_impl.models.dit import DiT, sizes_of
+from torch_impl.models.layers import Linear, timestep_features, zeros
+
+LOG_VARIANCE_FEATURES = 128  # of each time
+
+
+class DMFDiT(DiT):
+    """Average velocity u = net(z, t, r, y), as `DiT`; the first dmf_depth blocks see t, the rest and the last layer r.
+
+    Raises ValueError for sizes that do not divide.
+    """
+
+    def __init__(self, *, dmf_depth, **sizes):
+        super().__init__(**sizes, interval_embedder=False)
+        if dmf_depth > len(self.blocks):
+            raise ValueError(f"dmf_depth {dmf_depth} is more than the {len(self.blocks)} blocks")
+        self.dmf_depth = dmf_depth
+        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None, kernel_init=zeros)
+
+    @classmethod
+    def from_config(cls, c):
+        """Build from `config.model`."""
+        return cls(**sizes_of(c), dmf_depth=c.dmf_depth)
+
+    def forward(self, z, t, r, y, jvp=False):
+        label = self.y_embedder(y)
+        early, late = self.t_embedder(t) + label, self.t_embedder(r) + label
+        num_late = len(self.blocks) - self.dmf_depth + 1
+        return self.transform(z, [early] * self.dmf_depth + [late] * num_late, jvp)[0]
+
+    def log_variance(self, t, r):
+        """Return the logarithm [b] of the variance that the error of u at times t, r [b] is expected to have."""
+        features = [timestep_features(time, LOG_VARIANCE_FEATURES) for time in (t, r)]
+        return self.logvar_linear(torch.cat(features, dim=-1))[:, 0]
