@@ -10,6 +10,9 @@ unet          the CIFAR-10 system made small: an unconditional U-Net, 0.8 M para
 imf           improved MeanFlow made small, 0.3 M parameters; the guidance scale is chosen when sampling.  In one step,
               class accuracy rises from 0.97 to 0.99 at scale 1 to 0.999 at scale 1.5 and stays there; the Fréchet
               distance is least near scale 1.5, below 4
+flow          flow matching, 0.7 M parameters, which takes many steps: from 8 on a Fréchet distance near 1
+dmf           decoupled MeanFlow of the same network, from it by --config.train.load_from=runs/flow.  In one step: class
+              accuracy 0.998 and a Fréchet distance near 1, in four steps 0.67
 """
 
 from configs import base
