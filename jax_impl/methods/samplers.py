@@ -113,8 +113,8 @@ def diffusion(t, cfg):
     a, s, da, ds = signal_and_noise(t, cfg.path)
     if cfg.diffusion == "elbo" and t == 1:
         raise UserError(
-            "config.sample.diffusion=elbo is infinite at t = 1: set --config.sample.diffusion=sigma, or let "
-            "--config.sample.times begin below 1, e.g. (0.999, 0.5, 0.0)"
+            "config.sample.diffusion=elbo is infinite at t = 1: choose sigma (--diffusion=sigma), or times that begin "
+            "below 1 (--times=0.999,0.5,0); in training --config.sample.diffusion and --config.sample.times"
         )
     return cfg.diffusion_scale * (2 * s if cfg.diffusion == "sigma" else 2 * s * (ds - s * da / a))
 

@@ -252,7 +252,7 @@ def test_features_that_are_not_normed(framework, monkeypatch, capsys):
 
 
 def test_noise_anew_of_another_size(framework, monkeypatch, capsys):
-    """That of the official ctm where the exact one was asked for, and the other way round."""
+    """The official ctm's where the exact one was asked for; where the official one was, less of the state kept."""
     module = SAMPLERS[framework]
     original = module.renoise
     monkeypatch.setattr(module, "renoise", lambda *args: (original(*args)[0], 1 - original(*args)[0]))

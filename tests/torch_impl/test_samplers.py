@@ -195,7 +195,7 @@ def test_sde_with_the_coefficients_of_elbo_begins_below_1(path):
     times = (*(1 - 0.01 * 90 ** (i / 80) for i in range(81)), 0.05, 0.01, 0.0)
     cfg = settings(path=path, sampler="sde", diffusion="elbo", times=times)
     assert moments(Gaussian(path), cfg, samplers.flow_steps(cfg)) == pytest.approx((MEAN, STD), rel=0.05)
-    with pytest.raises(UserError, match=r"elbo is infinite at t = 1: set --config\.sample\.diffusion=sigma"):
+    with pytest.raises(UserError, match=r"elbo is infinite at t = 1: choose sigma \(--diffusion=sigma\), or times"):
         samplers.flow_steps(settings(path=path, sampler="sde", diffusion="elbo", steps=4))
 
 
