@@ -75,19 +75,19 @@ def augment() -> Config:
 def model() -> Config:
     """The network."""
     c = ml_collections.ConfigDict()
-    c.name = "dit"  # a file in models/: dit | unet | imf_dit | dmf_dit; options of one are ignored by the others
+    c.name = "dit"  # a file in models/: dit | unet | imf_dit | dmf_dit | edm2; options of one are ignored by the others
     c.input_size = 8  # height and width of the data
     c.channels = 1  # channels of the data
     c.num_classes = 10  # classes; the label `num_classes` means "no class"
-    c.width = 128  # channels of a token, of the first level (unet)
-    c.patch_size = 2  # all but unet: side of a patch, tokens = (input_size / patch_size)^2
-    c.depth = 4  # all but unet: transformer blocks; of imf_dit those on the way to u, its head's included
-    c.num_heads = 4  # all but unet: attention heads
-    c.mlp_ratio = 4.0  # all but unet: hidden width of a block's MLP over `width`
-    c.attention = "plain"  # all but unet: where no tangent passes: plain | fused (cuDNN's, PyTorch's)
-    c.attention_jvp = "plain"  # all but unet: under the JVP; fused is refused, since no fused kernel has a tangent
+    c.width = 128  # channels of a token, of the first level (unet, edm2)
+    c.patch_size = 2  # transformers: side of a patch, tokens = (input_size / patch_size)^2
+    c.depth = 4  # transformers: blocks; of imf_dit those on the way to u, its head's included
+    c.num_heads = 4  # transformers: attention heads
+    c.mlp_ratio = 4.0  # transformers: hidden width of a block's MLP over `width`
+    c.attention = "plain"  # transformers: where no tangent passes: plain | fused (cuDNN's, PyTorch's)
+    c.attention_jvp = "plain"  # transformers: under the JVP; fused is refused, since no fused kernel has a tangent
     c.qk_norm = False  # dit, dmf_dit: queries and keys are divided by their root mean square
-    c.interval_embedder = True  # dit: embeds t - r, for MeanFlow; False: a flow model (SiT), which ignores r
+    c.interval_embedder = True  # dit, edm2: embeds t - r, or r, for MeanFlow; False: a flow model, which ignores r
     c.repa_dims = ()  # dit: width of the features that each encoder of REPA has of a token; (): no REPA
     c.repa_depth = 8  # dit: blocks before the projectors of REPA
     c.projector_dim = 2048  # dit: hidden width of a projector
@@ -98,11 +98,11 @@ def model() -> Config:
     c.num_omega_tokens = 4  # imf_dit: tokens that carry the guidance scale
     c.num_interval_tokens = 2  # imf_dit: tokens that carry the start of the guidance interval, and as many for its end
     c.num_time_tokens = 4  # imf_dit: tokens that carry t - r
-    c.channel_mult = (2, 2, 2)  # unet: channels of each level over `width`; each level halves the resolution
-    c.channel_mult_emb = 4  # unet: width of the condition over `width`
-    c.channel_mult_noise = 2  # unet: width of the features of one time over `width`
-    c.num_blocks = 4  # unet: residual blocks of a level of the encoder; the decoder has one more
-    c.attn_resolutions = (16,)  # unet: resolutions whose blocks have attention
+    c.channel_mult = (2, 2, 2)  # unet, edm2: channels of each level over `width`; each level halves the resolution
+    c.channel_mult_emb = 4  # unet, edm2: width of the condition over `width`
+    c.channel_mult_noise = 2  # unet, edm2: width of the features of one time over `width`
+    c.num_blocks = 4  # unet, edm2: residual blocks of a level of the encoder; the decoder has one more
+    c.attn_resolutions = (16,)  # unet, edm2: resolutions whose blocks have attention
     c.dropout = 0.0  # unet: probability, in training, in [0, 1)
     c.augment_dim = 0  # unet: labels of data.augment that the network is told, 6 for the CIFAR-10 runs; 0: none
     c.embedding_type = "positional"  # unet: features of a time: positional (DDPM++) | fourier (random, NCSN++)
@@ -110,6 +110,9 @@ def model() -> Config:
     c.decoder_type = "standard"  # unet: standard (DDPM++) | skip
     c.resample_filter = (1, 3, 3, 1)  # unet: taps of the filter of down- and upsampling; (1, 1) in DDPM++
     c.time_embedding = "joint"  # unet: joint (t and t - r, one MLP, py-meanflow) | separate (t, r, an MLP each)
+    c.head_width = 64  # edm2: channels of an attention head, or all of a block that has fewer
+    c.logvar_channels = 0  # edm2: features of the log-variance of EDM2's own training, for its weights; 0: none
+    c.sigma_data = 0.5  # edm2: standard deviation of the data
     c.qkv_layout = "split"  # unet: channels of q, k, v: split (thirds, py-meanflow) | interleaved (EDM, reproduction)
     c.compute_dtype = "float32"  # of matmuls: float32 | bfloat16 | float64 (float64 needs parameters in float64)
     return c
@@ -119,34 +122,49 @@ def method() -> Config:
     """The objective, and what public code added to it.
 
     MeanFlow, arXiv:2505.13447; improved MeanFlow, arXiv:2512.02012; flow matching with logit-normal times,
-    arXiv:2403.03206, with REPA, arXiv:2410.06940; decoupled MeanFlow, arXiv:2510.24474.
+    arXiv:2403.03206, with REPA, arXiv:2410.06940; decoupled MeanFlow, arXiv:2510.24474; Re-MeanFlow (2025), which
+    learns from couplings.
     """
     c = ml_collections.ConfigDict()
-    c.name = "meanflow"  # file in methods/: meanflow | improved | flow | decoupled; each ignores others' options
+    c.name = "meanflow"  # file in methods/: meanflow | improved | flow | decoupled | rectified; each
+    # ignores others' options
     c.path = "linear"  # z(t): linear (1-t)x + te | cosine cos(pi t/2)x + sin(pi t/2)e
     c.time_sampler = "logit_normal"  # of all times: logit_normal | uniform | arctan (2/pi atan(exp(normal)), which is
     # to the cosine path what logit_normal is to the linear) | arctan_official (without exp; may be negative)
+    # rectified: re2_truncate (t U-shaped, t - r logit-normal, r = 0 where t > 0.8 and r < 0.4) | uniform
     c.time_mean = (-0.4, -0.4)  # means of the normals under the logistic, of the first and the second time
     c.time_std = (1.0, 1.0)  # their standard deviations
     c.flow_time_mean = 0.0  # flow, decoupled: the same of the time of the flow term
     c.flow_time_std = 1.0
     c.time_order = "sorted"  # t, r: sorted (larger, smaller) | truncated (first, second but at most the first)
-    c.flow_rows = "split"  # meanflow, improved: r = t on: split (static, cheapest) | front | coin (each by chance)
-    c.flow_fraction = 0.75  # meanflow, improved: share of rows with r = t, in [0, 1]
+    c.interval_mean = -0.8  # rectified, re2_truncate: mean of the normal under the logistic, of t - r
+    c.interval_std = 1.0  # its standard deviation
+    c.flow_rows = (
+        "split"  # meanflow, improved, rectified: r = t on: split (static, cheapest) | front | coin (each by chance)
+    )
+    c.flow_fraction = 0.75  # meanflow, improved, rectified: share of rows with r = t, in [0, 1]
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
     c.label_drop_prob = 0.1  # probability of losing it
-    c.guidance = True  # meanflow, improved: train on a guided velocity; improved: of every scale, else of scale 1 alone
+    c.guidance = (
+        True  # meanflow, improved, rectified: learn a guided velocity; improved: of every scale, else of 1 alone
+    )
     c.guidance_type = "mg"  # decoupled: default (none) | mg (by the model itself) | distill (from a frozen teacher)
     c.teacher = ""  # decoupled, distill: a flow model, its work directory or, of this model's sizes, its .safetensors
     c.omega = 1.0  # w.  meanflow: v_g = w v + k u(y) + (1-w-k) u(no class), an effective scale of w / (1-k)
     # decoupled: v + w (v(y) - v(no class)) for mg, v(no class) + w (v(y) - v(no class)) for distill
-    c.kappa = 0.5  # meanflow: k, in [0, 1)
+    c.kappa = 0.5  # meanflow, rectified: k, in [0, 1)
+    c.omega_sampler = "constant"  # rectified: constant (omega and kappa) | uniform (effective scale in [1, omega_max])
     c.guidance_start = 0.0  # meanflow, decoupled: guide where guidance_start <= t <= guidance_end
     c.guidance_end = 1.0
-    c.omega_max = 8.0  # improved: largest guidance scale drawn, the least is 1
+    c.omega_max = 8.0  # improved, rectified: largest guidance scale drawn, the least is 1
     c.omega_power = 1.0  # improved: the density of drawn scales falls as omega^-omega_power
     c.clip_interval = True  # meanflow: clip t - r to [0, 1] in the target, as the official JAX code does
-    c.weighting = "adaptive"  # meanflow, improved, of an error: adaptive | adaptive_squared (reproduction) | uniform
+    c.stage1_steps = 0  # rectified: steps of the first of two stages; 0: one stage, guided as `guidance` says
+    c.stage_order = "plain_first"  # rectified: plain_first (then guided, official code) | guided_first (paper's text)
+    c.distance_clip = 0.0  # rectified: learn only pairs whose mean squared distance is below; 0: all
+    c.weighting = (
+        "adaptive"  # meanflow, improved, rectified, of an error: adaptive | adaptive_squared (reproduction) | uniform
+    )
     c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
     c.adaptive_eps = 0.01  # eps; decoupled: in log(error / variance + eps)
     c.log_variance_pairs = "row"  # decoupled: of a log-variance: row | all (official, by accident; of a micro-batch)
@@ -168,6 +186,7 @@ def train() -> Config:
     c.adam_eps = 1e-8  # Adam's epsilon
     c.weight_decay = 0.0  # decoupled decay; adamw only
     c.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
+    c.clip_stage = "all"  # rectified: clip in: all | guided (only where the velocity is guided)
     c.schedule = "constant"  # after the warm-up: constant | cosine
     c.warmup_steps = 0  # linear warm-up
     c.warmup_from = 0.0  # learning rate at step 0 of the warm-up
@@ -212,7 +231,8 @@ def evaluation() -> Config:
     """How to judge the samples."""
     c = ml_collections.ConfigDict()
     c.num_samples = 2000  # generated images
-    c.split = "train"  # real images to compare with
+    c.dataset = ""  # real images to compare with; empty: data.name
+    c.split = "train"  # the split of them
     c.classifier = True  # score class accuracy under an SVM trained on the real images (small images only)
     c.every_ema = False  # during training, judge every one of train.ema_decays, not only that of sample.ema
     return c

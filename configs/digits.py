@@ -13,6 +13,8 @@ imf           improved MeanFlow made small, 0.3 M parameters; the guidance scale
 flow          flow matching, 0.7 M parameters, which takes many steps: from 8 on a Fréchet distance near 1
 dmf           decoupled MeanFlow of the same network, from it by --config.train.load_from=runs/flow.  In one step: class
               accuracy 0.998 and a Fréchet distance near 1, in four steps 0.67
+edm2_flow     EDM2's network as a flow model: the teacher of `remeanflow`
+remeanflow    Re-MeanFlow of the same network, from couplings of the teacher and its time embeddings (README)
 """
 
 from configs import base
@@ -88,4 +90,32 @@ def dmf(config: base.Config) -> None:
     config.train.steps = 500
 
 
-VARIANTS = {"unet": unet, "imf": imf, "flow": flow, "dmf": dmf}
+def edm2(config: base.Config) -> None:
+    """Make its network a small one of EDM2."""
+    config.model.name = "edm2"
+    config.model.update(width=24, channel_mult=(1, 2), channel_mult_noise=1, channel_mult_emb=2, num_blocks=1)
+    config.model.update(attn_resolutions=(4,), head_width=24, sigma_data=0.8)
+    config.train.compile_backend = "aot_eager"  # see `unet`
+
+
+def edm2_flow(config: base.Config) -> None:
+    """Make it a flow model of EDM2's network, the teacher of `remeanflow`."""
+    edm2(config)
+    config.model.interval_embedder = False
+    config.method.name = "flow"
+    config.train.steps = 500
+    config.train.learning_rate = 1e-2
+    config.sample.update(steps=16, sampler="heun")
+
+
+def remeanflow(config: base.Config) -> None:
+    """Make it Re-MeanFlow, from couplings of `edm2_flow`."""
+    edm2(config)
+    config.data.name = "runs/couplings"
+    config.method.update(name="rectified", time_sampler="re2_truncate", omega_sampler="uniform", omega_max=2.5)
+    config.method.update(adaptive_power=0.5, stage1_steps=250)
+    config.train.update(steps=500, learning_rate=5e-3, clip_norm=1.0, clip_stage="guided")
+    config.evaluation.dataset = "digits"
+
+
+VARIANTS = {"unet": unet, "imf": imf, "flow": flow, "dmf": dmf, "edm2_flow": edm2_flow, "remeanflow": remeanflow}

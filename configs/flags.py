@@ -54,9 +54,9 @@ def _help() -> str:
 
 
 def _parse(argv: list[str]) -> list[str]:
-    path = next((a.split("=", 1)[1] for a in argv if a.startswith("--config=")), None)
-    if path is not None and not os.path.isfile(path.split(":")[0]):
-        raise UserError(f"there is no config file {path.split(':')[0]}; configs/digits.py is one that is")
+    for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith(("--config=", "--guide_config="))):
+        if not os.path.isfile(path):
+            raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

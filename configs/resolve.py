@@ -56,6 +56,11 @@ def check_trainable(config: base.Config) -> None:
             "config.model.v_heads is False: without the head of v, which released weights leave out, a network can "
             "sample but not be trained"
         )
+    if config.model.name == "edm2" and config.model.logvar_channels:
+        raise UserError(
+            f"config.model.logvar_channels is {config.model.logvar_channels}: no method here trains EDM2's "
+            "log-variance; set it to 0, and config.train.load_from leaves it out of the weights"
+        )
 
 
 def check_teacher(config: base.Config, teacher: base.Config | None) -> base.Config:
@@ -79,9 +84,9 @@ def check_alike(config: base.Config, other: base.Config | None, key: str, names:
     """Raise UserError if the model that the option `key` names differs in what its weights do not show.
 
     other: its config, None if only its weights are known.  names: dotted options; by default those of `ALIKE`, and
-    `num_heads` of transformers.
+    `num_heads` of transformers, head width and preconditioning of EDM2's network.
     """
-    heads = () if config.model.name == "unet" else ("model.num_heads",)
+    heads = {"unet": (), "edm2": ("model.head_width", "model.sigma_data")}.get(config.model.name, ("model.num_heads",))
     theirs, ours = flatten(other or config), flatten(config)
     for name in names or ALIKE + heads:
         if theirs[name] != ours[name]:

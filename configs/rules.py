@@ -6,7 +6,7 @@ from configs import base
 from configs.errors import UserError
 
 CHOICES = {
-    "model.name": ("dit", "unet", "imf_dit", "dmf_dit"),
+    "model.name": ("dit", "unet", "imf_dit", "dmf_dit", "edm2"),
     "model.attention": ("plain", "fused"),
     "model.attention_jvp": ("plain", "fused"),
     "model.embedding_type": ("positional", "fourier"),
@@ -15,21 +15,24 @@ CHOICES = {
     "model.time_embedding": ("joint", "separate"),
     "model.qkv_layout": ("split", "interleaved"),
     "model.compute_dtype": ("float32", "bfloat16", "float64"),
-    "method.name": ("meanflow", "improved", "flow", "decoupled"),
+    "method.name": ("meanflow", "improved", "flow", "decoupled", "rectified"),
     "method.path": ("linear", "cosine"),
-    "method.time_sampler": ("logit_normal", "uniform", "arctan", "arctan_official"),
+    "method.time_sampler": ("logit_normal", "uniform", "arctan", "arctan_official", "re2_truncate"),
     "method.time_order": ("sorted", "truncated"),
     "method.flow_rows": ("split", "front", "coin"),
     "method.label_drop": ("coin", "front"),
     "method.guidance_type": ("default", "mg", "distill"),
+    "method.omega_sampler": ("constant", "uniform"),
+    "method.stage_order": ("plain_first", "guided_first"),
     "method.log_variance_pairs": ("row", "all"),
     "method.weighting": ("adaptive", "adaptive_squared", "uniform"),
     "train.optimizer": ("adam", "adamw"),
+    "train.clip_stage": ("all", "guided"),
     "train.schedule": ("constant", "cosine"),
     "train.cosine_end": ("steps", "early"),
     "train.compile_backend": ("inductor", "aot_eager"),
     "train.matmul_precision": ("highest", "default"),
-    "sample.sampler": ("euler", "restart", "ctm", "heun", "sde"),
+    "sample.sampler": ("euler", "restart", "ctm", "velocity", "heun", "sde"),
     "sample.diffusion": ("sigma", "elbo"),
 }
 # Least and largest value of numbers; None: no bound.
@@ -51,12 +54,16 @@ RANGES = {
     "model.channel_mult_emb": (1, None),
     "model.channel_mult_noise": (1, None),
     "model.augment_dim": (0, None),
+    "model.head_width": (1, None),
+    "model.logvar_channels": (0, None),
     "model.dropout": (0, 1),
     "data.augment.prob": (0, 1),
     "method.flow_fraction": (0, 1),
     "method.label_drop_prob": (0, 1),
     "method.kappa": (0, 1),
     "method.omega_max": (1, None),
+    "method.stage1_steps": (0, None),
+    "method.distance_clip": (0, None),
     "train.steps": (1, None),
     "train.batch_size": (1, None),
     "train.accumulate": (1, None),
@@ -73,8 +80,11 @@ RANGES = {
     "sample.batch_size": (1, None),
     "evaluation.num_samples": (2, None),
 }
-NETWORKS = {"meanflow": ("dit", "unet"), "improved": ("imf_dit",), "flow": ("dit",), "decoupled": ("dmf_dit",)}
-FLOW_SAMPLERS, FLOW_MAP_SAMPLERS = ("euler", "heun", "sde"), ("euler", "restart", "ctm")
+NETWORKS = {
+    "meanflow": ("dit", "unet"), "improved": ("imf_dit",), "flow": ("dit", "edm2"), "decoupled": ("dmf_dit",),
+    "rectified": ("edm2", "dit"),
+}  # fmt: skip
+FLOW_SAMPLERS, FLOW_MAP_SAMPLERS = ("euler", "heun", "sde"), ("euler", "restart", "ctm", "velocity")
 
 
 def check_dit(config: base.Config) -> None:
@@ -126,19 +136,31 @@ def check_imf_dit(config: base.Config) -> None:
         )
 
 
+def check_levels(config: base.Config) -> None:
+    """Raise UserError for levels of which no network can be built."""
+    c = config.model
+    if not c.channel_mult or not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
+        raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
+    halvings = len(c.channel_mult) - 1
+    if c.input_size % 2**halvings:
+        raise UserError(
+            f"config.model.input_size {c.input_size} cannot be halved {halvings} times: config.model.channel_mult "
+            f"{c.channel_mult} has one entry a level, each level half as large"
+        )
+    sizes = [c.input_size >> level for level in range(len(c.channel_mult))]
+    if not set(c.attn_resolutions) <= set(sizes):
+        raise UserError(f"config.model.attn_resolutions {c.attn_resolutions} are not among the levels' sizes {sizes}")
+
+
 def check_unet(config: base.Config) -> None:
     """Raise UserError for sizes of which no U-Net can be built, and for what only a network with classes can do.
 
     The network itself checks what depends on its levels.
     """
     c = config.model
-    sizes = [c.input_size >> level for level in range(len(c.channel_mult))]
+    check_levels(config)
     if c.width < 4 or c.width % 4:
         raise UserError(f"config.model.width {c.width} must be a multiple of 4")
-    if not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
-        raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
-    if not set(c.attn_resolutions) <= set(sizes):
-        raise UserError(f"config.model.attn_resolutions {c.attn_resolutions} are not among the levels' sizes {sizes}")
     if config.evaluation.classifier:
         raise UserError("a U-Net knows no classes to be scored: set --config.evaluation.classifier=False")
     if config.method.guidance or config.sample.cfg_scale != 1:
@@ -150,7 +172,18 @@ def check_unet(config: base.Config) -> None:
         raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
 
 
-NETWORK_CHECKS = {"dit": check_dit, "unet": check_unet, "imf_dit": check_imf_dit, "dmf_dit": check_dmf_dit}
+def check_edm2(config: base.Config) -> None:
+    """Raise UserError for what no U-Net of EDM2 can be, or that its preconditioning does not hold for."""
+    check_levels(config)
+    if not config.model.sigma_data > 0:
+        raise UserError(f"config.model.sigma_data is {config.model.sigma_data}; it must be above 0")
+    if config.method.path != "linear":
+        raise UserError("config.model.name is edm2, whose preconditioning is that of config.method.path=linear")
+
+
+NETWORK_CHECKS = {
+    "dit": check_dit, "unet": check_unet, "imf_dit": check_imf_dit, "dmf_dit": check_dmf_dit, "edm2": check_edm2,
+}  # fmt: skip
 
 
 def check_values(flat: dict) -> None:
@@ -173,11 +206,18 @@ def check_method(config: base.Config) -> None:
             f"config.method.name {c.name} cannot use config.model.name {net.name}: it trains "
             f"{' or '.join(NETWORKS[c.name])}"
         )
-    if net.name == "dit" and net.interval_embedder != (c.name == "meanflow"):
+    if net.name in ("dit", "edm2") and net.interval_embedder != (c.name in ("meanflow", "rectified")):
         raise UserError(
-            f"config.model.interval_embedder is {net.interval_embedder}: meanflow needs it, for its network is told "
-            "t - r; flow needs a network without it"
+            f"config.model.interval_embedder is {net.interval_embedder}: meanflow and rectified need it, for their "
+            "networks are told both times; flow needs a network without it"
         )
+    if (c.time_sampler == "re2_truncate") != (c.name == "rectified") and c.time_sampler != "uniform":
+        raise UserError(
+            f"config.method.time_sampler is {c.time_sampler}: config.method.name=rectified takes re2_truncate or "
+            "uniform, and re2_truncate is for no other method"
+        )
+    if c.name == "rectified":
+        check_rectified(config)
     if c.name != "flow" and net.name == "dit" and net.repa_dims:
         raise UserError("config.model.repa_dims: only config.method.name=flow trains the projectors of REPA")
     if config.data.encoder and not (net.name == "dit" and net.repa_dims):
@@ -197,6 +237,20 @@ def check_method(config: base.Config) -> None:
         )
     for key in ("time_mean", "time_std"):
         pair(c[key], f"method.{key}", "for t and for r")
+
+
+def check_rectified(config: base.Config) -> None:
+    """Raise UserError for stages that cannot be, or a path that couplings do not have."""
+    c = config.method
+    if c.path != "linear":
+        raise UserError(
+            "config.method.name is rectified, whose trajectories are straight: config.method.path is linear"
+        )
+    if c.stage1_steps and not c.guidance:
+        raise UserError(
+            "config.method.stage1_steps parts plain from guided steps, but config.method.guidance is False: set "
+            "--config.method.stage1_steps=0 for plain steps alone, or --config.method.guidance=True"
+        )
 
 
 def check_sampling(config: base.Config) -> None:

@@ -22,6 +22,7 @@ from data import (
 )
 
 FILE_FORMAT = "array_record"
+SETTINGS = "settings.json"  # in a directory that `data.records` writes, from the start
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
@@ -33,6 +34,19 @@ class Extra(NamedTuple):
     shape: tuple[int | None, ...]  # None: any size, the same for all records
     kind: type[np.generic]  # of its values: a type of NumPy, or a family of them
     remedy: str  # what the user can do where it is missing, for messages
+
+
+@dataclasses.dataclass(frozen=True)
+class LabelSource:
+    """Random access to the labels of one split: `source[i]` is an int.  Images are not decoded."""
+
+    records: Sequence[dict]
+
+    def __len__(self) -> int:
+        return len(self.records)
+
+    def __getitem__(self, index: int) -> int:
+        return int(self.records[index]["label"])
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,9 +86,14 @@ def open_source(name: str, split: str, directory: str, extra: Extra | None = Non
     if extra:
         _check_extra(builder, name, extra)
     key = extra.key if extra else ""
-    decoders = _skip_images(builder, key)
-    records: Any = builder.as_data_source(split, decoders=decoders)  # pyright: ignore  # it does not see the arguments
-    return ImageSource(records, key)
+    return ImageSource(_read(builder, split, {"image", key}), key)
+
+
+def open_labels(name: str, split: str, directory: str) -> LabelSource:
+    """Return the labels of a split.  Arguments and errors as `open_source`."""
+    builder = _open(name, directory)
+    _check(builder, name, split)
+    return LabelSource(_read(builder, split, set()))
 
 
 def split_names(name: str, directory: str) -> tuple[str, ...]:
@@ -94,6 +113,11 @@ def _open(name: str, directory: str) -> tfds.core.DatasetBuilder:
 def _find_builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     if pathlib.Path(name, "features.json").is_file():
         return tfds.builder_from_directory(name)
+    if pathlib.Path(name, SETTINGS).is_file():
+        raise UserError(
+            f"dataset {name} (config.data.name) is not whole: run the command that writes it again, until it misses no "
+            "shard"
+        )
     data_dir = os.path.expanduser(directory) or None
     try:
         return tfds.builder(name, data_dir=data_dir)
@@ -141,11 +165,12 @@ def _way_out(error: OSError) -> str:
     return "If this machine has no network, prepare the dataset on one that has, and copy its directory here."
 
 
-def _skip_images(builder: tfds.core.DatasetBuilder, key: str) -> dict[str, tfds.decode.Decoder]:
-    """Return the decoders that leave images other than `image` and `key` as they are, for decoding takes its time."""
+def _read(builder: tfds.core.DatasetBuilder, split: str, keys: set[str]) -> Sequence[dict]:
+    """Return the records of a split; images other than those of `keys` stay as stored, for decoding takes its time."""
     features: Any = builder.info.features
     images = {name for name, feature in features.items() if isinstance(feature, tfds.features.Image)}
-    return {name: tfds.decode.SkipDecoding() for name in images - {"image", key}}
+    decoders = {name: tfds.decode.SkipDecoding() for name in images - keys}
+    return builder.as_data_source(split, decoders=decoders)  # pyright: ignore  # it does not see the arguments
 
 
 def _check(builder: tfds.core.DatasetBuilder, name: str, split: str) -> None:

@@ -32,7 +32,7 @@ class Examples:
 
     `examples[i]` is {'image': float32 [h w c], 'label': int32 scalar}.  uint8 images become x/127.5 - 1, in [-1, 1];
     floating images (latents) are taken to be in data units already and only cast to float32.  If the source has them,
-    `features`, float32 [n d], and `pixels`, uint8 [h w 3], are there too.
+    `features`, float32 [n d], `noise`, float32 [h w c], and `pixels`, uint8 [h w 3], are there too.
     A small dataset stays in memory once read: decoding an 8x8 image costs more than the rest of loading it.
     Raises UserError for a record that does not fit the model.
     """
@@ -69,9 +69,8 @@ class Examples:
                 "choose a labelled split"
             )
         example = dict(record) | {"image": _to_data_units(image, where), "label": np.int32(label)}
-        if "features" in record:
-            example["features"] = np.asarray(record["features"], np.float32)
-        return example
+        floats = {key: np.asarray(record[key], np.float32) for key in ("features", "noise") if key in record}
+        return example | floats
 
 
 class Loader(Iterator):
@@ -79,7 +78,8 @@ class Loader(Iterator):
 
     Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}, and with config.data.augment
     'augment': float32 [b k], the labels of the augmentation.  With config.model.repa_dims there is 'features' too:
-    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders joined along d.
+    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders joined along d.  With
+    config.method.name=rectified there is 'noise', float32 [b h w c], of which a flow model made the images.
     """
 
     def __init__(
@@ -158,11 +158,11 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and is for pixels.
     With config.model.repa_dims the dataset has `features` beside the images, or config.data.encoder makes them, of the
     images that the network sees or, if these are neither grey nor RGB, of the `pixels` beside them.  It runs in this
-    process on the rows of this process: their number changes its features by rounding.
+    process on the rows of this process: their number changes its features by rounding.  With
+    config.method.name=rectified the dataset has `noise` beside the images, and both are mirrored together.
     Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
-    data.augment, empty split, whatever `open_source` and `encoder.load` raise, stored features or pixels with
-    data.augment; while iterating, for a record that does not fit config.model, or channels that data.augment cannot
-    change.
+    data.augment, empty split, whatever `open_source` and `encoder.load` raise, data.augment with what is stored beside
+    the images; while iterating, for a record that does not fit config.model, or channels that it cannot change.
     """
     if batch_size <= 0 or batch_size % num_processes:
         raise UserError(
@@ -212,8 +212,11 @@ def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray
 def _examples(config: base.Config, split: str, extra: datasets.Extra | None = None) -> Examples:
     source = datasets.open_source(config.data.name, split, config.data.dir, extra)
     title = f"{config.data.name} ({split})"
-    size = config.model.input_size
-    return Examples(source, title, (size, size, config.model.channels), config.model.num_classes)
+    return Examples(source, title, _shape(config), config.model.num_classes)
+
+
+def _shape(config: base.Config) -> tuple[int, int, int]:
+    return config.model.input_size, config.model.input_size, config.model.channels
 
 
 def _has_repa(config: base.Config) -> bool:
@@ -221,7 +224,29 @@ def _has_repa(config: base.Config) -> bool:
 
 
 def _extra(config: base.Config) -> datasets.Extra | None:
-    """Return what REPA needs beside image and label; None: nothing.  Raises UserError if it would be augmented."""
+    """Return what a record is to have beside image and label; None: nothing.
+
+    Raises UserError if it would have to be augmented with the image.
+    """
+    extra = _noise(config) if config.method.name == "rectified" else _of_repa(config)
+    if extra and config.data.augment.prob > 0:
+        way_out = ", or train on pixels with --config.data.encoder" if extra.key != "noise" else ""
+        raise UserError(
+            f"config.data.augment changes the images, but not the `{extra.key}` stored beside them, of which the model "
+            f"learns: set --config.data.augment.prob=0{way_out}"
+        )
+    return extra
+
+
+def _noise(config: base.Config) -> datasets.Extra:
+    remedy = (
+        "config.method.name=rectified learns from couplings: make them with `python -m jax_impl.reflow` or `torchrun "
+        "torch_impl/reflow.py`, and set --config.data.name to their directory"
+    )
+    return datasets.Extra("noise", _shape(config), np.floating, remedy)
+
+
+def _of_repa(config: base.Config) -> datasets.Extra | None:
     c = config.model
     if not _has_repa(config) or (config.data.encoder and c.channels in (1, 3)):
         return None
@@ -231,21 +256,14 @@ def _extra(config: base.Config) -> datasets.Extra | None:
             "(config.model.channels): store the images that they are the latents of beside them, as `pixels`, uint8 of "
             "shape [h w 3]; or store their `features`, and leave config.data.encoder empty"
         )
-        extra = datasets.Extra("pixels", (None, None, 3), np.uint8, remedy)
-    else:
-        remedy = (
-            "REPA learns from the features that frozen encoders have of the images: store them beside the images, "
-            "with a row for each token (config.model.input_size / config.model.patch_size, squared) and the encoders "
-            "along the last axis, as wide as config.model.repa_dims; or name one encoder by --config.data.encoder"
-        )
-        shape = ((c.input_size // c.patch_size) ** 2, sum(c.repa_dims))
-        extra = datasets.Extra("features", shape, np.floating, remedy)
-    if config.data.augment.prob > 0:
-        raise UserError(
-            f"config.data.augment changes the images, but not the `{extra.key}` stored beside them, of which REPA "
-            "learns: set --config.data.augment.prob=0, or train on pixels with --config.data.encoder"
-        )
-    return extra
+        return datasets.Extra("pixels", (None, None, 3), np.uint8, remedy)
+    remedy = (
+        "REPA learns from the features that frozen encoders have of the images: store them beside the images, "
+        "with a row for each token (config.model.input_size / config.model.patch_size, squared) and the encoders "
+        "along the last axis, as wide as config.model.repa_dims; or name one encoder by --config.data.encoder"
+    )
+    shape = ((c.input_size // c.patch_size) ** 2, sum(c.repa_dims))
+    return datasets.Extra("features", shape, np.floating, remedy)
 
 
 def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | None:
@@ -273,7 +291,7 @@ def _to_data_units(image: np.ndarray, where: str) -> np.ndarray:
 def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     if rng.random() >= FLIP_PROB:
         return example
-    mirrored = {key: example[key][:, ::-1] for key in ("image", "pixels") if key in example}
+    mirrored = {key: example[key][:, ::-1] for key in ("image", "noise", "pixels") if key in example}
     if "features" in example:
         tokens = example["features"]
         grid = math.isqrt(len(tokens))

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-DETERMINISTIC = ("euler", "heun")  # samplers that draw no noise but the first
+DETERMINISTIC = ("euler", "heun", "velocity")  # samplers that draw no noise but the first
 
 
 def num_fresh(c):

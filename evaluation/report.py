@@ -1,5 +1,6 @@
 """Judges generated images against the real ones, and keeps the verdict in the work directory."""
 
+import copy
 import json
 import os
 import pathlib
@@ -31,6 +32,8 @@ def load_real(config: base.Config) -> Real:
 
     Raises UserError as `load_arrays` does.
     """
+    config = copy.deepcopy(config)
+    config.data.name = config.evaluation.dataset or config.data.name
     images, labels = loader.load_arrays(config, config.evaluation.split)
     splits = datasets.split_names(config.data.name, config.data.dir)
     bound = {}

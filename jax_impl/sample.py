@@ -14,7 +14,7 @@ from evaluation import sampling
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
 from jax_impl.methods import METHODS
-from jax_impl.step import build_net
+from jax_impl.step import abstract_net
 
 
 def make_sampler(config, graphdef):
@@ -51,7 +51,7 @@ def load(workdir_path, weights_path, config):
         config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
     config, canonical = sampling.without_v_heads(config, canonical)
-    graphdef, params = build_net(config)
+    graphdef, params = abstract_net(config)
     params = weights.from_canonical(nnx.merge(graphdef, params), canonical)
     return config, make_sampler(config, graphdef), params
 

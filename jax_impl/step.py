@@ -1,5 +1,6 @@
 """One training step: gradients, optimizer and EMA, as one compiled function over a device mesh."""
 
+import functools
 import math
 from typing import Any, NamedTuple
 
@@ -10,8 +11,9 @@ import optax
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
+from configs.stages import stages
 from jax_impl.methods import METHODS
-from jax_impl.models import ARCHITECTURES
+from jax_impl.models import ARCHITECTURES, PROJECTIONS
 
 BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch over all devices
 
@@ -34,6 +36,11 @@ def build_net(config):
     graphdef, params = nnx.split(ARCHITECTURES[config.model.name](config.model, rngs))
     dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
     return graphdef, jax.tree.map(lambda a: a.astype(dtype), params)
+
+
+def abstract_net(config):
+    """Return the same without drawing it: parameters are shapes and dtypes, for networks whose weights are loaded."""
+    return jax.eval_shape(lambda: build_net(config))
 
 
 def make_mesh(config):
@@ -89,16 +96,27 @@ def learning_rate(step, c):
 def make_optimizer(c):
     """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway.
 
-    Frequencies that are never trained (`freqs`) do not decay either.
+    Frequencies and phases that are never trained do not decay either.
     """
 
     def decays(params):
-        return jax.tree_util.tree_map_with_path(lambda path, _: "freqs" not in jax.tree_util.keystr(path), params)
+        return jax.tree_util.tree_map_with_path(lambda path, _: not is_fixed(jax.tree_util.keystr(path)), params)
 
     return optax.adamw(
         lambda step: learning_rate(step, c), b1=c.beta1, b2=c.beta2, eps=c.adam_eps,
         weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0, mask=decays,
     )  # fmt: skip
+
+
+def is_fixed(name):
+    """Return whether the name of a parameter is that of random frequencies or phases, which are never trained."""
+    return "freqs" in name or "phases" in name
+
+
+def project(state, config):
+    """Return the state with its parameters as a step wants them: EDM2's are normalised, all others as they are."""
+    projection = PROJECTIONS.get(config.model.name)
+    return state if projection is None else state._replace(params=projection(state.params))
 
 
 def apply_gradients(state, grads, c):
@@ -154,22 +172,23 @@ def measure(loss, aux):
 
 
 def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
-    """Return the compiled step: (state, batch) -> (state, metrics).
+    """Return the compiled step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b h w c] float32, 'label' [b] int32, and 'augment' [b k] float32 if images are augmented}, rows
-    sharded over all devices.  The state is donated.  draw: (key, shape, cfg) -> Draws; None: the method's own.
+    batch: {'image' [b h w c] float32, 'label' [b] int32, and what more the loader gives}, rows sharded over all
+    devices.  stage: number of the stage (see `stages`), each of which is compiled.  The state is donated.
+    draw: (key, shape, cfg) -> Draws; None: the method's own.
     teacher: (graph definition, parameters) of a frozen network that the method's loss is given, or None.
     Draws depend on (seed, step) alone and the rows are split inside each device's shard, so the result does not
     depend on the number of devices or micro-batches.
     """
-    method, c = METHODS[config.method.name], config.train
+    method, c, settings = METHODS[config.method.name], config.train, stages(config)
     draw = draw or method.draw
     rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, frozen, batch, draws):
+    def loss_fn(params, frozen, batch, draws, stage):
         net = nnx.merge(graphdef, params)
         given = {"teacher": nnx.merge(teacher[0], frozen)} if teacher else {}
-        loss, aux = method.loss(net, batch, draws, config.method, **given)
+        loss, aux = method.loss(net, batch, draws, settings[stage].method, **given)
         return loss, measure(loss, aux)
 
     def micro_batches(a):
@@ -177,8 +196,8 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         a = a.reshape(mesh.size, c.accumulate, -1, *a.shape[1:]).swapaxes(0, 1)
         return a.reshape(c.accumulate, -1, *a.shape[3:])
 
-    def gradients(params, frozen, *rows):
-        value_and_grad = jax.value_and_grad(loss_fn, has_aux=True)
+    def gradients(stage, params, frozen, *rows):
+        value_and_grad = jax.value_and_grad(functools.partial(loss_fn, stage=stage), has_aux=True)
         if c.accumulate == 1:
             (_, metrics), grads = value_and_grad(params, frozen, *rows)
             return grads, metrics
@@ -193,7 +212,8 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         total, _ = jax.lax.scan(add, zeros, rows)
         return jax.tree.map(lambda a: a / c.accumulate, total)
 
-    def train_step(state, batch, frozen=None):
+    def train_step(state, batch, stage=0, frozen=None):
+        state = project(state, config)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
         draws = draw(key, batch["image"].shape, config.method)
         rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
@@ -201,14 +221,14 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
             rows = jax.tree.map(micro_batches, rows)
         # Every device gathers whole parameters and gradients; else activations would be sharded as parameters are.
         params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), whole)
-        grads, metrics = jax.lax.with_sharding_constraint(gradients(params, frozen, *rows), whole)
+        grads, metrics = jax.lax.with_sharding_constraint(gradients(stage, params, frozen, *rows), whole)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         rate = learning_rate(state.step, c)
-        state, norm = apply_gradients(state, grads, c)
+        state, norm = apply_gradients(state, grads, settings[stage].train)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate}
 
-    compiled = jax.jit(train_step, donate_argnums=0)
-    return (lambda state, batch: compiled(state, batch, teacher[1])) if teacher else compiled
+    compiled = jax.jit(train_step, donate_argnums=0, static_argnums=2)
+    return (lambda state, batch, stage=0: compiled(state, batch, stage, teacher[1])) if teacher else compiled
 
 
 def put_batch(batch, mesh):

@@ -12,6 +12,7 @@ from jax.experimental import multihost_utils
 
 from configs import resolve
 from configs.errors import UserError
+from configs.stages import stage_at
 from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress
@@ -116,7 +117,7 @@ def loop(parts, train_step, state, mesh):
     step = int(state.step)
     with Termination() as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(parts.loader), mesh))
+            state, metrics = train_step(state, put_batch(next(parts.loader), mesh), stage_at(parts.config, step))
             step += 1
             window.add(step, metrics)
             progress(step)

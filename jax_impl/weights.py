@@ -16,9 +16,9 @@ from configs.errors import UserError
 
 LEAVES = {"kernel": "weight", "embedding": "weight"}
 # Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
-# and the log-variance of decoupled MeanFlow; and those that it may have no use for.
+# and the log-variance of decoupled MeanFlow; and those that it may have no use for, EDM2's own embedder of time too.
 ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
-UNUSED = ("projectors.", "logvar_linear.")
+UNUSED = ("projectors.", "logvar_linear.", "logvar_fourier.", "unet.emb_noise.")
 
 
 def to_canonical(net, params):
@@ -27,7 +27,7 @@ def to_canonical(net, params):
     for path, leaf in nnx.to_flat_state(params):
         array = np.asarray(jax.device_get(leaf.get_value()))
         weights[canonical_name(path)] = array.transpose(to_torch(array)) if path[-1] == "kernel" else array
-    return {name: np.ascontiguousarray(a) for name, a in sorted(weights.items())}
+    return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
 
 
 def from_canonical(net, weights):
@@ -58,6 +58,11 @@ def adopt(net, params, weights):
     are named in a message.  All else must fit, see `from_canonical`.
     """
     own = to_canonical(net, params)
+    if "unet.emb_noise_r.weight" in own.keys() - weights.keys():
+        raise UserError(
+            "the weights to start from are of an EDM2 network of one time, and this one is told two: fit its time "
+            "embeddings first (python -m jax_impl.time_embedding), and start from what that writes"
+        )
     added = sorted(name for name in own.keys() - weights.keys() if name.startswith(ADDED))
     unused = sorted(name for name in weights.keys() - own.keys() if name.startswith(UNUSED))
     for text, names in (("start fresh", added), ("are left out", unused)):

@@ -26,6 +26,10 @@ IMF = COMMON | {
 }  # fmt: skip
 TRANSFORMER = COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0}
 DMF = TRANSFORMER | {"name": "dmf_dit", "depth": 3, "dmf_depth": 2}
+EDM2 = COMMON | {
+    "name": "edm2", "width": 8, "channel_mult": (1, 2), "channel_mult_emb": 2, "channel_mult_noise": 1, "num_blocks": 1,
+    "attn_resolutions": (4,), "head_width": 8, "sigma_data": 0.7,
+}  # fmt: skip
 # The frozen flow model that distills its guidance, of other sizes than the network that it teaches.
 TEACHER = TRANSFORMER | {"interval_embedder": False, "depth": 1, "width": 16, "num_heads": 2}
 # Tiny networks, by the name that their cases carry; the transformer's cases carry none.
@@ -43,6 +47,11 @@ NETWORKS = {
     "dmf_qk": DMF | {"qk_norm": True, "dmf_depth": 1},
     "dmf_sit": TRANSFORMER | {
         "interval_embedder": False, "depth": 3, "repa_dims": (12, 8), "repa_depth": 2, "projector_dim": 20
+    },
+    "edm2": EDM2,
+    "edm2_flow": EDM2 | {
+        "interval_embedder": False, "channel_mult": (2, 1, 1), "attn_resolutions": (8, 2), "head_width": 4,
+        "logvar_channels": 6,
     },
 }  # fmt: skip
 GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
@@ -71,6 +80,8 @@ V0 = {
 }  # fmt: skip
 V1 = V0 | {"time_order": "truncated", "time_mean": (-0.6, -4.0), "time_std": (1.6, 1.6)}
 DMF_TIMES = {"time_mean": (0.4, -1.2), "time_std": (1.0, 0.9)}
+RE2 = {"name": "rectified", "time_sampler": "re2_truncate", "adaptive_power": 0.5}
+DRAWN_SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
 MODEL_GUIDANCE = {"omega": 0.6, "guidance_start": 0.1, "guidance_end": 0.7}
 # The same for other networks, by network and name.  A U-Net has no classes, but the objective must not know that.
 NETWORK_SETTINGS = {
@@ -97,6 +108,14 @@ NETWORK_SETTINGS = {
     "dmf_sit/repa": {"label_drop_prob": 0.3},
     "dmf_sit/cosine": {"path": "cosine", "time_sampler": "arctan", "flow_time_mean": -0.3, "repa_coeff": 2.0},
     "dmf_sit/uniform": {"time_sampler": "uniform", "label_drop": "front", "label_drop_prob": 0.4},
+    "edm2/re2": RE2 | DRAWN_SCALES,
+    "edm2/clip": RE2 | DRAWN_SCALES | {"distance_clip": 2.0, "flow_fraction": 0.5, "label_drop_prob": 0.4},
+    "edm2/coin": RE2 | DRAWN_SCALES | {"flow_rows": "coin", "interval_mean": 0.3, "interval_std": 0.7},
+    "edm2/constant": RE2 | {"omega": 1.4, "kappa": 0.3, "flow_rows": "front", "adaptive_eps": 1e-3},
+    "edm2/noguid": RE2 | {"guidance": False, "label_drop": "front", "flow_fraction": 0.0, "weighting": "uniform"},
+    "edm2/uniform": RE2 | DRAWN_SCALES | {"time_sampler": "uniform", "weighting": "adaptive_squared"},
+    "edm2_flow/flow": {"label_drop_prob": 0.3, "flow_time_mean": -0.4},
+    "dit/rectified": RE2 | DRAWN_SCALES | {"distance_clip": 2.1},
 }
 SAMPLERS = {
     "steps1": {"steps": 1},
@@ -120,6 +139,14 @@ NETWORK_SAMPLERS = {
     "dmf_sit/sde": {"steps": 5, "sampler": "sde", "shift": 1.5} | INSIDE,
     "dmf_sit/sde_elbo": {"times": (0.95, 0.6, 0.2, 0.0), "sampler": "sde", "diffusion": "elbo", "path": "cosine"},
 }
+NETWORK_SAMPLERS |= {
+    "dmf/velocity": {"steps": 4, "sampler": "velocity", "shift": 1.5} | INSIDE,
+    "edm2/steps1": {"steps": 1},
+    "edm2/velocity": {"times": (80 / 81, 0.6, 0.2, 1e-8), "sampler": "velocity"},
+    "edm2_flow/heun": {"steps": 4, "sampler": "heun"} | INSIDE,
+}
+# Couplings: the scale of the guidance, and whether an autoguidance network gives it.
+COUPLINGS = {"plain": (1.0, False), "guided": (1.7, False), "autoguided": (1.7, True)}
 GUIDED_SAMPLES = {"omega": 3.5, "interval": (0.25, 0.75)}
 TRAINING = {
     "adamw_cosine_clip": {
@@ -160,6 +187,11 @@ def all_cases() -> list[Case]:
     for name, options in NETWORK_SAMPLERS.items():
         network, sampler = name.split("/")
         cases.append(Case(f"float64/{network}/sample/{sampler}", functools.partial(sample, network, options)))
+    rectified = {"method": NETWORK_SETTINGS["edm2/re2"]}
+    options = TRAINING["adamw_cosine_clip"]
+    cases.append(Case("float64/edm2/train/clip", functools.partial(train, "edm2", rectified, options)))
+    cases += [Case(f"float64/edm2_flow/couple/{name}", functools.partial(couple, *o)) for name, o in COUPLINGS.items()]
+    cases.append(Case("float64/edm2/time_embedding", time_embedding))
     return cases
 
 
@@ -178,7 +210,7 @@ def forward(network: str, measure: Measure) -> None:
         got = {name: f.features(net, x, t, y) for name, f, net in nets(cfg)}
         for i, (ours, theirs) in enumerate(zip(got["jax"], got["torch"], strict=True)):
             measure.compare("jax-torch", f"features {i}", ours, theirs, BOUND)
-    if cfg.model.name == "dmf_dit":
+    if cfg.model.name == "dmf_dit" or cfg.model.logvar_channels:
         got = {name: f.log_variance(net, t, r) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", "log_variance", got["jax"], got["torch"], BOUND)
 
@@ -258,11 +290,33 @@ def sample(network: str, options: dict, measure: Measure) -> None:
     """Generated images."""
     cfg = config(network, sample=options)
     rows, draws = batch(cfg)
-    num_fresh = noise.num_fresh(cfg.sample)
-    fresh = np.random.RandomState(3).normal(size=(num_fresh, *draws["noise"].shape)) if num_fresh else None
-    inputs = draws["noise"], rows["label"], cfg.sample, fresh
+    start, num_fresh = (rows | draws)["noise"], noise.num_fresh(cfg.sample)
+    fresh = np.random.RandomState(3).normal(size=(num_fresh, *start.shape)) if num_fresh else None
+    inputs = start, rows["label"], cfg.sample, fresh
     images = {name: f.sample(net, *inputs) for name, f, net in nets(cfg)}
     measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
+
+
+def couple(guidance: float, with_guide: bool, measure: Measure) -> None:
+    """Couplings of a flow model of EDM2, guided by itself or by another."""
+    cfg = config("edm2_flow")
+    (rows, draws), images = batch(cfg), {}
+    for name, f, net in nets(cfg):
+        guide = (f.build(teacher_config(), random_weights(teacher_config())),) if with_guide else ()
+        images[name] = f.couple(net, draws["noise"], rows["label"], f.Grid(steps=4), guidance, *guide)
+    measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
+
+
+def time_embedding(measure: Measure) -> None:
+    """Weights and losses of time embeddings that are fitted by Adam to those of a network of one time."""
+    student, teacher = config("edm2"), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
+    drawn = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(STEPS, 2, 7)), axis=1)[:, ::-1]
+    results = {}
+    for (name, f, net), (_, _, of_teacher) in zip(nets(student), nets(teacher), strict=True):
+        results[name] = f.fit_times(net, student, of_teacher, teacher, drawn, 1e-2)
+    (fitted, losses), (torch_fitted, torch_losses) = results["jax"], results["torch"]
+    measure.compare("jax-torch", "loss", losses, torch_losses, BOUND)
+    measure.compare_worst("jax-torch", "weights", fitted, torch_fitted, BOUND)
 
 
 def config(network: str = "dit", **changes: dict) -> base.Config:
@@ -277,9 +331,9 @@ def config(network: str = "dit", **changes: dict) -> base.Config:
 
 def method_of(model: base.Config) -> str:
     """Return the name of the method that trains the network of `config.model`."""
-    if model.name == "dit" and not model.interval_embedder:
+    if model.name in ("dit", "edm2") and not model.interval_embedder:
         return "flow"
-    return {"imf_dit": "improved", "dmf_dit": "decoupled"}.get(model.name, "meanflow")
+    return {"imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "rectified"}.get(model.name, "meanflow")
 
 
 def teacher_config() -> base.Config:
@@ -331,6 +385,10 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
         "coin": rng.uniform(size=BATCH_SIZE),
         "drop": rng.uniform(size=BATCH_SIZE),
     }
+    if cfg.method.name == "rectified":
+        rows = rows_of(cfg, x, y, rng) | {"noise": noise}
+        uniform = {name: rng.uniform(size=BATCH_SIZE) for name in ("times", "second", "coin", "drop", "omega")}
+        return rows, uniform | {"interval": rng.normal(size=BATCH_SIZE)}
     if cfg.method.name in ("flow", "decoupled"):
         return rows_of(cfg, x, y, rng), flow_draws(cfg, draws, rng)
     own = ("omega", "t_min", "t_max") if cfg.method.name == "improved" else ("dropout",)
@@ -342,7 +400,7 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
 def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
     """Return a batch of images and labels with what else a batch of the config holds."""
     c, rows = cfg.model, {"image": x, "label": y}
-    if c.augment_dim:
+    if c.name == "unet" and c.augment_dim:
         rows["augment"] = rng.normal(size=(BATCH_SIZE, c.augment_dim))
     if c.repa_dims:
         rows["features"] = rng.normal(size=(BATCH_SIZE, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)))
@@ -376,4 +434,4 @@ def times() -> tuple[np.ndarray, np.ndarray]:
 def jvp_inputs(cfg) -> tuple:
     """Return z, t, r, y and a tangent of z."""
     rows, draws = batch(cfg)
-    return rows["image"], *times(), rows["label"], draws["noise"]
+    return rows["image"], *times(), rows["label"], (rows | draws)["noise"]

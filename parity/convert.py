@@ -7,6 +7,7 @@ Reads, by content or suffix:
   *.safetensors   canonical weights: the names and layouts of the official PyTorch state dicts
   *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed.  Of the
                   networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net
+  *.pkl           an official pickle of NVlabs/edm2: the network under 'ema' or 'net'; the code in it is never executed
   *.msgpack       an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state with
                   'ema_params' or 'params'
   a directory     with an Orbax checkpoint of the same
@@ -21,6 +22,7 @@ import argparse
 import copy
 import pathlib
 import runpy
+import sys
 
 import numpy as np
 import torch
@@ -80,6 +82,7 @@ def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, 
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
     weights, own_config, kind = sources.read(source, ema, prefix)
+    weights = without_unused(weights)
     config = fitted(config or own_config, weights)
     weights = checked(weights, config)
     if to is not None:
@@ -90,6 +93,17 @@ def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, 
     else:
         write_file(dest, weights, {"format": "canonical", "source": f"{source.name} ({kind})"})
     return kind, len(weights)
+
+
+def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """Return `weights` without EDM2's embedder of one time, where a network of two times holds it and never reads it.
+
+    Official Re-MeanFlow builds its network with it, and deletes it for training.
+    """
+    unused = {"unet.emb_noise.weight"} if "unet.emb_noise_t.weight" in weights else set()
+    for name in unused & weights.keys():
+        print(f"left out {name}, which a network of two times does not read", file=sys.stderr)
+    return {name: a for name, a in weights.items() if name not in unused}
 
 
 def fitted(config, weights: dict[str, np.ndarray]):

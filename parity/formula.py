@@ -93,6 +93,51 @@ def improved(net, batch, _, draws, cfg):
     return result | {"regressions": [Regression((z, t, r, y), targets, given)]}
 
 
+def rectified(net, batch, _, draws, cfg):
+    """Return the same of Re-MeanFlow.  batch: noise as well; draws: times, second, interval, omega.
+
+    Source: Re-MeanFlow, 2025; Xinxi-Zhang/Re-MeanFlow, meanflow.py.
+    """
+    x, noise, null = batch["image"], batch["noise"], batch["null"]
+    y, size = np.where(lost_labels(draws, cfg), null, batch["label"]), x[0].size
+    t, r = coupling_times(draws, cfg)
+    z, v = state_and_velocity(x, noise, t[:, None, None, None], cfg)
+    v_g = v
+    if cfg.guidance:
+        scale = 1 + (cfg.omega_max - 1) * draws["omega"]
+        constant = cfg.omega_sampler == "constant"
+        w = np.full_like(t, cfg.omega) if constant else np.where(scale > 2, scale - 1, 1)
+        k = np.full_like(t, cfg.kappa) if constant else (scale - w) / scale
+        w, k = w[:, None, None, None], k[:, None, None, None]
+        u_cond, u_null = (net.forward(z, t, t, labels, {}) for labels in (y, np.full_like(y, null)))
+        v_g = u_null + w * (v - u_null) + k * (u_cond - u_null)
+    u, du_dt = net.jvp(z, t, r, y, v_g, {})
+    target = v_g - (t - r)[:, None, None, None] * du_dt
+    mean = np.square(u - target).mean((1, 2, 3))
+    weight, row_loss, scale = weigh(mean, cfg)
+    near = np.square(x - noise).mean((1, 2, 3)) < cfg.distance_clip if cfg.distance_clip else np.ones(len(t), bool)
+    result = {
+        "t": t, "r": r, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": mean * size,
+        "weight": near * weight, "row_loss": near * row_loss,
+    }  # fmt: skip
+    return result | {"regressions": [Regression((z, t, r, y), {"u": (target, near * scale / size)}, {})]}
+
+
+def coupling_times(draws, cfg):
+    """Return t and r [b] of Re-MeanFlow, r = t on flow rows."""
+    largest, t = 80 / 81, draws["times"]
+    if cfg.time_sampler == "uniform":
+        t = np.where(t > largest, largest, t)
+        r = t * draws["second"]
+    else:
+        t = np.log(1 + t * (np.exp(4) - 1)) / 4
+        t = np.where(draws["second"] < 0.5, t, 1 - t)
+        t = np.where(1e-5 + 0.99998 * t > largest, largest, 1e-5 + 0.99998 * t)
+        r = t - 1 / (1 + np.exp(-(cfg.interval_mean + cfg.interval_std * draws["interval"])))
+        r = np.where((r < 0) | ((t > 0.8) & (r < 0.4)), 0, r)
+    return t, np.where(flow_rows(draws["coin"], cfg), t, r)
+
+
 def flow(net, batch, _, draws, cfg):
     """Return t, r, u, err, row_loss of flow matching, projection, and under `regressions` what has their gradients.
 
@@ -104,7 +149,7 @@ def flow(net, batch, _, draws, cfg):
     u, size = net.forward(z, t, t, y), x[0].size
     err = np.square(u - v).sum((1, 2, 3))
     cosines, cotangents, start = [], [], 0
-    for projected in net.features(z, t, y):
+    for projected in net.features(z, t, y) if "features" in batch else ():
         wanted = batch["features"][:, :, start : start + projected.shape[-1]]
         start += projected.shape[-1]
         length = np.sqrt((projected**2).sum(-1, keepdims=True))
@@ -112,15 +157,13 @@ def flow(net, batch, _, draws, cfg):
         cosine = (direction * wanted).sum(-1, keepdims=True)
         cosines.append(cosine.mean())
         cotangents.append(-(wanted - cosine * direction) / length / cosine.size)
-    scale = cfg.repa_coeff / len(cosines)
+    scale = cfg.repa_coeff / max(len(cosines), 1)
     regression = Regression(
         (z, t, t, y), {"u": (v, np.full_like(t, 1 / size))}, {}, None, [scale * c for c in cotangents]
     )
-    projection = -np.mean(cosines)
-    return {
-        "t": t, "r": t, "u": u, "v": v, "err": err, "row_loss": err / size, "projection": projection,
-        "regressions": [regression], "loss": err.mean() / size + cfg.repa_coeff * projection,
-    }  # fmt: skip
+    result = {"t": t, "r": t, "u": u, "v": v, "err": err, "row_loss": err / size, "regressions": [regression]}
+    projection = {"projection": -np.mean(cosines)} if cosines else {}
+    return result | projection | {"loss": err.mean() / size + cfg.repa_coeff * sum(projection.values())}
 
 
 def decoupled(net, batch, _, draws, cfg):
@@ -167,7 +210,9 @@ def guided_velocity(net, z, v, t, y, null, lost, cfg):
     return np.where((inside & ~lost)[:, None, None, None], v + cfg.omega * (v_cond - v_null), v)
 
 
-FORMULAS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled}
+FORMULAS = {
+    "meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled, "rectified": rectified,
+}  # fmt: skip
 
 
 def sorted_times(draws, cfg):

@@ -93,6 +93,7 @@ def random_weights(config) -> dict[str, np.ndarray]:
     weights = torch_framework.fresh_weights(config, [0])[0]
     kept = {
         "freqs",
+        "phases",
         *(name.rpartition(".")[2] for name in torch_framework.tables(torch_framework.build(config, weights))),
     }
     for name, a in weights.items():
@@ -121,6 +122,8 @@ def random_rows(config) -> tuple[dict, dict]:
     draw = functools.partial(JAX_METHODS[config.method.name].draw, shape=shape, cfg=config.method)
     shapes = jax.eval_shape(lambda: draw(jax.random.key(0)))._asdict()
     normals = ("noise",) if config.method.time_sampler == "uniform" else ("noise", "times")
+    if config.method.name == "rectified":
+        normals, batch["noise"] = ("interval",), rng.normal(size=shape).astype(np.float32)
     draws = {
         name: (rng.normal if name.startswith(normals) else rng.uniform)(size=a.shape) for name, a in shapes.items()
     }

@@ -14,7 +14,16 @@ from typing import NamedTuple
 import numpy as np
 
 from configs.errors import UserError
-from parity import golden_augment, golden_dit, golden_dmf, golden_imf, golden_optim, golden_sit, golden_unet
+from parity import (
+    golden_augment,
+    golden_dit,
+    golden_dmf,
+    golden_edm2,
+    golden_imf,
+    golden_optim,
+    golden_sit,
+    golden_unet,
+)
 from parity.checks import Case
 
 RESULTS = ("out/", "grad/", "init/")
@@ -24,6 +33,7 @@ SYSTEMS = {
     "edm_augment_torch": golden_augment, "meanflow_unet_torch": golden_unet, "sit_cifar_unet_torch": golden_unet,
     "imf_dit_flax": golden_imf, "imf_dit_torch": golden_imf, "dmf_sit_torch": golden_dmf,
     "dmf_dmft_torch": golden_dmf, "dmf_dmft_qknorm_torch": golden_dmf,
+    "remeanflow_edm2_torch": golden_edm2, "edm2_reflow_torch": golden_edm2,
 }  # fmt: skip
 
 

@@ -1,5 +1,6 @@
 """Finds the options of a network in the names and shapes of its canonical weights."""
 
+import math
 import re
 
 import ml_collections
@@ -13,10 +14,12 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
     """Return a config whose network has parameters of these shapes.
 
     What leaves no trace in them keeps its default: the number of heads without qk_norm, dmf_depth and repa_depth; of a
-    U-Net the layout of q, k and v, dropout and the number of classes; of improved MeanFlow's transformer the size of
-    its images, that of ImageNet latents.
+    U-Net the layout of q, k and v, dropout and the number of classes; of EDM2's the width of a head and sigma_data; of
+    improved MeanFlow's transformer the size of its images, that of ImageNet latents.
     Raises UserError for weights of no network that is known, or that do not say the size of their images.
     """
+    if "unet.emb_fourier.freqs" in weights:
+        return inferred_edm2(weights)
     if any(name.startswith("enc.") for name in weights):
         return inferred_unet(weights)
     return inferred_imf_dit(weights) if "omega_tokens" in weights else inferred_dit(weights)
@@ -123,3 +126,54 @@ def inferred_unet(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
 def is_matrix(name: str) -> bool:
     """Return whether a canonical name of a U-Net is that of a linear layer's or a convolution's weight, or a filter."""
     return bool(re.search(r"(map_\w+|conv\d?|skip|qkv|proj|_aux_\w+(?<!norm))\.weight$|resample_filter$", name))
+
+
+def inferred_edm2(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+    """Return the config of EDM2's U-Net, of one time or, as Re-MeanFlow has it, of two.
+
+    Its width is the largest that all channels are multiples of; only the products with it count.
+    Raises UserError for an unconditional network too.
+    """
+    if "unet.emb_label.weight" not in weights:
+        raise UserError("the weights lack unet.emb_label.weight: an EDM2 network without classes is none that is known")
+    convs = {m[1]: name for name in weights if (m := re.fullmatch(r"unet\.enc\.(\d+)x\1_conv\.weight", name))}
+    if len(convs) != 1:
+        raise UserError("the weights lack unet.enc.NxN_conv.weight: they are of no EDM2 network that is known")
+    if any(a.ndim != edm2_rank(name) or not a.size for name, a in weights.items()):
+        raise UserError("the weights have arrays of other ranks than those of EDM2's network")
+    [(size, first)] = convs.items()
+    names = "\n".join(weights)
+    lower = re.findall(r"^unet\.enc\.(\d+)x\1_down\.conv_res0\.weight$", names, re.MULTILINE)
+    sizes = [size, *sorted(lower, key=int, reverse=True)]
+    for s in sizes:
+        if f"unet.enc.{s}x{s}_block0.conv_res0.weight" not in weights:
+            raise UserError(f"the weights lack unet.enc.{s}x{s}_block0.conv_res0.weight: they are of no EDM2 network")
+    blocks = {s: len(weights[f"unet.enc.{s}x{s}_block0.conv_res0.weight"]) for s in sizes}
+    emb, features = len(weights["unet.emb_label.weight"]), len(weights["unet.emb_fourier.freqs"])
+    width = math.gcd(emb, features, *blocks.values())
+    attention = [s for s in sizes if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in weights]
+    two_times = "unet.emb_noise_t.weight" in weights
+    config = base.get_config()
+    config.method.name = "rectified" if two_times else "flow"
+    config.model.update(
+        name="edm2", input_size=int(size), channels=weights[first].shape[1] - 1,  # the network adds one of ones
+        num_classes=weights["unet.emb_label.weight"].shape[1], width=width,
+        channel_mult=tuple(channels // width for channels in blocks.values()),
+        channel_mult_emb=emb // width, channel_mult_noise=features // width,
+        num_blocks=len(re.findall(rf"^unet\.enc\.{size}x{size}_block\d+\.conv_res0\.weight$", names, re.MULTILINE)),
+        attn_resolutions=tuple(map(int, attention)), interval_embedder=two_times,
+        logvar_channels=len(weights["logvar_fourier.freqs"]) if "logvar_fourier.freqs" in weights else 0,
+    )  # fmt: skip
+    attended = {blocks[s] for s in [*attention, sizes[-1]]}  # the decoder's first block always attends
+    if any(channels > config.model.head_width and channels % config.model.head_width for channels in attended):
+        config.model.head_width = math.gcd(*attended)
+    return config
+
+
+def edm2_rank(name: str) -> int:
+    """Return the rank that an array of EDM2's network has by its name; of a convolution for those that it has not."""
+    if name.endswith("_gain"):
+        return 0
+    if name.endswith(("_fourier.freqs", "_fourier.phases")):
+        return 1
+    return 2 if re.search(r"(^unet\.emb_\w+|\.emb_linear|^logvar_linear)\.weight$", name) else 4

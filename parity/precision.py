@@ -18,6 +18,7 @@ POWER = {"adaptive_power": 0.75}  # p = 1 would make every row's loss 1
 METHODS = {
     "dit": cases.SETTINGS["coin/kappa"] | POWER, "unet": cases.SETTINGS["coin/kappa"] | POWER,
     "imf": cases.NETWORK_SETTINGS["imf/split"] | POWER, "dmf": cases.NETWORK_SETTINGS["dmf/mg"],
+    "edm2": cases.NETWORK_SETTINGS["edm2/re2"],
     "dmf_fused": cases.NETWORK_SETTINGS["dmf/mg"], "dmf_sit": cases.NETWORK_SETTINGS["dmf_sit/repa"],
 }  # fmt: skip
 # Networks beside those of `cases`: a fused kernel computes its softmax in float32, so there is no float64 of it.
@@ -45,6 +46,8 @@ def all_cases() -> list[Case]:
             ("dmf_fused/loss", "dmf_fused", loss),
             ("dmf_fused/sample", "dmf_fused", sample),
             ("dmf_sit/loss", "dmf_sit", loss),
+            ("edm2/network", "edm2", network),
+            ("edm2/loss", "edm2", loss),
         )
     ]
 

@@ -15,6 +15,7 @@ import torch
 
 from configs.errors import UserError
 from jax_impl import checkpoints as jax_checkpoints
+from parity import pickles
 from parity.names import flax_tree_to_canonical
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import weights as canonical_files
@@ -50,6 +51,8 @@ def read(path: pathlib.Path, ema: int, prefix: str) -> Source:
         return Source(below(canonical_files.load(path), prefix), None, "canonical safetensors")
     if path.suffix in (".pt", ".pth"):
         return Source(read_torch(path, ema, prefix), None, "PyTorch state dict")
+    if path.suffix == ".pkl":
+        return Source(below(pickles.read_network(path), prefix), None, "EDM2 pickle")
     return Source(read_msgpack(path, prefix), None, "Flax msgpack")
 
 
@@ -112,7 +115,7 @@ def read_msgpack(path: pathlib.Path, prefix: str) -> dict[str, np.ndarray]:
         tree = flax.serialization.msgpack_restore(path.read_bytes())
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
         raise UserError(
-            f"{path} is neither .safetensors, .pt, .pth nor a Flax msgpack file ({first_line(error)})"
+            f"{path} is neither .safetensors, .pt, .pth, .pkl nor a Flax msgpack file ({first_line(error)})"
         ) from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is a msgpack file, but its content is not a tree of parameters")

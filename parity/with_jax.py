@@ -14,9 +14,9 @@ import numpy as np
 from flax import nnx
 
 from configs import base, resolve
-from jax_impl import step, weights
-from jax_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, samplers
-from jax_impl.models import imf_dit, layers, unet
+from jax_impl import step, time_embedding, weights
+from jax_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, reflow, samplers
+from jax_impl.models import edm2, imf_dit, layers, unet
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -176,7 +176,7 @@ def _regression(net, r):
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return _to_numpy(common.sample_times(_draws(net, method, draws), cfg))
+    return _to_numpy(method.sample_times(_draws(net, method, draws), cfg))
 
 
 def order_times(net, times, cfg):
@@ -224,6 +224,53 @@ def diffusion(t, cfg):
     return np.array([samplers.diffusion(float(time), cfg) for time in t])
 
 
+def raw(net, x, t, r, y):
+    """Return what EDM2's network makes of x [b h w c] without preconditioning, told t and r [b] as they are."""
+    x, t, r, y = _arrays(net, (x, t, r, y))
+    unet = nnx.merge(nnx.graphdef(net.module), net.params).unet
+    return _to_numpy(jax.jit(lambda x, t, r, y: unet(x, unet.embed(t, r, y)))(x, t, r, y))
+
+
+def denoise(net, x, sigma, y):
+    """Return the denoised images [b h w c] of x at noise levels sigma [b], in EDM's terms."""
+    return _to_numpy(reflow.denoise(net, *_arrays(net, (x, sigma, y))))
+
+
+def couple(net, noise, y, grid, guidance=1.0, guide=None):
+    """Return the samples [b h w c] that a flow model makes of noise.  guide: its autoguidance network."""
+    noise, y = _arrays(net, (noise, y))
+    return _to_numpy(reflow.couple(net, noise, y, grid, guidance, guide))
+
+
+def sigmas(grid):
+    """Return the noise levels of couplings."""
+    return reflow.sigmas(grid)
+
+
+def fit_times(net, config, teacher, teacher_config, times, learning_rate):
+    """Return canonical weights whose time embeddings are fitted to a teacher's, and losses.  times: [steps 2 b]."""
+    times = np.asarray(times, np.float32)
+    return time_embedding.fit(config, canonical(net), teacher_config, canonical(teacher), times, learning_rate)
+
+
+def embed_times(net, t, r):
+    """Return the embedding [b d] of times t and r [b], of a network of one time that of t, as a flow model's."""
+    unet = nnx.merge(nnx.graphdef(net.module), net.params).unet
+    t, r = _arrays(net, (t, r))
+    return _to_numpy(unet.embed_times(t if unet.interval_embedder else edm2.log_sigma(t), r))
+
+
+def projected(net, config):
+    """Return the network with its weights as a step of training wants them."""
+    state = step.TrainState(jnp.zeros((), jnp.int32), net.params, None, ())
+    return net._replace(params=step.project(state, config).params)
+
+
+def canonical(net):
+    """Return its weights by canonical name."""
+    return weights.to_canonical(net.module, net.params)
+
+
 def rotary_table(net):
     """Return the cosines and sines [tokens, dim/2] of rotary positions."""
     return imf_dit.rotary_table(*net.module.rope_shape)
@@ -234,6 +281,8 @@ def time_features(net, t):
     module, t = nnx.merge(nnx.graphdef(net.module), net.params), jnp.asarray(t, net.dtype)
     if isinstance(module, unet.UNet):
         return np.roll(_to_numpy(module.embed_time(t)), module.features // 2, axis=-1)
+    if isinstance(module, edm2.EDM2):
+        return _to_numpy(module.unet.emb_fourier(t))
     return _to_numpy(layers.timestep_features(t, module.t_embedder.features))
 
 
@@ -248,9 +297,11 @@ def train(net, config, batches):
     apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, config.train))
     scalars = {"grad_norm": [], "learning_rate": []}
     for batch, draws in batches:
+        state = step.project(state, config)
         _, _, grads = loss(net._replace(params=state.params), batch, draws, config.method)
         scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
-        state, norm = apply_gradients(state, weights.from_canonical(net.module, grads | tables(net)))
+        fixed = {name: np.zeros_like(a) for name, a in canonical(net).items() if step.is_fixed(name)}
+        state, norm = apply_gradients(state, weights.from_canonical(net.module, grads | fixed | tables(net)))
         scalars["grad_norm"].append(float(norm))
     trees = {"params": state.params} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
     return {name: weights.to_canonical(net.module, tree) for name, tree in trees.items()}, scalars
@@ -291,7 +342,7 @@ def _model(config):
 @functools.cache
 def _network(model):
     config = resolve.from_json(model)
-    graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
+    graphdef, shapes = step.abstract_net(config)
     several = config.model.name == "imf_dit"
 
     @functools.partial(jax.jit, static_argnames=("heads", "jvp", "features"))
@@ -328,5 +379,6 @@ def _to_numpy(tree):
 
 
 def _gradients(net, grads):
+    """Gradients by canonical name, of what is trained."""
     canonical = weights.to_canonical(net.module, grads)
-    return {name: a for name, a in canonical.items() if name not in tables(net)}
+    return {name: a for name, a in canonical.items() if name not in tables(net) and not step.is_fixed(name)}

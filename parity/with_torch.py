@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import nn
 
-from torch_impl import step, weights
-from torch_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, samplers
-from torch_impl.models import imf_dit, layers, unet
+from torch_impl import step, time_embedding, weights
+from torch_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, reflow, samplers
+from torch_impl.models import edm2, imf_dit, layers, unet
 
 
 class Net(NamedTuple):
@@ -164,7 +164,7 @@ def _regression(net, r):
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return tuple(map(_to_numpy, common.sample_times(_draws(net, method, draws), cfg)))
+    return tuple(map(_to_numpy, method.sample_times(_draws(net, method, draws), cfg)))
 
 
 def order_times(net, times, cfg):
@@ -214,6 +214,58 @@ def diffusion(t, cfg):
     return np.array([samplers.diffusion(float(time), cfg) for time in t])
 
 
+@torch.no_grad()
+def raw(net, x, t, r, y):
+    """Return what EDM2's network makes of x [b h w c] without preconditioning, told t and r [b] as they are."""
+    x, t, r, y = _arrays(net, (x, t, r, y))
+    unet = net.module.unet
+    return _to_numpy(unet(x, unet.embed(t, r, y)))
+
+
+@torch.no_grad()
+def denoise(net, x, sigma, y):
+    """Return the denoised images [b h w c] of x at noise levels sigma [b], in EDM's terms."""
+    return _to_numpy(reflow.denoise(net, *_arrays(net, (x, sigma, y))))
+
+
+@torch.no_grad()
+def couple(net, noise, y, grid, guidance=1.0, guide=None):
+    """Return the samples [b h w c] that a flow model makes of noise.  guide: its autoguidance network."""
+    noise, y = _arrays(net, (noise, y))
+    return _to_numpy(reflow.couple(net, noise, y, grid, guidance, guide))
+
+
+def sigmas(grid):
+    """Return the noise levels of couplings."""
+    return reflow.sigmas(grid)
+
+
+def fit_times(net, config, teacher, teacher_config, times, learning_rate):
+    """Return canonical weights whose time embeddings are fitted to a teacher's, and losses.  times: [steps 2 b]."""
+    times = np.asarray(times, np.float32)
+    return time_embedding.fit(config, canonical(net), teacher_config, canonical(teacher), times, learning_rate)
+
+
+@torch.no_grad()
+def embed_times(net, t, r):
+    """Return the embedding [b d] of times t and r [b], of a network of one time that of t, as a flow model's."""
+    unet = net.module.unet
+    t, r = _arrays(net, (t, r))
+    return _to_numpy(unet.embed_times(t if unet.interval_embedder else edm2.log_sigma(t), r))
+
+
+def projected(net, config):
+    """Return the network with its weights as a step of training wants them."""
+    module = copy.deepcopy(net.module)
+    step.project(step.TrainState(0, module, step.make_optimizer(module, config.train), (), module), config)
+    return net._replace(module=module)
+
+
+def canonical(net):
+    """Return its weights by canonical name."""
+    return weights.to_canonical(net.module, dict(net.module.named_parameters()))
+
+
 def rotary_table(net):
     """Return the cosines and sines [tokens, dim/2] of rotary positions."""
     return _to_numpy(net.module.cos), _to_numpy(net.module.sin)
@@ -224,6 +276,8 @@ def time_features(net, t):
     module, t = net.module, torch.tensor(t, dtype=net.dtype)
     if isinstance(module, unet.UNet):
         return np.roll(_to_numpy(module.embed_time(t)), module.features // 2, axis=-1)
+    if isinstance(module, edm2.EDM2):
+        return _to_numpy(module.unet.emb_fourier(t))
     return _to_numpy(layers.timestep_features(t, module.t_embedder.features))
 
 
@@ -237,9 +291,10 @@ def train(net, config, batches):
     state = step.TrainState(0, module, step.make_optimizer(module, config.train), emas, module)
     scalars = {"grad_norm": [], "learning_rate": []}
     for batch, draws in batches:
+        state = step.project(state, config)
         _, _, grads = loss(net._replace(module=state.net), batch, draws, config.method)
         for name, p in state.net.named_parameters():
-            p.grad = _array(net, grads[name]) if p.requires_grad else None
+            p.grad = _array(net, grads[name]).reshape(p.shape) if p.requires_grad else None
         scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
         state, norm = step.apply_gradients(state, config.train)
         scalars["grad_norm"].append(float(norm))
@@ -310,4 +365,5 @@ def _to_numpy(a):
 def _gradients(net, value):
     params = {name: p for name, p in net.module.named_parameters() if p.requires_grad}
     grads = torch.autograd.grad(value, list(params.values()), allow_unused=True, materialize_grads=True)
-    return {name: grad.numpy() for name, grad in zip(params, grads, strict=True)}
+    canonical = weights.to_canonical(net.module, dict(zip(params, grads, strict=True)))
+    return {name: canonical[name] for name in params}

@@ -20,7 +20,8 @@ TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 # The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
 LONGEST = (
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
-    "test_decoupled_commands.py", "data/test_loader.py", "jax_impl/test_step.py", "parity/test_mutations.py",
+    "test_decoupled_commands.py", "data/test_loader.py", "test_reflow_commands.py", "jax_impl/test_step.py",
+    "parity/test_mutations.py",
 )  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
@@ -34,6 +35,12 @@ TINY_IMPROVED = {
     "model.num_time_tokens": 1,
 }  # fmt: skip
 TINY_FLOW = {"model.interval_embedder": False, "method.name": "flow"}
+TINY_RECTIFIED = {
+    "model.name": "edm2", "model.width": 4, "model.channel_mult": (1, 1), "model.channel_mult_noise": 1,
+    "model.channel_mult_emb": 2, "model.num_blocks": 1, "model.attn_resolutions": (), "method.name": "rectified",
+    "method.time_sampler": "re2_truncate", "method.omega_sampler": "uniform", "method.omega_max": 2.5,
+    "method.stage1_steps": 2, "train.clip_norm": 0.5, "train.clip_stage": "guided", "evaluation.dataset": "digits",
+}  # fmt: skip
 TINY_DECOUPLED = {"model.name": "dmf_dit", "model.dmf_depth": 1, "method.name": "decoupled"}
 
 # Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept
@@ -207,6 +214,19 @@ def tiny_flow():
 def tiny_decoupled():
     """Return the changes that make the tiny run one of decoupled MeanFlow."""
     return TINY_DECOUPLED
+
+
+@pytest.fixture(scope="session")
+def tiny_rectified(tmp_path_factory):
+    """Return the changes that make the tiny run one of Re-MeanFlow in two stages, from couplings of no real teacher."""
+    import numpy as np
+
+    from data import couplings
+
+    directory = tmp_path_factory.mktemp("couplings") / "data"
+    plan = couplings.Plan((8, 8, 1), 64, 10, 0, shard_size=32, batch_size=32)
+    assert not couplings.make(directory, plan, lambda noise, y: np.tanh(noise), {})
+    return TINY_RECTIFIED | {"data.name": str(directory)}
 
 
 @pytest.fixture(scope="session")

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Files without a twin, and why.
-ALONE = {"main.py": "PyTorch's entry is train.py, as torchrun expects", "devices.py": "JAX knows its devices itself"}
+ALONE = {"main.py": "PyTorch's entry is train.py, as torchrun expects"}
 # Public names without a twin, and why.
 ONE_SIDED = {
     "models/layers.py": {
@@ -16,9 +16,18 @@ ONE_SIDED = {
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
     "models/unet.py": {"MASK32": "JAX has unsigned integers"},
+    "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
+    "devices.py": {
+        "define_flags": "torchrun says in the environment what JAX needs flags for",
+        "start_jax": "JAX chooses its devices itself",
+        "choose_device": "the same",
+        "start_torch": "the same",
+    },
     "step.py": {
         "BATCH": "sharding is an annotation in JAX",
         "state_shardings": "the same",
+        "abstract_net": "PyTorch has its meta device, or draws in no time",
+        "is_fixed": "PyTorch knows what needs no gradient",
         "Loss": "DDP and FSDP wrap a module",
         "Sharded": "the same",
         "wrap": "the same",
@@ -27,6 +36,7 @@ ONE_SIDED = {
         "fold": "JAX has fold_in",
     },
     "weights.py": {
+        "SCALARS": "FSDP shards no scalars",
         "LEAVES": "PyTorch's names are the canonical ones",
         "canonical_name": "the same",
         "to_torch": "the same",
@@ -35,8 +45,8 @@ ONE_SIDED = {
     "train.py": {"AGREE_EVERY": "JAX has a service for it", "main": "JAX's entry is main.py"},
 }
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
-OTHER_ARGUMENTS = {"train.py", "step.py", "sample.py", "evaluate.py", "models/dit.py", "models/layers.py",
-                   "models/attention.py"}  # fmt: skip
+OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",
+                   "models/layers.py", "models/attention.py"}  # fmt: skip
 ORDER = {"configs": 0, "data": 1, "evaluation": 1, "jax_impl": 2, "torch_impl": 2, "parity": 3}
 NOT_TO_COMPUTE_WITH = {"tensorflow", "tensorflow_datasets", "clu", "diffusers"}
 

@@ -15,8 +15,9 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.stages import stages
 from torch_impl.methods import METHODS
-from torch_impl.models import ARCHITECTURES
+from torch_impl.models import ARCHITECTURES, PROJECTIONS
 
 
 class TrainState(NamedTuple):
@@ -36,14 +37,15 @@ class Loss(nn.Module):
     goes around the loss.
     """
 
-    def __init__(self, net, method, cfg, teacher=None):
+    def __init__(self, net, method, settings, teacher=None):
+        """settings: the `config.method` of each stage of the run."""
         super().__init__()
-        self.net, self.method, self.cfg, self.teacher = net, method, cfg, teacher
+        self.net, self.method, self.settings, self.teacher = net, method, settings, teacher
 
-    def forward(self, batch, draws):
-        """Return the mean loss of the rows and the scalars that are logged."""
+    def forward(self, batch, draws, stage=0):
+        """Return the mean loss of the rows in a stage of the run, and the scalars that are logged."""
         given = {} if self.teacher is None else {"teacher": self.teacher}
-        loss, aux = self.method.loss(self.net, batch, draws, self.cfg, **given)
+        loss, aux = self.method.loss(self.net, batch, draws, self.settings[stage], **given)
         return loss, measure(loss.detach(), aux)
 
 
@@ -108,7 +110,8 @@ def create_state(config, mesh, device, params=None, teacher=None):
     if params is not None:
         net.load_state_dict(params)
     net = net.to(device)
-    loss = Loss(net, METHODS[config.method.name], SimpleNamespace(**config.method), teacher)
+    settings = tuple(SimpleNamespace(**c.method) for c in stages(config))
+    loss = Loss(net, METHODS[config.method.name], settings, teacher)
     loss = wrap(loss.to(device), config, mesh)
     emas = tuple({name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays)
     return TrainState(0, net, make_optimizer(net, config.train), emas, loss)
@@ -141,6 +144,14 @@ def make_optimizer(net, c):
             "exp_avg_sq": torch.zeros_like(p),
         }
     return optimizer
+
+
+def project(state, config):
+    """Return the state with its parameters as a step wants them: EDM2's are normalised, all others as they are."""
+    projection = PROJECTIONS.get(config.model.name)
+    if projection is not None:
+        projection(dict(state.net.named_parameters()))
+    return state
 
 
 def apply_gradients(state, c):
@@ -196,35 +207,36 @@ def measure(loss, aux):
 
 
 def make_train_step(config, draw=None):
-    """Return the step: (state, batch) -> (state, metrics).
+    """Return the step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b c h w] float32, 'label' [b] int, and 'augment' [b k] float32 if images are augmented}, this
-    process's rows.  The state's tensors change in place.  draw: (key, shape, cfg) -> Draws; None: the method's own.
+    batch: {'image' [b c h w] float32, 'label' [b] int, and what more the loader gives}, this process's rows.  stage:
+    number of the stage (see `stages`), each of which is compiled.  The state's tensors change in place.
+    draw: (key, shape, cfg) -> Draws; None: the method's own.
     Draws depend on (seed, step) alone, each process taking its own rows of them, so the result does not depend on
     the number of processes or micro-batches.  Metrics are of this process's rows until `reduce_metrics`.
     """
-    method, c = METHODS[config.method.name], config.train
+    method, c, settings = METHODS[config.method.name], config.train, stages(config)
     draw, type_of_draws = draw or method.draw, method.Draws
 
-    def gradients(state, batch, draws):
+    def gradients(state, batch, draws, stage):
         total = {}
         parts = [a.chunk(c.accumulate) for a in (*batch.values(), *draws)]
         for i, rows in enumerate(zip(*parts, strict=True)):
             with synchronised(state.loss, i == c.accumulate - 1):
                 micro_batch = dict(zip(batch, rows[: len(batch)], strict=True))
-                loss, metrics = state.loss(micro_batch, type_of_draws(*rows[len(batch) :]))
+                loss, metrics = state.loss(micro_batch, type_of_draws(*rows[len(batch) :]), stage)
                 (loss / c.accumulate).backward()
             total = {name: total.get(name, 0) + a / c.accumulate for name, a in metrics.items()}
         return total
 
-    def train_step(state, batch):
-        x = batch["image"]
+    def train_step(state, batch, stage=0):
+        state, x = project(state, config), batch["image"]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         key = torch.Generator(x.device).manual_seed(fold(config.seed, 1, state.step))
         draws = draw(key, (world * len(x), *x.shape[1:]), config.method)
-        metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws])
+        metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws], stage)
         rate = learning_rate(state.step, c)
-        state, norm = apply_gradients(state, c)
+        state, norm = apply_gradients(state, settings[stage].train)
         return state, metrics | {"grad_norm": norm, "learning_rate": torch.tensor(rate)}
 
     return train_step
@@ -249,9 +261,10 @@ def reduce_metrics(metrics):
 
 
 def put_batch(batch, device):
-    """Put this process's rows of a numpy batch on its device, images as [b c h w], channels last in memory."""
+    """Put this process's rows of a numpy batch on its device, image, noise as [b c h w], channels last in memory."""
     rows = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for name, a in batch.items()}
-    return rows | {"image": rows["image"].permute(0, 3, 1, 2), "label": rows["label"].long()}
+    images = {name: rows[name].permute(0, 3, 1, 2) for name in ("image", "noise") if name in rows}
+    return rows | images | {"label": rows["label"].long()}
 
 
 def fold(*numbers):

@@ -19,6 +19,7 @@ from configs import resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
+from configs.stages import stage_at
 from data.loader import Loader, make_loader
 from evaluation import grids
 from evaluation.logs import MetricLog, Progress, setup_logging
@@ -124,7 +125,7 @@ def loop(parts, train_step, state, device):
     step = state.step
     with Termination(device) as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(parts.loader), device))
+            state, metrics = train_step(state, put_batch(next(parts.loader), device), stage_at(parts.config, step))
             step += 1
             window.add(step, metrics)
             progress(step)

@@ -14,9 +14,11 @@ from torch.distributed.tensor import DTensor
 from configs.errors import UserError
 
 # Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
-# and the log-variance of decoupled MeanFlow; and those that it may have no use for.
+# and the log-variance of decoupled MeanFlow; and those that it may have no use for, EDM2's own embedder of time too.
 ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
-UNUSED = ("projectors.", "logvar_linear.")
+UNUSED = ("projectors.", "logvar_linear.", "logvar_fourier.", "unet.emb_noise.")
+
+SCALARS = "_gain"  # names of scalars end so; here they are arrays of one entry, for FSDP shards no scalars
 
 
 def to_canonical(net, params):
@@ -27,8 +29,9 @@ def to_canonical(net, params):
     weights = dict(net.tables())
     for name, tensor in params.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
-        weights[name] = whole.detach().cpu().numpy()
-    return {name: np.ascontiguousarray(a) for name, a in sorted(weights.items())}
+        array = whole.detach().cpu().numpy()
+        weights[name] = array.reshape(()) if name.endswith(SCALARS) else array
+    return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
 
 
 def from_canonical(net, weights):
@@ -44,8 +47,8 @@ def from_canonical(net, weights):
     state = {}
     for name, tensor in params.items():
         array = tables.get(name, weights[name])
-        check_shape(name, array.shape, tensor.shape)
-        state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype)
+        check_shape(name, array.shape, () if name.endswith(SCALARS) else tensor.shape)
+        state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype).reshape(tensor.shape)
     return state
 
 
@@ -56,6 +59,11 @@ def adopt(net, params, weights):
     are named in a message.  All else must fit, see `from_canonical`.
     """
     own = to_canonical(net, params)
+    if "unet.emb_noise_r.weight" in own.keys() - weights.keys():
+        raise UserError(
+            "the weights to start from are of an EDM2 network of one time, and this one is told two: fit its time "
+            "embeddings first (python -m torch_impl.time_embedding), and start from what that writes"
+        )
     added = sorted(name for name in own.keys() - weights.keys() if name.startswith(ADDED))
     unused = sorted(name for name in weights.keys() - own.keys() if name.startswith(UNUSED))
     for text, names in (("start fresh", added), ("are left out", unused)):

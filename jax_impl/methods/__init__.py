@@ -1,5 +1,6 @@
 """Methods, one file per system: draw, loss, sample."""
 
-from jax_impl.methods import decoupled, flow, improved, meanflow
+from jax_impl.methods import decoupled, flow, improved, meanflow, rectified
 
-METHODS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled}
+METHODS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled,
+           "rectified": rectified}  # fmt: skip

@@ -120,14 +120,22 @@ def guide(net, z, v, t, y, given, kept, u_flow, cfg):
     if cfg.kappa == 0:
         v_g = cfg.omega * v + (1 - cfg.omega) * net(z, t, t, null, **given)
     else:
-        both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)  # the null forward of all, then the rest's own
-        z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
-        given = {name: join(a, take(a, rows, "rest"), both) for name, a in given.items()}
-        u = net(z2, t2, t2, y2, **given)
-        u_null, u_cond = take(u, both, "flow"), join(u_flow, take(u, both, "rest"), rows)
+        u_cond, u_null = conditional_and_null(net, z, t, y, null, given, u_flow, rows)
         v_g = cfg.omega * v + cfg.kappa * u_cond + (1 - cfg.omega - cfg.kappa) * u_null
     guided = kept & (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     return stop_gradient(jnp.where(expand(guided, v), v_g, v))
+
+
+def conditional_and_null(net, z, t, y, null, given, u_flow, rows):
+    """Return u(z, t, t, y) and u(z, t, t, null) [b h w c]: one batch of the null forward of all and the rest's own.
+
+    u_flow: the conditional one of the flow rows of a static split.
+    """
+    both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)
+    z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
+    given = {name: join(a, take(a, rows, "rest"), both) for name, a in given.items()}
+    u = net(z2, t2, t2, y2, **given)
+    return join(u_flow, take(u, both, "rest"), rows), take(u, both, "flow")
 
 
 def average_velocity(net, z, v_g, t, r, y, given, u_flow, rows):

@@ -5,10 +5,19 @@ import pathlib
 
 import pytest
 
-from configs import base, digits, dmf_imagenet, imf_imagenet, meanflow_cifar10, meanflow_imagenet, resolve
+from configs import (
+    base,
+    digits,
+    dmf_imagenet,
+    imf_imagenet,
+    meanflow_cifar10,
+    meanflow_imagenet,
+    remeanflow_imagenet,
+    resolve,
+)
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ("data", "evaluation")
+SHARED = ("data", "evaluation", "configs/stages.py")
 # Options that one implementation has no use for, and why.
 ONE_SIDED = {
     "train.compile": "JAX always compiles", "train.compile_backend": "the same",
@@ -21,14 +30,17 @@ CONFIGS |= {f"digits:{name}": digits.get_config(name) for name in digits.VARIANT
 CONFIGS |= {f"dmf_imagenet:{name}": dmf_imagenet.get_config(name) for name in dmf_imagenet.VARIANTS}
 CONFIGS |= {f"imf_imagenet:{name}": imf_imagenet.get_config(name) for name in imf_imagenet.VARIANTS}
 CONFIGS |= {f"meanflow_cifar10:{name}": meanflow_cifar10.get_config(name) for name in CIFAR10}
+CONFIGS |= {
+    f"remeanflow_imagenet:{name}": remeanflow_imagenet.get_config(name) for name in remeanflow_imagenet.VARIANTS
+}
 
 
 def read_attributes(*packages):
     """Return the names of all attributes that the code of the packages reads."""
     names = set()
     for package in packages:
-        for path in (ROOT / package).rglob("*.py"):
-            tree = ast.parse(path.read_text())
+        for path in [ROOT / package, *(ROOT / package).rglob("*.py")]:
+            tree = ast.parse(path.read_text() if path.is_file() else "")
             names |= {n.attr for n in ast.walk(tree) if isinstance(n, ast.Attribute) and isinstance(n.ctx, ast.Load)}
     return names
 
@@ -167,7 +179,34 @@ def test_decoupled_meanflow_has_the_parameters_of_its_flow_model(size):
     assert decoupled == flow | {"logvar_linear.weight": (1, 256), "logvar_linear.bias": (1,)}
 
 
-@pytest.mark.parametrize("module", [digits, meanflow_cifar10, imf_imagenet, dmf_imagenet])
+@pytest.mark.parametrize(("variant", "channels"), [("64", 3), ("512", 4)])
+def test_published_settings_of_re_meanflow(variant, channels):
+    config, teacher = (remeanflow_imagenet.get_config(name) for name in (variant, f"teacher_{variant}"))
+    m, c = config.method, config.train
+    assert (m.name, m.time_sampler, m.interval_mean, m.interval_std) == ("rectified", "re2_truncate", -0.8, 1.0)
+    assert (m.omega_sampler, m.omega_max, m.distance_clip, m.flow_fraction) == ("uniform", 2.5, 0.87, 0.75)
+    assert (m.weighting, m.adaptive_power, m.adaptive_eps, m.label_drop_prob) == ("adaptive", 0.5, 1e-2, 0.1)
+    assert (m.stage_order, c.clip_norm, c.clip_stage) == ("plain_first", 1.0, "guided")
+    assert (c.optimizer, c.batch_size, c.learning_rate, c.beta1, c.beta2) == ("adam", 128, 2e-4, 0.9, 0.95)
+    assert (c.steps, set(c.ema_decays)) == (100_000, {0.9999, 0.999})
+    assert (config.model.interval_embedder, teacher.model.interval_embedder) == (True, False)
+    for net in (config.model, teacher.model):
+        assert (net.name, net.input_size, net.channels, net.width, net.num_blocks) == ("edm2", 64, channels, 192, 3)
+        assert (net.channel_mult, net.attn_resolutions, net.head_width) == ((1, 2, 3, 4), (16, 8), 64)
+
+
+def test_the_parameter_count_of_edm2_is_the_published_one():
+    """280.2 million, arXiv:2312.02696 table 2, which counts 280 for S and 125 for XS."""
+    torch = pytest.importorskip("torch")
+    from torch_impl.step import build_net
+
+    with torch.device("meta"):
+        nets = [build_net(remeanflow_imagenet.get_config(f"{kind}_512")) for kind in ("teacher", "guide")]
+    counts = [sum(p.numel() for p in net.parameters()) / 1e6 for net in nets]
+    assert counts == pytest.approx([280, 125], rel=0.005)
+
+
+@pytest.mark.parametrize("module", [digits, meanflow_cifar10, imf_imagenet, dmf_imagenet, remeanflow_imagenet])
 def test_variants_that_do_not_exist(module):
     with pytest.raises(ValueError, match="no variant 'v9'"):
         module.get_config("v9")

@@ -1,4 +1,4 @@
-"""Options that do not go together, of flow models and of decoupled MeanFlow, each named in a message."""
+"""Options that do not go together, of flow models, decoupled MeanFlow and Re-MeanFlow, each named in a message."""
 
 import pytest
 
@@ -8,6 +8,10 @@ from configs.errors import UserError
 FLOW = {"model.interval_embedder": False, "method.name": "flow"}
 DECOUPLED = {"model.name": "dmf_dit", "method.name": "decoupled"}
 IMPROVED = {"model.name": "imf_dit", "method.name": "improved"}
+EDM2 = {"model.name": "edm2", "model.attn_resolutions": (), "method.name": "rectified",
+        "method.time_sampler": "re2_truncate"}  # fmt: skip
+EDM2_FLOW = EDM2 | FLOW | {"method.time_sampler": "logit_normal"}
+RECTIFIED_DIT = {"method.name": "rectified", "method.time_sampler": "re2_truncate"}
 TEACHER = DECOUPLED | {"method.guidance_type": "distill", "method.teacher": "runs/flow"}
 
 
@@ -29,6 +33,13 @@ def config_of(changes):
         DECOUPLED | {"model.dmf_depth": 4, "sample.sampler": "ctm", "sample.gamma": 0.0},
         TEACHER,
         DECOUPLED | {"model.repa_dims": (768,), "model.interval_embedder": True},  # options of dit alone
+        EDM2,
+        EDM2 | {"method.stage1_steps": 3, "method.stage_order": "guided_first", "train.clip_stage": "guided"},
+        EDM2 | {"method.guidance": False, "method.distance_clip": 2.0, "sample.sampler": "velocity"},
+        EDM2 | {"method.time_sampler": "uniform", "model.logvar_channels": 8, "model.width": 3},
+        EDM2_FLOW | {"model.num_classes": 1, "sample.sampler": "heun", "model.attn_resolutions": (8, 4, 2)},
+        RECTIFIED_DIT,
+        RECTIFIED_DIT | {"method.time_sampler": "uniform"},
     ],
 )
 def test_configs_of_sense(changes):
@@ -42,7 +53,7 @@ def test_configs_of_sense(changes):
         ({"method.guidance_type": "cfg"}, "guidance_type is 'cfg'; choose one of default, mg, distill"),
         ({"method.time_sampler": "tan"}, "choose one of logit_normal, uniform, arctan, arctan_official"),
         ({"method.log_variance_pairs": "official"}, "log_variance_pairs is 'official'; choose one of row, all"),
-        ({"sample.sampler": "dpm"}, "sample.sampler is 'dpm'; choose one of euler, restart, ctm, heun, sde"),
+        ({"sample.sampler": "dpm"}, "sample.sampler is 'dpm'; choose one of euler, restart, ctm, velocity, heun, sde"),
         ({"sample.diffusion": "vp"}, "sample.diffusion is 'vp'; choose one of sigma, elbo"),
         ({"sample.gamma": 1.5}, r"sample\.gamma is 1\.5; it must be at least 0 and at most 1"),
         ({"sample.shift": -1.0}, r"sample\.shift is -1\.0; it must be a number above 0"),
@@ -52,6 +63,13 @@ def test_configs_of_sense(changes):
         ({"model.dmf_depth": -1}, "model.dmf_depth is -1; it must be at least 0"),
         ({"model.repa_depth": 0}, "model.repa_depth is 0; it must be at least 1"),
         ({"model.projector_dim": 0}, "model.projector_dim is 0; it must be at least 1"),
+        ({"model.head_width": 0}, "model.head_width is 0; it must be at least 1"),
+        ({"model.logvar_channels": -1}, "model.logvar_channels is -1; it must be at least 0"),
+        ({"method.stage_order": "guided"}, "stage_order is 'guided'; choose one of plain_first, guided_first"),
+        ({"method.omega_sampler": "power"}, "omega_sampler is 'power'; choose one of constant, uniform"),
+        ({"method.stage1_steps": -1}, "method.stage1_steps is -1; it must be at least 0"),
+        ({"method.distance_clip": -0.5}, r"method\.distance_clip is -0\.5; it must be at least 0"),
+        ({"train.clip_stage": "plain"}, "clip_stage is 'plain'; choose one of all, guided"),
     ],
 )
 def test_values_without_sense(changes, message):
@@ -91,13 +109,13 @@ def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
         (DECOUPLED | {"method.guidance_start": 0.9, "method.guidance_end": 0.1}, "guidance_end are 0.9 and 0.1; they"),
         ({"method.guidance_end": float("nan")}, "guidance_end are 0.0 and nan; they must rise"),
         ({"model.repa_dims": (768,), "model.repa_depth": 1}, "only config.method.name=flow trains the projectors"),
-        (FLOW | {"model.name": "dmf_dit"}, "flow cannot use config.model.name dmf_dit: it trains dit$"),
+        (FLOW | {"model.name": "dmf_dit"}, "flow cannot use config.model.name dmf_dit: it trains dit or edm2$"),
         (FLOW | {"model.name": "unet", "model.attn_resolutions": (), "evaluation.classifier": False,
-                 "method.guidance": False}, "flow cannot use config.model.name unet: it trains dit$"),
+                 "method.guidance": False}, "flow cannot use config.model.name unet: it trains dit or edm2$"),
         (DECOUPLED | {"model.name": "dit"}, "decoupled cannot use config.model.name dit: it trains dmf_dit$"),
         (DECOUPLED | {"method.name": "meanflow"}, "meanflow cannot use config.model.name dmf_dit: .* dit or unet$"),
         (FLOW | {"model.interval_embedder": True}, "interval_embedder is True: .* flow needs a network without it"),
-        ({"model.interval_embedder": False}, "interval_embedder is False: meanflow needs it"),
+        ({"model.interval_embedder": False}, "interval_embedder is False: meanflow and rectified need it"),
         (TEACHER | {"method.teacher": ""}, "there is no teacher: set --config.method.teacher to the work directory"),
         (FLOW | {"sample.sampler": "restart"},
          "sampler is restart, but a model of config.method.name flow is sampled by one of euler, heun, sde"),
@@ -106,11 +124,50 @@ def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
         (DECOUPLED | {"sample.sampler": "sde"}, "decoupled is sampled by one of euler, restart, ctm"),
         (DECOUPLED | {"sample.interval": (0.7, 0.0)}, "sample.interval .* must rise"),
         (IMPROVED | {"sample.cfg_scale": 2.0}, "this one is told its scale"),
+        (EDM2 | {"model.channel_mult": ()}, r"channel_mult is \(\); give a whole number above 0 for each level"),
+        (EDM2 | {"model.channel_mult": (1, 0)}, r"channel_mult is \(1, 0\); give a whole number above 0"),
+        (EDM2 | {"model.channel_mult": (1.5,)}, r"channel_mult is \(1\.5,\); give a whole number above 0"),
+        (EDM2 | {"model.channel_mult": (1,) * 5}, r"input_size 8 cannot be halved 4 times: .*channel_mult \(1, 1"),
+        (EDM2_FLOW | {"model.attn_resolutions": (16, 4)}, r"\(16, 4\) are not among the levels' sizes \[8, 4, 2\]"),
+        (EDM2 | {"model.sigma_data": 0.0}, r"sigma_data is 0\.0; it must be above 0"),
+        (EDM2_FLOW | {"model.sigma_data": float("nan")}, "sigma_data is nan; it must be above 0"),
+        (EDM2_FLOW | {"method.path": "cosine"}, "is edm2, whose preconditioning is that of config.method.path=linear"),
+        (EDM2 | {"model.interval_embedder": False}, "interval_embedder is False: meanflow and rectified need it"),
+        (EDM2_FLOW | {"model.interval_embedder": True}, "interval_embedder is True: .* a network without it"),
+        (EDM2 | {"method.name": "meanflow"}, "meanflow cannot use config.model.name edm2: it trains dit or unet$"),
+        (RECTIFIED_DIT | {"model.name": "dmf_dit"}, "rectified cannot use config.model.name dmf_dit: .* edm2 or dit$"),
+        (RECTIFIED_DIT | {"model.interval_embedder": False}, "meanflow and rectified need it"),
+        (RECTIFIED_DIT | {"method.path": "cosine"}, "whose trajectories are straight: config.method.path is linear"),
+        (EDM2 | {"method.stage1_steps": 3, "method.guidance": False}, "parts plain from guided steps, but .* is False"),
+        (EDM2 | {"sample.sampler": "heun"}, "rectified is sampled by one of euler, restart, ctm, velocity"),
+        (EDM2_FLOW | {"sample.sampler": "velocity"}, "flow is sampled by one of euler, heun, sde"),
+        *((EDM2 | {"method.time_sampler": name}, f"time_sampler is {name}: .*rectified takes re2_truncate or uniform")
+          for name in ("logit_normal", "arctan", "arctan_official")),
+        *((changes | {"method.time_sampler": "re2_truncate"}, "re2_truncate is for no other method")
+          for changes in ({}, FLOW, DECOUPLED, IMPROVED, EDM2_FLOW)),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(changes, message):
     with pytest.raises(UserError, match=message):
         resolve.check(config_of(changes))
+
+
+def test_only_networks_without_a_log_variance_of_edm2_are_trained():
+    for changes in (EDM2, EDM2_FLOW):
+        resolve.check_trainable(config_of(changes))
+        with pytest.raises(UserError, match="logvar_channels is 8: no method here trains EDM2's log-variance"):
+            resolve.check_trainable(config_of(changes | {"model.logvar_channels": 8}))
+    resolve.check_trainable(config_of({"model.logvar_channels": 8}))  # an option of edm2 alone
+
+
+@pytest.mark.parametrize("option", ["head_width", "sigma_data", "num_classes"])
+def test_what_the_weights_of_edm2_do_not_show(option):
+    teacher = config_of(EDM2_FLOW | {"model.num_heads": 3})
+    config = config_of(EDM2 | {"train.load_from": "runs/teacher"})
+    resolve.check_alike(config, teacher, "train.load_from")
+    teacher.model[option] *= 2
+    with pytest.raises(UserError, match=rf"load_from runs/teacher has config\.model\.{option}"):
+        resolve.check_alike(config, teacher, "train.load_from")
 
 
 def test_the_path_of_sampling_is_that_of_training(tmp_path):

@@ -10,7 +10,7 @@ from etils import epath
 
 from configs import digits
 from configs.errors import UserError
-from data import augment, loader
+from data import augment, couplings, loader
 
 BATCH = 256
 STEPS = 8  # more than one epoch of 1397 examples
@@ -69,6 +69,16 @@ def featured(config):
     """Return a config whose dataset has features beside the images."""
     config.data.update(name="featured_patches", flip=True)
     config.model.repa_dims = (2, 3)
+    return config
+
+
+@pytest.fixture
+def coupled(config, tmp_path):
+    """Return a config that learns from couplings: images that are twice their noise."""
+    plan = couplings.Plan((8, 8, 1), num_samples=40, num_classes=10, seed=1, shard_size=16)
+    couplings.make(tmp_path / "couplings", plan, lambda noise, y: 2 * noise, {})
+    config.data.update(name=str(tmp_path / "couplings"), flip=True)
+    config.method.name = "rectified"
     return config
 
 
@@ -207,6 +217,47 @@ def test_resumes_with_features(featured):
     resumed.set_state(state)
     assert_same(take(resumed, 2), expected)
     resumed.close()
+
+
+def test_noise_is_mirrored_with_its_image(coupled):
+    everything = loader.load_arrays(coupled, "train")[0]
+    stored = {image.tobytes() for image in everything}
+    num_stored = 0
+    for batch in take(loader.make_loader(coupled, 20), 4):
+        assert set(batch) == {"image", "noise", "label"}
+        assert batch["noise"].shape == (20, 8, 8, 1) and batch["noise"].dtype == np.float32
+        np.testing.assert_array_equal(batch["image"], 2 * batch["noise"])
+        num_stored += sum(image.tobytes() in stored for image in batch["image"])
+    assert len(stored) == 40 and 20 < num_stored < 60
+
+
+def test_processes_share_the_noise_of_one(coupled):
+    whole = take(loader.make_loader(coupled, 16), 4)
+    parts = [take(loader.make_loader(coupled, 16, p, 2), 4) for p in range(2)]
+    joined = [{key: np.concatenate([a[key], b[key]]) for key in a} for a, b in zip(*parts, strict=True)]
+    assert_same(joined, whole)
+
+
+def test_only_couplings_have_noise(coupled):
+    coupled.method.name = "flow"
+    assert set(next(loader.make_loader(coupled, 16))) == {"image", "label"}
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        (
+            {"data.name": "digits"},
+            "'digits'.* 'noise', only image, label: .*jax_impl.reflow.*torch_impl/reflow.py.*--config.data.name",
+        ),
+        ({"model.input_size": 4}, r"'noise'.*floating of shape \(4, 4, 1\)"),
+        ({"data.augment.prob": 0.1}, "not the `noise` stored beside them: set --config.data.augment.prob=0$"),
+    ],
+)
+def test_couplings_that_are_not_there_or_do_not_fit(coupled, change, words):
+    coupled.update_from_flattened_dict(change)
+    with pytest.raises(UserError, match=words):
+        loader.make_loader(coupled, 16)
 
 
 @pytest.mark.parametrize("change", [{"model.repa_dims": ()}, {"model.name": "unet"}])

@@ -72,6 +72,17 @@ def test_a_dataset_without_a_test_split(config, monkeypatch):
     assert "real_class_accuracy" not in report.evaluate_samples(images, labels, config)
 
 
+def test_samples_are_compared_with_the_dataset_that_evaluation_names(config):
+    """Such as the one of which a teacher, whose couplings are learnt, has learnt."""
+    expected, _ = loader.load_arrays(config, "train")
+    config.data.name, config.evaluation.dataset = "couplings/of/a/teacher", "digits"
+    config.evaluation.classifier = False
+    before = config.to_dict()
+    found = report.load_real(config)
+    np.testing.assert_array_equal(found.images, expected)
+    assert config.to_dict() == before
+
+
 def test_real_images_that_are_given_are_not_loaded_again(config, monkeypatch):
     images, labels = loader.load_arrays(config, "test")
     expected, real = report.evaluate_samples(images, labels, config), report.load_real(config)

@@ -24,7 +24,9 @@ def measure(config):
     mesh = step.make_mesh(config)
     graphdef, state = step.create_state(config, mesh)
     size, rows = config.model.input_size, config.train.batch_size
-    batch = {"image": np.zeros((rows, size, size, config.model.channels), np.float32), "label": np.zeros(rows, int)}
+    images = np.zeros((rows, size, size, config.model.channels), np.float32)
+    batch = {"image": images, "label": np.zeros(rows, int)}
+    batch |= {"noise": images} if config.method.name == "rectified" else {}
     compiled = step.make_train_step(config, graphdef, mesh).lower(state, step.put_batch(batch, mesh)).compile()
     found = re.findall(rf"[ )] ?({KINDS})(?:-start)?\(", compiled.as_text())
     after = jax.tree.leaves(compiled.output_shardings[0])

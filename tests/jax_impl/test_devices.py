@@ -19,6 +19,7 @@ BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
 IMPROVED = {"train.batch_size": 32, "method.flow_fraction": 0.5}  # and what makes it improved MeanFlow
 DECOUPLED = {"train.batch_size": 32, "method.omega": 0.6, "method.guidance_end": 0.7}  # and what makes it decoupled
+RECTIFIED = {"train.batch_size": 32}  # and what makes it Re-MeanFlow
 # Name of the run by one device, by four: {what four devices change}.
 ON_FOUR_DEVICES = {
     "data": ("one", {}),
@@ -26,13 +27,14 @@ ON_FOUR_DEVICES = {
     "improved_accumulate": ("one_improved", {"train.fsdp": 2, "train.accumulate": 2}),
     "decoupled_accumulate": ("one_decoupled", {"train.fsdp": 2, "train.accumulate": 2}),
     "distilled_fsdp": ("one_distilled", {"train.fsdp": 2}),
+    "rectified_accumulate": ("one_rectified", {"train.fsdp": 2, "train.accumulate": 2}),
 }
 TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each
 REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | {"two_processes": "one"}
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, tmp_path_factory):
+def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, tiny_rectified, tmp_path_factory):
     """Return the directory that holds the work directory of each run."""
     directory = tmp_path_factory.mktemp("devices")
     commands = []
@@ -41,7 +43,7 @@ def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, t
     decoupled = DECOUPLED | tiny_decoupled
     one = {
         "one": REFERENCE, "one_improved": IMPROVED | tiny_improved, "one_decoupled": decoupled,
-        "one_distilled": decoupled | teacher,
+        "one_distilled": decoupled | teacher, "one_rectified": RECTIFIED | tiny_rectified,
     }  # fmt: skip
     four = {name: one[reference] | changes for name, (reference, changes) in ON_FOUR_DEVICES.items()}
     for devices, cases in ((1, one), (4, four)):
@@ -106,20 +108,22 @@ def test_many_devices_log_as_one(trained, case):
         assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_only_gradients_and_parameters_move(launcher, tiny, tiny_improved, tiny_decoupled, tmp_path):
+def test_only_gradients_and_parameters_move(
+    launcher, tiny, tiny_improved, tiny_decoupled, tiny_rectified, tmp_path
+):  # fmt: skip
     """Slicing a sharded batch would need permutes or all-to-alls; so would activations sharded as parameters are."""
     cases = {
         "data": REFERENCE, "fsdp": REFERENCE | {"train.fsdp": 2}, "improved": IMPROVED | tiny_improved,
-        "decoupled": DECOUPLED | tiny_decoupled,
+        "decoupled": DECOUPLED | tiny_decoupled, "rectified": RECTIFIED | tiny_rectified | {"method.stage1_steps": 0},
     }  # fmt: skip
     for name, changes in cases.items():
         (tmp_path / name).write_text(to_json(tiny(changes)))
     command = launcher.run(HERE / "collectives.py", *(tmp_path / name for name in cases))
     assert command.poll() == 0, command.stderr
-    data, fsdp, improved, decoupled = (json.loads(line) for line in command.stdout.splitlines())
-    for found in (data, improved, decoupled):
+    data, fsdp, improved, decoupled, rectified = (json.loads(line) for line in command.stdout.splitlines())
+    for found in (data, improved, decoupled, rectified):
         assert set(found["collectives"]) == {"all-reduce"}
     assert set(fsdp["collectives"]) <= {"all-reduce", "all-gather", "reduce-scatter"}
     assert fsdp["collectives"]["all-gather"] <= 40  # once for each of the 25 parameters, give or take
-    assert data["moved"] == fsdp["moved"] == improved["moved"] == decoupled["moved"] == 0
+    assert all(found["moved"] == 0 for found in (data, fsdp, improved, decoupled, rectified))
     assert "rematerialization" not in command.stderr

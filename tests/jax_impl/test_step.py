@@ -7,9 +7,12 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from flax import nnx
 
 from configs import base, digits, resolve
 from jax_impl import step
+from jax_impl.methods import rectified
+from jax_impl.models import edm2
 
 # Times are sorted: cut off, they make more flow rows by chance, and means over rows of a kind are of a micro-batch.
 CHANGES = {
@@ -124,3 +127,120 @@ def test_learning_rates(schedule, end, at, expected):
     c.update(learning_rate=1.0, schedule=schedule, cosine_end=end, steps=100, warmup_steps=10, warmup_from=0.1)
     c.final_factor = 0.2
     assert float(step.learning_rate(at, c)) == pytest.approx(expected, abs=1e-6)
+
+
+STAGES = {
+    "model.compute_dtype": "float64", "method.stage1_steps": 3, "train.learning_rate": 1e-2, "train.clip_norm": 1e-3,
+    "train.clip_stage": "guided", "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.ema_decays": (0.5,),
+    "train.schedule": "constant",
+}  # fmt: skip
+
+
+class Layers(nnx.Module):
+    """In the place of EDM2's network its layers, few enough to be compiled at once."""
+
+    def __init__(self, c, rngs):
+        self.fourier = edm2.MPFourier(4, rngs=rngs)
+        self.time, self.conv, self.out = (edm2.MPConv(*sizes, rngs=rngs) for sizes in ((4, 4, 0), (1, 4, 3), (4, 1, 3)))
+        self.out_gain = nnx.Param(jnp.ones(()))
+
+    def __call__(self, z, t):
+        h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, None, None])
+        return self.out(h, self.out_gain[...])
+
+
+def error_of_forwards(net, batch, draws, cfg):
+    """Return a loss of a forward, a thousandfold if guided; `projection` is the size of a weight."""
+    err = jnp.square(net(batch["noise"], draws.times) - batch["image"]).sum((1, 2, 3)) * (1000 if cfg.guidance else 1)
+    return err.mean(), {"err": err, "projection": jnp.sqrt(jnp.square(net.out.kernel[...]).mean())}
+
+
+@functools.cache
+def staged():
+    """Return the step of a tiny run in two stages, its mesh and a function (factor of the weights) -> state."""
+    config = digits.get_config("remeanflow")
+    config.update_from_flattened_dict(STAGES)
+    mesh = step.make_mesh(config)
+    graphdef, state = step.create_state(config, mesh)
+
+    def start(factor):
+        rng, params = np.random.RandomState(0), []
+        for path, leaf in nnx.to_flat_state(state.params):
+            drawn = rng.randn(*leaf.shape) * (factor if path[-1] == "kernel" else 1)
+            params.append((path, leaf.replace(jnp.asarray(drawn))))
+        params = nnx.from_flat_state(params)
+        begun = jax.tree.map(jnp.copy, state)._replace(params=params, emas=(jax.tree.map(jnp.copy, params),))
+        return jax.device_put(begun, step.state_shardings(begun, mesh))
+
+    return step.make_train_step(config, graphdef, mesh), mesh, start
+
+
+def flat(params):
+    """Return {path: array} of parameters, in numpy."""
+    return {path: np.array(leaf[...]) for path, leaf in nnx.to_flat_state(params)}
+
+
+def step_of_stage(monkeypatch, stage, factor=1.0, num_steps=1):
+    """Return {path: array} before and after some steps of a stage, their first moments, the EMA, and the metrics."""
+    monkeypatch.setattr(rectified, "loss", error_of_forwards)
+    monkeypatch.setitem(step.ARCHITECTURES, "edm2", Layers)
+    train_step, mesh, start = staged()
+    state, rng, metrics = start(factor), np.random.RandomState(0), {}
+    before = flat(state.params)
+    for _ in range(num_steps):
+        batch = {"image": rng.randn(8, 4, 4, 1), "noise": rng.randn(8, 4, 4, 1), "label": rng.randint(0, 10, 8)}
+        state, metrics = train_step(state, step.put_batch(batch, mesh), stage)
+    trees = (before, flat(state.params), flat(optax.tree.get(state.opt_state, "mu")), flat(state.emas[0]))
+    return *trees, {name: float(a) for name, a in metrics.items()}
+
+
+def test_weights_are_projected_before_the_gradient(monkeypatch):
+    """So that it makes no difference how long they were, but for an epsilon."""
+    runs = [step_of_stage(monkeypatch, 0, factor) for factor in (1.0, 5.0)]
+    (_, after, moments, _, metrics), (before, *other, _, n) = runs
+    assert n["projection"] == pytest.approx(1, abs=1e-3) and metrics == pytest.approx(n, rel=1e-3)
+    for path, a in after.items():
+        np.testing.assert_allclose(a, other[0][path], atol=1e-3, err_msg=path)
+        np.testing.assert_allclose(moments[path], other[1][path], atol=1e-3 * metrics["grad_norm"], err_msg=path)
+        if path[-1] == "kernel":
+            normalized = before[path] / (1e-4 + np.sqrt(np.square(before[path]).mean(tuple(range(a.ndim - 1)))))
+            moved = abs(a - 0.999 * normalized).max()  # the weight decays, and Adam takes 1e-2
+            assert 1e-3 < moved < 1.2e-2, path
+
+
+def test_each_stage_has_its_own_objective_and_clipping(monkeypatch):
+    """The second is guided, and it alone clips."""
+    for stage, clips in ((0, False), (1, True)):
+        *_, moments, _, metrics = step_of_stage(monkeypatch, stage)
+        norm = np.sqrt(sum(np.square(a).sum() for a in moments.values())) / 0.1
+        assert norm == pytest.approx(1e-3 if clips else metrics["grad_norm"], rel=1e-6)
+        assert metrics["grad_norm"] > 0.01
+        losses = metrics["loss"] if stage == 0 else metrics["loss"] / 1000
+        assert losses == pytest.approx(step_of_stage(monkeypatch, 0)[-1]["loss"], rel=1e-6)
+
+
+def test_frequencies_and_phases_never_change(monkeypatch):
+    before, after, _, ema, _ = step_of_stage(monkeypatch, 0, num_steps=2)
+    fixed = [path for path in after if path[-1] in ("freqs", "phases")]
+    assert len(fixed) == 2
+    for path, a in after.items():
+        assert np.array_equal(a, before[path]) == np.array_equal(ema[path], before[path]) == (path in fixed), path
+
+
+def test_other_networks_are_not_projected():
+    config, state = digits.get_config("unet"), object()
+    assert step.project(state, config) is state
+    assert edm2.normalize_weights in step.PROJECTIONS.values() and set(step.PROJECTIONS) == {"edm2"}
+
+
+def test_an_abstract_network_is_drawn_from_nothing(monkeypatch):
+    monkeypatch.setitem(step.ARCHITECTURES, "edm2", Layers)
+    config = digits.get_config("remeanflow")
+    config.update_from_flattened_dict(STAGES)
+    graphdef, shapes = step.abstract_net(config)
+    assert all(isinstance(a, jax.ShapeDtypeStruct) for a in jax.tree.leaves(shapes))
+    _, drawn = step.build_net(config)
+    assert jax.tree.structure(shapes) == jax.tree.structure(drawn)
+    for a, b in zip(jax.tree.leaves(shapes), jax.tree.leaves(drawn), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype
+    assert isinstance(nnx.merge(graphdef, drawn), Layers)

@@ -258,7 +258,8 @@ def test_the_options_of_a_network_are_found_in_its_weights(network, order, monke
     expected = cases.config(network).model
     with torch.device("meta"):
         net = torch_step.build_net(cases.config(network))
-    weights = {name: np.broadcast_to(np.float32(0), tensor.shape) for name, tensor in net.state_dict().items()}
+    shapes = {name: () if name.endswith(canonical_files.SCALARS) else t.shape for name, t in net.state_dict().items()}
+    weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     weights = dict(sorted(weights.items()) if order == "sorted" else weights) | net.tables()
     found = infer.inferred_config(weights).model
     for model in (found, expected):  # a filter is known but for its scale
@@ -266,6 +267,7 @@ def test_the_options_of_a_network_are_found_in_its_weights(network, order, monke
     hidden = WITHOUT_A_TRACE - ({"num_heads"} if expected.qk_norm else set()) | {
         "unet": {"num_classes"},
         "imf_dit": {"input_size"},
+        "edm2": {"head_width", "sigma_data"},
     }.get(expected.name, set())
     found.mlp_ratio, expected.mlp_ratio = (int(model.mlp_ratio * model.width) for model in (found, expected))
     for option in set(expected) - hidden:
@@ -385,3 +387,14 @@ def test_config_may_be_json(tmp_path):
     path = tmp_path / "config.json"
     path.write_text(resolve.to_json(digits.get_config()))
     assert convert.load_config(str(path)).model == digits.get_config().model
+
+
+def test_an_embedder_that_a_network_of_two_times_never_reads_is_left_out(tmp_path, capsys):
+    """As official Re-MeanFlow builds its network: with EDM2's own embedder of time beside the two new ones."""
+    with np.load(check.GOLDEN / "remeanflow_edm2_torch.npz") as file:
+        given = {key.removeprefix("param/"): file[key] for key in file.files if key.startswith("param/")}
+    torch.save({"ema": {name: torch.from_numpy(a) for name, a in given.items()}}, tmp_path / "official.pt")
+    convert.convert(tmp_path / "official.pt", tmp_path / "weights.safetensors")
+    assert "left out unet.emb_noise.weight" in capsys.readouterr().err
+    converted = canonical_files.load(tmp_path / "weights.safetensors")
+    assert given.keys() - converted.keys() == {"unet.emb_noise.weight"}

@@ -13,9 +13,12 @@ from jax_impl.methods import decoupled as jax_decoupled
 from jax_impl.methods import flow as jax_flow
 from jax_impl.methods import improved as jax_improved
 from jax_impl.methods import meanflow as jax_method
+from jax_impl.methods import rectified as jax_rectified
+from jax_impl.methods import reflow as jax_reflow
 from jax_impl.methods import samplers as jax_samplers
 from jax_impl.models import dit as jax_dit
 from jax_impl.models import dmf_dit as jax_dmf_dit
+from jax_impl.models import edm2 as jax_edm2
 from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from parity import cases, check
@@ -25,9 +28,12 @@ from torch_impl.methods import decoupled as torch_decoupled
 from torch_impl.methods import flow as torch_flow
 from torch_impl.methods import improved as torch_improved
 from torch_impl.methods import meanflow as torch_method
+from torch_impl.methods import rectified as torch_rectified
+from torch_impl.methods import reflow as torch_reflow
 from torch_impl.methods import samplers as torch_samplers
 from torch_impl.models import dit as torch_dit
 from torch_impl.models import dmf_dit as torch_dmf_dit
+from torch_impl.models import edm2 as torch_edm2
 from torch_impl.models import imf_dit as torch_imf_dit
 from torch_impl.models import unet as torch_unet
 
@@ -268,6 +274,71 @@ def test_a_guided_step_outside_of_the_interval(framework, monkeypatch, capsys):
         expect_failure(capsys, f"{case}$", f"{case} {framework}")
 
 
+EDM2 = {"jax": jax_edm2, "torch": torch_edm2}
+RECTIFIED = {"jax": jax_rectified, "torch": torch_rectified}
+REFLOW = {"jax": jax_reflow, "torch": torch_reflow}
+STUDENT, COUPLINGS = "golden/remeanflow_edm2_torch", "golden/edm2_reflow_torch"
+
+
+def test_a_largest_time_without_a_derivative(framework, monkeypatch, capsys):
+    where = {"jax": jnp.where, "torch": torch.where}[framework]
+    monkeypatch.setattr(EDM2[framework], "told", lambda t: where(t >= 80 / 81, 80 / 81, t))
+    out = expect_failure(capsys, f"{STUDENT}/jvp", f"{STUDENT}/jvp {framework}")
+    assert f"FAILED: {STUDENT}/jvp {framework} du_dt" in out and f"FAILED: {STUDENT}/jvp {framework} u:" not in out
+
+
+def test_times_that_change_places(framework, monkeypatch, capsys):
+    cls = EDM2[framework].UNet
+    original = cls.embed_times
+    monkeypatch.setattr(cls, "embed_times", lambda self, t, r: original(self, r, t))
+    out = expect_failure(capsys, f"{STUDENT}/fwd", f"{STUDENT}/fwd {framework}")
+    assert f"FAILED: {STUDENT}/fwd {framework} u_nolabel" in out
+
+
+def test_weights_that_are_normalised_only_in_the_forward(framework, monkeypatch, capsys):
+    monkeypatch.setattr(STEPS[framework], "PROJECTIONS", {})
+    out = expect_failure(capsys, f"{COUPLINGS}/fwd", f"{COUPLINGS}/fwd {framework}")
+    assert f"FAILED: {COUPLINGS}/fwd {framework} D:" not in out
+    assert f"FAILED: {COUPLINGS}/fwd {framework} out_conv_after_train" in out
+
+
+def test_an_interval_that_stops_short_of_the_data(framework, monkeypatch, capsys):
+    """Without the rule that r is 0 where t > 0.8 and r < 0.4."""
+    module = RECTIFIED[framework]
+
+    class Module:
+        """The array library, but `where` with a number as its second argument changes nothing."""
+
+        def __getattr__(self, name):
+            library = {"jax": jnp, "torch": torch}[framework]
+            if name != "where":
+                return getattr(library, name)
+            return lambda mask, a, b: b if isinstance(a, int) else library.where(mask, a, b)
+
+    monkeypatch.setattr(module, {"jax": "jnp", "torch": "torch"}[framework], Module())
+    case = f"{STUDENT}/time/re2_truncate"
+    out = expect_failure(capsys, case, f"{case} {framework}")
+    assert f"FAILED: {case} {framework} r" in out and f"FAILED: {case} {framework} t:" not in out
+
+
+def test_far_couplings_that_are_learnt(framework, monkeypatch, capsys):
+    near = RECTIFIED[framework].is_near
+    monkeypatch.setattr(RECTIFIED[framework], "is_near", lambda x, noise, cfg: near(x, noise, cfg) | True)
+    out = expect_failure(capsys, "float64/dit/rectified", "float64/dit/rectified")
+    assert f"{framework} weight (formula)" in out and f"{framework} grad (formula)" in out
+
+
+def test_guidance_towards_the_guide(framework, monkeypatch, capsys):
+    module = REFLOW[framework]
+    original = module.couple
+    monkeypatch.setattr(
+        module,
+        "couple",
+        lambda net, noise, y, grid, guidance, *guide: original(net, noise, y, grid, 1 - guidance, *guide),
+    )
+    expect_failure(capsys, f"{COUPLINGS}/sample/heun2$", f"{COUPLINGS}/sample/heun2 {framework}")
+
+
 @pytest.mark.parametrize(
     ("name", "key", "case"),
     [
@@ -287,6 +358,10 @@ def test_a_guided_step_outside_of_the_interval(framework, monkeypatch, capsys):
         ("imf_dit_torch", "out/rope_imag", "golden/imf_dit_torch/rope_imag"),
         ("meanflow_dit_flax", "out/pos_embed", "golden/meanflow_dit_flax/pos_embed"),
         ("meanflow_dit_flax", "out/fwd/t_freq", "golden/meanflow_dit_flax/fwd"),
+        ("remeanflow_edm2_torch", "out/timeemb/loss", "golden/remeanflow_edm2_torch/timeemb"),
+        ("remeanflow_edm2_torch", "out/time/uniform/r", "golden/remeanflow_edm2_torch/time/uniform"),
+        ("edm2_reflow_torch", "out/tsteps/heun4", "golden/edm2_reflow_torch/tsteps"),
+        ("edm2_reflow_torch", "out/fwd/logvar", "golden/edm2_reflow_torch/fwd"),
     ],
 )
 def test_one_percent_more_in_a_fixture(name, key, case, tmp_path, capsys):

@@ -34,13 +34,15 @@ CASES = {
     "ddp_decoupled_accumulate": ("decoupled", {"train.accumulate": 2}),
     "ddp_distilled": ("distilled", {}),
     "fsdp_distilled": ("distilled", {"train.fsdp": 2}),
+    "ddp_rectified_accumulate": ("rectified", {"train.accumulate": 2}),
+    "fsdp_rectified": ("rectified", {"train.fsdp": 2}),
     "fsdp_accumulate": ("guided", {"train.fsdp": 2, "train.accumulate": 2}),
     "fsdp_compiled": ("all_jvp", {"train.fsdp": 2, "train.compile": True}),
 }
 
 
 @pytest.fixture(scope="module")
-def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_decoupled):
+def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_decoupled, tiny_rectified):
     """Return the directory in which each reference and case has its work directory."""
     directory = tmp_path_factory.mktemp("processes")
     teacher = {"method.guidance_type": "distill", "method.teacher": str(directory / "teacher.safetensors")}
@@ -48,6 +50,7 @@ def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_dec
     decoupled = DECOUPLED | tiny_decoupled
     one = REFERENCES | {
         "improved": IMPROVED | tiny_improved, "decoupled": decoupled, "distilled": decoupled | teacher,
+        "rectified": {"train.batch_size": 32} | tiny_rectified,
     }  # fmt: skip
     two = {name: one[reference] | changes for name, (reference, changes) in CASES.items()}
     for title, cases in (("one", one), ("two", two)):

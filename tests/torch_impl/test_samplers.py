@@ -274,3 +274,29 @@ def test_the_last_step_is_euler_s_wherever_it_ends(sampler):
     c.update(sampler=sampler, times=(1.0, 0.6, 0.3))
     last = samplers.flow_map_steps(c)[-1]
     assert (last.t, last.to, last.end, last.keep, last.move, last.add) == (0.6, 0.3, 0.3, 1.0, pytest.approx(0.3), 0.0)
+
+
+@PATHS
+def test_velocity_is_euler_s_sampler_of_a_flow_model(path):
+    """By u(z, t, t): the steps of euler, but for what the network is told, and all that a flow model's euler does."""
+    given = {"path": path, "times": (0.95, 0.6, 0.25, 0.0), "cfg_scale": 2.0, "interval": (0.1, 0.7)}
+    euler, velocity = (samplers.flow_map_steps(settings(sampler=name, **given)) for name in ("euler", "velocity"))
+    assert velocity == [step._replace(to=step.t) for step in euler]
+    assert velocity == samplers.flow_steps(settings(**given))
+
+
+def test_the_sampler_velocity_by_hand():
+    """The network's r is t."""
+    cfg = settings(sampler="velocity", times=(1.0, 0.6, 0.1))
+    found = carry(Told(), [1.5, -2.0], cfg, samplers.flow_map_steps(cfg), label=3)
+    for z, image in zip((1.5, -2.0), found, strict=True):
+        at_06 = z - 0.4 * (z * 1 + 1 + 3)
+        assert image == pytest.approx(at_06 - 0.5 * (at_06 * 0.6 + 0.6 + 3))
+
+
+def test_velocity_errs_in_first_order_where_euler_of_a_flow_map_is_exact():
+    errors = []
+    for steps in (16, 32):
+        cfg = settings(sampler="velocity", steps=steps)
+        errors.append(abs(moments(Gaussian("linear"), cfg, samplers.flow_map_steps(cfg))[1] - STD))
+    assert errors[0] / errors[1] == pytest.approx(2, rel=0.15)

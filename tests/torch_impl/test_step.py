@@ -6,6 +6,8 @@ import torch
 
 from configs import base, digits
 from torch_impl import step
+from torch_impl.methods import rectified
+from torch_impl.models import edm2
 
 # Times are sorted: cut off, they make more flow rows by chance, and means over rows of a kind are of a micro-batch.
 CHANGES = {
@@ -119,3 +121,94 @@ def test_learning_rates(schedule, end, at, expected):
     c.update(learning_rate=1.0, schedule=schedule, cosine_end=end, steps=100, warmup_steps=10, warmup_from=0.1)
     c.final_factor = 0.2
     assert float(step.learning_rate(at, c)) == pytest.approx(expected, abs=1e-6)
+
+
+def test_noise_is_laid_out_as_its_image():
+    batch = {"image": np.random.RandomState(0).randn(2, 4, 6, 3), "label": np.array([0, 1])}
+    found = step.put_batch(batch | {"noise": 2 * batch["image"]}, torch.device("cpu"))
+    assert found["image"].shape == (2, 3, 4, 6)
+    torch.testing.assert_close(found["noise"], 2 * found["image"])
+
+
+STAGES = {
+    "model.compute_dtype": "float64", "method.stage1_steps": 3, "train.learning_rate": 1e-2, "train.clip_norm": 1e-3,
+    "train.clip_stage": "guided", "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.ema_decays": (0.5,),
+    "train.schedule": "constant", "train.compile": False,
+}  # fmt: skip
+
+
+class Layers(torch.nn.Module):
+    """In the place of EDM2's network its layers."""
+
+    def __init__(self, c):
+        super().__init__()
+        self.fourier = edm2.MPFourier(4)
+        self.time, self.conv, self.out = (edm2.MPConv(*sizes) for sizes in ((4, 4, 0), (1, 4, 3), (4, 1, 3)))
+        self.out_gain = torch.nn.Parameter(torch.ones(1))
+
+    def forward(self, z, t):
+        h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, :, None, None])
+        return self.out(h, self.out_gain)
+
+
+def error_of_forwards(net, batch, draws, cfg):
+    """Return a loss of a forward, a thousandfold if guided; `projection` is the size of a weight."""
+    err = (net(batch["noise"], draws.times) - batch["image"]).square().sum((1, 2, 3)) * (1000 if cfg.guidance else 1)
+    return err.mean(), {"err": err.detach(), "projection": net.out.weight.detach().square().mean().sqrt()}
+
+
+def step_of_stage(monkeypatch, stage, factor=1.0, num_steps=1):
+    """Return {name: tensor} before and after some steps of a stage, their first moments, the EMA, and the metrics."""
+    monkeypatch.setattr(rectified, "loss", error_of_forwards)
+    monkeypatch.setitem(step.ARCHITECTURES, "edm2", Layers)
+    config, rng = digits.get_config("remeanflow"), np.random.RandomState(0)
+    config.update_from_flattened_dict(STAGES)
+    drawn = {name: torch.from_numpy(rng.randn(*p.shape)) for name, p in step.build_net(config).named_parameters()}
+    before = {name: a * factor if name.endswith(".weight") else a for name, a in drawn.items()}
+    state = step.create_state(config, None, torch.device("cpu"), before)
+    train_step, metrics = step.make_train_step(config), {}
+    for _ in range(num_steps):
+        batch = {"image": rng.randn(8, 4, 4, 1), "noise": rng.randn(8, 4, 4, 1), "label": rng.randint(0, 10, 8)}
+        state, metrics = train_step(state, step.put_batch(batch, torch.device("cpu")), stage)
+    after = {name: p.detach() for name, p in state.net.named_parameters()}
+    moments = {name: state.optimizer.state[p]["exp_avg"] for name, p in state.net.named_parameters()}
+    return before, after, moments, state.emas[0], step.reduce_metrics(metrics)
+
+
+def test_weights_are_projected_before_the_gradient(monkeypatch):
+    """So that it makes no difference how long they were, but for an epsilon."""
+    runs = [step_of_stage(monkeypatch, 0, factor) for factor in (1.0, 5.0)]
+    (_, after, moments, _, metrics), (before, *other, _, n) = runs
+    assert n["projection"] == pytest.approx(1, abs=1e-3) and metrics == pytest.approx(n, rel=1e-3)
+    for name, a in after.items():
+        torch.testing.assert_close(a, other[0][name], rtol=0, atol=1e-3)
+        torch.testing.assert_close(moments[name], other[1][name], rtol=0, atol=1e-3 * metrics["grad_norm"])
+        if name.endswith(".weight"):
+            size = before[name].square().mean(tuple(range(1, a.ndim)), keepdim=True).sqrt()
+            moved = (a - 0.999 * before[name] / (1e-4 + size)).abs().max()  # the weight decays, and Adam takes 1e-2
+            assert 1e-3 < moved < 1.2e-2, name
+
+
+def test_each_stage_has_its_own_objective_and_clipping(monkeypatch):
+    """The second is guided, and it alone clips."""
+    for stage, clips in ((0, False), (1, True)):
+        *_, moments, _, metrics = step_of_stage(monkeypatch, stage)
+        norm = np.sqrt(sum(float(a.square().sum()) for a in moments.values())) / 0.1
+        assert norm == pytest.approx(1e-3 if clips else metrics["grad_norm"], rel=1e-6)
+        assert metrics["grad_norm"] > 0.01
+        losses = metrics["loss"] if stage == 0 else metrics["loss"] / 1000
+        assert losses == pytest.approx(step_of_stage(monkeypatch, 0)[-1]["loss"], rel=1e-6)
+
+
+def test_frequencies_and_phases_never_change(monkeypatch):
+    before, after, _, ema, _ = step_of_stage(monkeypatch, 0, num_steps=2)
+    fixed = [name for name in after if name.endswith(("freqs", "phases"))]
+    assert len(fixed) == 2
+    for name, a in after.items():
+        assert torch.equal(a, before[name]) == torch.equal(ema[name], before[name]) == (name in fixed), name
+
+
+def test_other_networks_are_not_projected():
+    config, state = digits.get_config("unet"), object()
+    assert step.project(state, config) is state
+    assert edm2.normalize_weights in step.PROJECTIONS.values() and set(step.PROJECTIONS) == {"edm2"}

@@ -132,3 +132,69 @@ def test_all_else_must_fit(before, after, change, message):
     change(given)
     with pytest.raises(UserError, match=message):
         weights.from_canonical(net, weights.adopt(net, params, given))
+
+
+EDM2 = {
+    "name": "edm2", "width": 4, "channel_mult": (1,), "channel_mult_emb": 1, "channel_mult_noise": 1, "num_blocks": 1,
+    "attn_resolutions": (), "logvar_channels": 3,
+}  # fmt: skip
+
+
+def edm2_network(**changes):
+    """Return a network of EDM2, its parameters and canonical weights drawn for it."""
+    config = digits.get_config("edm2_flow")
+    config.model.update(EDM2 | changes)
+    net = build_net(config)
+    params = dict(net.named_parameters())
+    rng, canonical = np.random.RandomState(0), weights.to_canonical(net, params)
+    return net, params, {name: np.asarray(rng.randn(*a.shape), a.dtype) for name, a in canonical.items()}
+
+
+def test_scalars_survive_bitwise_as_scalars(tmp_path):
+    """Gains have no shape, as in the official state dicts, and only they."""
+    net, _, given = edm2_network()
+    gains = {name for name in given if name.endswith("_gain")}
+    assert {name for name, a in given.items() if a.shape == ()} == gains and len(gains) == 6
+    weights.save(tmp_path / "w.safetensors", given, {})
+    loaded = weights.load(tmp_path / "w.safetensors")
+    state = weights.from_canonical(net, loaded)
+    back = weights.to_canonical(net, state)
+    assert back.keys() == given.keys() and all(a.dtype == np.float32 for a in back.values())
+    for name, a in given.items():
+        assert loaded[name].shape == back[name].shape == a.shape
+        assert loaded[name].tobytes() == back[name].tobytes() == a.tobytes(), name
+    with pytest.raises(UserError, match=r"unet\.out_gain has shape"):
+        weights.from_canonical(net, given | {"unet.out_gain": np.zeros(1, np.float32)})
+
+
+def test_scalars_are_arrays_of_one_entry_here_which_fsdp_can_shard():
+    net, params, given = edm2_network()
+    assert all(p.shape == (1,) for name, p in params.items() if name.endswith("_gain"))
+    assert all(p.ndim > 0 for p in params.values())
+    net.load_state_dict(weights.from_canonical(net, given))
+    assert net.unet.out_gain.item() == given["unet.out_gain"]
+
+
+def test_what_is_written_are_values_in_whatever_order_they_lie_in_memory(tmp_path):
+    a = np.arange(6, dtype=np.float32).reshape(2, 3)
+    given = {"rows": a, "columns": np.asfortranarray(a), "transposed": a.T, "every second": a[:, ::2]}
+    weights.save(tmp_path / "w.safetensors", given, {})
+    for name, b in weights.load(tmp_path / "w.safetensors").items():
+        np.testing.assert_array_equal(b, given[name], err_msg=name)
+
+
+def test_edm2_starts_without_what_only_its_own_training_or_a_teacher_uses(caplog):
+    """Its log-variance; a network of two times starts from nothing but embeddings of both."""
+    _, _, given = edm2_network()
+    net, params, own = edm2_network(logvar_channels=0)
+    with caplog.at_level("INFO", logger="absl"):
+        adopted = weights.adopt(net, params, given)
+    assert adopted.keys() == own.keys() == {name for name in given if not name.startswith("logvar_")}
+    assert [record.getMessage() for record in caplog.records] == [
+        "of the weights to start from, logvar_fourier.freqs, logvar_fourier.phases, logvar_linear.weight are left out"
+    ]
+    net, params, _ = edm2_network(interval_embedder=True)
+    with pytest.raises(UserError, match=r"this one is told two: fit its time embeddings .*torch_impl\.time_embedding"):
+        weights.adopt(net, params, given)
+    fitted = given | {f"unet.emb_noise_{time}.weight": given["unet.emb_noise.weight"] for time in "tr"}
+    assert weights.adopt(net, params, fitted).keys() == fitted.keys() - {"unet.emb_noise.weight"}

@@ -1,5 +1,6 @@
 """Methods, one file per system: draw, loss, sample."""
 
-from torch_impl.methods import decoupled, flow, improved, meanflow
+from torch_impl.methods import decoupled, flow, improved, meanflow, rectified
 
-METHODS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled}
+METHODS = {"meanflow": meanflow, "improved": improved, "flow": flow, "decoupled": decoupled,
+           "rectified": rectified}  # fmt: skip

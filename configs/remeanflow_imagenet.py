@@ -1,0 +1,65 @@
+"""Re-MeanFlow on ImageNet: 64x64 pixels, and 512x512 in latents.  Source: Re-MeanFlow, 2025; Xinxi-Zhang/Re-MeanFlow.
+
+    python parity/convert.py edm2-img512-s.pkl teacher.safetensors
+    python parity/convert.py edm2-img512-xs.pkl guide.safetensors
+    python -m jax_impl.reflow --teacher=teacher.safetensors --config=configs/remeanflow_imagenet.py:teacher_512 \\
+        --guide=guide.safetensors --guide_config=configs/remeanflow_imagenet.py:guide_512 --guidance=2 \\
+        --labels=dataset --output=couplings
+    python -m jax_impl.time_embedding --teacher=teacher.safetensors \\
+        --config=configs/remeanflow_imagenet.py:teacher_512 --output=start.safetensors
+    python -m jax_impl.main --config=configs/remeanflow_imagenet.py:512 --config.data.name=couplings \\
+        --config.train.load_from=start.safetensors --workdir=runs/remeanflow_512
+
+64, 512              the student: published FID in one step 2.87, 3.03
+teacher_64, _512     EDM2-S as released, a flow model
+guide_64, _512       EDM2-XS as released, its autoguidance network
+"""
+
+from configs import base
+
+#        input channels
+DATA = {"64": (64, 3), "512": (64, 4)}
+WIDTHS = {"teacher": 192, "guide": 128}  # EDM2-S and EDM2-XS
+VARIANTS = (*DATA, *(f"{kind}_{size}" for kind in WIDTHS for size in DATA))
+STAGE1_STEPS = 50_000  # half of the run: where the published one changes its stage is in none of our sources
+
+
+def get_config(variant: str = "512") -> base.Config:
+    """Return a published run, or a model that it needs, of `VARIANTS`.  Raises ValueError for another variant."""
+    if variant not in VARIANTS:
+        raise ValueError(f"no variant {variant!r} of remeanflow_imagenet; there are {', '.join(VARIANTS)}")
+    kind, _, size = variant.rpartition("_")
+    input_size, channels = DATA[size]
+    config = base.get_config()
+    config.name = f"remeanflow_imagenet:{variant}"
+    config.data.num_workers = 8
+    config.model.update(name="edm2", input_size=input_size, channels=channels, num_classes=1000, head_width=64)
+    config.model.update(width=WIDTHS[kind or "teacher"], channel_mult=(1, 2, 3, 4), channel_mult_noise=1)
+    config.model.update(channel_mult_emb=4, num_blocks=3, attn_resolutions=(16, 8), compute_dtype="bfloat16")
+    if kind:
+        released(config, size)
+    else:
+        student(config)
+    config.train.sample_every = config.train.checkpoint_every = 10_000
+    config.sample.batch_size = 64
+    config.evaluation.num_samples = 50_000
+    config.evaluation.classifier = False
+    return config
+
+
+def released(config: base.Config, size: str) -> None:
+    """Make it a released network of EDM2: of one time, with its log-variance."""
+    config.data.name = "imagenet_latents" if size == "512" else "imagenet_resized/64x64"
+    config.model.update(interval_embedder=False, logvar_channels=128)
+    config.method.name = "flow"
+    config.sample.update(steps=32, sampler="heun")
+
+
+def student(config: base.Config) -> None:
+    """Make it Re-MeanFlow, from couplings and from fitted time embeddings."""
+    config.data.name = "imagenet_couplings"  # the directory of the couplings
+    config.method.update(name="rectified", time_sampler="re2_truncate", interval_mean=-0.8, interval_std=1.0)
+    config.method.update(flow_fraction=0.75, omega_sampler="uniform", omega_max=2.5, distance_clip=0.87)
+    config.method.update(adaptive_power=0.5, adaptive_eps=1e-2, stage1_steps=STAGE1_STEPS, stage_order="plain_first")
+    config.train.update(steps=100_000, batch_size=128, learning_rate=2e-4, clip_norm=1.0, clip_stage="guided")
+    config.train.ema_decays = (0.9999, 0.999)

@@ -1,0 +1,83 @@
+"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset that both trainers read.
+
+    python -m jax_impl.reflow --teacher=runs/flow --output=couplings --num_samples=100000
+    python -m jax_impl.reflow --teacher=teacher.safetensors --config=configs/dmf_imagenet.py:sit_256 --labels=dataset \\
+        --num_passes=2 --guidance=1.5 --output=couplings
+
+Run again with the same arguments to go on after a kill.  Then --config.data.name=couplings trains on them.  Several
+processes share the work, each on its own shards: on SLURM or TPU pods add --distributed, elsewhere
+--coordinator=HOST:PORT --num_processes=N --process=I to each.
+"""
+
+import os
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from configs.errors import UserError
+from configs.flags import run
+from evaluation import reflow
+from evaluation.logs import setup_logging
+from jax_impl import checkpoints, weights
+from jax_impl.devices import define_flags, start_jax
+from jax_impl.methods.reflow import Grid, couple, sigmas
+from jax_impl.step import abstract_net
+
+
+def start(config):
+    """Return the number of this process and how many there are; from here on each works alone."""
+    start_jax(config)
+    place = jax.process_index(), jax.process_count()
+    jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
+    return place
+
+
+def load(path, config):
+    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither."""
+    return checkpoints.read_weights(path, config.sample.ema)[1] if os.path.isdir(path) else weights.load(path)
+
+
+def make_coupler(models, grid, guidance):
+    """Return the coupler (noise [b h w c], labels [b]) -> images [b h w c] in data units, all numpy.
+
+    models: (config, canonical weights) of the teacher and perhaps of its guide.  grid: the fields of `Grid`.
+    The rows are shared by the devices of this process.  Raises UserError for weights that do not fit, for noise levels
+    that do not fall, and, when it is called, for rows that the devices cannot share.
+    """
+    grid, devices = Grid(**grid), jax.local_devices()
+    sigmas(grid)  # raises before anything is written
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    graphdefs, params = zip(*(_build(*model) for model in models), strict=True)
+    params = jax.device_put(params, whole)
+
+    @jax.jit
+    def compiled(params, noise, y):
+        net, *guide = (nnx.merge(*parts) for parts in zip(graphdefs, params, strict=True))
+        return couple(net, noise, y, grid, guidance, *guide)
+
+    def coupler(noise, y):
+        if len(noise) % mesh.size:
+            raise UserError(f"--batch_size {len(noise)} is not divisible by the {mesh.size} devices of this process")
+        return np.asarray(jax.device_get(compiled(params, *jax.device_put((noise, y), rows))))
+
+    return coupler
+
+
+def _build(config, canonical):
+    graphdef, params = abstract_net(config)
+    return graphdef, weights.from_canonical(nnx.merge(graphdef, params), canonical)
+
+
+def main():
+    """Load, make couplings, write."""
+    setup_logging()
+    reflow.reflow(start, load, make_coupler)
+
+
+if __name__ == "__main__":
+    reflow.define_flags()
+    define_flags()
+    run(main)

@@ -1,0 +1,113 @@
+"""Re-MeanFlow: MeanFlow on the straightened trajectories of a teacher, between its noise and its samples.
+
+Source: Re-MeanFlow, 2025 (Rectified MeanFlow); Xinxi-Zhang/Re-MeanFlow, meanflow.py and train.py.  The couplings come
+from `reflow`; `configs/stages.py` says in which steps the velocity is guided.
+"""
+
+import math
+from typing import NamedTuple
+
+import torch
+
+from torch_impl.methods.common import drop_labels, expand, is_flow, path, split_rows, sum_squares, weigh
+from torch_impl.methods.meanflow import average_velocity, conditional_and_null, flow_velocity
+from torch_impl.methods.samplers import flow_map_steps as sampling_steps
+from torch_impl.methods.samplers import no_conditions as sampling_conditions
+from torch_impl.methods.samplers import sample_flow_map as sample
+
+__all__ = ["Draws", "draw", "loss", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
+
+TIME_MAX = 80 / 81  # t of the largest sigma of the teacher's noise, 80
+STEEPNESS = 4.0  # a of the exponential density exp(a t) whose sum with its mirror image is the U
+MARGIN = 1e-5  # between the U and the ends of [0, 1]
+
+
+class Draws(NamedTuple):
+    """All the randomness of one loss, one row an example; the noise is that of the coupling."""
+
+    times: torch.Tensor  # [b] uniforms in [0, 1), of t
+    second: torch.Tensor  # [b] uniforms: on which side of the U (re2_truncate), r / t (uniform)
+    interval: torch.Tensor  # [b] unit normals, of t - r (re2_truncate)
+    coin: torch.Tensor  # [b] uniforms: which rows are flow rows (flow_rows = coin)
+    drop: torch.Tensor  # [b] uniforms: which rows lose their label
+    omega: torch.Tensor  # [b] uniforms, of the guidance scale (omega_sampler = uniform)
+
+
+def draw(key, shape, cfg):
+    """Draw what the loss of a batch of the given shape (b c h w) needs.  The only random function."""
+    options = {"generator": key, "device": key.device}
+    uniform = {name: torch.rand(shape[:1], **options) for name in Draws._fields}
+    return Draws(**uniform | {"interval": torch.randn(shape[:1], **options)})
+
+
+def loss(net, batch, draws, cfg):
+    """MeanFlow objective along straight lines between paired noise and data.
+
+    net: (z, t, r, y) -> u, z and u of shape [b c h w], t, r, y of [b]; `net.num_classes` is the null label.
+    batch: 'image' [b c h w] in data units, 'noise' [b c h w] from which the teacher made it, 'label' [b] int.
+    cfg: `config.method`.
+    Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b c h w], err [b] (squared,
+    summed over a row), weight and row_loss [b] (of the mean over a row; 0 where noise and data are not nearer than
+    distance_clip).  No gradient flows through v_g, du_dt, target and weight.
+    Departs from the source: flow rows are a fixed share of the batch, the guidance scale is drawn for each row and not
+    for the step, and the mean is that of all rows, not of the near ones, so that no row depends on another.
+    """
+    x, noise = batch["image"], batch["noise"]
+    t, r = sample_times(draws, cfg)
+    z, v = path(x, noise, t, cfg)
+    y, _ = drop_labels(batch["label"], draws, net.num_classes, cfg)
+    rows = split_rows(len(y), cfg)
+    u_flow = flow_velocity(net, z, t, y, {}, rows)
+    v_g = guide(net, z, v, t, y, u_flow, rows, draws, cfg)
+    u, du_dt = average_velocity(net, z, v_g, t, r, y, {}, u_flow, rows)
+    target = (v_g - expand(t - r, v) * du_dt).detach()
+    err = sum_squares(u - target)
+    weight, row_loss = weigh(err / x[0].numel(), cfg)
+    near = is_near(x, noise, cfg)
+    aux = {
+        "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
+        "weight": torch.where(near, weight, 0), "row_loss": torch.where(near, row_loss, 0),
+    }  # fmt: skip
+    return aux["row_loss"].mean(), aux
+
+
+def sample_times(draws, cfg):
+    """Return t >= r, [b] each in [0, 1], t at most 80/81, and r = t on flow rows.
+
+    `re2_truncate`: t has a U-shaped density, much of it near both ends; t - r is logit-normal, r at least 0, and 0
+    where t > 0.8 and r < 0.4: what starts near noise and goes far, goes all the way.  `uniform`: t, and r below it.
+    """
+    if cfg.time_sampler == "uniform":
+        t = draws.times.clamp(max=TIME_MAX)
+        r = t * draws.second
+    else:
+        side = torch.log1p(draws.times * math.expm1(STEEPNESS)) / STEEPNESS
+        t = torch.where(draws.second < 0.5, side, 1 - side)
+        t = (MARGIN + (1 - 2 * MARGIN) * t).clamp(max=TIME_MAX)
+        r = (t - torch.sigmoid(draws.interval * cfg.interval_std + cfg.interval_mean)).clamp(min=0)
+        r = torch.where((t > 0.8) & (r < 0.4), 0, r)
+    return t, torch.where(is_flow(draws, cfg), t, r)
+
+
+@torch.no_grad()
+def guide(net, z, v, t, y, u_flow, rows, draws, cfg):
+    """Return the guided velocity v_g [b c h w]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), on rows without label too.
+
+    omega_sampler `uniform`: the effective scale w_pi of a row is uniform in [1, omega_max], w = max(1, w_pi - 1) and
+    k = 1 - w / w_pi.  `constant`: w = omega, k = kappa.
+    """
+    if not cfg.guidance:
+        return v
+    u_cond, u_null = conditional_and_null(net, z, t, y, torch.full_like(y, net.num_classes), {}, u_flow, rows)
+    w, k = (torch.full_like(t, a) for a in (cfg.omega, cfg.kappa))
+    if cfg.omega_sampler == "uniform":
+        w_pi = 1 + draws.omega * (cfg.omega_max - 1)
+        w = (w_pi - 1).clamp(min=1)
+        k = 1 - w / w_pi
+    w, k = expand(w, v), expand(k, v)
+    return w * v + k * u_cond + (1 - w - k) * u_null
+
+
+def is_near(x, noise, cfg):
+    """Return [b] bool: the rows whose mean squared distance from noise to data is below distance_clip; 0: all."""
+    return sum_squares(noise - x) < (cfg.distance_clip * x[0].numel() if cfg.distance_clip else math.inf)

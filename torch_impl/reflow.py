@@ -1,0 +1,71 @@
+"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset that both trainers read.
+
+    python torch_impl/reflow.py --teacher=runs/flow_torch --output=couplings --num_samples=100000
+    torchrun --nproc_per_node=8 torch_impl/reflow.py --teacher=teacher.safetensors \\
+        --config=configs/dmf_imagenet.py:sit_256 --labels=dataset --num_passes=2 --guidance=1.5 --output=couplings
+
+Run again with the same arguments to go on after a kill.  Then --config.data.name=couplings trains on them.  Several
+processes share the work, each on its own shards.
+"""
+
+import os
+
+import torch
+import torch.distributed as dist
+
+from configs.flags import run
+from evaluation import reflow
+from evaluation.logs import setup_logging
+from torch_impl import checkpoints, weights
+from torch_impl.devices import choose_device, start_torch
+from torch_impl.methods.reflow import Grid, couple, sigmas
+from torch_impl.step import build_net, put_batch
+
+
+def start(config):
+    """Return the number of this process and how many there are; from here on each works alone."""
+    start_torch(config.train.matmul_precision, config.train.num_threads)
+    place = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    return place
+
+
+def load(path, config):
+    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither."""
+    return checkpoints.read_weights(path, config.sample.ema)[1] if os.path.isdir(path) else weights.load(path)
+
+
+def make_coupler(models, grid, guidance):
+    """Return the coupler (noise [b h w c], labels [b]) -> images [b h w c] in data units, all numpy.
+
+    models: (config, canonical weights) of the teacher and perhaps of its guide.  grid: the fields of `Grid`.
+    Raises UserError for weights that do not fit, and for noise levels that do not fall.
+    """
+    grid, device = Grid(**grid), choose_device()
+    sigmas(grid)  # raises before anything is written
+    net, *guide = (_build(*model).to(device).eval() for model in models)
+
+    @torch.no_grad()
+    def coupler(noise, y):
+        batch = put_batch({"image": noise, "label": y}, device)
+        images = couple(net, batch["image"], batch["label"], grid, guidance, *guide)
+        return images.permute(0, 2, 3, 1).cpu().numpy()
+
+    return coupler
+
+
+def _build(config, canonical):
+    net = build_net(config)
+    net.load_state_dict(weights.from_canonical(net, canonical))
+    return net
+
+
+def main():
+    """Load, make couplings, write."""
+    setup_logging()
+    reflow.reflow(start, load, make_coupler)
+
+
+if __name__ == "__main__":
+    reflow.define_flags()
+    run(main)
