@@ -38,7 +38,8 @@ def get_config() -> Config:
 def data() -> Config:
     """What to learn: an image dataset by its TFDS name."""
     c = ml_collections.ConfigDict()
-    c.name = "digits"  # `digits` (embedded) or any TFDS image dataset with a label, e.g. mnist, cifar10
+    c.name = "digits"  # `digits` (embedded) or any TFDS image dataset with a label, e.g. mnist, cifar10,
+    # or the directory of a prepared one, such as couplings
     c.split = "train"  # TFDS split to train on
     c.dir = ""  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.flip = False  # mirror each image left-right with probability 0.5
@@ -139,15 +140,12 @@ def method() -> Config:
     c.time_order = "sorted"  # t, r: sorted (larger, smaller) | truncated (first, second but at most the first)
     c.interval_mean = -0.8  # rectified, re2_truncate: mean of the normal under the logistic, of t - r
     c.interval_std = 1.0  # its standard deviation
-    c.flow_rows = (
-        "split"  # meanflow, improved, rectified: r = t on: split (static, cheapest) | front | coin (each by chance)
-    )
-    c.flow_fraction = 0.75  # meanflow, improved, rectified: share of rows with r = t, in [0, 1]
+    # meanflow, improved, rectified:
+    c.flow_rows = "split"  # r = t on: split (a static share, cheapest) | front (the first rows) | coin (each by chance)
+    c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
     c.label_drop_prob = 0.1  # probability of losing it
-    c.guidance = (
-        True  # meanflow, improved, rectified: learn a guided velocity; improved: of every scale, else of 1 alone
-    )
+    c.guidance = True  # meanflow, improved, rectified: a guided velocity; improved: of every scale, else of 1 alone
     c.guidance_type = "mg"  # decoupled: default (none) | mg (by the model itself) | distill (from a frozen teacher)
     c.teacher = ""  # decoupled, distill: a flow model, its work directory or, of this model's sizes, its .safetensors
     c.omega = 1.0  # w.  meanflow: v_g = w v + k u(y) + (1-w-k) u(no class), an effective scale of w / (1-k)
@@ -162,9 +160,8 @@ def method() -> Config:
     c.stage1_steps = 0  # rectified: steps of the first of two stages; 0: one stage, guided as `guidance` says
     c.stage_order = "plain_first"  # rectified: plain_first (then guided, official code) | guided_first (paper's text)
     c.distance_clip = 0.0  # rectified: learn only pairs whose mean squared distance is below; 0: all
-    c.weighting = (
-        "adaptive"  # meanflow, improved, rectified, of an error: adaptive | adaptive_squared (reproduction) | uniform
-    )
+    # meanflow, improved, rectified, of an error (rectified: of its mean over a row):
+    c.weighting = "adaptive"  # adaptive | adaptive_squared (reproduction) | uniform
     c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
     c.adaptive_eps = 0.01  # eps; decoupled: in log(error / variance + eps)
     c.log_variance_pairs = "row"  # decoupled: of a log-variance: row | all (official, by accident; of a micro-batch)
@@ -214,6 +211,7 @@ def sample() -> Config:
     c.times = ()  # times from 1 down to 0 instead, e.g. (1.0, 0.5, 0.0)
     c.shift = 1.0  # s: uniform times t become s t / (1 + (s - 1) t); above 1 spends more steps on noise
     c.sampler = "euler"  # flow models: euler | heun | sde; all others: euler | restart (to 0, and noise anew) | ctm
+    # | velocity (Euler by u(z, t, t))
     c.gamma = 0.5  # ctm: 0 is euler, 1 is restart, in between a part of the noise is drawn anew
     c.diffusion = "sigma"  # sde: 2 sigma(t) | elbo, 2 sigma (sigma' - sigma alpha'/alpha), infinite at t = 1
     c.diffusion_scale = 1.0  # sde: factor of the coefficient; 0 is euler

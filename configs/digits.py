@@ -13,8 +13,10 @@ imf           improved MeanFlow made small, 0.3 M parameters; the guidance scale
 flow          flow matching, 0.7 M parameters, which takes many steps: from 8 on a Fréchet distance near 1
 dmf           decoupled MeanFlow of the same network, from it by --config.train.load_from=runs/flow.  In one step: class
               accuracy 0.998 and a Fréchet distance near 1, in four steps 0.67
-edm2_flow     EDM2's network as a flow model: the teacher of `remeanflow`
-remeanflow    Re-MeanFlow of the same network, from couplings of the teacher and its time embeddings (README)
+edm2_flow     EDM2's network as a flow model, 0.4 M parameters: the teacher of `remeanflow`.  In 16 steps of Heun a
+              Fréchet distance near 0.6
+remeanflow    Re-MeanFlow of the same network, from couplings of the teacher and its time embeddings (README).  In one
+              step: class accuracy 0.99 and a Fréchet distance near 2.3, in four steps 1.2
 """
 
 from configs import base

@@ -10,6 +10,10 @@
     python -m jax_impl.main --config=configs/remeanflow_imagenet.py:512 --config.data.name=couplings \\
         --config.train.load_from=start.safetensors --workdir=runs/remeanflow_512
 
+Latents are EDM2's: of the Stable Diffusion VAE on images in [0, 1], (raw - mean) / deviation / 2 a channel, with means
+5.81, 3.25, 0.12, -2.15 and deviations 4.17, 4.62, 3.71, 3.28.  Labels count the sorted synsets; TFDS's own
+imagenet_resized counts them in another order, so that its labels are not those of released networks.
+
 64, 512              the student: published FID in one step 2.87, 3.03
 teacher_64, _512     EDM2-S as released, a flow model
 guide_64, _512       EDM2-XS as released, its autoguidance network
@@ -19,6 +23,7 @@ from configs import base
 
 #        input channels
 DATA = {"64": (64, 3), "512": (64, 4)}
+REAL = {"64": "imagenet_64", "512": "imagenet_edm2_latents"}  # TFDS names of your own, with EDM2's labels
 WIDTHS = {"teacher": 192, "guide": 128}  # EDM2-S and EDM2-XS
 VARIANTS = (*DATA, *(f"{kind}_{size}" for kind in WIDTHS for size in DATA))
 STAGE1_STEPS = 50_000  # half of the run: where the published one changes its stage is in none of our sources
@@ -39,7 +44,7 @@ def get_config(variant: str = "512") -> base.Config:
     if kind:
         released(config, size)
     else:
-        student(config)
+        student(config, size)
     config.train.sample_every = config.train.checkpoint_every = 10_000
     config.sample.batch_size = 64
     config.evaluation.num_samples = 50_000
@@ -49,15 +54,17 @@ def get_config(variant: str = "512") -> base.Config:
 
 def released(config: base.Config, size: str) -> None:
     """Make it a released network of EDM2: of one time, with its log-variance."""
-    config.data.name = "imagenet_latents" if size == "512" else "imagenet_resized/64x64"
+    config.data.name = REAL[size]
     config.model.update(interval_embedder=False, logvar_channels=128)
+    config.model.compute_dtype = "float32"  # what rounding does to couplings stays in them
     config.method.name = "flow"
     config.sample.update(steps=32, sampler="heun")
 
 
-def student(config: base.Config) -> None:
+def student(config: base.Config, size: str) -> None:
     """Make it Re-MeanFlow, from couplings and from fitted time embeddings."""
-    config.data.name = "imagenet_couplings"  # the directory of the couplings
+    config.data.name = "couplings"  # their directory
+    config.evaluation.dataset = REAL[size]
     config.method.update(name="rectified", time_sampler="re2_truncate", interval_mean=-0.8, interval_std=1.0)
     config.method.update(flow_fraction=0.75, omega_sampler="uniform", omega_max=2.5, distance_clip=0.87)
     config.method.update(adaptive_power=0.5, adaptive_eps=1e-2, stage1_steps=STAGE1_STEPS, stage_order="plain_first")

@@ -6,6 +6,7 @@ import os
 import pathlib
 
 import ml_collections
+from absl import logging
 
 from configs import base, rules
 from configs.errors import UserError
@@ -56,6 +57,12 @@ def check_trainable(config: base.Config) -> None:
             "config.model.v_heads is False: without the head of v, which released weights leave out, a network can "
             "sample but not be trained"
         )
+    c = config.method
+    if c.name == "rectified" and c.stage1_steps >= config.train.steps:
+        logging.warning(
+            "all of config.train.steps %d are in the first stage (config.method.stage1_steps %d)",
+            config.train.steps, c.stage1_steps,
+        )  # fmt: skip
     if config.model.name == "edm2" and config.model.logvar_channels:
         raise UserError(
             f"config.model.logvar_channels is {config.model.logvar_channels}: no method here trains EDM2's "

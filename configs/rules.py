@@ -62,6 +62,7 @@ RANGES = {
     "method.label_drop_prob": (0, 1),
     "method.kappa": (0, 1),
     "method.omega_max": (1, None),
+    "method.interval_std": (0, None),
     "method.stage1_steps": (0, None),
     "method.distance_clip": (0, None),
     "train.steps": (1, None),
@@ -175,8 +176,8 @@ def check_unet(config: base.Config) -> None:
 def check_edm2(config: base.Config) -> None:
     """Raise UserError for what no U-Net of EDM2 can be, or that its preconditioning does not hold for."""
     check_levels(config)
-    if not config.model.sigma_data > 0:
-        raise UserError(f"config.model.sigma_data is {config.model.sigma_data}; it must be above 0")
+    if not 0 < config.model.sigma_data < math.inf:
+        raise UserError(f"config.model.sigma_data is {config.model.sigma_data}; it must be a number above 0")
     if config.method.path != "linear":
         raise UserError("config.model.name is edm2, whose preconditioning is that of config.method.path=linear")
 

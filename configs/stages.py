@@ -28,4 +28,5 @@ def stage(config: base.Config, guidance: bool) -> base.Config:
 
 def stage_at(config: base.Config, step: int) -> int:
     """Return the number of the stage to which the step after `step` steps belongs."""
-    return int(len(stages(config)) > 1 and step >= config.method.stage1_steps)
+    c = config.method
+    return int(c.name == "rectified" and 0 < c.stage1_steps <= step)

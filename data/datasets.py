@@ -27,6 +27,10 @@ DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
 
+class NoDatasetError(UserError):
+    """There is no dataset of a name."""
+
+
 class Extra(NamedTuple):
     """A feature that each record is to have beside `image` and `label`."""
 
@@ -81,7 +85,10 @@ def open_source(name: str, split: str, directory: str, extra: Extra | None = Non
     Raises UserError: unknown name or split, no `image` or `label`, no such `extra` or one of another shape, stored in a
         format without random access, download impossible, directory not writable, disk full.
     """
-    builder = _open(name, directory)
+    try:
+        builder = _open(name, directory)
+    except NoDatasetError as error:
+        raise UserError(f"{error}  {extra.remedy[0].upper()}{extra.remedy[1:]}" if extra else str(error)) from error
     _check(builder, name, split)
     if extra:
         _check_extra(builder, name, extra)
@@ -122,9 +129,11 @@ def _find_builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
     try:
         return tfds.builder(name, data_dir=data_dir)
     except tfds.core.DatasetNotFoundError as error:
+        if os.sep in name:
+            raise NoDatasetError(f"{name} (config.data.name) is not the directory of a dataset.") from error
         close = difflib.get_close_matches(name, tfds.list_builders(with_community_datasets=False), cutoff=0.7)
         hint = f"did you mean {' or '.join(close)}?" if close else "see https://www.tensorflow.org/datasets/catalog"
-        raise UserError(
+        raise NoDatasetError(
             f"no dataset {name!r} (config.data.name): {hint}  A builder of your own is known once the config file "
             "imports its module."
         ) from error

@@ -124,6 +124,8 @@ def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any
             count += 1
         with _writing(layout.directory):
             writer.close()
+            with open(path, "rb") as file:  # on the disk before it is there by name, should the machine stop
+                os.fsync(file.fileno())
             path.replace(final)
     return count
 
@@ -152,11 +154,14 @@ def _complete(layout: Layout, metadata: Any) -> None:
 
 
 def _num_records(shard: pathlib.Path) -> int:
-    reader = array_record_module.ArrayRecordReader(str(shard))
     try:
-        return reader.num_records()
-    finally:
-        reader.close()
+        reader = array_record_module.ArrayRecordReader(str(shard))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{shard} is damaged ({error}): delete it, and run the command again") from error
 
 
 def _template(layout: Layout) -> tfds.core.ShardedFileTemplate:
@@ -172,8 +177,13 @@ def _create(path: pathlib.Path, text: str) -> None:
     """Write a file, whole at once, unless it is there already; of several processes the first one does."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     unfinished.write_text(text)
-    with contextlib.suppress(FileExistsError):
+    try:
         os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(text)
     unfinished.unlink()
 
 

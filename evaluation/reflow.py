@@ -17,6 +17,7 @@ from data import couplings, datasets
 
 SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
 GRID = ("steps", "sigma_min", "sigma_max", "rho")  # flags of the sampler
+EDM2_SIGMA_MAX = 80.0  # the largest noise level that its networks are told
 ALIKE = ("model.input_size", "model.channels", "model.num_classes")  # of teacher and guide
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
@@ -68,6 +69,8 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     if not f.output:
         raise UserError("--output is missing: name the directory of the couplings")
     configs = read_configs()
+    if f.sigma_max > EDM2_SIGMA_MAX and any(config.model.name == "edm2" for config in configs):
+        raise UserError(f"--sigma_max is {f.sigma_max}; a network of EDM2 knows no noise above {EDM2_SIGMA_MAX:g}")
     process, num_processes = start(configs[0])
     models = [Model(config, load(path, config)) for path, config in zip((f.teacher, f.guide), configs, strict=False)]
     plan, grid = make_plan(configs[0]), {name: f[name].value for name in GRID}

@@ -20,6 +20,7 @@ from evaluation import reflow
 TIME_MIN, TIME_MAX = 1 / 501, 80 / 81  # of the times at which embeddings are compared, as in the official code
 NUM_TIMES = 20_000  # pairs of times that the exact fit sees, and as many others that the error is measured on
 ROUNDS, BISECTIONS = 50, 100  # of the exact fit: later rounds gain less than 1 %
+ADAM = {"steps": 10_000, "batch_size": 1024, "learning_rate": 1e-3}  # the official ones, but for the batch
 ONE, TWO = "unet.emb_noise.weight", ("unet.emb_noise_t.weight", "unet.emb_noise_r.weight")
 LOG_VARIANCE = "logvar_"  # canonical names of what only EDM2's own training uses begin so
 
@@ -34,9 +35,9 @@ def define_flags() -> None:
     flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
     flags.DEFINE_string("output", "", "The .safetensors to write, for --config.train.load_from.")
     flags.DEFINE_enum("fit", "exact", ["exact", "adam"], "exact: least squares; adam: by gradient, as official code.")
-    flags.DEFINE_integer("steps", 10_000, "Steps of adam.", lower_bound=1)
-    flags.DEFINE_integer("batch_size", 1024, "Pairs of times of a step of adam.", lower_bound=1)
-    flags.DEFINE_float("learning_rate", 1e-3, "Of adam.")
+    flags.DEFINE_integer("steps", None, f"Steps of adam; default: {ADAM['steps']}.", lower_bound=1)
+    flags.DEFINE_integer("batch_size", None, f"Pairs of times of a step; {ADAM['batch_size']}.", lower_bound=1)
+    flags.DEFINE_float("learning_rate", None, f"Of adam; default: {ADAM['learning_rate']}.")
     flags.DEFINE_integer("seed", 0, "Of the times.", lower_bound=0)
 
 
@@ -56,21 +57,29 @@ def time_embedding(
     f = flags.FLAGS
     if not f.output.endswith(".safetensors"):
         raise UserError(f"--output is {f.output!r}; name the .safetensors to write")
+    given_options = {name: f[name].value for name in ADAM if f[name].value is not None}
+    if given_options and f.fit != "adam":
+        raise UserError(f"--{next(iter(given_options))} is for --fit=adam, and --fit is {f.fit}")
+    if f.workdir:
+        raise UserError("--workdir is for training and sampling: name the flow model by --teacher")
     teacher = reflow.read_config("teacher", f.teacher, "config", config_flag(), f.ema)
-    given = load(f.teacher, teacher)
-    config = two_times(teacher)
+    given, config = load(f.teacher, teacher), two_times(teacher)
+    options: dict[str, Any] = {**ADAM, **given_options}
+    if ONE not in given:
+        raise UserError(f"--teacher {f.teacher} has no {ONE}: it is not of a network of one time")
     weights, rng = start(given), np.random.default_rng(f.seed)
     if f.fit == "exact":
         t, r = draw_times(rng, NUM_TIMES)
         fitted = fit_exactly(given["unet.emb_fourier.freqs"], given["unet.emb_fourier.phases"], given[ONE], t, r)
         weights |= dict(zip(TWO, fitted, strict=True))
     else:
-        times = np.stack([draw_times(rng, f.batch_size) for _ in range(f.steps)])
-        weights, _ = fit(config, weights, teacher, given, times, f.learning_rate)
+        times = np.stack([draw_times(rng, options["batch_size"]) for _ in range(options["steps"])])
+        weights, _ = fit(config, weights, teacher, given, times, options["learning_rate"])
+    save(f.output, weights, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
+    weights = load(f.output, config)  # what the trainer will read
     left = error(config, weights, teacher, given, *draw_times(rng, NUM_TIMES))
     before = error(config, start(given), teacher, given, *draw_times(rng, NUM_TIMES))
     logging.info("mean squared error of the embedding, whose entries have variance 1: %.4f, before %.4f", left, before)
-    save(f.output, weights, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
     print(f"{f.output}: error {left:.4f}")
 
 
@@ -120,7 +129,7 @@ def fit_exactly(
         w_t = unit_least_squares(t_t, t_y - t_r @ w_r)
         w_r = unit_least_squares(r_r, r_y - t_r.T @ w_t)
     scale = np.sqrt(len(freqs))  # entries of variance 1, as fresh ones
-    return tuple((scale * w.T).astype(np.float32) for w in (w_t, w_r))
+    return np.array(scale * w_t.T, np.float32, order="C"), np.array(scale * w_r.T, np.float32, order="C")
 
 
 def unit_least_squares(gram: np.ndarray, moment: np.ndarray) -> np.ndarray:

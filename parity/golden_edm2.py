@@ -230,21 +230,20 @@ def teacher_sample(fixture, case: str, measure: Measure) -> None:
     noise, y = images(fixture, "sample", "noise", "y")
     for (name, f, net), (_, _, guide) in zip(nets(fixture, False)[1], guides(fixture), strict=True):
         guidance = () if match[2] else (fixture.config["guidance"], guide)
-        got = f.couple(net, noise, y, grid(f, fixture, int(match[1])), *guidance)
+        got = f.couple(net, noise, y, grid(fixture, int(match[1])), *guidance)
         measure.compare(name, "samples", got, nhwc(fixture.get(f"out/sample/{case}")), BOUND)
 
 
-def grid(f, fixture, steps: int):
-    """Return the noise levels' settings."""
-    c = fixture.config
-    return f.Grid(steps, c["sigma_min"], c["sigma_max"], c["rho"])
+def grid(fixture, steps: int) -> dict:
+    """Return the options of the noise levels."""
+    return {"steps": steps} | {key: fixture.config[key] for key in ("sigma_min", "sigma_max", "rho")}
 
 
 def levels(fixture, measure: Measure) -> None:
     """The noise levels of couplings, heunN."""
     for case, want in fixture.under("out/tsteps/").items():
         for name, f in FRAMEWORKS.items():
-            got = np.array(f.sigmas(grid(f, fixture, int(case.removeprefix("heun")))))
+            got = np.array(f.sigmas(grid(fixture, int(case.removeprefix("heun")))))
             measure.compare(name, case, got, want, BOUND)
 
 

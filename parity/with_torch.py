@@ -230,19 +230,21 @@ def denoise(net, x, sigma, y):
 
 @torch.no_grad()
 def couple(net, noise, y, grid, guidance=1.0, guide=None):
-    """Return the samples [b h w c] that a flow model makes of noise.  guide: its autoguidance network."""
+    """Return the samples [b h w c] that a flow model makes of noise.
+
+    grid: options of the noise levels, by name.  guide: its autoguidance network.
+    """
     noise, y = _arrays(net, (noise, y))
-    return _to_numpy(reflow.couple(net, noise, y, grid, guidance, guide))
+    return _to_numpy(reflow.couple(net, noise, y, reflow.Grid(**grid), guidance, guide))
 
 
 def sigmas(grid):
-    """Return the noise levels of couplings."""
-    return reflow.sigmas(grid)
+    """Return the noise levels of couplings.  grid: their options, by name."""
+    return reflow.sigmas(reflow.Grid(**grid))
 
 
 def fit_times(net, config, teacher, teacher_config, times, learning_rate):
     """Return canonical weights whose time embeddings are fitted to a teacher's, and losses.  times: [steps 2 b]."""
-    times = np.asarray(times, np.float32)
     return time_embedding.fit(config, canonical(net), teacher_config, canonical(teacher), times, learning_rate)
 
 

@@ -184,7 +184,7 @@ def measure(loss, aux):
     """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
 
     raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
-    are the JVP's.  projection: the term of REPA.
+    are the JVP's.  projection: the term of REPA.  kept: the share of couplings that are near enough to be learnt.
     """
     scalars = {"loss": loss, "raw_error": aux["err"].mean()}
     if "du_dt" in aux:
@@ -203,7 +203,7 @@ def measure(loss, aux):
         scalars["raw_error_flow_rows"] = aux["err_flow"].mean()
     if "err_v" in aux:
         scalars["raw_error_v"] = aux["err_v"].mean()
-    return scalars | {name: aux[name] for name in ("projection",) if name in aux}
+    return scalars | {name: aux[name] for name in ("projection", "kept") if name in aux}
 
 
 def make_train_step(config, draw=None):

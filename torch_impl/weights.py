@@ -59,10 +59,10 @@ def adopt(net, params, weights):
     are named in a message.  All else must fit, see `from_canonical`.
     """
     own = to_canonical(net, params)
-    if "unet.emb_noise_r.weight" in own.keys() - weights.keys():
+    if "unet.emb_noise_r.weight" in own.keys() - weights.keys() and "unet.emb_noise.weight" in weights:
         raise UserError(
             "the weights to start from are of an EDM2 network of one time, and this one is told two: fit its time "
-            "embeddings first (python -m torch_impl.time_embedding), and start from what that writes"
+            "embeddings first (python torch_impl/time_embedding.py), and start from what that writes"
         )
     added = sorted(name for name in own.keys() - weights.keys() if name.startswith(ADDED))
     unused = sorted(name for name in weights.keys() - own.keys() if name.startswith(UNUSED))
@@ -89,7 +89,8 @@ def check_shape(name, given, expected):
 def save(path, weights, metadata):
     """Write canonical weights and text metadata {str: str} as safetensors.  Raises UserError if it cannot."""
     try:
-        save_file(dict(weights), path, metadata=metadata)
+        # In C order: safetensors writes an array as it lies in memory, whatever its order, without an error.
+        save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 

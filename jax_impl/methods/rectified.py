@@ -13,9 +13,8 @@ from jax.lax import stop_gradient
 
 from jax_impl.methods.common import drop_labels, expand, is_flow, path, split_rows, sum_squares, weigh
 from jax_impl.methods.meanflow import average_velocity, conditional_and_null, flow_velocity
-from jax_impl.methods.samplers import flow_map_steps as sampling_steps
+from jax_impl.methods.samplers import flow_map_steps, integrate
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
-from jax_impl.methods.samplers import sample_flow_map as sample
 
 __all__ = ["Draws", "draw", "loss", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
 
@@ -50,7 +49,7 @@ def loss(net, batch, draws, cfg):
     cfg: `config.method`.
     Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b h w c], err [b] (squared,
     summed over a row), weight and row_loss [b] (of the mean over a row; 0 where noise and data are not nearer than
-    distance_clip).  No gradient flows through v_g, du_dt, target and weight.
+    distance_clip, of which `kept` is the share that is).  No gradient flows through v_g, du_dt, target and weight.
     Departs from the source: flow rows are a fixed share of the batch, the guidance scale is drawn for each row and not
     for the step, and the mean is that of all rows, not of the near ones, so that no row depends on another.
     """
@@ -70,7 +69,7 @@ def loss(net, batch, draws, cfg):
         "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
         "weight": jnp.where(near, weight, 0), "row_loss": jnp.where(near, row_loss, 0),
     }  # fmt: skip
-    return aux["row_loss"].mean(), aux
+    return aux["row_loss"].mean(), aux | ({"kept": near.mean(dtype=err.dtype)} if cfg.distance_clip else {})
 
 
 def sample_times(draws, cfg):
@@ -112,3 +111,16 @@ def guide(net, z, v, t, y, u_flow, rows, draws, cfg):
 def is_near(x, noise, cfg):
     """Return [b] bool: the rows whose mean squared distance from noise to data is below distance_clip; 0: all."""
     return sum_squares(noise - x) < (cfg.distance_clip * x[0].size if cfg.distance_clip else jnp.inf)
+
+
+def sampling_steps(cfg):
+    """Return the steps of `flow_map_steps`, but the network is told no time beyond 80/81, for it has learnt none.
+
+    Full noise in one step is then n - u(n, 80/81, 0), as Xinxi-Zhang/Re-MeanFlow, meanflow.py, sample_one_step.
+    """
+    return [s._replace(t=min(s.t, TIME_MAX), to=min(s.to, TIME_MAX)) for s in flow_map_steps(cfg)]
+
+
+def sample(net, noise, y, given, cfg):
+    """Carry noise to data in the steps of `sampling_steps(cfg)`; see `integrate`."""
+    return integrate(net, noise, y, given, cfg, sampling_steps(cfg))

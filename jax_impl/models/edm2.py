@@ -31,7 +31,8 @@ unit_normal = nnx.initializers.normal(1.0)
 def normalize(x, axes, eps=1e-4):
     """Divide x by its root mean square over `axes`, but for eps; in float32 at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return x / (eps + jnp.sqrt(jnp.square(x).mean(axes, keepdims=True)))
+    square = jnp.square(x).mean(axes, keepdims=True)
+    return x / (eps + jnp.sqrt(jnp.where(square == 0, 1, square)))  # at zero, too, it has a derivative
 
 
 def mp_silu(x):

@@ -251,7 +251,11 @@ def test_only_couplings_have_noise(coupled):
             "'digits'.* 'noise', only image, label: .*jax_impl.reflow.*torch_impl/reflow.py.*--config.data.name",
         ),
         ({"model.input_size": 4}, r"'noise'.*floating of shape \(4, 4, 1\)"),
-        ({"data.augment.prob": 0.1}, "not the `noise` stored beside them: set --config.data.augment.prob=0$"),
+        (
+            {"data.name": "runs/none"},
+            "runs/none .* is not the directory of a dataset.  Config.method.name=rectified learns",
+        ),
+        ({"data.augment.prob": 0.1}, "not the `noise` stored beside them, .*: set --config.data.augment.prob=0$"),
     ],
 )
 def test_couplings_that_are_not_there_or_do_not_fit(coupled, change, words):

@@ -179,7 +179,10 @@ def command(parse_flags, monkeypatch, teacher):
             heard["errors"].append((weights, t))
             return 0.25
 
-        time_embedding.time_embedding(lambda path, config: dict(teacher), save, fit, error)
+        def load(path, config):
+            return heard["saved"] if path == "b.safetensors" else dict(teacher)  # what was written is read again
+
+        time_embedding.time_embedding(load, save, fit, error)
         return heard
 
     return run
@@ -218,6 +221,7 @@ def test_the_command_fits_by_adam_as_the_flags_say(command, teacher, monkeypatch
     ("argv", "changes", "words"),
     [
         (["--output=b.npz"], {}, "--output is 'b.npz'; name the .safetensors to write"),
+        (["--steps=7"], {}, "--steps is for --fit=adam, and --fit is exact"),
         (["--output="], {}, "--output is ''"),
         ([], {"model.interval_embedder": True, "method.name": "rectified", "method.time_sampler": "re2_truncate",
               "sample.sampler": "euler"}, "--teacher a.safetensors is of config.method.name rectified"),

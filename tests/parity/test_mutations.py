@@ -324,7 +324,7 @@ def test_an_interval_that_stops_short_of_the_data(framework, monkeypatch, capsys
 def test_far_couplings_that_are_learnt(framework, monkeypatch, capsys):
     near = RECTIFIED[framework].is_near
     monkeypatch.setattr(RECTIFIED[framework], "is_near", lambda x, noise, cfg: near(x, noise, cfg) | True)
-    out = expect_failure(capsys, "float64/dit/rectified", "float64/dit/rectified")
+    out = expect_failure(capsys, "float64/dit/remeanflow_clip", "float64/dit/remeanflow_clip")
     assert f"{framework} weight (formula)" in out and f"{framework} grad (formula)" in out
 
 

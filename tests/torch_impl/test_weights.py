@@ -194,7 +194,7 @@ def test_edm2_starts_without_what_only_its_own_training_or_a_teacher_uses(caplog
         "of the weights to start from, logvar_fourier.freqs, logvar_fourier.phases, logvar_linear.weight are left out"
     ]
     net, params, _ = edm2_network(interval_embedder=True)
-    with pytest.raises(UserError, match=r"this one is told two: fit its time embeddings .*torch_impl\.time_embedding"):
+    with pytest.raises(UserError, match=r"this one is told two: fit its time embeddings .*torch_impl/time_embedding"):
         weights.adopt(net, params, given)
     fitted = given | {f"unet.emb_noise_{time}.weight": given["unet.emb_noise.weight"] for time in "tr"}
     assert weights.adopt(net, params, fitted).keys() == fitted.keys() - {"unet.emb_noise.weight"}

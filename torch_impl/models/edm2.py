@@ -29,7 +29,8 @@ MAX_ACTIVATION = 256.0
 def normalize(x, axes, eps=1e-4):
     """Divide x by its root mean square over `axes`, but for eps; in float32 at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
-    return x / (eps + x.square().mean(axes, keepdim=True).sqrt())
+    square = x.square().mean(axes, keepdim=True)
+    return x / (eps + torch.where(square == 0, 1, square).sqrt())  # at zero, too, it has a derivative
 
 
 def mp_silu(x):
