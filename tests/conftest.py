@@ -245,6 +245,8 @@ def parse_flags():
     """Return a function (define, *argv) that has `define()` define flags and parses them, for one test."""
     from absl import flags
 
+    import configs.flags  # noqa: F401  it defines flags once, which must not go with those of a test
+
     before = set(flags.FLAGS)
 
     def parse(define, *argv):

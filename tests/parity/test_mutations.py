@@ -134,14 +134,14 @@ def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
 
 
 def test_a_second_time_that_is_not_cut_off(framework, monkeypatch, capsys):
-    method = COMMON[framework]
+    method = METHODS[framework]
     original = method.sample_times
 
     def as_drawn(draws, cfg):
         second = ml_collections.ConfigDict(cfg)
         second.time_mean, second.time_std = (cfg.time_mean[1],) * 2, (cfg.time_std[1],) * 2
         (t, _), (r, _) = original(draws, cfg), original(draws._replace(times=draws.times[:, [1, 1]]), second)
-        flow = method.is_flow(draws, cfg)
+        flow = COMMON[framework].is_flow(draws, cfg)
         return t, flow * t + ~flow * r
 
     monkeypatch.setattr(method, "sample_times", as_drawn)
