@@ -120,6 +120,6 @@ def test_no_output_or_a_work_directory(given, monkeypatch):
     given("--num_samples=1")
     with pytest.raises(UserError, match="--output is missing"):
         reflow.reflow(None, None, None)
-    monkeypatch.setattr(flags.FLAGS, "workdir", "runs/digits")
+    monkeypatch.setattr(flags.FLAGS["workdir"], "value", "runs/digits")
     with pytest.raises(UserError, match="--workdir is for training and sampling"):
         reflow.read_configs()
