@@ -13,6 +13,7 @@ import os
 
 import jax
 import numpy as np
+from absl import flags
 from flax import nnx
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
@@ -28,6 +29,12 @@ from jax_impl.step import abstract_net
 
 def start(config):
     """Return the number of this process and how many there are; from here on each works alone."""
+    f = flags.FLAGS
+    if f.coordinator:  # the flags say all there is to know
+        place = f.process, f.num_processes
+        f["coordinator"].value = None
+        start_jax(config)
+        return place
     start_jax(config)
     place = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
@@ -36,7 +43,14 @@ def start(config):
 
 def load(path, config):
     """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither."""
-    return checkpoints.read_weights(path, config.sample.ema)[1] if os.path.isdir(path) else weights.load(path)
+    if not os.path.isdir(path):
+        return weights.load(path)
+    if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
+        raise UserError(
+            f"{path} is a work directory, whose checkpoint --distributed processes cannot read one by one: make it a "
+            ".safetensors by parity/convert.py, and name that with its --config"
+        )
+    return checkpoints.read_weights(path, config.sample.ema)[1]
 
 
 def make_coupler(models, grid, guidance):
