@@ -54,7 +54,8 @@ def compare_initial(measure: Measure, config, want: dict) -> None:
 
     Constants exactly but for rounding; random weights of n entries statistically, the errors being shares of the
     official standard deviation or range: means within 12 standard errors, standard deviations within 5 % (6 standard
-    errors if that is more), the range of uniforms within 5 %, that of normals, whose tails are rare, within 50 %.
+    errors if that is more), the range of uniforms within 5 %, that of normals, whose tails are rare, within 50 %,
+    both more for few entries.
     """
     for framework, f in FRAMEWORKS.items():
         drawn = f.fresh_weights(config, SEEDS)
@@ -88,12 +89,14 @@ def deviation(pooled: np.ndarray, want: np.ndarray) -> list[tuple[float, float]]
     if not want[1]:
         return [(np.inf, 1.0)] * 3  # the official one is constant
     error = 6 / np.sqrt(pooled.size)
+    num = max(pooled.size / 4, 2)
     uniform = (want[3] - want[2]) / want[1] < 2 * UNIFORM
     spread = max(abs(low - want[2]), abs(high - want[3])) / (want[3] - want[2]) * 2
     return [
         (abs(mean - want[0]) / want[1], 2 * error),
         (abs(std / want[1] - 1), max(0.05, error)),
-        # The ends of few entries vary more: the least of n uniforms is 1/n of the range away from its end, and the
-        # official networks may be a quarter as many as ours.
-        (spread, max(0.05, 100 / pooled.size) if uniform else (0.5 if pooled.size > 20_000 else 1.0)),
+        # The ends of few entries vary more, and the official networks may be a quarter as many as ours.  Of n uniforms
+        # the least is about 1/n of the range away from its end; of n normals the largest is near sqrt(2 log n) and
+        # exceeds that by x / sqrt(2 log n) with probability exp(-x), of which x = 10 is allowed.
+        (spread, max(0.05, 100 / pooled.size) if uniform else max(0.5, (np.log(4) + 10) / (2 * np.log(num)))),
     ]
