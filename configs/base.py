@@ -26,6 +26,7 @@ def get_config() -> Config:
     config.name = "base"  # shown in logs and in the work directory
     config.seed = 0  # initial weights, order of the data, every draw of training
     config.data = data()
+    config.latents = latents()
     config.model = model()
     config.method = method()
     config.train = train()
@@ -70,6 +71,17 @@ def augment() -> Config:
     c.lumaflip = 0.0  # mirror brightness, half of the time
     c.hue = 0.0  # turn colours around the grey axis
     c.saturation = 0.0  # scale colours away from the grey axis
+    return c
+
+
+def latents() -> Config:
+    """What the data are, if they are latents of images; `configs/latents.py` has the conventions of the systems."""
+    c = ml_collections.ConfigDict()
+    c.vae = ""  # the autoencoder that decodes samples: a directory as diffusers saves it, or a name on the Hugging Face
+    # hub; empty: samples stay as they are
+    c.shift = ()  # data units are (raw - shift) * scale: one number, or one a channel; (): as the dataset says
+    c.scale = ()
+    c.pixels = "symmetric"  # what the autoencoder reads and writes: symmetric [-1, 1] | unit [0, 1]
     return c
 
 
@@ -232,5 +244,11 @@ def evaluation() -> Config:
     c.dataset = ""  # real images to compare with; empty: data.name
     c.split = "train"  # the split of them
     c.classifier = True  # score class accuracy under an SVM trained on the real images (small images only)
+    c.metrics = ()  # of decoded images: fid | is | kid | pr (precision, recall) | fd_dinov2; (): those of the data
+    # themselves, the Fréchet distance of their raw values and class accuracy, which small data allow
+    c.reference = ""  # of fid, kid, pr, fd_dinov2: statistics of real images, .npz or EDM2's .pkl; evaluate makes them
+    c.inception = ""  # of fid, is, kid, pr: Inception's weights, .safetensors that parity/convert.py makes
+    c.convention = "torch_fidelity"  # how images reach Inception: torch_fidelity | jax_meanflow | pytorch_fid
+    c.dino = "facebook/dinov2-large"  # of fd_dinov2: a directory as transformers saves it, or a name on the hub
     c.every_ema = False  # during training, judge every one of train.ema_decays, not only that of sample.ema
     return c

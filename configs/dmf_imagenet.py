@@ -9,6 +9,7 @@ projectors, made canonical by parity/convert.py.
 """
 
 from configs import base
+from configs.latents import CONVENTIONS
 
 STEPS_PER_EPOCH = 1_281_167 // 256  # ImageNet's training images at batch 256, the last partial batch dropped
 FLOW_EPOCHS = 800  # the longest run of REPA; how long DMF's own flow models were trained is not published
@@ -29,7 +30,10 @@ def get_config(variant: str = "dmf_256") -> base.Config:
     input_size, interval, steps = VARIANTS[variant]
     config = base.get_config()
     config.name = f"dmf_imagenet:{variant}"
-    config.data.name = "imagenet_latents"  # a TFDS name; latents of the Stable Diffusion VAE, for sit_ with `features`
+    # The directory that an encode command wrote; for sit_ with --pixels and --config.data.encoder=facebook/dinov2-base,
+    # or with `features` of your own.
+    config.data.name = "imagenet_latents"
+    config.latents.update(CONVENTIONS["sd"]._asdict(), vae="stabilityai/sd-vae-ft-ema")
     config.data.num_workers = 8
     config.model.update(base.DIT_SIZES["XL"], patch_size=2, input_size=input_size, channels=4, num_classes=1000)
     config.model.qk_norm = input_size == 64

@@ -7,6 +7,7 @@ On less memory than a batch of 1024 takes, add --config.train.accumulate=N: the 
 """
 
 from configs import base
+from configs.latents import CONVENTIONS
 
 STEPS_PER_EPOCH = 1_281_167 // 1024  # ImageNet's training images at batch 1024, the last partial batch dropped
 EPOCHS, WARMUP_EPOCHS = 640, 10
@@ -35,8 +36,8 @@ def get_config(variant: str = "b2") -> base.Config:
     size, steps, omega, interval = VARIANTS[variant]
     config = base.get_config()
     config.name = f"imf_imagenet:{variant}"
-    # A TFDS name; 32x32x4 latents of the Stable Diffusion VAE, normalised a channel (docs/differences.md, latents).
-    config.data.name = "imagenet_latents"
+    config.data.name = "imagenet_latents"  # the directory that an encode command wrote, with --convention=imf
+    config.latents.update(CONVENTIONS["imf"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.data.flip = True
     config.data.num_workers = 8
     config.model.name = "imf_dit"

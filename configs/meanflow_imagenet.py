@@ -6,6 +6,7 @@
 """
 
 from configs import base
+from configs.latents import CONVENTIONS
 
 STEPS_PER_EPOCH = 1_281_167 // 256  # ImageNet's training images at batch 256, the last partial batch dropped
 
@@ -29,7 +30,8 @@ def get_config(variant: str = "b4") -> base.Config:
     size, patch_size, omega, kappa, (start, end), epochs = VARIANTS[variant]
     config = base.get_config()
     config.name = f"meanflow_imagenet:{variant}"
-    config.data.name = "imagenet_latents"  # a TFDS name; 32x32x4 latents of the Stable Diffusion VAE
+    config.data.name = "imagenet_latents"  # the directory that `jax_impl.encode` or `torch_impl/encode.py` wrote
+    config.latents.update(CONVENTIONS["sd"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.data.flip = True
     config.data.num_workers = 8
     config.model.update(base.DIT_SIZES[size], patch_size=patch_size, input_size=32, channels=4, num_classes=1000)

@@ -10,9 +10,10 @@
     python -m jax_impl.main --config=configs/remeanflow_imagenet.py:512 --config.data.name=couplings \\
         --config.train.load_from=start.safetensors --workdir=runs/remeanflow_512
 
-Latents are EDM2's: of the Stable Diffusion VAE on images in [0, 1], (raw - mean) / deviation / 2 a channel, with means
-5.81, 3.25, 0.12, -2.15 and deviations 4.17, 4.62, 3.71, 3.28.  Labels count the sorted synsets; TFDS's own
-imagenet_resized counts them in another order, so that its labels are not those of released networks.
+Latents are EDM2's: of the Stable Diffusion VAE on images in [0, 1], normalised a channel (the convention `edm2` of
+configs/latents.py): an encode command makes them with --convention=edm2 --image_size=512.  Labels count the sorted
+synsets; TFDS's own imagenet_resized counts them in another order, so that its labels are not those of released
+networks.
 
 64, 512              the student: published FID in one step 2.87, 3.03
 teacher_64, _512     EDM2-S as released, a flow model
@@ -20,10 +21,11 @@ guide_64, _512       EDM2-XS as released, its autoguidance network
 """
 
 from configs import base
+from configs.latents import CONVENTIONS
 
 #        input channels
 DATA = {"64": (64, 3), "512": (64, 4)}
-REAL = {"64": "imagenet_64", "512": "imagenet_edm2_latents"}  # TFDS names of your own, with EDM2's labels
+REAL = {"64": "imagenet_64", "512": "imagenet_edm2_latents"}  # directories or TFDS names of yours, with EDM2's labels
 WIDTHS = {"teacher": 192, "guide": 128}  # EDM2-S and EDM2-XS
 VARIANTS = (*DATA, *(f"{kind}_{size}" for kind in WIDTHS for size in DATA))
 STAGE1_STEPS = 50_000  # half of the run: where the published one changes its stage is in none of our sources
@@ -38,6 +40,8 @@ def get_config(variant: str = "512") -> base.Config:
     config = base.get_config()
     config.name = f"remeanflow_imagenet:{variant}"
     config.data.num_workers = 8
+    if channels == 4:
+        config.latents.update(CONVENTIONS["edm2"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.model.update(name="edm2", input_size=input_size, channels=channels, num_classes=1000, head_width=64)
     config.model.update(width=WIDTHS[kind or "teacher"], channel_mult=(1, 2, 3, 4), channel_mult_noise=1)
     config.model.update(channel_mult_emb=4, num_blocks=3, attn_resolutions=(16, 8), compute_dtype="bfloat16")

@@ -8,14 +8,14 @@ import pathlib
 import ml_collections
 from absl import logging
 
-from configs import base, rules
+from configs import base, latents, rules
 from configs.errors import UserError
 
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
-    "name", "data.dir", "data.num_workers", "train.steps", "train.accumulate", "train.fsdp", "train.compile",
-    "train.num_threads", "train.log_every", "train.sample_every", "train.evaluate_every", "train.checkpoint_every",
-    "train.keep_checkpoints", "sample.", "evaluation.",
+    "name", "data.dir", "data.num_workers", "latents.vae", "train.steps", "train.accumulate", "train.fsdp",
+    "train.compile", "train.num_threads", "train.log_every", "train.sample_every", "train.evaluate_every",
+    "train.checkpoint_every", "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 # What a model and one that it starts or learns from have in common.
 ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
@@ -43,6 +43,10 @@ def check(config: base.Config) -> base.Config:
     rules.NETWORK_CHECKS[config.model.name](config)
     rules.check_method(config)
     rules.check_sampling(config)
+    rules.check_evaluation(config)
+    convention = latents.of(config)
+    if convention:
+        latents.check(convention, config.model.channels)
     if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
         raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
     if not -1 <= config.sample.ema < len(config.train.ema_decays):

@@ -6,6 +6,7 @@ from configs import base
 from configs.errors import UserError
 
 CHOICES = {
+    "latents.pixels": ("symmetric", "unit"),
     "model.name": ("dit", "unet", "imf_dit", "dmf_dit", "edm2"),
     "model.attention": ("plain", "fused"),
     "model.attention_jvp": ("plain", "fused"),
@@ -34,7 +35,9 @@ CHOICES = {
     "train.matmul_precision": ("highest", "default"),
     "sample.sampler": ("euler", "restart", "ctm", "velocity", "heun", "sde"),
     "sample.diffusion": ("sigma", "elbo"),
+    "evaluation.convention": ("torch_fidelity", "jax_meanflow", "pytorch_fid"),
 }
+METRICS = ("fid", "is", "kid", "pr", "fd_dinov2")
 # Least and largest value of numbers; None: no bound.
 RANGES = {
     "model.depth": (1, None),
@@ -251,6 +254,31 @@ def check_rectified(config: base.Config) -> None:
         raise UserError(
             "config.method.stage1_steps parts plain from guided steps, but config.method.guidance is False: set "
             "--config.method.stage1_steps=0 for plain steps alone, or --config.method.guidance=True"
+        )
+
+
+def check_evaluation(config: base.Config) -> None:
+    """Raise UserError for metrics that there are not, or that lack what they compare with or compute by."""
+    c = config.evaluation
+    unknown = sorted(set(c.metrics) - set(METRICS))
+    if unknown:
+        raise UserError(f"config.evaluation.metrics has {unknown[0]!r}; choose of {', '.join(METRICS)}")
+    least = {"is": 10, "pr": 4, "kid": 2}  # shares of the samples; neighbours, and the sample itself; a variance
+    for metric in c.metrics:
+        if c.num_samples < least.get(metric, 2):
+            raise UserError(
+                f"config.evaluation.num_samples is {c.num_samples}, but {metric} needs at least {least[metric]}"
+            )
+    if set(c.metrics) - {"fd_dinov2"} and not c.inception:
+        raise UserError(
+            f"config.evaluation.metrics is {', '.join(c.metrics)}, but config.evaluation.inception names no weights: "
+            "python parity/convert.py pt_inception-2015-12-05-6726825d.pth inception.safetensors makes them of what "
+            "torch-fidelity and pytorch-fid download"
+        )
+    if set(c.metrics) - {"is"} and not c.reference:
+        raise UserError(
+            f"config.evaluation.metrics is {', '.join(c.metrics)}, but config.evaluation.reference names no statistics "
+            "of real images: evaluate --make_reference=IMAGES --reference=FILE.npz makes them"
         )
 
 

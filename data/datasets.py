@@ -23,6 +23,7 @@ from data import (
 
 FILE_FORMAT = "array_record"
 SETTINGS = "settings.json"  # in a directory that `data.records` writes, from the start
+IMAGES = ("image", "moments", "moments_flip")  # a record's image, or those of its autoencoder's posterior
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
@@ -57,7 +58,8 @@ class LabelSource:
 class ImageSource:
     """Random access to one split: `source[i]` is {'image': [h w c] as stored, 'label': int}; images may differ in size.
 
-    With `extra` a record holds that feature too, an array as stored.
+    In place of the image a dataset of latents has `moments` and perhaps `moments_flip`, [h w 2c].  With `extra` a
+    record holds that feature too, an array as stored.
     Can be pickled, so that loader processes open it for themselves.
     """
 
@@ -69,8 +71,8 @@ class ImageSource:
 
     def __getitem__(self, index: int) -> dict[str, np.ndarray | int]:
         record = self.records[index]
-        extra = {self.extra: record[self.extra]} if self.extra else {}
-        return {"image": record["image"], "label": int(record["label"])} | extra
+        kept = {key: record[key] for key in (*IMAGES, self.extra) if key in record}
+        return kept | {"label": int(record["label"])}
 
 
 def open_source(name: str, split: str, directory: str, extra: Extra | None = None) -> ImageSource:
@@ -193,6 +195,8 @@ def _check(builder: tfds.core.DatasetBuilder, name: str, split: str) -> None:
         )
     features: Any = builder.info.features
     missing = [key for key in ("image", "label") if key not in features]
+    if "image" in missing and "moments" in features:
+        missing.remove("image")
     if missing:
         raise UserError(
             f"dataset {name!r} has no feature {' and no '.join(map(repr, missing))}, only "

@@ -55,21 +55,29 @@ def load(name_or_path: str, grid: int, width: int) -> Encoder:
     Raises UserError: transformers not installed; the model not found, not readable, incomplete, no DINOv2 or not of
         this width.
     """
+    model = load_model(name_or_path, f"encoder {name_or_path!r} (config.data.encoder)", width)
+    return Encoder(model, grid)
+
+
+def load_model(name_or_path: str, where: str, width: int | None = None) -> Any:
+    """Return a frozen DINOv2 of transformers, on the current GPU if there is one.
+
+    where: what messages call it.  width: of its features; None: any.  The rest and errors as of `load`.
+    """
     try:
         import transformers  # optional, and slow to import
     except ModuleNotFoundError as error:
         raise UserError(
-            "config.data.encoder needs the package transformers, which is not installed: "
+            f"{where} needs the package transformers, which is not installed: "
             'pip install --constraint constraints.txt -e ".[repa]"'
         ) from error
-    where = f"encoder {name_or_path!r} (config.data.encoder)"
     config = _read(where, transformers.AutoConfig, name_or_path)
     _check(config, where, width)
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model, report = _read(where, transformers.AutoModel, name_or_path, **options)
     if report["missing_keys"]:  # which transformers would leave at random values
         raise UserError(f"{where} lacks {', '.join(sorted(report['missing_keys']))}: give a complete copy")
-    return Encoder(model.to("cuda" if torch.cuda.is_available() else "cpu"), grid)
+    return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
 def _read(where: str, kind: Any, name_or_path: str, **options: Any) -> Any:
@@ -84,11 +92,11 @@ def _read(where: str, kind: Any, name_or_path: str, **options: Any) -> Any:
         ) from error
 
 
-def _check(config: Any, where: str, width: int) -> None:
+def _check(config: Any, where: str, width: int | None) -> None:
     """Raise UserError if a model's config is of no DINOv2 or of another width."""
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"{where} is a {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
-    if config.hidden_size != width:
+    if width is not None and config.hidden_size != width:
         raise UserError(
             f"{where} has features of width {config.hidden_size}, but config.model.repa_dims asks for {width}: set "
             f"--config.model.repa_dims='({config.hidden_size},)' or choose another encoder"

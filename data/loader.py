@@ -4,12 +4,10 @@ The order of the examples is one function of config.seed: neither the number of 
 changes it, so both trainers, on any number of devices, see the same global batches.
 """
 
-import dataclasses
 import functools
 import json
 import math
 from collections.abc import Callable, Iterator
-from typing import Any
 
 import grain
 import numpy as np
@@ -18,59 +16,12 @@ from absl import flags
 from configs import base
 from configs.errors import UserError
 from data import augment, datasets
+from data.examples import open_examples, posterior, shape_of
 
 FLIP_PROB = 0.5
 # Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 BATCHES_PER_WORKER = 2
-MAX_KEPT_BYTES = 2**28  # in each loader process, of decoded images
-
-
-@dataclasses.dataclass(frozen=True)
-class Examples:
-    """Records of a source, checked against config.model and brought to data units.
-
-    `examples[i]` is {'image': float32 [h w c], 'label': int32 scalar}.  uint8 images become x/127.5 - 1, in [-1, 1];
-    floating images (latents) are taken to be in data units already and only cast to float32.  If the source has them,
-    `features`, float32 [n d], `noise`, float32 [h w c], and `pixels`, uint8 [h w 3], are there too.
-    A small dataset stays in memory once read: decoding an 8x8 image costs more than the rest of loading it.
-    Raises UserError for a record that does not fit the model.
-    """
-
-    source: datasets.ImageSource
-    title: str  # of the dataset, for messages
-    shape: tuple[int, int, int]
-    num_classes: int
-    kept: dict[int, dict[str, np.ndarray]] = dataclasses.field(default_factory=dict, repr=False)
-
-    def __len__(self) -> int:
-        return len(self.source)
-
-    def __getitem__(self, index: int) -> dict[str, np.ndarray]:
-        example = self.kept.get(index)
-        if example is None:
-            example = self._read(index)
-            if len(self) * sum(value.nbytes for value in example.values()) <= MAX_KEPT_BYTES:
-                self.kept[index] = example
-        return example
-
-    def _read(self, index: int) -> dict[str, Any]:
-        record = self.source[index]
-        image, label = np.asarray(record["image"]), record["label"]
-        where = f"record {index} of {self.title}"
-        if image.shape != self.shape:
-            raise UserError(
-                f"{where} is an image of shape {image.shape}, but the model expects {self.shape}: set "
-                "--config.model.input_size (height and width) and --config.model.channels, or choose another dataset"
-            )
-        if not 0 <= label < self.num_classes:
-            raise UserError(
-                f"{where} has label {label}, outside [0, {self.num_classes}): set --config.model.num_classes, or "
-                "choose a labelled split"
-            )
-        example = dict(record) | {"image": _to_data_units(image, where), "label": np.int32(label)}
-        floats = {key: np.asarray(record[key], np.float32) for key in ("features", "noise") if key in record}
-        return example | floats
 
 
 class Loader(Iterator):
@@ -154,8 +105,10 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     With b rows a process, the batch of process p at step k is rows [p b, (p+1) b) of global batch k: concatenated over
     the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
     and batches run across the ends of epochs, so that no example is dropped.
-    config.data.flip mirrors arrays as they are; the mirror image of a latent is only nearly the latent of the mirror
-    image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and is for pixels.
+    Latents are drawn anew from their moments each time.  config.data.flip takes the stored moments of the mirrored
+    image where there are any, and else mirrors arrays as they are; the mirror image of a latent is only nearly the
+    latent of the mirror image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and
+    is for pixels.
     With config.model.repa_dims the dataset has `features` beside the images, or config.data.encoder makes them, of the
     images that the network sees or, if these are neither grey nor RGB, of the `pixels` beside them.  It runs in this
     process on the rows of this process: their number changes its features by rounding.  With
@@ -178,7 +131,7 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
             f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not told of them"
         )
     extra, encode = _extra(config), _load_encoder(config)
-    examples = _examples(config, config.data.split, extra)
+    examples = open_examples(config, config.data.split, extra)
     identity = {
         "dataset": examples.title,
         "num_examples": len(examples),
@@ -188,6 +141,8 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
     if config.data.flip:
         rows = rows.random_map(_flip)
+    if examples.convention:
+        rows = rows.random_map(functools.partial(posterior, convention=examples.convention))
     if config.data.augment.prob > 0:
         rows = rows.random_map(functools.partial(_augment, c=config.data.augment))
     batches = rows.batch(batch_size // num_processes)[process::num_processes]
@@ -197,26 +152,18 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
 def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
     """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
 
-    They are neither flipped nor augmented, and have no features.
+    They are neither flipped nor augmented, and have no features.  Latents are drawn from their moments, by
+    (config.seed, index).
     Raises UserError as `make_loader` does.
     """
-    examples = _examples(config, split)
+    examples = open_examples(config, split)
     images = np.empty((len(examples), *examples.shape), np.float32)
     labels = np.empty(len(examples), np.int32)
     for i in range(len(examples)):
-        example = examples[i]
+        rng = np.random.Generator(np.random.Philox(key=[config.seed, i]))
+        example = posterior(examples[i], rng, examples.convention)
         images[i], labels[i] = example["image"], example["label"]
     return images, labels
-
-
-def _examples(config: base.Config, split: str, extra: datasets.Extra | None = None) -> Examples:
-    source = datasets.open_source(config.data.name, split, config.data.dir, extra)
-    title = f"{config.data.name} ({split})"
-    return Examples(source, title, _shape(config), config.model.num_classes)
-
-
-def _shape(config: base.Config) -> tuple[int, int, int]:
-    return config.model.input_size, config.model.input_size, config.model.channels
 
 
 def _has_repa(config: base.Config) -> bool:
@@ -243,7 +190,7 @@ def _noise(config: base.Config) -> datasets.Extra:
         "config.method.name=rectified learns from couplings: make them with `python -m jax_impl.reflow` or `torchrun "
         "torch_impl/reflow.py`, and set --config.data.name to their directory"
     )
-    return datasets.Extra("noise", _shape(config), np.floating, remedy)
+    return datasets.Extra("noise", shape_of(config), np.floating, remedy)
 
 
 def _of_repa(config: base.Config) -> datasets.Extra | None:
@@ -280,18 +227,12 @@ def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | N
     return encoder.load(config.data.encoder, c.input_size // c.patch_size, sum(c.repa_dims))
 
 
-def _to_data_units(image: np.ndarray, where: str) -> np.ndarray:
-    if image.dtype == np.uint8:
-        return image.astype(np.float32) / np.float32(127.5) - np.float32(1)
-    if np.issubdtype(image.dtype, np.floating):
-        return image.astype(np.float32)
-    raise UserError(f"{where} is an image of {image.dtype}: only uint8 and floating images can be read")
-
-
 def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
     if rng.random() >= FLIP_PROB:
         return example
-    mirrored = {key: example[key][:, ::-1] for key in ("image", "noise", "pixels") if key in example}
+    mirrored = {key: example[key][:, ::-1] for key in ("image", "moments", "noise", "pixels") if key in example}
+    if "moments_flip" in example:
+        mirrored["moments"] = example["moments_flip"]
     if "features" in example:
         tokens = example["features"]
         grid = math.isqrt(len(tokens))

@@ -3,6 +3,7 @@
     DIRECTORY/settings.json     what the records depend on, once the first process has started
     DIRECTORY/NAME-SPLIT.array_record-00000-of-00010 ...     shards, each whole from the moment it is there
     DIRECTORY/metadata.json, dataset_info.json, features.json     once all shards are there
+    DIRECTORY/.NAME-SPLIT.notes/00000.json ...     notes on shards, for the metadata; gone once these are there
 
 `data.datasets.open_source(DIRECTORY, SPLIT, "")` reads it.  To go on after a kill is to do the same again.
 """
@@ -43,6 +44,10 @@ class Layout(NamedTuple):
         """Return the path of a shard."""
         template = _template(self)
         return self.directory / template.sharded_filepath(shard_index=number, num_shards=self.num_shards).name
+
+    def note(self, number: int) -> pathlib.Path:
+        """Return the path of the note on a shard, see `keep_note`."""
+        return self.directory / f".{self.name}-{self.split}.notes" / f"{number:05}.json"
 
     def missing(self) -> list[int]:
         """Return the numbers of the shards that are not there."""
@@ -95,17 +100,62 @@ def write(
     """Write this process's missing shards, and, once there are all shards, what makes them a dataset.
 
     Call `begin` first.  records: from the number of a shard to its records; the same in whichever process.
-    metadata: JSON value, kept beside the shards.  Returns the numbers of the shards that others have still to write:
-    nobody waits for them, the process that ends last completes the dataset, and if it was killed, any that comes after.
+    metadata: JSON value, kept beside the shards, or a function without arguments that returns it once all shards are
+    there.  Returns the numbers of the shards that others have still to write: nobody waits for them, the process that
+    ends last completes the dataset, and if it was killed, any that comes after.
     Raises UserError for a directory that cannot be written, or if all shards are empty.
     """
     for number in own_shards(layout, process, num_processes):
         num_records = _write_shard(layout, number, records(number))
         logging.info("%s: %d records", layout.shard(number).name, num_records)
     missing = layout.missing()
-    if not missing and not (layout.directory / FEATURES).exists():
-        _complete(layout, metadata)
+    if not missing:
+        if not (layout.directory / FEATURES).exists():
+            _complete(layout, metadata)
+        for path in layout.directory.glob(f".{layout.name}-{layout.split}.*"):  # notes, and of processes killed
+            shutil.rmtree(path, ignore_errors=True)
     return missing
+
+
+def announce(directory: str, missing: list[int]) -> None:
+    """Say what `write` returned: print the directory of a whole dataset, or log what is missing of it."""
+    if missing:
+        logging.info(
+            "%s misses %d shards, the first is %d.  Processes still at work write them; if none is, run the command "
+            "again", directory, len(missing), missing[0],
+        )  # fmt: skip
+    else:
+        print(directory)
+
+
+def keep_note(layout: Layout, number: int, note: Any) -> None:
+    """Keep a JSON value on a shard until the dataset is complete.
+
+    Call it as the last thing that the iterator of the shard's records does: a shard that is there then has its note.
+    Raises UserError for a directory that cannot be written.
+    """
+    path = layout.note(number)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with _writing(layout.directory):
+        path.parent.mkdir(exist_ok=True)
+        with open(unfinished, "w") as file:
+            file.write(json.dumps(note) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def read_notes(layout: Layout) -> list[Any]:
+    """Return the notes on all shards, in their order.  Raises UserError naming a shard whose note is not there."""
+    notes = []
+    for number in range(layout.num_shards):
+        try:
+            notes.append(json.loads(layout.note(number).read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{layout.shard(number)} has no note in {layout.note(number)}: delete both, and run the command again"
+            ) from error
+    return notes
 
 
 def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any]]) -> int:
@@ -136,6 +186,12 @@ def _complete(layout: Layout, metadata: Any) -> None:
     lengths = [_num_records(shard) for shard in shards]
     if not any(lengths):
         raise UserError(f"the {len(shards)} shards of {layout.directory} have no record: nothing was kept")
+    try:
+        content = metadata() if callable(metadata) else metadata
+    except UserError:
+        if (layout.directory / FEATURES).exists():  # another process was faster, and has cleared the notes away
+            return
+        raise
     identity = tfds.core.DatasetIdentity(layout.name, tfds.core.Version(VERSION), str(layout.directory), "")
     info = tfds.core.DatasetInfo(builder=identity, features=layout.features)
     num_bytes = sum(shard.stat().st_size for shard in shards)
@@ -146,11 +202,9 @@ def _complete(layout: Layout, metadata: Any) -> None:
     info.set_splits(tfds.core.SplitDict([split]))
     with _writing(layout.directory), _unfinished(layout, METADATA) as directory:
         info.write_to_directory(directory)
-        (directory / METADATA).write_text(json.dumps(metadata, indent=2) + "\n")
+        (directory / METADATA).write_text(json.dumps(content, indent=2) + "\n")
         for path in sorted(directory.iterdir(), key=lambda path: path.name == FEATURES):
             path.replace(layout.directory / path.name)
-    for path in layout.directory.glob(f".{layout.name}-{layout.split}.*"):  # of processes that were killed
-        shutil.rmtree(path, ignore_errors=True)
 
 
 def _num_records(shard: pathlib.Path) -> int:

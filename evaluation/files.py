@@ -1,4 +1,4 @@
-"""Writes small text files so that a reader never sees half of one."""
+"""Writes files so that a reader never sees half of one."""
 
 import os
 import pathlib
@@ -11,11 +11,19 @@ def replace_text(path: str | os.PathLike, text: str) -> None:
 
     Raises UserError if the path cannot be written.
     """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Make `content` that of `path`, atomically; parent directories are made.
+
+    Raises UserError if the path cannot be written.
+    """
     path = pathlib.Path(path)
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_text(text)
+        unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
         raise cannot_write(path, error) from error

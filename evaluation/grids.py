@@ -12,14 +12,22 @@ from evaluation import files
 MIN_SIDE = 32  # pixels: smaller images are magnified at least this far
 
 
-def to_uint8(images: np.ndarray) -> np.ndarray:
-    """Return images in [-1, 1] as uint8 in [0, 255], rounded; values outside are clipped.  Any shape.
+# How images in [-1, 1] become integers: the public code does not agree.
+ROUNDINGS = {
+    "round": lambda x: np.rint(255 * (x + 1) / 2),  # the inverse of the loader's; improved MeanFlow in PyTorch
+    "shift": lambda x: 127.5 * x + 128,  # then truncated: the official JAX code, EDM2
+    "floor": lambda x: 255 * (x + 1) / 2,  # then truncated: py-meanflow, decoupled MeanFlow, Re-MeanFlow's latents
+}
 
-    The inverse of the loader's x/127.5 - 1.  Raises UserError for values that are not finite.
+
+def to_uint8(images: np.ndarray, rounding: str = "round") -> np.ndarray:
+    """Return images in [-1, 1] as uint8 in [0, 255]; values outside are clipped.  Any shape.
+
+    rounding: one of `ROUNDINGS`, in the precision of the images.  Raises UserError for values that are not finite.
     """
     if not np.isfinite(images).all():
         raise UserError("some images have values that are not finite: the model has diverged")
-    return np.clip(np.rint((np.asarray(images, np.float64) + 1) * 127.5), 0, 255).astype(np.uint8)
+    return np.clip(ROUNDINGS[rounding](np.asarray(images)), 0, 255).astype(np.uint8)
 
 
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 1, scale: int | None = None) -> np.ndarray:

@@ -7,13 +7,13 @@ from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
-from absl import flags, logging
+from absl import flags
 from ml_collections import config_flags
 
-from configs import base, resolve
+from configs import base, latents, resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
-from data import couplings, datasets
+from data import couplings, datasets, records
 
 SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
 GRID = ("steps", "sigma_min", "sigma_max", "rho")  # flags of the sampler
@@ -81,14 +81,11 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     for name, model in zip(("teacher", "guide"), models, strict=False):
         settings |= {f"{name}.weights": digest(model.weights), **resolve.flatten(model.config.model, f"{name}.model.")}
     metadata = {"teacher": os.path.abspath(f.teacher), "guide": f.guide and os.path.abspath(f.guide)}
+    convention = latents.of(configs[0])
+    if convention:  # of the couplings as of the teacher's own data
+        metadata |= {"convention": latents.to_dict(convention), "vae": configs[0].latents.vae}
     missing = couplings.make(pathlib.Path(f.output), plan, coupler, settings, metadata, process, num_processes)
-    if missing:
-        logging.info(
-            "%s misses %d shards, the first is %d.  Processes still at work write them; if none is, run the command "
-            "again", f.output, len(missing), missing[0],
-        )  # fmt: skip
-    else:
-        print(f.output)
+    records.announce(f.output, missing)
 
 
 def read_configs() -> list[base.Config]:

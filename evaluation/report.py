@@ -1,6 +1,7 @@
 """Judges generated images against the real ones, and keeps the verdict in the work directory."""
 
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -12,7 +13,7 @@ import numpy as np
 from configs import base
 from configs.errors import UserError
 from data import datasets, loader
-from evaluation import files, metrics, sampling
+from evaluation import files, metrics, sampling, tools
 
 FILE_NAME = "evaluation.json"
 TEST_SPLIT = "test"
@@ -48,21 +49,28 @@ def evaluate(
     weights: Any,
     features: Features | None = None,
     real: Real | None = None,
+    place: tools.Place = tools.ALONE,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Return {metric: value} of config.evaluation.num_samples samples, and the samples [n h w c].
 
-    sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.
+    sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.  Several processes share the sampling,
+    and the first one judges: the others get no metrics.
     """
-    images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples)
+    images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples, place=place)
+    if place.process:
+        return {}, images
     return evaluate_samples(images, labels, config, features, real), images
 
 
 def evaluate_emas(
-    config: base.Config, sampler: sampling.Sampler, emas: Any, features: Features | None = None
+    config: base.Config, sampler: sampling.Sampler, emas: Any, judge: Callable | None = None
 ) -> dict[str, float]:
-    """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one."""
-    real = load_real(config)
-    results = [evaluate(config, sampler, ema, features, real)[0] for ema in emas]
+    """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one.
+
+    judge: (config, sampler, weights) -> {metric: value}, samples; None: `evaluate`.
+    """
+    judge = judge or functools.partial(evaluate, real=load_real(config))
+    results = [judge(config, sampler, ema)[0] for ema in emas]
     named = zip(config.train.ema_decays, results, strict=True)
     values = {
         f"{name}_ema_{d}": value for d, result in named for name, value in result.items() if name != "num_samples"
@@ -94,7 +102,7 @@ def evaluate_samples(
     return {"num_samples": len(images)} | result | real.bound
 
 
-def write_evaluation(workdir: str | os.PathLike, result: dict[str, float]) -> str:
+def write_evaluation(workdir: str | os.PathLike, result: dict[str, Any]) -> str:
     """Write `result` to WORKDIR/evaluation.json, atomically, and return it as one line of JSON.
 
     Raises UserError if the file cannot be written.

@@ -7,21 +7,22 @@ None for samplers that draw none.
 """
 
 import copy
+import json
 import os
 import pathlib
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base, resolve, rules
+from configs import base, latents, resolve, rules
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import workdir
 from data import noise as noise_and_labels
-from evaluation import files, grids
+from evaluation import files, grids, saving, tools
 
 NUM_SAMPLES = 100  # images that the sample commands generate unless told otherwise
 # Flags of config.sample.
@@ -58,16 +59,23 @@ def define_flags() -> None:
     flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
 
 
+def define_saving_flags() -> None:
+    """Define the flags of what is written beside the grid."""
+    flags.DEFINE_enum("save", None, saving.KINDS, "Also write every image: as PNG, or all as one .npz of uint8.")
+    flags.DEFINE_string("vae", None, "Autoencoder that decodes latents, directory or hub name; empty: leave them.")
+
+
 def define_sample_flags() -> None:
     """Define the flags of the sample commands."""
     define_flags()
     flags.DEFINE_string("weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir.")
     flags.DEFINE_string("output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
+    define_saving_flags()
     flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
 
 
-def sample(load: Load) -> None:
-    """Load, generate and write as the command line says, and print the PNG's path.
+def sample(load: Load, framework: tools.Tools) -> None:
+    """Load, generate, decode and write as the command line says, and print the PNG's path.
 
     load: (work directory, path of weights, config) -> config, sampler, its weights; either the first is given or the
     others are.  Raises UserError for what cannot be read, sampled or written.
@@ -81,32 +89,71 @@ def sample(load: Load) -> None:
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
         raise UserError("--labels: this network knows no classes (config.model.name is unet)")
-    images, labels = generate(config, sampler, weights, f.num_samples or NUM_SAMPLES, labels)
-    print(write(output, images, labels))
+    decode = tools.decoder(config, framework)
+    if f.save and decode is None and config.model.channels not in (1, 3):
+        raise UserError(
+            f"--save writes images, and the samples have {config.model.channels} channels: name the autoencoder that "
+            "decodes them by --vae or config.latents.vae, with config.latents.scale"
+        )
+    samples, labels = generate(config, sampler, weights, f.num_samples or NUM_SAMPLES, labels)
+    images = samples if decode is None else decode(samples)
+    path = write(output, images, labels, None if decode is None else samples)
+    if f.save:
+        saver = saving.Saver(pathlib.Path(output), f.save)
+        saver.add(np.arange(len(images)), grids.to_uint8(images), labels)
+        saver.finish(tools.ALONE)
+    print(path)
 
 
 def generate(
-    config: base.Config, sampler: Sampler, weights: Any, num_samples: int, labels: Sequence[int] = ()
+    config: base.Config,
+    sampler: Sampler,
+    weights: Any,
+    num_samples: int,
+    labels: Sequence[int] = (),
+    place: tools.Place = tools.ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
 
-    Sample i depends on (config.sample.seed, i) alone.  labels: classes repeated in turn; empty: drawn at random.
+    Several processes share the work; all but the first get arrays of no images.  Arguments and errors as `batches`.
+    """
+    assert not place.together, "each process has all batches then: call `batches`"
+    parts = batches(config, sampler, weights, num_samples, labels, place)
+    rows = tools.gather_rows([{"indices": i, "images": x, "labels": y} for i, x, y in parts], place)
+    none = np.empty((0, 1, 1, 1), np.float32), np.empty(0, np.int32)
+    return (rows["images"], rows["labels"]) if rows else none
+
+
+def batches(
+    config: base.Config,
+    sampler: Sampler,
+    weights: Any,
+    num_samples: int,
+    labels: Sequence[int] = (),
+    place: tools.Place = tools.ALONE,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the indices [b], images float32 [b h w c] in data units and labels int32 [b] of this process's batches.
+
+    Sample i depends on (config.sample.seed, i) alone, and the batches are the same for any number of processes, which
+    take them in turn, or each all of them (place.together).  labels: classes repeated in turn; empty: drawn at random.
     Raises UserError for a label outside the classes.
     """
     c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
     check_labels(labels, config.model.num_classes)
-    images, all_labels, num_fresh = [], [], noise_and_labels.num_fresh(c)
-    for start in tqdm(range(0, num_samples, c.batch_size), "sampling", unit="batch", disable=None, leave=None):
-        indices = np.arange(start, min(start + c.batch_size, num_samples))
+    num_fresh, size = noise_and_labels.num_fresh(c), min(c.batch_size, num_samples)
+    starts = range(0, num_samples, size)
+    if not place.together:
+        starts = starts[place.process :: place.num_processes]
+    disable = True if place.process else None  # None: unless stderr is a terminal
+    for start in tqdm(starts, "sampling", unit="batch", disable=disable, leave=None):
+        indices = np.arange(start, min(start + size, num_samples))
         noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)
         y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
-        missing = min(c.batch_size, num_samples) - len(indices)  # fill up the last batch: one compilation serves all
+        missing = size - len(indices)  # fill up the last batch: one compilation serves all
         noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
         if fresh is not None and missing:
             fresh = np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * len(shape))
-        images.append(sampler(weights, noise, padded, c, fresh)[: len(indices)])
-        all_labels.append(y)
-    return np.concatenate(images), np.concatenate(all_labels)
+        yield indices, sampler(weights, noise, padded, c, fresh)[: len(indices)], y
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
@@ -151,6 +198,20 @@ def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
         raise UserError(f"--{flag}: {error}") from error
 
 
+def check_latents(config: base.Config, path: str, metadata: dict[str, str]) -> None:
+    """Raise UserError naming both if the weights of `path` were trained on latents of another convention.
+
+    metadata: of the .safetensors, in which parity/convert.py keeps the convention.
+    """
+    if "latents" not in metadata:
+        return
+    try:
+        theirs = latents.from_dict(json.loads(metadata["latents"]))
+    except (json.JSONDecodeError, UserError) as error:
+        raise UserError(f"{path} has damaged metadata of its latents ({error}): convert it again") from error
+    latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
+
+
 def without_v_heads(config: base.Config, weights: dict[str, np.ndarray]) -> tuple[base.Config, dict[str, np.ndarray]]:
     """Return the config and the canonical weights {name: array} of the network that samples.
 
@@ -173,13 +234,15 @@ def output_directory() -> str:
     return os.path.join(workdir(), "samples")
 
 
-def write(output: str | os.PathLike, images: np.ndarray, labels: np.ndarray) -> pathlib.Path:
-    """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path."""
+def write(
+    output: str | os.PathLike, images: np.ndarray, labels: np.ndarray, undecoded: np.ndarray | None = None
+) -> pathlib.Path:
+    """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path.
+
+    undecoded: what the images were decoded from, [n h w c]; kept in samples.npz too.
+    """
     output = pathlib.Path(output)
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        np.savez(output / "samples.npz", images=images, labels=labels)
-    except OSError as error:
-        raise files.cannot_write(output, error) from error
+    kept = {"images": images, "labels": labels} | ({} if undecoded is None else {"latents": undecoded})
+    files.replace_bytes(output / "samples.npz", tools.pack(kept))
     grids.save_png(output / "samples.png", images)
     return output / "samples.png"

@@ -4,6 +4,7 @@ A row is {"omega": scale, "interval": (start, end), metric: value, ...}, the met
 """
 
 import copy
+import functools
 import json
 import os
 import pathlib
@@ -13,16 +14,22 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base, resolve
+from configs import base, resolve, rules
 from configs.errors import UserError
 from configs.flags import workdir
-from evaluation import files, report, sampling
+from evaluation import files, grids, report, sampling, stored, tools
+from evaluation import judge as judging
 
 JSON_NAME, PAGE_NAME = "sweep.json", "sweep.html"
+GRID_NAME, GRID_SAMPLES = "evaluation.png", 64
+SAVED = "evaluation"  # directory of --save, in the work directory
 SHOWN = 36  # samples of each scale on the page
-HIGHER_IS_BETTER = ("class_accuracy",)  # of the metrics; of any other, such as a distance, lower is
+OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags of config.evaluation
+# Of the metrics; of any other, such as a distance, lower is better.
+HIGHER_IS_BETTER = ("class_accuracy", "inception_score", "precision", "recall")
 Row = dict
 Judge = Callable[[base.Config], tuple[dict[str, float], np.ndarray]]
+Start = Callable[[base.Config], tools.Place]
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
 
@@ -30,31 +37,66 @@ flags.disclaim_key_flags()  # the flags are those of the command that has them d
 def define_flags() -> None:
     """Define the flags of the evaluate commands."""
     sampling.define_flags()
+    sampling.define_saving_flags()
+    flags.DEFINE_list("metrics", None, "Of images: fid, is, kid, pr, fd_dinov2; config.evaluation.metrics by default.")
+    flags.DEFINE_string("reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
+    flags.DEFINE_string("inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
+    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "How images reach Inception.")
+    flags.DEFINE_string("dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
     flags.DEFINE_list("omegas", None, "Guidance scales to judge, each with each of --intervals, e.g. 1,2,4,8.")
     flags.DEFINE_list("intervals", None, "Guidance intervals to judge, start:end each, e.g. 0:1,0.4:0.65.")
+    stored.define_flags()
 
 
-def evaluate(load: sampling.Load) -> None:
+def evaluate(load: sampling.Load, framework: tools.Tools, start: Start) -> None:
     """Load and judge as the command line says: once, or every pair of --omegas and --intervals; print and write that.
 
-    load: as of `sampling.sample`.  Raises UserError for what cannot be read, sampled or written.
+    load: as of `sampling.sample`.  start: config -> this process's place among all, called before anything is computed.
+    Raises UserError for what cannot be read, sampled or written.
     """
+    for flag, run in (("make_reference", stored.make_reference), ("samples", stored.judge_samples)):
+        if flags.FLAGS[flag].value:
+            run(framework, start, overridden(base.get_config()))
+            return
+    place = start(resolve.read_workdir(workdir()))
     config, sampler, weights = load(workdir(), "", None)
-    if flags.FLAGS.num_samples is not None:
-        config.evaluation.num_samples = flags.FLAGS.num_samples
+    config = overridden(config)
     configs = guided(config)
-    real = report.load_real(config)
-
-    def judge(config):
-        return report.evaluate(config, sampler, weights, real=real)
-
+    if configs and flags.FLAGS.save:
+        raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
+    judge = make_judge(config, framework, place)
     if configs:
-        rows, images = sweep(configs, judge)
-        print(table(rows))
-        print("\n".join(best_lines(rows)))
-        print(write(workdir(), config, rows, images))
-    else:
-        print(report.write_evaluation(workdir(), judge(config)[0]))
+        rows, images = sweep(configs, lambda config: judge(config, sampler, weights))
+        if not place.process:
+            print(table(rows))
+            print("\n".join(best_lines(rows)))
+            print(write(workdir(), config, rows, images))
+        return
+    result, images = judge(config, sampler, weights)
+    if not place.process:
+        grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
+        print(report.write_evaluation(workdir(), result | judging.provenance(config.evaluation)))
+
+
+def overridden(config: base.Config) -> base.Config:
+    """Return a copy of the config with the flags of evaluation given.  Raises UserError as `resolve.check`."""
+    given = {name: flags.FLAGS[name].value for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    given |= {"metrics": tuple(given["metrics"])} if "metrics" in given else {}
+    config = copy.deepcopy(config)
+    config.evaluation.update(given)
+    if not flags.FLAGS.make_reference:
+        resolve.check(config)
+    return config
+
+
+def make_judge(config: base.Config, framework: tools.Tools, place: tools.Place) -> Callable:
+    """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c])."""
+    if config.evaluation.metrics:
+        return judging.Judge(config, framework, place, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
+    if flags.FLAGS.save:
+        raise UserError("--save goes with --metrics here; the sample command saves images without judging them")
+    return functools.partial(report.evaluate, real=report.load_real(config), place=place)
 
 
 def guided(config: base.Config) -> list[base.Config]:
@@ -101,7 +143,8 @@ def sweep(configs: list[base.Config], judge: Judge) -> tuple[list[Row], dict[flo
 
 def metrics_of(rows: list[Row]) -> list[str]:
     """Return the names of the metrics that depend on the guidance."""
-    return [n for n in rows[0] if n not in ("omega", "interval", "num_samples") and not n.startswith("real_")]
+    others = ("omega", "interval", "num_samples")
+    return [n for n in rows[0] if n not in others and not n.startswith("real_") and not n.endswith("_std")]
 
 
 def best(rows: list[Row]) -> dict[str, Row]:

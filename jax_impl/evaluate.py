@@ -1,24 +1,43 @@
-"""Judge a trained model: generate, compare with the real images, print one JSON line, write DIR/evaluation.json.
+"""Judge a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
 
-python -m jax_impl.evaluate --workdir=runs/digits
-python -m jax_impl.evaluate --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
+    python -m jax_impl.evaluate --workdir=runs/digits
+    python -m jax_impl.evaluate --workdir=runs/b4 --metrics=fid,is,kid,pr --num_samples=50000 \\
+        --reference=imagenet_256.npz --inception=inception.safetensors --vae=sd-vae-ft-mse
+    python -m jax_impl.evaluate --make_reference=imagenet/train --image_size=256 --metrics=fid,kid,pr \\
+        --reference=imagenet_256.npz --inception=inception.safetensors
+    python -m jax_impl.evaluate --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
 
-The second judges every guidance scale with every interval of it (improved MeanFlow only): it prints a table, and
-writes DIR/sweep.json and DIR/sweep.html.
+The first compares the data themselves.  The second judges images, decoded if the model makes latents, by features of
+Inception; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
+makes the statistics of real images that the second compares with.  The last judges every guidance scale with every
+interval of it (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
+Several processes share the samples: on SLURM or TPU pods add --distributed, elsewhere --coordinator=HOST:PORT
+--num_processes=N --process=I to each.
 """
+
+import jax
 
 from configs.flags import run
 from evaluation import sweep
 from evaluation.logs import setup_logging
-from jax_impl.sample import load
+from evaluation.tools import Place
+from jax_impl.devices import define_flags, gather, start_jax
+from jax_impl.sample import TOOLS, load
+
+
+def start(config):
+    """Set up the devices, join the other processes if there are any, and return the place of this one."""
+    start_jax(config)
+    return Place(jax.process_index(), jax.process_count(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
-    sweep.evaluate(load)
+    sweep.evaluate(load, TOOLS, start)
 
 
 if __name__ == "__main__":
     sweep.define_flags()
+    define_flags()
     run(main)

@@ -15,30 +15,16 @@ import jax
 import numpy as np
 from absl import flags
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import UserError
 from configs.flags import run
 from evaluation import reflow
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
-from jax_impl.devices import define_flags, start_jax
+from jax_impl.devices import define_flags, local_mesh, start_alone
 from jax_impl.methods.reflow import Grid, couple, sigmas
-from jax_impl.step import abstract_net
-
-
-def start(config):
-    """Return the number of this process and how many there are; from here on each works alone."""
-    f = flags.FLAGS
-    if f.coordinator:  # the flags say all there is to know
-        place = f.process, f.num_processes
-        f["coordinator"].value = None
-        start_jax(config)
-        return place
-    start_jax(config)
-    place = jax.process_index(), jax.process_count()
-    jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
-    return place
+from jax_impl.step import BATCH, abstract_net
 
 
 def load(path, config):
@@ -60,10 +46,9 @@ def make_coupler(models, grid, guidance):
     The rows are shared by the devices of this process.  Raises UserError for weights that do not fit, for noise levels
     that do not fall, and, when it is called, for rows that the devices cannot share.
     """
-    grid, devices = Grid(**grid), jax.local_devices()
+    grid, mesh = Grid(**grid), local_mesh()
     sigmas(grid)  # raises before anything is written
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    rows, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     graphdefs, params = zip(*(_build(*model) for model in models), strict=True)
     params = jax.device_put(params, whole)
 
@@ -88,7 +73,7 @@ def _build(config, canonical):
 def main():
     """Load, make couplings, write."""
     setup_logging()
-    reflow.reflow(start, load, make_coupler)
+    reflow.reflow(start_alone, load, make_coupler)
 
 
 if __name__ == "__main__":

@@ -4,38 +4,56 @@ python -m jax_impl.sample --workdir=runs/digits --num_samples=100 --steps=1
 python -m jax_impl.sample --weights=weights.safetensors --config=configs/digits.py --output=samples
 """
 
+import functools
+
 import jax
 import numpy as np
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import resolve
 from configs.flags import run
-from evaluation import sampling
+from evaluation import sampling, tools
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
+from jax_impl.autoencoder import make_decoder
+from jax_impl.devices import local_mesh
+from jax_impl.features import make_inception
 from jax_impl.methods import METHODS
-from jax_impl.step import abstract_net
+from jax_impl.step import BATCH, abstract_net
+
+TOOLS = tools.Tools(make_decoder, make_inception)
 
 
-def make_sampler(config, graphdef):
+def make_sampler(config, graphdef, mesh=None):
     """Return the sampler (params, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.
 
     All but the first are numpy.  params: nnx.State.  c: a `config.sample`, see `sampling`; one compilation serves every
     guidance that is told.
     fresh: [k b h w c], the noise that samplers draw anew.
+    mesh: devices that share the rows, those of the parameters; None: one device has them all.  Processes that share a
+    mesh call it together, with the same arrays.
     Raises UserError for sampling times that do not fall, or a diffusion that is infinite.
     """
     method = METHODS[config.method.name]
     method.sampling_steps(config.sample)
+    mesh = mesh or local_mesh(jax.local_devices()[:1])
+    rows, fresh_rows = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec(None, *BATCH))
 
-    @jax.jit
+    @functools.partial(jax.jit, out_shardings=NamedSharding(mesh, PartitionSpec()))
     def compiled(params, noise, y, given):
         return method.sample(nnx.merge(graphdef, params), noise, y, given, config.sample)
 
+    def put(a, sharding):  # an array that all processes hold
+        return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
+
     def sampler(params, noise, y, c, fresh=None):
-        given = {name: float(value) for name, value in method.sampling_conditions(c).items()}
-        given |= {} if fresh is None else {"fresh": fresh}
-        return np.asarray(jax.device_get(compiled(params, noise, y, given)))
+        num, missing = len(noise), -len(noise) % mesh.size  # each device has as many rows
+        noise, y = (put(np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)), rows) for a in (noise, y))
+        given: dict = {name: float(value) for name, value in method.sampling_conditions(c).items()}
+        if fresh is not None:
+            given["fresh"] = put(np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * (fresh.ndim - 2)), fresh_rows)
+        return np.asarray(jax.device_get(compiled(params, noise, y, given)))[:num]
 
     return sampler
 
@@ -43,23 +61,27 @@ def make_sampler(config, graphdef):
 def load(workdir_path, weights_path, config):
     """Return config, sampler and its weights (nnx.State) of a work directory or of a safetensors file.
 
-    Sampling flags given on the command line replace those of the config.
+    All devices of this process share the sampling.  Sampling flags given on the command line replace those of the
+    config.
     """
     if weights_path:
         config, canonical = sampling.override(resolve.check(config)), weights.load(weights_path)
+        sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
         config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
     config, canonical = sampling.without_v_heads(config, canonical)
     graphdef, params = abstract_net(config)
     params = weights.from_canonical(nnx.merge(graphdef, params), canonical)
-    return config, make_sampler(config, graphdef), params
+    mesh = local_mesh()
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    return config, make_sampler(config, graphdef, mesh), params
 
 
 def main():
     """Load, generate, write."""
     setup_logging()
-    sampling.sample(load)
+    sampling.sample(load, TOOLS)
 
 
 if __name__ == "__main__":

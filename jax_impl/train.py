@@ -10,17 +10,21 @@ from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from configs import resolve
+from configs import latents, resolve
 from configs.errors import UserError
 from configs.stages import stage_at
+from data.examples import with_latents
 from data.loader import Loader, make_loader
 from evaluation import grids
+from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress
 from evaluation.report import evaluate, evaluate_emas
-from evaluation.sampling import generate
+from evaluation.sampling import check_latents, generate
+from evaluation.tools import Place, try_decoder
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
-from jax_impl.sample import make_sampler
+from jax_impl.devices import gather
+from jax_impl.sample import TOOLS, make_sampler
 from jax_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, state_shardings
 
 GRID_SAMPLES = 64  # images in the grids shown during training
@@ -33,12 +37,14 @@ def train(config, workdir):
     among it; the last checkpoint is then from before it.
     """
     resolve.check_trainable(config)
+    config = with_latents(config)
     resolve.check_divisible(config, jax.device_count(), "devices")
     mesh, first = make_mesh(config), jax.process_index() == 0
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     teacher = load_teacher(config, mesh)
     graphdef, state = start_state(config, mesh, resumes=has_checkpoint(workdir))
-    sampler = make_sampler(config, graphdef)
+    sampler = make_sampler(config, graphdef, mesh)
+    reports = make_reports(config, sampler)
     if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
         resolve.open_workdir(workdir, config, "jax")
     multihost_utils.sync_global_devices("workdir")
@@ -54,7 +60,7 @@ def train(config, workdir):
             loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(int(state.step))
-    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, sampler, log))
+    parts = Parts(config, loader, checkpoints, log, window, reports)
     try:
         return loop(parts, make_train_step(config, graphdef, mesh, teacher=teacher), state, mesh)
     finally:
@@ -71,7 +77,7 @@ class Parts(NamedTuple):
     checkpoints: Checkpoints
     log: MetricLog
     window: "Window"
-    reports: list  # of (every, report)
+    reports: list  # of (every, report), see `make_reports`
 
 
 def start_state(config, mesh, resumes=False):
@@ -83,17 +89,24 @@ def start_state(config, mesh, resumes=False):
     if not config.train.load_from or resumes:
         return create_state(config, mesh)
     graphdef, fresh = build_net(config)
-    net, (own, canonical) = nnx.merge(graphdef, fresh), read_model(config.train.load_from)
+    net, (own, canonical) = nnx.merge(graphdef, fresh), read_model(config.train.load_from, config)
     resolve.check_alike(config, own, "train.load_from")
     return create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical)))
 
 
-def read_model(path):
-    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors."""
+def read_model(path, config):
+    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors.
+
+    Raises UserError naming both if they are of latents of another convention than those of `config`.
+    """
     if not os.path.isdir(path):
+        check_latents(config, path, weights.metadata(path))
         return None, weights.load(path)
-    ema = resolve.read_workdir(path).sample.ema
-    return read_weights(path, ema)
+    own = resolve.read_workdir(path)
+    theirs = latents.of(own)
+    if theirs:
+        latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
+    return read_weights(path, own.sample.ema)
 
 
 def load_teacher(config, mesh):
@@ -103,7 +116,7 @@ def load_teacher(config, mesh):
     """
     if config.method.name != "decoupled" or config.method.guidance_type != "distill":
         return None
-    own, canonical = read_model(config.method.teacher)
+    own, canonical = read_model(config.method.teacher, config)
     graphdef, params = build_net(resolve.check_teacher(config, own))
     net = nnx.merge(graphdef, params)
     params = weights.from_canonical(net, weights.adopt(net, params, canonical))
@@ -126,7 +139,7 @@ def loop(parts, train_step, state, mesh):
                 parts.log.write(step, window.close())
             for every, report in parts.reports:
                 if every and step % every == 0:
-                    report(step, state)
+                    report(step, state, parts.log)
             if stop or step % c.checkpoint_every == 0 or step == c.steps:
                 window.check()
                 parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
@@ -186,20 +199,26 @@ class Termination:
         return self.received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
 
 
-def make_reports(config, sampler, log):
-    """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
+def make_reports(config, sampler):
+    """Return [(every, report)], each called as report(step, state, log): sample grids and evaluations.
+
+    Raises UserError for what evaluations need and cannot be read.
+    """
+    decode = try_decoder(config, TOOLS) if config.train.sample_every else None
+    place = Place(jax.process_index(), jax.process_count(), gather, together=True)
+    judge = Judge(config, TOOLS, place) if config.train.evaluate_every and config.evaluation.metrics else None
 
     def sampled_params(state):
         return state.params if config.sample.ema < 0 else state.emas[config.sample.ema]
 
-    def grid(step, state):
+    def grid(step, state, log):
         images, _ = generate(config, sampler, sampled_params(state), GRID_SAMPLES)
-        log.image(step, "samples", grids.grid(images))
+        log.image(step, "samples", grids.grid(images if decode is None else decode(images)))
 
-    def evaluation(step, state):
-        result = evaluate_emas(config, sampler, state.emas) if config.evaluation.every_ema else {}
+    def evaluation(step, state, log):
+        result = evaluate_emas(config, sampler, state.emas, judge) if config.evaluation.every_ema else {}
         if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= evaluate(config, sampler, sampled_params(state))[0]
+            result |= (judge or evaluate)(config, sampler, sampled_params(state))[0]
         log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

@@ -116,3 +116,12 @@ def load(path):
         return load_file(path)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot read {path} as safetensors: {error}") from error
+
+
+def metadata(path):
+    """Return the text metadata {str: str} of a safetensors file.  Raises UserError if it is not a whole one."""
+    try:
+        with safetensors.safe_open(path, "numpy") as file:
+            return file.metadata() or {}
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from error

@@ -20,5 +20,5 @@ $python torch_impl/sample.py --weights="$dir/weights.safetensors" --config=confi
 $python parity/compare.py "$dir/samples_jax/samples.npz" "$dir/samples_torch/samples.npz" --bound=1e-4
 echo "== 5/5 checking that the two implementations of this system are equal (parity/check.py alone: of all)"
 $python parity/check.py --report "$dir/parity.html" \
-    --only '^(float|bfloat)[0-9]+/(?!unet|imf|dmf|edm2|dit/)|golden/(sit_torch|meanflow_dit_flax|ema_lr_optim)'
+    --only '^(float|bfloat)[0-9]+/(?!unet|imf|dmf|edm2|dit/|vae|inception)|golden/(sit_torch|meanflow_dit_flax|ema_lr_optim)'
 echo "Samples: $dir/samples_jax/samples.png  Report: $dir/parity.html"

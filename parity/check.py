@@ -17,7 +17,7 @@ import time
 from typing import NamedTuple
 
 from configs.errors import UserError, exit_on_user_error
-from parity import cases, frameworks, golden, precision
+from parity import cases, frameworks, golden, networks, precision
 from parity.checks import Case, Check, Measure
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -82,7 +82,7 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -
     except re.error as error:
         raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
     fixtures = golden.plan(golden_directory or GOLDEN)
-    every = [*cases.all_cases(), *precision.all_cases(), *fixtures.cases]
+    every = [*cases.all_cases(), *precision.all_cases(), *networks.all_cases(), *fixtures.cases]
     selected = [case for case in every if pattern.search(case.name)]
     not_covered = [name for name in fixtures.not_covered if pattern.search(name)]
     if not selected and not not_covered:

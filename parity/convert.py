@@ -1,12 +1,13 @@
 """Converts weights between the frameworks and from the official code's formats, bitwise.
 
-    python parity/convert.py SOURCE DEST [--to jax|torch] [--ema N] [--config FILE] [--prefix P]
+    python parity/convert.py SOURCE DEST [--to jax|torch] [--ema N] [--config FILE] [--prefix P] [--latents NAME]
 
 Reads, by content or suffix:
   a work directory of jax_impl or torch_impl (its newest checkpoint; --ema chooses which weights)
   *.safetensors   canonical weights: the names and layouts of the official PyTorch state dicts
   *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed.  Of the
-                  networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net
+                  networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net.
+                  Also the Inception network of torch-fidelity and pytorch-fid, which the metrics need
   *.pkl           an official pickle of NVlabs/edm2: the network under 'ema' or 'net'; the code in it is never executed
   *.msgpack       an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state with
                   'ema_params' or 'params'
@@ -15,19 +16,22 @@ Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
   *.pt            a PyTorch state dict
   a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from
-Every name is converted or refused.
+Every name is converted or refused.  The convention of the latents that a model is of, that of a work directory or the
+one that --latents names, is written with it: into the metadata of a .safetensors, into the config of a work directory.
 """
 
 import argparse
 import copy
+import json
 import pathlib
 import runpy
 import sys
+from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from configs import base, resolve
+from configs import base, latents, resolve
 from configs.errors import UserError, exit_on_user_error
 from jax_impl import checkpoints as jax_checkpoints
 from parity import sources
@@ -36,15 +40,33 @@ from parity.names import canonical_to_flax_tree, flax_tree_to_canonical
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
+from torch_impl.models.inception import Inception
 
-__all__ = ["canonical_to_flax_tree", "convert", "flax_tree_to_canonical", "main"]
+__all__ = ["Options", "canonical_to_flax_tree", "convert", "flax_tree_to_canonical", "main"]
+
+IN_INCEPTION = "Conv2d_1a_3x3.conv.weight"  # a name that no other network has
+COUNTERS = ".num_batches_tracked"  # names of what PyTorch's batch norms count in training end so
+
+
+class Options(NamedTuple):
+    """What the command line says beside source and destination."""
+
+    to: str | None = None  # jax | torch: write a work directory
+    ema: int = 0  # of several in the source, -1 for the raw parameters
+    config: base.Config | None = None  # of the network, None to take a work directory's own or to infer the sizes
+    prefix: str = ""  # of the names to keep
+    latents: str = ""  # a name of `latents.CONVENTIONS`; '': as the source says
+
+
+AS_IT_IS = Options()
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for mistakes on it and for what cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
-    kind, num = convert(args.source, args.dest, args.to, args.ema, config, args.prefix)
+    options = Options(args.to, args.ema, config, args.prefix, args.latents)
+    kind, num = convert(args.source, args.dest, options)
     print(f"{args.source} ({kind}) -> {args.dest}: {num} arrays")
 
 
@@ -67,32 +89,97 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--prefix", metavar="P", default="",
         help="keep only the names that begin with P, without it, e.g. model. or params/ of a whole checkpoint",
     )  # fmt: skip
+    parser.add_argument(
+        "--latents", choices=tuple(latents.CONVENTIONS), default="",
+        help="the convention of the latents that the model was trained on (configs/latents.py): sd (official MeanFlow, "
+        "decoupled MeanFlow), imm (its PyTorch reproduction), imf (improved MeanFlow), edm2 (EDM2, Re-MeanFlow)",
+    )  # fmt: skip
     return parser.parse_args(argv)
 
 
-def convert(source, dest, to=None, ema=0, config=None, prefix="") -> tuple[str, int]:
+def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
     """Convert the file or directory `source` to `dest`, see the module's docstring.
 
-    config: of the network, None to take a work directory's own or to infer the sizes.  Returns the kind of the source
-    and the number of arrays.  Raises UserError.
+    Returns the kind of the source and the number of arrays.  Raises UserError.
     """
-    source, dest = pathlib.Path(source), pathlib.Path(dest)
+    source, dest, to = pathlib.Path(source), pathlib.Path(dest), options.to
     if to is None and dest.suffix not in (".safetensors", ".pt"):
         raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
-    weights, own_config, kind = sources.read(source, ema, prefix)
+    weights, own_config, kind = sources.read(source, options.ema, options.prefix)
+    metadata = {"format": "canonical", "source": f"{source.name} ({kind})"}
+    if IN_INCEPTION in weights:
+        weights = checked_inception(weights, options)
+        write_file(dest, weights, metadata)
+        return f"{kind} of Inception", len(weights)
     weights = without_unused(weights)
-    config = fitted(config or own_config, weights)
+    config = fitted(options.config or own_config, weights)
     weights = checked(weights, config)
+    convention = convention_of(source, config, options.latents)
     if to is not None:
         if config is None:
             raise UserError(f"a work directory needs a config, which {source} does not hold: give --config")
         checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
-        checkpoints.write_weights(dest, config, weights)
+        checkpoints.write_weights(dest, with_latents(config, convention), weights)
     else:
-        write_file(dest, weights, {"format": "canonical", "source": f"{source.name} ({kind})"})
+        write_file(dest, weights, metadata | as_metadata(convention))
     return kind, len(weights)
+
+
+def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:
+    """Return the weights of Inception without counters.
+
+    Raises UserError unless names and shapes are its own, and for options that it has no use for.
+    """
+    given = {"--to": options.to, "--config": options.config, "--latents": options.latents}
+    for option, value in given.items():
+        if value:
+            raise UserError(f"these are the weights of Inception, which is not trained: leave out {option}")
+    with torch.device("meta"):
+        net = Inception()
+    weights = {name: a for name, a in weights.items() if not name.endswith(COUNTERS)}
+    canonical_files.from_canonical(net, weights)
+    return weights
+
+
+def convention_of(source: pathlib.Path, config: base.Config | None, name: str) -> latents.Convention | None:
+    """Return the convention of the latents that the model is of; None: of none, or nothing says.
+
+    name: a key of `latents.CONVENTIONS`, or '' for what the config or the metadata of a .safetensors says.
+    Raises UserError where two of them differ.
+    """
+    found = {"--latents": latents.CONVENTIONS.get(name)}
+    found["the config"] = None if config is None else latents.of(config)
+    if source.suffix == ".safetensors" and source.is_file():
+        text = canonical_files.metadata(source).get("latents")
+        found[str(source)] = None if text is None else from_metadata(source, text)
+    known = [(where, convention) for where, convention in found.items() if convention is not None]
+    for where, convention in known[1:]:
+        latents.check_same(known[0][1], convention, known[0][0], where)
+    return known[0][1] if known else None
+
+
+def from_metadata(source: pathlib.Path, text: str) -> latents.Convention:
+    """Return the convention of a file's metadata.  Raises UserError if it is none."""
+    try:
+        return latents.from_dict(json.loads(text))
+    except json.JSONDecodeError as error:
+        raise UserError(f"{source}: its metadata 'latents' is not JSON: {text!r:.80}") from error
+
+
+def as_metadata(convention: latents.Convention | None) -> dict[str, str]:
+    """Return the entry of a file's metadata."""
+    return {} if convention is None else {"latents": json.dumps(latents.to_dict(convention))}
+
+
+def with_latents(config: base.Config, convention: latents.Convention | None) -> base.Config:
+    """Return the config with the convention; itself if there is none."""
+    if convention is None:
+        return config
+    config = copy.deepcopy(config)
+    config.latents.update(convention._asdict())
+    return resolve.check(config)
 
 
 def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:

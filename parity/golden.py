@@ -20,9 +20,12 @@ from parity import (
     golden_dmf,
     golden_edm2,
     golden_imf,
+    golden_inception,
+    golden_metrics,
     golden_optim,
     golden_sit,
     golden_unet,
+    golden_vae,
 )
 from parity.checks import Case
 
@@ -33,7 +36,8 @@ SYSTEMS = {
     "edm_augment_torch": golden_augment, "meanflow_unet_torch": golden_unet, "sit_cifar_unet_torch": golden_unet,
     "imf_dit_flax": golden_imf, "imf_dit_torch": golden_imf, "dmf_sit_torch": golden_dmf,
     "dmf_dmft_torch": golden_dmf, "dmf_dmft_qknorm_torch": golden_dmf,
-    "remeanflow_edm2_torch": golden_edm2, "edm2_reflow_torch": golden_edm2,
+    "remeanflow_edm2_torch": golden_edm2, "edm2_reflow_torch": golden_edm2, "vae": golden_vae, "vae_flax": golden_vae,
+    "latent_scaling": golden_vae, "inception_fid": golden_inception, "metrics": golden_metrics,
 }  # fmt: skip
 
 
@@ -52,7 +56,7 @@ class Fixture:
     """The arrays and settings of one file.  Raises UserError if it cannot be read."""
 
     def __init__(self, path: pathlib.Path):
-        self.name = path.stem
+        self.path, self.name = path, path.stem
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.arrays = {key: file[key] for key in file.files}

@@ -3,7 +3,7 @@
 Source: Gsunshine/meanflow and Lyy-iiis/imeanflow, models/torch_models.py, whose wrappers `_flax_linear` and
 `_flax_embedding` and numbered modules stand in the checkpoints.  The canonical names of improved MeanFlow, those of
 its official PyTorch checkpoints, keep the wrappers; those of MeanFlow do not, and its `h_embedder`, which embeds t - r,
-is the canonical `r_embedder`.
+is the canonical `r_embedder`.  Of Stable Diffusion's autoencoder: diffusers 0.29, models/vae_flax.py.
 """
 
 import re
@@ -29,6 +29,12 @@ IMPROVED = re.compile(
     r"|(attn\.([qkv]|out)_proj|mlp\.w[123])\._flax_linear\.weight)"
     r"|[uv]_final_layer\.(norm\.weight|linear\._flax_linear\.(weight|bias))"
 )
+AUTOENCODER = re.compile(
+    r"((en|de)coder\.((conv_in|conv_norm_out|conv_out)|(down|up)_blocks\.\d+\.(down|up)samplers\.0\.conv"
+    r"|(mid_block|(down|up)_blocks\.\d+)\.resnets\.\d+\.(norm[12]|conv[12]|conv_shortcut)"
+    r"|mid_block\.attentions\.0\.(group_norm|to_[qkv]|to_out\.0))|(post_)?quant_conv)\.(weight|bias)"
+)
+ATTENTION = {"query": ["to_q"], "key": ["to_k"], "value": ["to_v"], "proj_attn": ["to_out", "0"]}
 
 
 class Rule(NamedTuple):
@@ -37,6 +43,8 @@ class Rule(NamedTuple):
     canonical: re.Pattern  # every canonical name
     to_canonical: Callable[[list[str]], list[str]]  # of the modules of a Flax path
     to_flax: Callable[[list[str]], list[str]]  # its inverse
+    root: tuple[str, ...] = ("net",)  # what every Flax path begins with
+    norms: re.Pattern = re.compile(r"(?!)")  # canonical modules whose weight is called `scale`, and not `kernel`
 
 
 def meanflow_to_canonical(modules: list[str]) -> list[str]:
@@ -75,14 +83,40 @@ def improved_to_flax(modules: list[str]) -> list[str]:
     return parts
 
 
+def autoencoder_to_canonical(modules: list[str]) -> list[str]:
+    """Part names and numbers: down_blocks_0 -> down_blocks, 0; attention has its current names."""
+    parts = []
+    for m in modules:
+        numbered = re.fullmatch(r"((?:down|up)_blocks|resnets|attentions|(?:down|up)samplers)_(\d+)", m)
+        parts += ATTENTION.get(m, [m]) if numbered is None else list(numbered.groups())
+    return parts
+
+
+def autoencoder_to_flax(modules: list[str]) -> list[str]:
+    """Join them again."""
+    name = ".".join(modules)
+    for flax, parts in ATTENTION.items():
+        name = re.sub(rf"\b{re.escape('.'.join(parts))}$", flax, name)
+    return re.sub(r"\.(\d+)", r"_\1", name).split(".")
+
+
 RULES = {
     "meanflow": Rule(MEANFLOW, meanflow_to_canonical, meanflow_to_flax),
     "improved": Rule(IMPROVED, improved_to_canonical, improved_to_flax),
+    "autoencoder": Rule(
+        AUTOENCODER,
+        autoencoder_to_canonical,
+        autoencoder_to_flax,
+        root=(),
+        norms=re.compile(r".*\.(norm[12]|group_norm|conv_norm_out)"),
+    ),
 }
 
 
 def system_of(names) -> str:
     """Return the system, a key of `RULES`, whose names these are, Flax paths or canonical ones."""
+    if any(re.match(r"(en|de)coder[./]conv_in", name) for name in names):
+        return "autoencoder"
     return "improved" if any("omega_" in name for name in names) else "meanflow"
 
 
@@ -118,7 +152,7 @@ def canonical_name(name: str, system: str = "meanflow") -> str:
     """Return the canonical name of an official Flax path.  Raises UserError if there is none."""
     rule = RULES[system]
     *modules, leaf = name.removeprefix("net/").split("/")
-    leaf = {"kernel": "weight", "embedding": "weight"}.get(leaf, leaf)
+    leaf = {"kernel": "weight", "embedding": "weight", "scale": "weight"}.get(leaf, leaf)
     canonical = ".".join([*rule.to_canonical(modules), leaf])
     known = rule.canonical.fullmatch(canonical)
     if not known or flax_name(canonical, system).removeprefix("net/") != name.removeprefix("net/"):
@@ -133,8 +167,9 @@ def flax_name(name: str, system: str = "meanflow") -> str:
         raise UserError(f"{name!r} is not a canonical parameter that this converter knows")
     *modules, leaf = name.split(".")
     if leaf == "weight":
-        leaf = "embedding" if ".".join(modules) in EMBEDDINGS else "kernel"
-    return "/".join(["net", *rule.to_flax(modules), leaf])
+        module = ".".join(modules)
+        leaf = "embedding" if module in EMBEDDINGS else "scale" if rule.norms.fullmatch(module) else "kernel"
+    return "/".join([*rule.root, *rule.to_flax(modules), leaf])
 
 
 def to_torch(kernel: np.ndarray) -> np.ndarray:

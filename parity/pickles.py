@@ -10,7 +10,6 @@ made from the records, their elements read by PyTorch's loader for weights only.
 import io
 import pathlib
 import pickle
-import pickletools
 import re
 from collections.abc import Iterator
 from typing import Any
@@ -19,34 +18,10 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
+from data.pickles import DAMAGE, Encoded, Record, Storage, check_opcodes, elements
 
 # Entries of a pickle that hold a network, the one to sample from first.
 ENTRIES = ("ema", "net")
-# Opcodes that refer to what is not in the file: the extension registry, objects and buffers of the reader.
-OUTSIDE = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
-PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
-# What a file that is cut off or altered can raise, on the way through pickle and torch.
-DAMAGE = (
-    pickle.UnpicklingError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
-    OverflowError, RuntimeError, TypeError, ValueError,
-)  # fmt: skip
-
-
-class Record:
-    """An inert object in place of one of a pickle: what its class or function was called with, and its state.
-
-    The state stays out of `__dict__`, where it could replace methods; opcodes that alter a class, not an object, fail.
-    """
-
-    __slots__ = ("args", "state")
-
-    def __new__(cls, *args):
-        record = super().__new__(cls)
-        record.args, record.state = args, None
-        return record
-
-    def __setstate__(self, state):
-        self.state = state
 
 
 class Persistent(Record):
@@ -63,18 +38,6 @@ class Tensor(Record):
 
 class Parameter(Record):
     """A call of `_rebuild_parameter`."""
-
-    __slots__ = ()
-
-
-class Storage(Record):
-    """A call of `_load_from_bytes`."""
-
-    __slots__ = ()
-
-
-class Encoded(Record):
-    """A call of `_codecs.encode`: bytes, before protocol 3."""
 
     __slots__ = ()
 
@@ -122,15 +85,14 @@ RECORDS = {
 class InertUnpickler(pickle.Unpickler):
     """Makes plain data and records; imports nothing, calls nothing of the pickle's."""
 
-    def __init__(self, path: pathlib.Path, content: bytes):
+    def __init__(self, content: bytes):
         super().__init__(io.BytesIO(content))
-        self.path = path
 
     def find_class(self, module: str, name: str) -> type:
-        """Return the class of records for a name.  Raises UserError if it is not in `RECORDS`."""
+        """Return the class of records for a name.  Raises UserError, without the path, if it is not in `RECORDS`."""
         if (module, name) not in RECORDS:
             called = f"{module}.{name}"
-            raise UserError(f"{self.path} is refused: it calls {called!r:.200}, which no EDM2 network needs")
+            raise UserError(f"is refused: it calls {called!r:.200}")
         return RECORDS[module, name]
 
 
@@ -155,24 +117,12 @@ def read_network(path: pathlib.Path) -> dict[str, np.ndarray]:
 def unpickle(path: pathlib.Path, content: bytes) -> Any:
     """Return the object of a pickle, made of plain data and records.  Raises UserError."""
     try:
-        check_opcodes(path, content)
-        return InertUnpickler(path, content).load()
-    except UserError:
-        raise
+        check_opcodes(content)
+        return InertUnpickler(content).load()
+    except UserError as error:
+        raise UserError(f"{path} {error}, which no EDM2 network needs") from error
     except DAMAGE as error:
         raise UserError(f"cannot read {path} as the pickle of a network: {error!r:.200}") from error
-
-
-def check_opcodes(path: pathlib.Path, content: bytes) -> None:
-    """Raise UserError for opcodes that refer outside of the file, ValueError for claims of more than it can hold.
-
-    The C unpickler would take an extension that was used before without asking, and allocates what an opcode claims.
-    """
-    for count, (opcode, arg, _) in enumerate(pickletools.genops(content)):
-        if opcode.name in OUTSIDE:
-            raise UserError(f"{path} is refused: its opcode {opcode.name} refers to what is not in the file")
-        if opcode.name in PUTS and arg is not None and arg > count:
-            raise ValueError(f"memo {arg} after {count} opcodes")
 
 
 def network_of(whole: Any, path: pathlib.Path) -> Record:
@@ -281,11 +231,4 @@ def stored(storage: Storage, used: set[int]) -> torch.Tensor:
         raise ValueError("another tensor has the same storage")
     used.add(id(content))
     content = content.encode("latin1") if encoded else content
-    loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
-    if not isinstance(loaded, torch.storage.TypedStorage):
-        raise ValueError(f"its storage is a {type(loaded).__name__}")
-    flat = torch.empty(0, dtype=loaded.dtype).set_(loaded)
-    # Its elements end the bytes of a storage.  One that leaves them out would be memory that nothing was read into.
-    if flat.untyped_storage().nbytes() > len(content) or not content.endswith(flat.view(torch.uint8).numpy().tobytes()):
-        raise ValueError("its storage lacks elements")
-    return flat
+    return elements(content)

@@ -6,6 +6,7 @@ import os
 import pathlib
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -21,7 +22,7 @@ TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 LONGEST = (
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
     "test_decoupled_commands.py", "data/test_loader.py", "test_reflow_commands.py", "jax_impl/test_step.py",
-    "parity/test_mutations.py",
+    "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
 )  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
@@ -140,6 +141,17 @@ class Launcher:
         directory.mkdir()
         argv, files = [str(a) for a in argv], {name: str(directory / name) for name in ("stdout", "stderr")}
         return Command(self, self.ask(argv=argv, env=env, cwd=str(cwd), **files), directory)
+
+    def start_two(self, framework, *argv):
+        """Start a command in two processes, as torchrun does or by hand; return them."""
+        with socket.socket() as server:
+            server.bind(("localhost", 0))
+            port = str(server.getsockname()[1])
+        if framework == "torch":
+            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            return [self.start(*argv, **env, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+        joined = (f"--coordinator=localhost:{port}", "--num_processes=2")
+        return [self.start(*argv, *joined, f"--process={process}") for process in range(2)]
 
     def run(self, *argv, **env):
         """Run a command to its end; return it."""
@@ -273,11 +285,14 @@ def optimize_less():
 
 @pytest.fixture(scope="session")
 def in_both():
-    """Return a function that calls a scenario(framework) for `jax` and `torch`, at once: each leaves a core idle."""
+    """Return a function that calls a scenario(framework) for `jax` and `torch`, at once: each leaves a core idle.
+
+    It returns {framework: what the scenario returned}.
+    """
 
     def run(scenario):
         with futures.ThreadPoolExecutor() as pool:
-            for done in [pool.submit(scenario, framework) for framework in ("jax", "torch")]:
-                done.result()
+            running = {framework: pool.submit(scenario, framework) for framework in ("jax", "torch")}
+            return {framework: done.result() for framework, done in running.items()}
 
     return run

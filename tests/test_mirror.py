@@ -22,6 +22,8 @@ ONE_SIDED = {
         "start_jax": "JAX chooses its devices itself",
         "choose_device": "the same",
         "start_torch": "the same",
+        "local_mesh": "PyTorch has one device a process",
+        "PIECE": "PyTorch gathers objects of any size",
     },
     "step.py": {
         "BATCH": "sharding is an annotation in JAX",

@@ -32,3 +32,22 @@ def start_torch(precision, num_threads=0):
     else:  # asynchronous checkpoints want a group even for one process
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     return device
+
+
+def start_alone(config):
+    """Return the number of this process and how many there are; from here on each works alone.
+
+    On the CPU with one thread, unless the config says otherwise: more would round otherwise, and torchrun gives several
+    processes fewer than one.  What is written does not depend on their number; for more cores start more processes.
+    """
+    start_torch(config.train.matmul_precision, config.train.num_threads or 1)
+    place = dist.get_rank(), dist.get_world_size()
+    dist.destroy_process_group()
+    return place
+
+
+def gather(part):
+    """Return the bytes that each process calls it with, in the order of the processes; nothing but in the first one."""
+    parts = [b""] * dist.get_world_size() if dist.get_rank() == 0 else None
+    dist.gather_object(part, parts)
+    return parts or []

@@ -1,22 +1,39 @@
-"""Judge a trained model: generate, compare with the real images, print one JSON line, write DIR/evaluation.json.
+"""Judge a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
 
-python torch_impl/evaluate.py --workdir=runs/digits
-python torch_impl/evaluate.py --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
+    torchrun torch_impl/evaluate.py --workdir=runs/digits
+    torchrun torch_impl/evaluate.py --workdir=runs/b4 --metrics=fid,is,kid,pr --num_samples=50000 \\
+        --reference=imagenet_256.npz --inception=inception.safetensors --vae=sd-vae-ft-mse
+    torchrun torch_impl/evaluate.py --make_reference=imagenet/train --image_size=256 --metrics=fid,kid,pr \\
+        --reference=imagenet_256.npz --inception=inception.safetensors
+    torchrun torch_impl/evaluate.py --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
 
-The second judges every guidance scale with every interval of it (improved MeanFlow only): it prints a table, and
-writes DIR/sweep.json and DIR/sweep.html.
+The first compares the data themselves.  The second judges images, decoded if the model makes latents, by features of
+Inception; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
+makes the statistics of real images that the second compares with.  The last judges every guidance scale with every
+interval of it (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
+Several processes share the samples: torchrun --nproc_per_node=8.
 """
+
+import torch.distributed as dist
 
 from configs.flags import run
 from evaluation import sweep
 from evaluation.logs import setup_logging
-from torch_impl.sample import load
+from evaluation.tools import Place
+from torch_impl.devices import gather, start_torch
+from torch_impl.sample import TOOLS, load
+
+
+def start(config):
+    """Set up the device, join the other processes if there are any, and return the place of this one."""
+    start_torch(config.train.matmul_precision, config.train.num_threads)
+    return Place(dist.get_rank(), dist.get_world_size(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
-    sweep.evaluate(load)
+    sweep.evaluate(load, TOOLS, start)
 
 
 if __name__ == "__main__":

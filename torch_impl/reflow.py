@@ -11,23 +11,14 @@ processes share the work, each on its own shards.
 import os
 
 import torch
-import torch.distributed as dist
 
 from configs.flags import run
 from evaluation import reflow
 from evaluation.logs import setup_logging
 from torch_impl import checkpoints, weights
-from torch_impl.devices import choose_device, start_torch
+from torch_impl.devices import choose_device, start_alone
 from torch_impl.methods.reflow import Grid, couple, sigmas
 from torch_impl.step import build_net, put_batch
-
-
-def start(config):
-    """Return the number of this process and how many there are; from here on each works alone."""
-    start_torch(config.train.matmul_precision, config.train.num_threads)
-    place = dist.get_rank(), dist.get_world_size()
-    dist.destroy_process_group()
-    return place
 
 
 def load(path, config):
@@ -63,7 +54,7 @@ def _build(config, canonical):
 def main():
     """Load, make couplings, write."""
     setup_logging()
-    reflow.reflow(start, load, make_coupler)
+    reflow.reflow(start_alone, load, make_coupler)
 
 
 if __name__ == "__main__":

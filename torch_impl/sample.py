@@ -8,12 +8,16 @@ import torch
 
 from configs import resolve
 from configs.flags import run
-from evaluation import sampling
+from evaluation import sampling, tools
 from evaluation.logs import setup_logging
 from torch_impl import checkpoints, weights
+from torch_impl.autoencoder import make_decoder
 from torch_impl.devices import choose_device
+from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
+
+TOOLS = tools.Tools(make_decoder, make_inception)
 
 
 def make_sampler(config, device):
@@ -47,6 +51,7 @@ def load(workdir_path, weights_path, config):
     """
     if weights_path:
         config, canonical = sampling.override(resolve.check(config)), weights.load(weights_path)
+        sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
         config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
@@ -57,7 +62,7 @@ def load(workdir_path, weights_path, config):
 def main():
     """Load, generate, write."""
     setup_logging()
-    sampling.sample(load)
+    sampling.sample(load, TOOLS)
 
 
 if __name__ == "__main__":

@@ -15,20 +15,23 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from configs import resolve
+from configs import latents, resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
 from configs.stages import stage_at
+from data.examples import with_latents
 from data.loader import Loader, make_loader
 from evaluation import grids
+from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress, setup_logging
 from evaluation.report import evaluate, evaluate_emas
-from evaluation.sampling import generate
+from evaluation.sampling import check_latents, generate
+from evaluation.tools import Place, try_decoder
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
-from torch_impl.devices import start_torch
-from torch_impl.sample import make_sampler
+from torch_impl.devices import gather, start_torch
+from torch_impl.sample import TOOLS, make_sampler
 from torch_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, reduce_metrics
 
 GRID_SAMPLES = 64  # images in the grids shown during training
@@ -42,11 +45,12 @@ def train(config, workdir, device):
     among it; the last checkpoint is then from before it.
     """
     resolve.check_trainable(config)
+    config = with_latents(config)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     mesh, first = make_mesh(config, device), dist.get_rank() == 0
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     state = start_state(config, mesh, device, resumes=has_checkpoint(workdir))
-    sampler = make_sampler(config, device)
+    reports = make_reports(config, make_sampler(config, device))
     if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
         resolve.open_workdir(workdir, config, "torch")
     dist.barrier()
@@ -62,7 +66,7 @@ def train(config, workdir, device):
             loader.set_state(run_before["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(state.step)
-    parts = Parts(config, loader, checkpoints, log, window, make_reports(config, sampler, log))
+    parts = Parts(config, loader, checkpoints, log, window, reports)
     try:
         return loop(parts, make_train_step(config), state, device)
     finally:
@@ -79,7 +83,7 @@ class Parts(NamedTuple):
     checkpoints: Checkpoints
     log: MetricLog
     window: "Window"
-    reports: list  # of (every, report)
+    reports: list  # of (every, report), see `make_reports`
 
 
 def start_state(config, mesh, device, resumes=False):
@@ -91,18 +95,25 @@ def start_state(config, mesh, device, resumes=False):
     teacher = load_teacher(config, device)
     if not config.train.load_from or resumes:
         return create_state(config, mesh, device, teacher=teacher)
-    net, (own, canonical) = build_net(config), read_model(config.train.load_from)
+    net, (own, canonical) = build_net(config), read_model(config.train.load_from, config)
     resolve.check_alike(config, own, "train.load_from")
     params = weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical))
     return create_state(config, mesh, device, params, teacher)
 
 
-def read_model(path):
-    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors."""
+def read_model(path, config):
+    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors.
+
+    Raises UserError naming both if they are of latents of another convention than those of `config`.
+    """
     if not os.path.isdir(path):
+        check_latents(config, path, weights.metadata(path))
         return None, weights.load(path)
-    ema = resolve.read_workdir(path).sample.ema
-    return read_weights(path, ema)
+    own = resolve.read_workdir(path)
+    theirs = latents.of(own)
+    if theirs:
+        latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
+    return read_weights(path, own.sample.ema)
 
 
 def load_teacher(config, device):
@@ -112,7 +123,7 @@ def load_teacher(config, device):
     """
     if config.method.name != "decoupled" or config.method.guidance_type != "distill":
         return None
-    own, canonical = read_model(config.method.teacher)
+    own, canonical = read_model(config.method.teacher, config)
     net = build_net(resolve.check_teacher(config, own))
     net.load_state_dict(weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical)))
     return net.to(device).requires_grad_(False)
@@ -134,7 +145,7 @@ def loop(parts, train_step, state, device):
                 parts.log.write(step, window.close())
             for every, report in parts.reports:
                 if every and step % every == 0:
-                    report(step, state)
+                    report(step, state, parts.log)
             if stop or step % c.checkpoint_every == 0 or step == c.steps:
                 window.check()
                 parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
@@ -203,22 +214,28 @@ class Termination:
         return bool(received)
 
 
-def make_reports(config, sampler, log):
-    """Return [(every, report)], each called as report(step, state): sample grids and evaluations."""
+def make_reports(config, sampler):
+    """Return [(every, report)], each called as report(step, state, log): sample grids and evaluations.
+
+    Raises UserError for what evaluations need and cannot be read.
+    """
+    place = Place(dist.get_rank(), dist.get_world_size(), gather)
+    decode = try_decoder(config, TOOLS) if config.train.sample_every else None
+    judge = Judge(config, TOOLS, place) if config.train.evaluate_every and config.evaluation.metrics else None
 
     def sampled_weights(state):
         params = dict(state.net.named_parameters()) if config.sample.ema < 0 else state.emas[config.sample.ema]
         return weights.to_canonical(state.net, params)
 
-    def grid(step, state):
+    def grid(step, state, log):
         images, _ = generate(config, sampler, sampled_weights(state), GRID_SAMPLES)
-        log.image(step, "samples", grids.grid(images))
+        log.image(step, "samples", grids.grid(images if decode is None else decode(images)))
 
-    def evaluation(step, state):
+    def evaluation(step, state, log):
         emas = [weights.to_canonical(state.net, ema) for ema in state.emas if config.evaluation.every_ema]
-        result = evaluate_emas(config, sampler, emas) if config.evaluation.every_ema else {}
+        result = evaluate_emas(config, sampler, emas, judge) if config.evaluation.every_ema else {}
         if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= evaluate(config, sampler, sampled_weights(state))[0]
+            result |= (judge or evaluate)(config, sampler, sampled_weights(state))[0]
         log.write(step, result)
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]

@@ -17,7 +17,7 @@ from configs import (
 )
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ("data", "evaluation", "configs/stages.py")
+SHARED = ("data", "evaluation", "configs/stages.py", "configs/latents.py")
 # Options that one implementation has no use for, and why.
 ONE_SIDED = {
     "train.compile": "JAX always compiles", "train.compile_backend": "the same",

@@ -70,6 +70,9 @@ def test_configs_of_sense(changes):
         ({"method.stage1_steps": -1}, "method.stage1_steps is -1; it must be at least 0"),
         ({"method.distance_clip": -0.5}, r"method\.distance_clip is -0\.5; it must be at least 0"),
         ({"train.clip_stage": "plain"}, "clip_stage is 'plain'; choose one of all, guided"),
+        ({"latents.pixels": "bytes"}, "latents.pixels is 'bytes'; choose one of symmetric, unit"),
+        ({"evaluation.convention": "tf"}, "'tf'; choose one of torch_fidelity, jax_meanflow, pytorch_fid"),
+        ({"evaluation.num_samples": 1}, "evaluation.num_samples is 1; it must be at least 2"),
     ],
 )
 def test_values_without_sense(changes, message):
@@ -148,6 +151,49 @@ def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(changes, message):
+    with pytest.raises(UserError, match=message):
+        resolve.check(config_of(changes))
+
+
+METRICS = {"evaluation.inception": "w", "evaluation.reference": "r.npz"}
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        METRICS | {"evaluation.metrics": ("fid", "is", "kid", "pr", "fd_dinov2")},
+        {"evaluation.metrics": ("is",), "evaluation.inception": "w"},
+        {"evaluation.metrics": ("fd_dinov2",), "evaluation.reference": "r.pkl"},
+        METRICS,
+        {"latents.vae": "some/vae"},
+        {"latents.shift": (1.0,), "latents.scale": (2.0,)},
+        {"model.channels": 4, "latents.shift": (1.0,) * 4, "latents.scale": (2.0,), "latents.pixels": "unit"},
+    ],
+)
+def test_metrics_and_latents_of_sense(changes):
+    assert resolve.check(config_of(changes)).to_dict() == config_of(changes).to_dict()
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        (METRICS | {"evaluation.metrics": ("fid", "fvd")}, "metrics has 'fvd'; choose of fid, is, kid, pr, fd_dinov2"),
+        *((METRICS | {"evaluation.metrics": (metric,), "evaluation.inception": ""},
+           f"metrics is {metric}, but config.evaluation.inception names no weights: python parity/convert.py")
+          for metric in ("fid", "is", "kid", "pr")),
+        *((METRICS | {"evaluation.metrics": ("is", metric), "evaluation.reference": ""},
+           f"metrics is is, {metric}, but config.evaluation.reference names no .*evaluate --make_reference=IMAGES")
+          for metric in ("fid", "kid", "pr", "fd_dinov2")),
+        *((METRICS | {"evaluation.metrics": ("fid", metric), "evaluation.num_samples": least - 1},
+           f"evaluation.num_samples is {least - 1}, but {metric} needs at least {least}")
+          for metric, least in (("is", 10), ("pr", 4))),
+        ({"latents.scale": (1.0,)}, r"latents of shift \(\): give one number, or one for each of 1 channels"),
+        ({"latents.shift": (0.0,), "latents.scale": (0.0,)}, "give numbers, and a scale other than 0"),
+        ({"latents.shift": (0.0,), "latents.scale": (1.0, 2.0), "model.channels": 4},
+         r"latents of scale \(1.0, 2.0\): give one number, or one for each of 4 channels"),
+    ],
+)  # fmt: skip
+def test_metrics_and_latents_of_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
         resolve.check(config_of(changes))
 

@@ -10,7 +10,7 @@ from etils import epath
 
 from configs import digits
 from configs.errors import UserError
-from data import augment, couplings, loader
+from data import augment, couplings, examples, loader
 
 BATCH = 256
 STEPS = 8  # more than one epoch of 1397 examples
@@ -279,10 +279,10 @@ def test_whole_splits_need_no_features(featured):
 def test_what_is_kept_in_memory_counts_the_features(featured, monkeypatch):
     """Of the 40 images of 256 bytes and the features of 320."""
     for most, kept in ((40 * 400, False), (40 * 600, True)):
-        monkeypatch.setattr(loader, "MAX_KEPT_BYTES", most)
-        examples = loader._examples(featured, "train", loader._extra(featured))
-        assert "features" in examples[0]
-        assert bool(examples.kept) == kept
+        monkeypatch.setattr(examples, "MAX_KEPT_BYTES", most)
+        opened = examples.open_examples(featured, "train", loader._extra(featured))
+        assert "features" in opened[0]
+        assert bool(opened.kept) == kept
 
 
 @pytest.mark.parametrize(
@@ -430,7 +430,7 @@ def test_load_arrays(config):
 
 
 def example(image):
-    return loader.Examples([{"image": image, "label": 0}], "made", (2, 2, 1), 10)[0]["image"]
+    return examples.Examples([{"image": image, "label": 0}], "made", (2, 2, 1), 10)[0]["image"]
 
 
 def test_data_units():
@@ -448,7 +448,7 @@ def test_floats_pass_unscaled():
 def test_labels_just_outside(label):
     image = np.zeros((2, 2, 1), np.uint8)
     with pytest.raises(UserError, match=rf"record 0 of made has label {label}, outside \[0, 10\)"):
-        loader.Examples([{"image": image, "label": label}], "made", (2, 2, 1), 10)[0]
+        examples.Examples([{"image": image, "label": label}], "made", (2, 2, 1), 10)[0]
 
 
 def test_other_integers_are_refused():

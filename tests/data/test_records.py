@@ -161,3 +161,75 @@ def test_a_full_disk(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=f"cannot write {tmp_path}: .*No space left.*  Free the disk"):
         write(tmp_path)
     assert [path.name for path in tmp_path.iterdir()] == ["settings.json"]
+
+
+def noted(directory, process=0, num_processes=1, of_shard=of_shard, seen=None):
+    """Write with a note on each shard, of which the metadata are made."""
+    there = layout(directory)
+    records.begin(there, SETTINGS)
+
+    def tallied(number):
+        yield from of_shard(number)
+        records.keep_note(there, number, {"first": write_records.SHARDS[number].start, "third": 1 / 3 + number})
+
+    def metadata():
+        assert seen is None or not seen.append(there.missing())
+        return records.read_notes(there)
+
+    return records.write(there, tallied, process, num_processes, metadata)
+
+
+def test_metadata_of_notes(tmp_path, whole):
+    """Made once all shards are there, in their order; the notes go."""
+    seen = []
+    assert noted(tmp_path, 1, 2, seen=seen) == [0, 2, 4] and not seen
+    assert (tmp_path / ".numbers-train.notes" / "00003.json").exists()
+    assert noted(tmp_path, 0, 2, seen=seen) == [] and seen == [[]]
+    metadata = json.loads((tmp_path / "metadata.json").read_text())
+    assert metadata == [{"first": 5 * i, "third": 1 / 3 + i} for i in range(5)]
+    assert content(tmp_path).keys() == content(whole).keys()
+
+
+def test_notes_outlive_an_error(tmp_path):
+    def failing(number):
+        yield from of_shard(number)
+        if number == 3:
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        noted(tmp_path / "two", of_shard=failing)
+    noted(tmp_path / "two")
+    noted(tmp_path / "one")
+    assert content(tmp_path / "two") == content(tmp_path / "one")
+
+
+def test_a_shard_without_its_note(tmp_path):
+    noted(tmp_path, 0, 2)
+    (tmp_path / ".numbers-train.notes" / "00002.json").unlink()
+    with pytest.raises(UserError, match="00002-of-00005 has no note in .*00002.json: delete both, and run"):
+        noted(tmp_path, 1, 2)
+    (tmp_path / "numbers-train.array_record-00002-of-00005").unlink()
+    assert noted(tmp_path) == []
+
+
+def test_another_process_completes_first(tmp_path):
+    """And clears the notes away, while this one is to read them."""
+    for process in (0, 1):
+        noted(tmp_path, process, 2)
+    whole = content(tmp_path)
+    features = tmp_path / "features.json"
+    features.rename(tmp_path / ".features.json")
+
+    def late():
+        (tmp_path / ".features.json").rename(features)
+        return records.read_notes(layout(tmp_path))
+
+    assert records.write(layout(tmp_path), of_shard, metadata=late) == []
+    assert content(tmp_path) == whole
+
+
+def test_leftovers_of_a_kill_between_the_last_file_and_the_notes(tmp_path, whole):
+    write(tmp_path)
+    (tmp_path / ".numbers-train.notes").mkdir()
+    write(tmp_path)
+    assert content(tmp_path) == content(whole)

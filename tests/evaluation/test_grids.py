@@ -18,6 +18,17 @@ def test_to_uint8_clips():
     np.testing.assert_array_equal(grids.to_uint8(np.array([-3.0, -1.0, 1.0, 1.01])), [0, 0, 255, 255])
 
 
+def test_roundings():
+    levels = np.array([-1.0, -0.999, -0.996, 0.0, 0.25, 0.9999, 1.0])  # 0, 0.13, 0.51, 127.5, 159.4, 254.99 and 255
+    want = {
+        "round": [0, 0, 1, 128, 159, 255, 255], "shift": [0, 0, 1, 128, 159, 255, 255],
+        "floor": [0, 0, 0, 127, 159, 254, 255],
+    }  # fmt: skip
+    for rounding, expected in want.items():
+        np.testing.assert_array_equal(grids.to_uint8(levels, rounding), expected)
+    np.testing.assert_array_equal(grids.to_uint8(np.array([-2.0, 2.0]), "floor"), [0, 255])
+
+
 def test_cells_are_filled_row_by_row():
     images = np.stack([np.full((2, 3, 1), value) for value in (-0.5, 0.0, 0.5)])
     picture = grids.grid(images, columns=2, padding=1, scale=1)

@@ -80,3 +80,166 @@ def test_one_class_cannot_be_classified():
     images, labels = np.zeros((4, 2, 2, 1)), np.zeros(4, int)
     with pytest.raises(UserError, match="--config.evaluation.classifier=False"):
         metrics.class_accuracy(images, labels, images, labels)
+
+
+def moments_of(rows):
+    return rows.mean(axis=0), np.cov(rows, rowvar=False)
+
+
+@pytest.mark.parametrize(("num_a", "num_b"), [(200, 90), (5, 90), (5, 3), (2, 200)])
+def test_distance_of_moments_is_that_of_rows(num_a, num_b):
+    """Also without full rank and on scales of their own, where square roots of rounding would be 1e-8."""
+    rng = np.random.default_rng(5)
+    a, b = rng.standard_normal((num_a, 32)) * np.geomspace(1, 1e-3, 32), rng.standard_normal((num_b, 32)) + 0.3
+    expected = metrics.frechet_distance(a, b)
+    assert metrics.frechet_distance_of(*moments_of(a), *moments_of(b)) == pytest.approx(expected, rel=1e-12)
+    assert metrics.frechet_distance_of(*moments_of(a), *moments_of(a)) == pytest.approx(0, abs=1e-11)
+
+
+def test_distance_of_a_point():
+    """Without any spread only the means and the other's variances count."""
+    zero, other = np.zeros((3, 3)), np.diag([1.0, 2.0, 3.0])
+    assert metrics.frechet_distance_of(np.ones(3), zero, np.zeros(3), other) == pytest.approx(9, rel=1e-12)
+    assert metrics.frechet_distance_of(np.ones(3), zero, np.zeros(3), zero) == 3
+
+
+@pytest.mark.parametrize(
+    ("mean", "covariance", "words"),
+    [
+        (np.zeros(3), np.eye(2), r"covariance_a is of shape \(2, 2\), mean_a of \(3,\)"),
+        (np.zeros(2), np.eye(2), "mean_a has 2 features, mean_b has 3"),
+        (np.full(3, np.nan), np.eye(3), "mean_a has values that are not finite"),
+        (np.zeros(3), np.diag([1, np.inf, 1]), "covariance_a has values that are not finite"),
+        (np.zeros(3), np.diag([1.0, 1.0, -0.1]), "covariance_a is no covariance"),
+    ],
+)
+def test_moments_that_cannot_be_compared(mean, covariance, words):
+    with pytest.raises(ValueError, match=words):
+        metrics.frechet_distance_of(mean, covariance, np.zeros(3), np.eye(3))
+
+
+@pytest.mark.parametrize("convention", metrics.IS_CONVENTIONS)
+def test_inception_score_of_known_answers(convention):
+    """The same logits everywhere: 1.  Certain of one of k classes, all equally often: k."""
+    assert metrics.inception_score(np.ones((20, 5)), 2, convention) == pytest.approx((1, 0), abs=1e-5)
+    certain = 100 * np.eye(4)[np.arange(40) % 4]
+    assert metrics.inception_score(certain, 10, convention, shuffle=False) == pytest.approx((4, 0), rel=1e-5)
+    halves = certain[np.argsort(np.arange(40) % 4)]
+    assert metrics.inception_score(halves, 2, convention, shuffle=False) == pytest.approx((2, 0), rel=1e-5)
+    assert metrics.inception_score(halves, 1, convention)[0] == pytest.approx(4, rel=1e-5)
+
+
+def test_inception_score_of_probabilities_that_vanish():
+    """A class that no row can have adds nothing."""
+    logits = np.concatenate([np.zeros((10, 3)), np.full((10, 1), -2000.0)], axis=1)
+    assert metrics.inception_score(logits, 2) == (1, 0)
+
+
+def test_splits_of_the_inception_score():
+    """23 rows in 5 splits: all rows, unevenly, or 4 rows each and 3 dropped."""
+    logits = np.zeros((23, 2))
+    logits[-3:, 0] = 50
+    assert metrics.inception_score(logits, 5, "official_jax", shuffle=False) == pytest.approx((1, 0), abs=1e-6)
+    mean, std = metrics.inception_score(logits, 5, shuffle=False)
+    assert mean > 1.01 and std > 0.01
+    assert metrics.inception_score(logits, 5, "official_jax")[0] > 1.01  # the order is another
+
+
+@pytest.mark.parametrize(
+    ("logits", "options", "words"),
+    [
+        (np.zeros((20, 3)), {"convention": "tf"}, "'tf' is no convention .* torch_fidelity or official_jax"),
+        (np.zeros((9, 3)), {}, "10 splits needs as many rows"),
+        (np.zeros(30), {}, "10 splits needs as many rows"),
+        (np.full((20, 3), np.nan), {}, "not finite"),
+    ],
+)
+def test_no_inception_score(logits, options, words):
+    with pytest.raises(UserError, match=words):
+        metrics.inception_score(logits, **options)
+
+
+def test_kernel_distance_of_two_pairs():
+    """By hand: x = 1, -1 and y = 2, 0 of one feature; the kernel is (xy + 1)^3."""
+    x, y = np.array([[1.0], [-1.0]]), np.array([[2.0], [0.0]])
+    expected = 2 * 0 / 2 + 2 * 1 / 2 - 2 * (27 + 1 - 1 + 1) / 4
+    assert metrics.kernel_distance(x, y, 3, 2) == pytest.approx((expected, 0))
+
+
+def test_kernel_distance_is_unbiased():
+    """Two sets of one distribution: 0 on average, so that half of the values are negative."""
+    a, b = np.random.default_rng(6).standard_normal((2, 2000, 4))
+    distances = [metrics.kernel_distance(a[i : i + 20], b[i : i + 20], 1, 20)[0] for i in range(0, 2000, 20)]
+    assert abs(np.mean(distances)) < 3 * np.std(distances) / 10
+    assert min(distances) < 0 < max(distances)
+    mean, std = metrics.kernel_distance(a, b, 30, 200)
+    assert abs(mean) < std
+
+
+def test_subsets_of_the_kernel_distance():
+    """The same for the same seed, another for another; float32 features are taken at their exact values."""
+    a, b = np.random.default_rng(7).standard_normal((2, 40, 4)).astype(np.float32)
+    first = metrics.kernel_distance(a, b, 2, 10)
+    assert metrics.kernel_distance(a.astype(np.float64), b, 2, 10) == first
+    assert metrics.kernel_distance(a, b, 2, 10, seed=1) != first
+
+
+@pytest.mark.parametrize(
+    ("num_a", "num_b", "size", "words"),
+    [
+        (10, 20, 11, "subsets of 11 rows cannot be drawn from 10 and 20 rows"),
+        (20, 10, 11, "subsets of 11 rows cannot be drawn from 20 and 10 rows"),
+        (10, 10, 1, "a subset_size from 2"),
+    ],
+)
+def test_subsets_that_cannot_be_drawn(num_a, num_b, size, words):
+    with pytest.raises(UserError, match=words):
+        metrics.kernel_distance(np.zeros((num_a, 2)), np.zeros((num_b, 2)), 1, size)
+
+
+def naive_precision_recall(generated, real, k):
+    def share(points, others):
+        within = np.linalg.norm(others[:, None] - others, axis=2)
+        radii = np.sort(within, axis=1)[:, k]
+        return (np.linalg.norm(points[:, None] - others, axis=2) <= radii).any(axis=1).mean()
+
+    return share(generated, real), share(real, generated)
+
+
+@pytest.mark.parametrize("batch_size", [1, 7, 100])
+def test_precision_recall_in_blocks(batch_size):
+    rng = np.random.default_rng(8)
+    generated, real = 0.7 * rng.standard_normal((30, 3)), rng.standard_normal((50, 3))
+    for k in (1, 3):
+        precision, recall = naive_precision_recall(generated, real, k)
+        assert precision != recall
+        got = metrics.precision_recall(generated, real, k, batch_size)
+        assert got == pytest.approx((precision, recall, 2 * precision * recall / (precision + recall)), rel=1e-12)
+
+
+def test_precision_recall_of_known_answers():
+    """A line of points and half of it: all of the half is real, and reaches one point beyond itself."""
+    real, half = np.arange(10.0)[:, None], np.arange(5.0)[:, None]
+    assert metrics.precision_recall(half, real, 1) == pytest.approx((1, 0.6, 0.75))
+    assert metrics.precision_recall(real, half, 1) == pytest.approx((0.6, 1, 0.75))
+    assert metrics.precision_recall(real + 100, real) == (0, 0, 0)
+
+
+def test_too_few_rows_for_precision_recall():
+    with pytest.raises(UserError, match="more than k = 3 >= 1 rows of each set, not 9 and 3"):
+        metrics.precision_recall(np.zeros((9, 2)), np.zeros((3, 2)))
+
+
+@pytest.mark.parametrize("measure", [metrics.kernel_distance, metrics.precision_recall])
+@pytest.mark.parametrize(
+    ("a", "b", "words"),
+    [
+        (np.zeros((9, 2)), np.zeros((9, 3)), "of one set have 2 features, of the other 3"),
+        (np.full((9, 2), np.inf), np.zeros((9, 2)), "features that are not finite"),
+        (np.zeros((9, 2)), np.zeros(9), "must be rows of features"),
+        (np.zeros((9, 2)), np.zeros((0, 2)), "must be rows of features"),
+    ],
+)
+def test_features_that_are_none(measure, a, b, words):
+    with pytest.raises(UserError, match=words):
+        measure(a, b)

@@ -1,14 +1,20 @@
 """Sampling with a sampler of the test: what is asked of it, what comes of the flags, and what is written."""
 
 import functools
+import itertools
+import json
 
 import numpy as np
+import PIL.Image
+import processes
 import pytest
 
-from configs import digits
+from configs import digits, latents
 from configs.errors import UserError
 from data import noise
-from evaluation import sampling
+from evaluation import grids, sampling, tools
+
+TOOLS = tools.Tools(lambda files, convention: None, lambda path, convention: None)
 
 
 @pytest.fixture
@@ -212,7 +218,7 @@ def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
         return config, Sampler(), 0.0
 
     parse(f"--output={tmp_path / 'new'}", "--weights=w.safetensors", "--num_samples=3", "--labels=4,5")
-    sampling.sample(load)
+    sampling.sample(load, TOOLS)
     assert asked == [(None, "w.safetensors", None)]
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'samples.png'}\n"
     with np.load(tmp_path / "new" / "samples.npz") as file:
@@ -234,7 +240,7 @@ def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, a
     config.model.name = network
     parse(*argv)
     with pytest.raises(UserError, match=message):
-        sampling.sample(lambda *_: (config, sampler, 1.0))
+        sampling.sample(lambda *_: (config, sampler, 1.0), TOOLS)
     assert not sampler.calls
 
 
@@ -242,3 +248,130 @@ def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file"):
         sampling.write(tmp_path / "file", np.zeros((1, 8, 8, 1)), np.zeros(1))
+
+
+@pytest.fixture
+def of_latents(config, monkeypatch):
+    """Return the config of a model of latents, whose autoencoder `quarter` stands for."""
+    monkeypatch.setattr(tools.autoencoder, "read", lambda name: tools.autoencoder.Files({"latent_channels": 4}, {}, ""))
+    config.model.channels = 4
+    config.latents.update(latents.CONVENTIONS["imm"]._asdict(), vae="some/vae")
+    return config
+
+
+def quarter(files, convention):
+    """Return what makes images of twice the side of latents, by the scale that it is told."""
+    return lambda z: np.repeat(np.repeat(z[..., :3], 2, axis=1), 2, axis=2) * convention.scale[0]
+
+
+@pytest.mark.parametrize("kind", ["png", "npz", ""])
+def test_samples_of_latents_are_decoded_and_kept(of_latents, parse, tmp_path, capsys, kind):
+    framework = TOOLS._replace(make_decoder=quarter)
+    argv = [f"--output={tmp_path}", "--weights=w", "--num_samples=3", "--labels=4,5"]
+    parse(*argv, *([f"--save={kind}"] if kind else []))
+    sampling.sample(lambda *_: (of_latents, lambda weights, noise, *_: noise, None), framework)
+    noise = sampling.generate(of_latents, lambda weights, noise, *_: noise, None, 3)[0]
+    images = quarter(None, latents.CONVENTIONS["imm"])(noise)
+    with np.load(tmp_path / "samples.npz") as file:
+        np.testing.assert_array_equal(file["latents"], noise)
+        np.testing.assert_array_equal(file["images"], images)
+    assert capsys.readouterr().out == f"{tmp_path / 'samples.png'}\n"
+    np.testing.assert_array_equal(PIL.Image.open(tmp_path / "samples.png"), grids.grid(images))
+    saved = {"png": [*(f"{i:06d}.png" for i in range(3)), "dataset.json"], "npz": ["samples_uint8.npz"], "": []}[kind]
+    assert {path.name for path in tmp_path.iterdir()} == {"samples.png", "samples.npz", *saved}
+    if kind == "png":
+        np.testing.assert_array_equal(PIL.Image.open(tmp_path / "000002.png"), grids.to_uint8(images[2]))
+        assert json.loads((tmp_path / "dataset.json").read_text())["labels"][1] == ["000001.png", 5]
+    if kind == "npz":
+        with np.load(tmp_path / "samples_uint8.npz") as file:
+            np.testing.assert_array_equal(file["arr_0"], grids.to_uint8(images))
+            assert file["arr_1"].tolist() == [4, 5, 4]
+
+
+def test_latents_that_are_left_as_they_are(of_latents, parse, tmp_path):
+    parse(f"--output={tmp_path}", "--weights=w", "--num_samples=2", "--vae=")
+    sampling.sample(lambda *_: (of_latents, Sampler(), 1.0), TOOLS)
+    with np.load(tmp_path / "samples.npz") as file:
+        assert set(file.files) == {"images", "labels"} and file["images"].shape == (2, 8, 8, 4)
+
+
+def test_latents_are_not_saved_as_images(of_latents, parse, tmp_path):
+    parse(f"--output={tmp_path}", "--weights=w", "--vae=", "--save=png")
+    with pytest.raises(UserError, match="--save writes images, and the samples have 4 channels: name the autoencoder"):
+        sampling.sample(lambda *_: (of_latents, lambda *_: pytest.fail("it samples"), 1.0), TOOLS)
+
+
+def test_images_that_nothing_decodes_are_saved_too(config, parse, tmp_path):
+    parse(f"--output={tmp_path}", "--weights=w", "--num_samples=2", "--save=npz")
+    sampling.sample(lambda *_: (config, Sampler(), 0.1), TOOLS)
+    with np.load(tmp_path / "samples_uint8.npz") as file:
+        expected = sampling.generate(config, Sampler(), 0.1, 2)[0]
+        np.testing.assert_array_equal(file["arr_0"], grids.to_uint8(expected))
+
+
+@pytest.mark.parametrize("num", [1, 2, 5])
+def test_processes_take_the_same_batches_in_turn(config, num):
+    """Of five the last has none, and the first gets all."""
+    config.sample.update(batch_size=3, sampler="restart", steps=2)
+    whole, labels = sampling.generate(config, Sampler(), 2.0, 10)
+    samplers = [Sampler() for _ in range(num)]
+
+    def share(place):
+        return list(sampling.batches(config, samplers[place.process], 2.0, 10, (), place))
+
+    found = processes.run(num, share)
+    assert [[list(i) for i, _, _ in parts] for parts in found] == [
+        [list(range(start, min(start + 3, 10))) for start in range(0, 10, 3)[process::num]] for process in range(num)
+    ]
+    assert {call[:2] for sampler in samplers for call in sampler.calls} == {((3, 8, 8, 1), (3,))}
+    for indices, images, y in itertools.chain(*found):
+        np.testing.assert_array_equal(images, whole[indices])
+        np.testing.assert_array_equal(y, labels[indices])
+    (images, y), *others = processes.run(num, lambda place: sampling.generate(config, Sampler(), 2.0, 10, (), place))
+    np.testing.assert_array_equal(images, whole)
+    np.testing.assert_array_equal(y, labels)
+    assert (images.dtype, y.dtype) == (np.float32, np.int32)
+    assert all(len(images) == len(y) == 0 and images.ndim == 4 for images, y in others)
+
+
+def test_processes_that_sample_together_have_all_batches(config):
+    config.sample.batch_size = 3
+    together = tools.Place(1, 2, together=True)
+    alone, found = (list(sampling.batches(config, Sampler(), 2.0, 7, (), place)) for place in (tools.ALONE, together))
+    assert len(alone) == len(found) == 3
+    for expected, part in zip(alone, found, strict=True):
+        assert all(np.array_equal(a, b) for a, b in zip(expected, part, strict=True))
+    with pytest.raises(AssertionError, match="call `batches`"):
+        sampling.generate(config, Sampler(), 2.0, 7, (), together)
+
+
+def test_labels_in_turn_do_not_depend_on_the_processes(config):
+    config.sample.batch_size = 2
+    found = processes.run(2, lambda place: sampling.generate(config, Sampler(), 0.0, 7, (3, 10, 1), place))
+    assert found[0][1].tolist() == [3, 10, 1, 3, 10, 1, 3]
+
+
+def test_weights_of_the_same_latents(of_latents):
+    sampling.check_latents(of_latents, "w", {})
+    sampling.check_latents(digits.get_config(), "w", {"other": "x"})
+    sampling.check_latents(of_latents, "w", {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["imm"]))})
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (json.dumps(latents.to_dict(latents.CONVENTIONS["sd"])),
+         r"^the config \(config.latents\) has .* 'imm' .* but w.safetensors has latents of the convention 'sd' "),
+        ("{", "^w.safetensors has damaged metadata of its latents .*: convert it again"),
+        ("[]", r"^w.safetensors has damaged metadata of its latents \(\[\] is no convention of latents"),
+    ],
+)  # fmt: skip
+def test_weights_of_other_latents(of_latents, text, message):
+    with pytest.raises(UserError, match=message):
+        sampling.check_latents(of_latents, "w.safetensors", {"latents": text})
+
+
+def test_weights_of_latents_for_a_model_of_pixels(config):
+    theirs = {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["sd"]))}
+    with pytest.raises(UserError, match="config.latents.* has no latents, but w has latents of the convention 'sd'"):
+        sampling.check_latents(config, "w", theirs)

@@ -4,12 +4,14 @@ import functools
 import json
 
 import numpy as np
+import processes
 import pytest
 
-from configs import digits
+from configs import base, digits
 from configs.errors import UserError
-from evaluation import report, sweep, sweep_page
+from evaluation import references, report, stored, sweep, sweep_page
 from evaluation.plots import image
+from evaluation.tools import Place, Tools
 
 ROWS = [
     {"omega": 1.0, "interval": (0.0, 1.0), "num_samples": 9, "class_accuracy": 0.5, "frechet_distance_pixels": 2.0},
@@ -185,22 +187,161 @@ def run(config, monkeypatch, tmp_path):
     monkeypatch.setattr(report, "load_real", lambda config: {"real_frechet_distance_pixels": 0.25})
     monkeypatch.setattr(report, "evaluate_samples", judge)
     monkeypatch.setattr(sweep, "workdir", lambda: str(tmp_path))
+    monkeypatch.setattr(sweep.resolve, "read_workdir", lambda path: config)
     return lambda *_: (config, lambda weights, noise, y, c, fresh: 0 * noise + weights / c.omega, 1.0)
 
 
 def test_evaluate_without_a_sweep_prints_one_line(run, parse, tmp_path, capsys):
     parse("--num_samples=6")
-    sweep.evaluate(run)
+    sweep.evaluate(run, None, lambda config: Place())
     result = {"num_samples": 6, "frechet_distance_pixels": 1.0, "real_frechet_distance_pixels": 0.25}
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "evaluation.json").read_text()) == result
-    assert [path.name for path in tmp_path.iterdir()] == ["evaluation.json"]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.png"]
 
 
 def test_evaluate_prints_the_table_and_the_best(run, parse, tmp_path, capsys):
     parse("--num_samples=6", "--omegas=1,4,2")
-    sweep.evaluate(run)
+    sweep.evaluate(run, None, lambda config: Place())
     *lines, best, path = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip(" -:") for line in lines] == ["omega", "", "1", "4", "2", "real"]
     assert best == "best frechet_distance_pixels: 0.25 with --omega=4 --interval=0,1"
     assert path == str(tmp_path / "sweep.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.html", "sweep.json"]
+
+
+def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):
+    before = config.to_dict()
+    parse()
+    assert sweep.overridden(config).to_dict() == before
+    parse("--metrics=fid,is", "--reference=r.npz", "--inception=w", "--convention=pytorch_fid", "--dino=d",
+          "--num_samples=17")  # fmt: skip
+    c = sweep.overridden(config).evaluation
+    assert (c.metrics, c.reference, c.inception, c.convention) == (("fid", "is"), "r.npz", "w", "pytorch_fid")
+    assert (c.dino, c.num_samples) == ("d", 17) and config.to_dict() == before
+    config.evaluation.update(metrics=("is",), inception="w")
+    parse("--metrics=")
+    assert sweep.overridden(config).evaluation.metrics == ()
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--metrics=fvd",), "evaluation.metrics has 'fvd'; choose of fid, is, kid, pr, fd_dinov2"),
+        (("--metrics=is",), "evaluation.inception names no weights"),
+        (("--metrics=fd_dinov2",), "evaluation.reference names no statistics"),
+        (("--num_samples=1",), "evaluation.num_samples is 1; it must be at least 2"),
+    ],
+)
+def test_metrics_of_no_sense(config, parse, argv, message):
+    parse(*argv)
+    with pytest.raises(UserError, match=message):
+        sweep.overridden(config)
+
+
+def test_a_reference_that_is_to_be_made_need_not_be_there(config, parse):
+    parse("--metrics=fid,fd_dinov2", "--make_reference=images")
+    assert sweep.overridden(config).evaluation.metrics == ("fid", "fd_dinov2")
+
+
+@pytest.mark.parametrize(
+    ("flag", "function"), [("make_reference", "make_reference"), ("samples", "judge_samples")]
+)  # of `stored`
+def test_stored_images_need_no_model(parse, monkeypatch, flag, function):
+    calls = []
+    monkeypatch.setattr(stored, function, lambda *args: calls.append(args))
+    parse(f"--{flag}=images", "--metrics=is", "--inception=w")
+    start, framework = object(), object()
+    sweep.evaluate(lambda *_: pytest.fail("it loads a model"), framework, start)
+    ((first, second, config),) = calls
+    assert first is framework and second is start and config.evaluation.metrics == ("is",)
+    config.evaluation.update(metrics=(), inception="")
+    assert config.to_dict() == base.get_config().to_dict()
+
+
+FRAMEWORK = Tools(None, lambda *_: lambda images: {"pool": images.reshape(len(images), -1)[:, :2] / 255.0})
+
+
+@pytest.fixture
+def reference(tmp_path_factory):
+    """Return the path of statistics for the features of `FRAMEWORK`."""
+    path = tmp_path_factory.mktemp("reference") / "real.npz"
+    references.write(path, references.Reference(np.zeros(2), np.eye(2), 9))
+    return str(path)
+
+
+@pytest.fixture
+def sampled():
+    """Return the list of how many samples each call of the sampler of `noisy` made."""
+    return []
+
+
+@pytest.fixture
+def noisy(run, config, sampled):
+    """Return a loader of a run whose images are noise over omega."""
+
+    def sampler(weights, noise, y, c, fresh):
+        sampled.append(len(noise))
+        return np.tanh(noise) / c.omega
+
+    config.sample.batch_size = 4
+    return lambda *_: (config, sampler, 1.0)
+
+
+@pytest.mark.parametrize("num", [1, 2])
+def test_metrics_are_printed_with_what_they_depend_on(noisy, sampled, parse, reference, tmp_path, capsys, num):
+    """By the first process; all share the samples."""
+    parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", "--save=png")
+    processes.run(num, lambda place: sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    assert sampled == [4] * 3
+    (line,) = capsys.readouterr().out.splitlines()
+    result = json.loads(line)
+    assert result.keys() == {"num_samples", "fid", "convention", "reference"} and result["num_samples"] == 9
+    assert (result["convention"], result["reference"]) == ("torch_fidelity", reference)
+    assert json.loads((tmp_path / "evaluation.json").read_text()) == result
+    assert {path.name for path in tmp_path.iterdir()} == {"evaluation.json", "evaluation.png", "evaluation"}
+    assert len(list((tmp_path / "evaluation").glob("*.png"))) == 9
+
+
+def test_processes_share_the_samples_of_the_data_themselves(noisy, sampled, parse, tmp_path, capsys):
+    parse("--num_samples=9")
+    processes.run(2, lambda place: sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    assert sampled == [4] * 3
+    (line,) = capsys.readouterr().out.splitlines()
+    assert json.loads(line) == json.loads((tmp_path / "evaluation.json").read_text())
+
+
+def test_a_sweep_of_metrics(noisy, parse, reference, tmp_path, capsys):
+    parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", "--omegas=1,4")
+    processes.run(2, lambda place: sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    names, _, *lines, best, path = capsys.readouterr().out.splitlines()
+    assert [cell.strip() for cell in names.strip("|").split("|")] == ["omega", "interval", "fid"] and len(lines) == 2
+    assert best.startswith("best fid: ") and path == str(tmp_path / "sweep.html")
+    first, second = json.loads((tmp_path / "sweep.json").read_text())
+    assert (first["omega"], second["omega"]) == (1, 4) and first["fid"] != second["fid"]
+
+
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (("--save=png",), "--save goes with --metrics here; the sample command saves"),
+        (("--save=png", "--omegas=1,2", "--metrics=is", "--inception=w"), "--save keeps the images of one guidance"),
+        (("--metrics=is", "--inception=w", "--vae=some/vae"), "--vae decodes latents, and this model is of none"),
+    ],
+)
+def test_what_cannot_be_saved_or_decoded(run, parse, argv, message, tmp_path):
+    parse(*argv)
+    with pytest.raises(UserError, match=message):
+        sweep.evaluate(run, FRAMEWORK, lambda config: Place())
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_processes_join_before_anything_is_computed(run, config, parse):
+    order = []
+
+    def load(*args):
+        order.append("load")
+        return run(*args)
+
+    parse("--num_samples=2")
+    sweep.evaluate(load, None, lambda c: order.append(c) or Place())
+    assert order == [config, "load"]

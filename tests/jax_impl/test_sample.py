@@ -1,11 +1,16 @@
 """The sampler: images as the method makes them, of the guidance asked for, from weights with or without v heads."""
 
+import json
+import pathlib
+
 import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
 
+from configs import latents
 from configs.errors import UserError
+from configs.resolve import to_json
 from evaluation import sampling
 from jax_impl import sample, weights
 from jax_impl.methods import improved
@@ -74,3 +79,24 @@ def test_other_weights_must_be_there(config, load):
     with pytest.raises(UserError, match="lack u_heads"):
         _, sampler, params = load(lambda name: not name.startswith("u_heads."))
         sampler(params, NOISE, LABELS, config.sample)
+
+
+def test_weights_of_latents_are_not_for_pixels(config, canonical, parse_flags, tmp_path):
+    parse_flags(sampling.define_sample_flags)
+    theirs = {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["sd"]))}
+    weights.save(tmp_path / "w.safetensors", canonical, theirs)
+    with pytest.raises(UserError, match="has no latents, but .*w.safetensors has latents of the convention 'sd'"):
+        sample.load(None, tmp_path / "w.safetensors", config)
+
+
+def test_devices_share_the_rows(launcher, tiny, tmp_path):
+    """Of four rows three devices have two each, the last of them nothing but filling; so has the noise drawn anew."""
+    (tmp_path / "config.json").write_text(to_json(tiny({"sample.sampler": "restart", "sample.steps": 2})))
+    script = pathlib.Path(__file__).with_name("sample_on_devices.py")
+    command = launcher.run(script, tmp_path / "config.json", 4)
+    assert command.poll() == 0, command.stderr
+    found = json.loads(command.stdout)
+    one, three = np.array(found["one"]), np.array(found["three"])
+    assert one.shape == three.shape == (4, 8, 8, 1) and one.std() > 0.1
+    np.testing.assert_allclose(three, one, atol=1e-5)
+    assert found["rows"] == [[0, 2], [2, 4], [4, 6]]

@@ -1,9 +1,12 @@
 """The sampler: images as the method makes them, of the guidance asked for, from weights with or without v heads."""
 
+import json
+
 import numpy as np
 import pytest
 import torch
 
+from configs import latents
 from configs.errors import UserError
 from evaluation import sampling
 from torch_impl import sample, weights
@@ -73,3 +76,11 @@ def test_other_weights_must_be_there(config, load):
     with pytest.raises(UserError, match="lack u_heads"):
         _, sampler, params = load(lambda name: not name.startswith("u_heads."))
         sampler(params, NOISE, LABELS, config.sample)
+
+
+def test_weights_of_latents_are_not_for_pixels(config, canonical, parse_flags, tmp_path):
+    parse_flags(sampling.define_sample_flags)
+    theirs = {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["sd"]))}
+    weights.save(tmp_path / "w.safetensors", canonical, theirs)
+    with pytest.raises(UserError, match="has no latents, but .*w.safetensors has latents of the convention 'sd'"):
+        sample.load(None, tmp_path / "w.safetensors", config)

@@ -1,0 +1,42 @@
+"""Runs a frozen network over any number of images, a few at once, on the devices of this process."""
+
+from collections.abc import Callable
+
+import jax
+import numpy as np
+from flax import nnx
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+
+from jax_impl import weights
+
+
+def in_batches(build: Callable, canonical: dict, function: Callable, batch_size: int) -> Callable:
+    """Return run(rows) -> tuple of arrays, numpy: those of function(network, rows) for all rows [n ...].
+
+    build: () -> network.  canonical: its weights.  function: (network, rows) -> tuple of arrays [n ...].
+    At most `batch_size` rows, or one for each device of this process if that is more, are computed at once, shared by
+    the devices; the last rows are filled up by zeros, so that a number of rows compiles once.
+    Raises UserError for weights that do not fit.
+    """
+    devices = jax.local_devices()
+    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
+    shared, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    net = nnx.eval_shape(build)
+    graphdef, params = nnx.graphdef(net), jax.device_put(weights.from_canonical(net, canonical), whole)
+
+    @jax.jit
+    def compiled(params, rows):
+        return function(nnx.merge(graphdef, params), rows)
+
+    def run(rows):
+        size = -(-min(batch_size, len(rows)) // mesh.size) * mesh.size
+        parts = []
+        for first in range(0, len(rows), size):
+            part = rows[first : first + size]
+            missing = size - len(part)
+            padded = np.pad(part, [(0, missing)] + [(0, 0)] * (rows.ndim - 1))
+            out = jax.device_get(compiled(params, jax.device_put(padded, shared)))
+            parts.append([a[: len(part)] for a in out])
+        return tuple(np.concatenate(arrays) for arrays in zip(*parts, strict=True))
+
+    return run

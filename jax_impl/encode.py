@@ -1,0 +1,27 @@
+"""Encode images into a dataset of latents, which both trainers read: folder, .zip or TFDS dataset to ArrayRecord.
+
+    python -m jax_impl.encode --source=imagenet/train --dest=imagenet_latents
+    python -m jax_impl.encode --source=imagenet.zip --dest=latents_512 --image_size=512 --convention=edm2
+
+Run again with the same arguments to go on after a kill.  Then --config.data.name=imagenet_latents trains on them.
+Several processes share the work, each on its own shards.  On SLURM or TPU pods add
+--distributed, elsewhere --coordinator=HOST:PORT --num_processes=N --process=I to each.
+"""
+
+from configs.flags import run
+from data import encode
+from evaluation.logs import setup_logging
+from jax_impl.autoencoder import make_encoder
+from jax_impl.devices import define_flags, start_alone
+
+
+def main():
+    """Read, encode, write."""
+    setup_logging()
+    encode.encode(start_alone, make_encoder)
+
+
+if __name__ == "__main__":
+    encode.define_flags()
+    define_flags()
+    run(main)

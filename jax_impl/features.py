@@ -1,0 +1,30 @@
+"""Features of images by the Inception network, for the Fréchet distance and the Inception score."""
+
+from evaluation import conventions
+from jax_impl import weights
+from jax_impl.batches import in_batches
+from jax_impl.models.inception import Inception, resized
+
+
+def make_inception(weights_path, convention, batch_size=64):
+    """Return extract(images uint8 [b h w c], grey or RGB) -> {"pool": [b 2048], "logits": [b 1008]}, float32, numpy.
+
+    The logits are without the bias of the last layer.
+    weights_path: a .safetensors with the names of torch-fidelity, which parity/convert.py makes of its .pth.
+    convention: a name of `evaluation.conventions`.  At most `batch_size` images are computed at once; each size of
+    images compiles once.
+    Raises UserError for an unknown convention, for weights that are not Inception's, and for other images.
+    """
+    convention = conventions.get(convention)
+
+    def features(net, images):
+        out = net(resized(images, convention))
+        return out["2048"], out["logits_unbiased"]
+
+    run = in_batches(Inception, weights.load(weights_path), features, batch_size)
+
+    def extract(images):
+        conventions.check_images(images)
+        return dict(zip(("pool", "logits"), run(images), strict=True))
+
+    return extract

@@ -1,0 +1,48 @@
+"""Inception's features as a function of images; what the network computes is parity's."""
+
+import jax.numpy as jnp
+import numpy as np
+import pytest
+
+from configs.errors import UserError
+from jax_impl import weights
+from jax_impl.features import make_inception
+from jax_impl.models.inception import average_pool, max_pool
+from parity import networks
+
+
+@pytest.fixture(scope="module")
+def path(tmp_path_factory):
+    """Return a file of random weights."""
+    path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
+    weights.save(path, networks.inception_weights(3), {})
+    return path
+
+
+def test_features_in_parts(path):
+    grey = np.random.RandomState(0).randint(0, 256, size=(3, 20, 24, 1)).astype(np.uint8)
+    got = make_inception(path, "torch_fidelity", batch_size=2)(grey)
+    assert {name: (a.shape, a.dtype) for name, a in got.items()} == {
+        "pool": ((3, 2048), np.float32), "logits": ((3, 1008), np.float32),
+    }  # fmt: skip
+    convention = networks.conventions.get("torch_fidelity")
+    want = networks.inception("torch", networks.inception_weights(3))(grey.repeat(3, axis=3), convention)
+    np.testing.assert_allclose(got["pool"], want["2048"], rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)
+
+
+def test_mistakes_are_named(path, tmp_path):
+    with pytest.raises(UserError, match="choose torch_fidelity"):
+        make_inception(path, "none")
+    with pytest.raises(UserError, match="Inception takes uint8"):
+        make_inception(path, "torch_fidelity")(np.zeros((1, 8, 8, 3)))
+    weights.save(tmp_path / "other.safetensors", {"fc.weight": np.zeros((1008, 2048), np.float32)}, {})
+    with pytest.raises(UserError, match="lack Conv2d_1a_3x3"):
+        make_inception(tmp_path / "other.safetensors", "torch_fidelity")
+
+
+def test_pools():
+    x = jnp.arange(16.0).reshape(1, 4, 4, 1)
+    assert average_pool(x)[0, 0, 0, 0] == (0 + 1 + 4 + 5) / 4  # the padding is not counted
+    assert average_pool(x)[0, 1, 1, 0] == 5
+    assert max_pool(-x)[0, 0, 0, 0] == 0 and max_pool(-x)[0, 3, 3, 0] == -10

@@ -1,0 +1,47 @@
+"""Features of images by the Inception network, for the Fréchet distance and the Inception score."""
+
+import contextlib
+
+import torch
+
+from evaluation import conventions
+from torch_impl import weights
+from torch_impl.batches import in_batches
+from torch_impl.models.inception import Inception, resized
+
+
+def make_inception(weights_path, convention, batch_size=64):
+    """Return extract(images uint8 [b h w c], grey or RGB) -> {"pool": [b 2048], "logits": [b 1008]}, float32, numpy.
+
+    The logits are without the bias of the last layer.
+    weights_path: a .safetensors with the names of torch-fidelity, which parity/convert.py makes of its .pth.
+    convention: a name of `evaluation.conventions`.  At most `batch_size` images are computed at once.
+    Raises UserError for an unknown convention, for weights that are not Inception's, and for other images.
+    """
+    convention = conventions.get(convention)
+
+    def features(net, images):
+        out = net(resized(images.permute(0, 3, 1, 2), convention))
+        return out["2048"], out["logits_unbiased"]
+
+    run = in_batches(Inception, weights.load(weights_path), features, batch_size)
+
+    def extract(images):
+        conventions.check_images(images)
+        with _full_float32():
+            return dict(zip(("pool", "logits"), run(images), strict=True))
+
+    return extract
+
+
+@contextlib.contextmanager
+def _full_float32():
+    """Switch TF32 off for a while, whatever the process has set."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    torch.set_float32_matmul_precision("highest")
+    torch.backends.cudnn.allow_tf32 = False
+    try:
+        yield
+    finally:
+        torch.set_float32_matmul_precision(before[0])
+        torch.backends.cudnn.allow_tf32 = before[1]

@@ -1,0 +1,267 @@
+"""The Inception network that the Fréchet distance and the Inception score are defined by.
+
+Source: arXiv:1512.00567; TensorFlow's frozen graph of 2015-12-05, in the names of its PyTorch ports (torch-fidelity,
+pytorch-fid), whose state dict has the canonical names.  It is not torchvision's network: its average pools do not count
+the padding, its last block has a maximum pool, and it has 1008 classes.  It computes in full float32, whatever the
+process's precision is.  It is never trained: fresh kernels are zeros, for `weights.from_canonical` to fill.
+"""
+
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evaluation.conventions import Convention, resize_matrix
+
+EPS = 1e-3  # of all batch norms
+NUM_CLASSES = 1008
+
+
+class Unit(NamedTuple):
+    """A row of the tables below: a convolution, batch norm and ReLU."""
+
+    name: str
+    features: int
+    kernel: tuple[int, int] = (1, 1)
+    stride: int = 1
+    padded: bool = True  # with zeros, so that at stride 1 the image keeps its size
+
+
+# A block is a tuple of branches, whose outputs are concatenated; a branch is units one after another, among them pools
+# by their names in `POOLS`, and last perhaps a tuple of units that are concatenated too.
+def mixed_a(pool_features):
+    """Return the block of 35 x 35 pixels."""
+    return (
+        (Unit("branch1x1", 64),),
+        (Unit("branch5x5_1", 48), Unit("branch5x5_2", 64, (5, 5))),
+        (Unit("branch3x3dbl_1", 64), Unit("branch3x3dbl_2", 96, (3, 3)), Unit("branch3x3dbl_3", 96, (3, 3))),
+        ("average", Unit("branch_pool", pool_features)),
+    )
+
+
+def mixed_b():
+    """Return the block from 35 x 35 to 17 x 17 pixels."""
+    last = Unit("branch3x3dbl_3", 96, (3, 3), 2, padded=False)
+    return (
+        (Unit("branch3x3", 384, (3, 3), 2, padded=False),),
+        (Unit("branch3x3dbl_1", 64), Unit("branch3x3dbl_2", 96, (3, 3)), last),
+        ("halving",),
+    )
+
+
+def mixed_c(features):
+    """Return the block of 17 x 17 pixels."""
+    return (
+        (Unit("branch1x1", 192),),
+        (
+            Unit("branch7x7_1", features),
+            Unit("branch7x7_2", features, (1, 7)),
+            Unit("branch7x7_3", 192, (7, 1)),
+        ),
+        (
+            Unit("branch7x7dbl_1", features),
+            Unit("branch7x7dbl_2", features, (7, 1)),
+            Unit("branch7x7dbl_3", features, (1, 7)),
+            Unit("branch7x7dbl_4", features, (7, 1)),
+            Unit("branch7x7dbl_5", 192, (1, 7)),
+        ),
+        ("average", Unit("branch_pool", 192)),
+    )
+
+
+def mixed_d():
+    """Return the block from 17 x 17 to 8 x 8 pixels."""
+    return (
+        (Unit("branch3x3_1", 192), Unit("branch3x3_2", 320, (3, 3), 2, padded=False)),
+        (
+            Unit("branch7x7x3_1", 192),
+            Unit("branch7x7x3_2", 192, (1, 7)),
+            Unit("branch7x7x3_3", 192, (7, 1)),
+            Unit("branch7x7x3_4", 192, (3, 3), 2, padded=False),
+        ),
+        ("halving",),
+    )
+
+
+def mixed_e(pool):
+    """Return the block of 8 x 8 pixels."""
+    return (
+        (Unit("branch1x1", 320),),
+        (Unit("branch3x3_1", 384), (Unit("branch3x3_2a", 384, (1, 3)), Unit("branch3x3_2b", 384, (3, 1)))),
+        (
+            Unit("branch3x3dbl_1", 448),
+            Unit("branch3x3dbl_2", 384, (3, 3)),
+            (Unit("branch3x3dbl_3a", 384, (1, 3)), Unit("branch3x3dbl_3b", 384, (3, 1))),
+        ),
+        (pool, Unit("branch_pool", 192)),
+    )
+
+
+# The network: stages by the number of features that they end with, each of units, pools and named blocks.
+STAGES = {
+    "64": (
+        Unit("Conv2d_1a_3x3", 32, (3, 3), 2, padded=False),
+        Unit("Conv2d_2a_3x3", 32, (3, 3), padded=False),
+        Unit("Conv2d_2b_3x3", 64, (3, 3)),
+        "halving",
+    ),
+    "192": (Unit("Conv2d_3b_1x1", 80), Unit("Conv2d_4a_3x3", 192, (3, 3), padded=False), "halving"),
+    "768": (
+        ("Mixed_5b", mixed_a(32)), ("Mixed_5c", mixed_a(64)), ("Mixed_5d", mixed_a(64)), ("Mixed_6a", mixed_b()),
+        ("Mixed_6b", mixed_c(128)), ("Mixed_6c", mixed_c(160)), ("Mixed_6d", mixed_c(160)), ("Mixed_6e", mixed_c(192)),
+    ),
+    "2048": (("Mixed_7a", mixed_d()), ("Mixed_7b", mixed_e("average")), ("Mixed_7c", mixed_e("maximum"))),
+}  # fmt: skip
+
+
+def average_pool(x):
+    """Return means of 3 x 3 pixels of x [b c h w], of fewer at the border: the padding does not count."""
+    return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
+
+
+def max_pool(x):
+    """Return maxima of 3 x 3 pixels of x [b c h w]."""
+    return F.max_pool2d(x, 3, stride=1, padding=1)
+
+
+def halving_pool(x):
+    """Return maxima of 3 x 3 pixels of every other place of x [b c h w], without padding."""
+    return F.max_pool2d(x, 3, stride=2)
+
+
+POOLS = {"average": average_pool, "maximum": max_pool, "halving": halving_pool}
+
+
+class BatchNorm(nn.Module):
+    """Normalise the channels of x [b c h w] by stored means and variances, with affine."""
+
+    def __init__(self, features, *, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
+        self.running_mean = nn.Parameter(torch.zeros(features, dtype=dtype))
+        self.running_var = nn.Parameter(torch.ones(features, dtype=dtype))
+
+    def forward(self, x):
+        scale = self.weight * torch.rsqrt(self.running_var + EPS)
+        mean, scale, bias = (a[:, None, None] for a in (self.running_mean, scale, self.bias))
+        return (x - mean) * scale + bias
+
+
+class Conv(nn.Module):
+    """Convolution [b in h w] -> [b out h' w'] without bias, as a `Unit` says."""
+
+    def __init__(self, in_features, unit, *, dtype):
+        super().__init__()
+        self.stride = unit.stride
+        self.padding = tuple(side // 2 if unit.padded else 0 for side in unit.kernel)
+        self.weight = nn.Parameter(torch.zeros((unit.features, in_features, *unit.kernel), dtype=dtype))
+
+    def forward(self, x):
+        return F.conv2d(x, self.weight, stride=self.stride, padding=self.padding)
+
+
+class BasicConv(nn.Module):
+    """Convolution, batch norm, ReLU."""
+
+    def __init__(self, in_features, unit, *, dtype):
+        super().__init__()
+        self.conv = Conv(in_features, unit, dtype=dtype)
+        self.bn = BatchNorm(unit.features, dtype=dtype)
+
+    def forward(self, x):
+        return F.relu(self.bn(self.conv(x)))
+
+
+class Mixed(nn.Module):
+    """A block of branches: x [b in h w] -> [b out_features h' w']."""
+
+    def __init__(self, in_features, branches, *, dtype):
+        super().__init__()
+        self.branches, self.out_features = branches, 0
+        for branch in branches:
+            features = in_features
+            for step in branch:
+                units = step if is_split(step) else (step,) if isinstance(step, Unit) else ()
+                for unit in units:
+                    setattr(self, unit.name, BasicConv(features, unit, dtype=dtype))
+                features = sum(unit.features for unit in units) or features
+            self.out_features += features
+
+    def forward(self, x):
+        return torch.cat([self.branch(x, branch) for branch in self.branches], dim=1)
+
+    def branch(self, x, branch):
+        """Return what one branch makes of x."""
+        for step in branch:
+            if is_split(step):
+                x = torch.cat([getattr(self, unit.name)(x) for unit in step], dim=1)
+            else:
+                x = POOLS[step](x) if isinstance(step, str) else getattr(self, step.name)(x)
+        return x
+
+
+def is_split(step):
+    """Return whether a step of a branch is a tuple of units, and not one unit or a pool."""
+    return isinstance(step, tuple) and not isinstance(step, Unit)
+
+
+class Logits(nn.Module):
+    """Logits [b classes] of features [b n], with the bias and without it."""
+
+    def __init__(self, in_features, num_classes, *, dtype):
+        super().__init__()
+        self.weight = nn.Parameter(torch.zeros((num_classes, in_features), dtype=dtype))
+        self.bias = nn.Parameter(torch.zeros(num_classes, dtype=dtype))
+
+    def forward(self, x):
+        unbiased = F.linear(x, self.weight)
+        return unbiased + self.bias, unbiased
+
+
+class Inception(nn.Module):
+    """Features and logits of images x [b 3 299 299] as `resized` returns them.
+
+    `dtype` is that of everything: float32 or float64.
+    Returns {name: array}: "64", "192", "768" and "2048", that many features [b n], each the mean over all pixels, and
+    "logits" and "logits_unbiased" [b 1008].  The Fréchet distance reads 2048, and the Inception score logits_unbiased,
+    which leave out the bias of the last layer.
+    """
+
+    def __init__(self, *, dtype=torch.float32):
+        super().__init__()
+        features = 3
+        for stage in STAGES.values():
+            for step in stage:
+                if isinstance(step, Unit):
+                    setattr(self, step.name, BasicConv(features, step, dtype=dtype))
+                    features = step.features
+                elif not isinstance(step, str):
+                    name, branches = step
+                    setattr(self, name, Mixed(features, branches, dtype=dtype))
+                    features = getattr(self, name).out_features
+        self.fc = Logits(features, NUM_CLASSES, dtype=dtype)
+
+    def tables(self):
+        """Return the fixed tables of the canonical state dict: there are none."""
+        return {}
+
+    def forward(self, x):
+        out = {}
+        for name, stage in STAGES.items():
+            for step in stage:
+                x = POOLS[step](x) if isinstance(step, str) else getattr(self, step[0])(x)
+            out[name] = x.mean((2, 3))
+        logits, unbiased = self.fc(out["2048"])
+        return out | {"logits": logits, "logits_unbiased": unbiased}
+
+
+def resized(images, convention: Convention, dtype=torch.float32):
+    """Return images [b c h w] in [0, 255], grey or RGB, as Inception reads them: [b 3 299 299] in about [-1, 1]."""
+    x = images.to(dtype)
+    matrices = [resize_matrix(size, convention.resize) for size in images.shape[2:]]
+    down, across = (torch.from_numpy(matrix).to(x) for matrix in matrices)
+    x = torch.einsum("ph,bchw,qw->bcpq", down, x, across)
+    x = x / convention.half_range - 1
+    return x.expand(-1, 3, -1, -1)
