@@ -21,6 +21,7 @@ VALUES = {"fid", "inception_score", "inception_score_std", "kid", "kid_std", "pr
 TRAINING = {
     "model.input_size": 8, "model.channels": 4, "model.num_classes": 5, "train.steps": 20, "train.batch_size": 16,
     "train.sample_every": 20, "evaluation.classifier": False, "data.flip": True, "evaluation.num_samples": NUM,
+    "train.evaluate_every": 20, "evaluation.metrics": ("is",),
 }  # fmt: skip
 
 
@@ -45,14 +46,16 @@ def source(parts):
 def runs(launcher, source, parts, options, in_both, tmp_path_factory):
     """Return the directory of all that both frameworks made, and what evaluate printed."""
     directory = tmp_path_factory.mktemp("latents")
-    inception = f"--inception={parts / 'inception.safetensors'}"
+    weights = str(parts / "inception.safetensors")
+    inception = f"--inception={weights}"
 
     def scenario(framework):
         own = directory / framework
+        paths = {"data.name": str(own / "latents"), "evaluation.inception": weights}
         steps = [
             lambda: launcher.start(ENCODE[framework], *source, f"--dest={own / 'latents'}"),
             lambda: launcher.start(
-                TRAIN[framework], *options(TRAINING | {"data.name": str(own / "latents")}), f"--workdir={own / 'run'}"
+                TRAIN[framework], *options(TRAINING | paths), f"--workdir={own / 'run'}"
             ),
             lambda: launcher.start(SAMPLE[framework], f"--workdir={own / 'run'}", "--num_samples=9", "--save=png"),
             lambda: launcher.start(
@@ -83,6 +86,15 @@ def test_the_dataset_says_what_it_is(runs, parts, framework):
 def test_the_run_keeps_the_convention(runs, parts, framework):
     config = resolve.read_workdir(runs[0] / framework / "run")
     assert latents.of(config) == latents.CONVENTIONS["sd"] and config.latents.vae == str(parts / "vae")
+
+
+@FRAMEWORKS
+def test_a_run_judges_itself(runs, framework):
+    """By the metrics of its config, on decoded samples; evaluate has the same of the same samples."""
+    lines = (runs[0] / framework / "run" / "metrics.jsonl").read_text().splitlines()
+    last = json.loads(lines[-1])
+    assert (last["step"], last["num_samples"]) == (20, NUM)
+    assert last["inception_score"] == pytest.approx(runs[1][framework]["inception_score"], rel=1e-6)
 
 
 @FRAMEWORKS
