@@ -77,7 +77,8 @@ def define_flags() -> None:
 def make_reference(framework: tools.Tools, start: Start, config: base.Config) -> None:
     """Write the statistics of real images that the metrics of `config.evaluation` compare with, and print their path.
 
-    Without metrics: those of fid.  kid and pr keep all features beside.  Raises UserError for what is missing.
+    Without metrics: those of fid.  kid and pr keep features beside, of at most `KEPT` images.  Raises UserError for
+    what is missing.
     """
     f, c = flags.FLAGS, config.evaluation
     check_flags("make_reference")
