@@ -34,8 +34,9 @@ parity: install
 	$(BIN)/python parity/check.py
 
 benchmark: install
-	$(BIN)/python benchmarks/step.py --framework=jax
-	$(BIN)/python benchmarks/step.py --framework=torch
+	for framework in jax torch; do for command in step sample scaling; do \
+		$(BIN)/python benchmarks/$$command.py --framework=$$framework || exit 1; \
+	done; done
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

@@ -9,8 +9,8 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=[
-        "configs", "data", "evaluation", "jax_impl", "jax_impl.models", "jax_impl.methods", "parity", "torch_impl",
-        "torch_impl.models", "torch_impl.methods",
+        "benchmarks", "configs", "data", "evaluation", "jax_impl", "jax_impl.models", "jax_impl.methods", "parity",
+        "torch_impl", "torch_impl.models", "torch_impl.methods",
     ],
     install_requires=[
         "clu>=0.0.12",
@@ -33,6 +33,7 @@ setup(
         "tqdm>=4.66",
     ],
     extras_require={
+        "flash": ["jvp_flash_attention>=0.14"],  # config.model.attention_jvp=flash
         "gpu": ["jax[cuda12]>=0.10"],
         "repa": ["transformers>=5.0"],
         "latents": ["huggingface_hub>=0.30", "lmdb>=1.4"],

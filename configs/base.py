@@ -45,6 +45,7 @@ def data() -> Config:
     c.dir = ""  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
     c.flip = False  # mirror each image left-right with probability 0.5
     c.num_workers = 0  # loader processes; 0 loads in the trainer's own process
+    c.prefetch = 2  # batches that are read and put on the device ahead of their step, by a thread; 0: none
     c.encoder = ""  # flow with model.repa_dims: a frozen DINOv2, a local path or a name on the hub; empty: the dataset
     # has its `features` stored beside the images
     c.augment = augment()
@@ -98,7 +99,8 @@ def model() -> Config:
     c.num_heads = 4  # transformers: attention heads
     c.mlp_ratio = 4.0  # transformers: hidden width of a block's MLP over `width`
     c.attention = "plain"  # transformers: where no tangent passes: plain | fused (cuDNN's, PyTorch's)
-    c.attention_jvp = "plain"  # transformers: under the JVP; fused is refused, since no fused kernel has a tangent
+    c.attention_jvp = "plain"  # transformers: under the JVP, through which no gradient passes: plain | flash (in
+    # PyTorch, on CUDA, by the package jvp_flash_attention); fused is refused, since none of those has a tangent
     c.qk_norm = False  # dit, dmf_dit: queries and keys are divided by their root mean square
     c.interval_embedder = True  # dit, edm2: embeds t - r, or r, for MeanFlow; False: a flow model, which ignores r
     c.repa_dims = ()  # dit: width of the features that each encoder of REPA has of a token; (): no REPA
@@ -187,6 +189,7 @@ def train() -> Config:
     c.steps = 1000  # optimizer steps
     c.batch_size = 256  # images a step, over all processes and devices
     c.accumulate = 1  # micro-batches a step: less memory, same result
+    c.remat = False  # keep only what blocks hand on, and compute the rest again for the gradient: less memory, slower
     c.fsdp = 1  # devices that share one copy of parameters, EMA and optimizer state
     c.optimizer = "adam"  # adam | adamw
     c.learning_rate = 1e-4  # peak

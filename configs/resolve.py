@@ -13,9 +13,9 @@ from configs.errors import UserError
 
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
-    "name", "data.dir", "data.num_workers", "latents.vae", "train.steps", "train.accumulate", "train.fsdp",
-    "train.compile", "train.num_threads", "train.log_every", "train.sample_every", "train.evaluate_every",
-    "train.checkpoint_every", "train.keep_checkpoints", "sample.", "evaluation.",
+    "name", "data.dir", "data.num_workers", "data.prefetch", "latents.vae", "train.steps", "train.accumulate",
+    "train.remat", "train.fsdp", "train.compile", "train.num_threads", "train.log_every", "train.sample_every",
+    "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.", "evaluation.",
 )  # fmt: skip
 # What a model and one that it starts or learns from have in common.
 ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")

@@ -9,7 +9,7 @@ CHOICES = {
     "latents.pixels": ("symmetric", "unit"),
     "model.name": ("dit", "unet", "imf_dit", "dmf_dit", "edm2"),
     "model.attention": ("plain", "fused"),
-    "model.attention_jvp": ("plain", "fused"),
+    "model.attention_jvp": ("plain", "fused", "flash"),
     "model.embedding_type": ("positional", "fourier"),
     "model.encoder_type": ("standard", "skip", "residual"),
     "model.decoder_type": ("standard", "skip"),
@@ -60,6 +60,7 @@ RANGES = {
     "model.head_width": (1, None),
     "model.logvar_channels": (0, None),
     "model.dropout": (0, 1),
+    "data.prefetch": (0, None),
     "data.augment.prob": (0, 1),
     "method.flow_fraction": (0, 1),
     "method.label_drop_prob": (0, 1),
@@ -97,8 +98,18 @@ def check_dit(config: base.Config) -> None:
     if c.attention_jvp == "fused":
         raise UserError(
             "config.model.attention_jvp is fused, but neither cuDNN's nor PyTorch's fused attention has the "
-            "forward-mode derivative that a JVP needs: leave it plain; config.model.attention=fused holds wherever no "
-            "tangent passes"
+            "forward-mode derivative that a JVP needs: leave it plain, or in PyTorch on a GPU set flash; "
+            "config.model.attention=fused holds wherever no tangent passes"
+        )
+    if c.attention_jvp == "flash" and c.compute_dtype == "float64":
+        raise UserError(
+            "config.model.attention_jvp is flash and config.model.compute_dtype float64, but that kernel computes in "
+            "float32 at most: set --config.model.attention_jvp=plain"
+        )
+    if c.attention_jvp == "flash" and c.width > 256 * c.num_heads:
+        raise UserError(
+            "config.model.attention_jvp is flash, which takes heads of at most 256 channels, but config.model.width "
+            f"{c.width} over model.num_heads {c.num_heads} is more: set --config.model.attention_jvp=plain"
         )
     if c.attention == "fused" and c.compute_dtype == "float64":
         raise UserError(

@@ -33,7 +33,11 @@ def build_net(config):
     Parameters are float32; float64 where that is the compute dtype, which needs `jax_enable_x64`.
     """
     rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 0))
-    graphdef, params = nnx.split(ARCHITECTURES[config.model.name](config.model, rngs))
+    net = ARCHITECTURES[config.model.name](config.model, rngs)
+    for _, module in nnx.iter_modules(net):
+        if hasattr(module, "remat"):
+            module.remat = config.train.remat  # pyright: ignore
+    graphdef, params = nnx.split(net)
     dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
     return graphdef, jax.tree.map(lambda a: a.astype(dtype), params)
 

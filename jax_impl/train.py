@@ -1,5 +1,6 @@
 """The training loop: batches in, steps, and what happens every so many steps."""
 
+import functools
 import math
 import os
 import signal
@@ -13,8 +14,9 @@ from jax.experimental import multihost_utils
 from configs import latents, resolve
 from configs.errors import UserError
 from configs.stages import stage_at
+from data.ahead import Ahead
 from data.examples import with_latents
-from data.loader import Loader, make_loader
+from data.loader import make_loader
 from evaluation import grids
 from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress
@@ -24,6 +26,7 @@ from evaluation.tools import Place, try_decoder
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
 from jax_impl.devices import gather
+from jax_impl.models.attention import check_kernels
 from jax_impl.sample import TOOLS, make_sampler
 from jax_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, state_shardings
 
@@ -37,10 +40,12 @@ def train(config, workdir):
     among it; the last checkpoint is then from before it.
     """
     resolve.check_trainable(config)
+    check_kernels(config.model)
     config = with_latents(config)
     resolve.check_divisible(config, jax.device_count(), "devices")
     mesh, first = make_mesh(config), jax.process_index() == 0
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
+    loader = Ahead(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
     teacher = load_teacher(config, mesh)
     graphdef, state = start_state(config, mesh, resumes=has_checkpoint(workdir))
     sampler = make_sampler(config, graphdef, mesh)
@@ -73,7 +78,7 @@ class Parts(NamedTuple):
     """What a run works with, beside its state."""
 
     config: Any
-    loader: Loader
+    loader: Ahead
     checkpoints: Checkpoints
     log: MetricLog
     window: "Window"
@@ -130,7 +135,7 @@ def loop(parts, train_step, state, mesh):
     step = int(state.step)
     with Termination() as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(parts.loader), mesh), stage_at(parts.config, step))
+            state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
             step += 1
             window.add(step, metrics)
             progress(step)

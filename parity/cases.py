@@ -218,7 +218,7 @@ def forward(network: str, measure: Measure) -> None:
 
 
 def jvp(network: str, measure: Measure) -> None:
-    """The bare network's output and total derivative, from the methods' `average_velocity`."""
+    """The bare network's output and total derivative, from the methods' `velocity` and `rate`."""
     cfg = config(network)
     for head in heads(cfg):
         result = {name: f.jvp(net, *jvp_inputs(cfg), given(cfg), head) for name, f, net in nets(cfg)}

@@ -15,8 +15,8 @@ from flax import nnx
 
 from configs import base, resolve
 from jax_impl import step, time_embedding, weights
-from jax_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, reflow, samplers
-from jax_impl.models import edm2, imf_dit, layers, unet
+from jax_impl.methods import METHODS, common, flow, improved, reflow, samplers
+from jax_impl.models import edm2, imf_dit, layers, tape, unet
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -25,7 +25,7 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y, given, heads, jvp, features) -> u, v or both, or u and features, jitted
+    apply: Any  # (params, z, t, r, y, given, taped, heads, jvp, features) -> (u, v or both, or u and features; tape)
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
     method: str  # name of the method that trains it
@@ -56,7 +56,13 @@ class Net(NamedTuple):
 
     def __call__(self, z, t, r, y, heads="u", jvp=False, features=False, **given):
         """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
-        return self.apply(self.params, z, t, r, y, given, heads, jvp, features)
+        outer = tape.active()
+        taped = outer.outputs if outer and outer.replays else None
+        u, outputs = self.apply(self.params, z, t, r, y, given, taped, heads, jvp, features)
+        if outer and not outer.replays:
+            for output in outputs:
+                outer.record(output)
+        return u
 
 
 @contextlib.contextmanager
@@ -91,7 +97,7 @@ def fresh_weights(config, seeds):
     """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
     module, _ = _network(_model(config))
     jax.config.update(OPTIMIZE_LESS, True)
-    draw = jax.jit(lambda seed: step.build_net(SimpleNamespace(seed=seed, model=config.model))[1])
+    draw = jax.jit(lambda seed: step.build_net(SimpleNamespace(seed=seed, model=config.model, train=config.train))[1])
     return [weights.to_canonical(module, draw(seed)) for seed in seeds]
 
 
@@ -109,15 +115,15 @@ def forward(net, z, t, r, y, given=None, head="u"):
 
 
 def jvp(net, z, t, r, y, tangent, given=None, head="u"):
-    """Return u and du/dt along (tangent, 1, 0) on all rows, through `average_velocity` of its method or of MeanFlow.
+    """Return u and du/dt along (tangent, 1, 0) on all rows, as the methods do.
 
     head: `v` for another head's velocity in place of u.
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
-    if net.method == "decoupled":
-        return _to_numpy(decoupled.average_velocity(net, z, tangent, t, r, y))
-    rows, one = common.Rows(groups=1, flow=0, rest=len(y)), functools.partial(net, heads=head)
-    return _to_numpy(meanflow.average_velocity(one, z, tangent, t, r, y, _given(net, given), z[:0], rows))
+    rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
+    one = functools.partial(net, heads=head)
+    u, taped = common.velocity(one, z, t, r, y, given, rows)
+    return _to_numpy((u, common.rate(one, z, tangent, t, r, y, given, rows, taped)))
 
 
 def features(net, z, t, y):
@@ -348,9 +354,14 @@ def _network(model):
     several = config.model.name == "imf_dit"
 
     @functools.partial(jax.jit, static_argnames=("heads", "jvp", "features"))
-    def apply(params, z, t, r, y, given, heads, jvp, features):
+    def apply(params, z, t, r, y, given, taped, heads, jvp, features):
+        """taped: outputs of affine layers that are known, or None."""
         options = ({"heads": heads} if several else {}) | ({"features": True} if features else {})
-        return nnx.merge(graphdef, params)(z, t, r, y, **given, **options, jvp=jvp)
+        inner = tape.Tape(lambda output: output)
+        inner.outputs.extend(taped or ())
+        with tape.recording(inner) if taped is None else tape.replaying(inner):
+            u = nnx.merge(graphdef, params)(z, t, r, y, **given, **options, jvp=jvp)
+        return u, inner.outputs
 
     return nnx.merge(graphdef, shapes), apply
 

@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from torch_impl import step, time_embedding, weights
-from torch_impl.methods import METHODS, common, decoupled, flow, improved, meanflow, reflow, samplers
+from torch_impl.methods import METHODS, common, flow, improved, reflow, samplers
 from torch_impl.models import edm2, imf_dit, layers, unet
 
 
@@ -104,16 +104,15 @@ def forward(net, z, t, r, y, given=None, head="u"):
 
 
 def jvp(net, z, t, r, y, tangent, given=None, head="u"):
-    """Return u and du/dt along (tangent, 1, 0) on all rows, through `average_velocity` of its method or of MeanFlow.
+    """Return u and du/dt along (tangent, 1, 0) on all rows, as the methods do.
 
     head: `v` for another head's velocity in place of u.
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
-    if net.method == "decoupled":
-        return tuple(map(_to_numpy, decoupled.average_velocity(net, z, tangent, t, r, y)))
-    rows, one = common.Rows(groups=1, flow=0, rest=len(y)), functools.partial(net, heads=head)
-    given = _given(net, given)
-    return tuple(map(_to_numpy, meanflow.average_velocity(one, z, tangent, t, r, y, given, z[:0], rows)))
+    rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
+    one = functools.partial(net, heads=head)
+    u, taped = common.velocity(one, z, t, r, y, given, rows)
+    return _to_numpy(u), _to_numpy(common.rate(one, z, tangent, t, r, y, given, rows, taped))
 
 
 @torch.no_grad()

@@ -23,6 +23,7 @@ LONGEST = (
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
     "test_decoupled_commands.py", "data/test_loader.py", "test_reflow_commands.py", "jax_impl/test_step.py",
     "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
+    "benchmarks/test_benchmark_commands.py", "jax_impl/test_tape.py", "benchmarks/test_precision.py",
 )  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,

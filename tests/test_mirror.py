@@ -7,14 +7,20 @@ import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
 # Files without a twin, and why.
-ALONE = {"main.py": "PyTorch's entry is train.py, as torchrun expects"}
+ALONE = {
+    "main.py": "PyTorch's entry is train.py, as torchrun expects",
+    "models/flash.py": "the package jvp_flash_attention is for PyTorch alone",
+}
 # Public names without a twin, and why.
 ONE_SIDED = {
     "models/layers.py": {
         "linear": "NNX takes initialisers as arguments; a PyTorch layer is a class that casts",
         "Linear": "the same",
+        "matmul": "PyTorch's linear layers are one product already",
+        "convolve": "NNX takes what convolves as an argument",
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
+    "models/tape.py": {"remembered": "PyTorch makes dual numbers by hand"},
     "models/unet.py": {"MASK32": "JAX has unsigned integers"},
     "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {
@@ -48,7 +54,7 @@ ONE_SIDED = {
 }
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
 OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",
-                   "models/layers.py", "models/attention.py"}  # fmt: skip
+                   "models/layers.py", "models/attention.py", "models/tape.py"}  # fmt: skip
 ORDER = {"configs": 0, "data": 1, "evaluation": 1, "jax_impl": 2, "torch_impl": 2, "parity": 3}
 NOT_TO_COMPUTE_WITH = {"tensorflow", "tensorflow_datasets", "clu", "diffusers"}
 

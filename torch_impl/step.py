@@ -69,6 +69,9 @@ def build_net(config):
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(fold(config.seed, 0))
         net = ARCHITECTURES[config.model.name](config.model)
+    for module in net.modules():
+        if hasattr(module, "remat"):
+            module.remat = config.train.remat
     return net.double() if config.model.compute_dtype == "float64" else net
 
 
@@ -88,6 +91,8 @@ def make_mesh(config, device):
 def wrap(loss, config, mesh: DeviceMesh | None):
     """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
     if config.train.compile:
+        # A rematerialised block writes to the tape when it first runs, and only then.
+        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.train.remat
         loss = torch.compile(loss, backend=config.train.compile_backend, fullgraph=True, dynamic=False)
     if mesh is None:
         return loss
@@ -262,7 +267,10 @@ def reduce_metrics(metrics):
 
 def put_batch(batch, device):
     """Put this process's rows of a numpy batch on its device, image, noise as [b c h w], channels last in memory."""
-    rows = {name: torch.from_numpy(np.ascontiguousarray(a)).to(device, non_blocking=True) for name, a in batch.items()}
+    rows = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
+    if device.type == "cuda":  # which copies from pinned memory while the process goes on
+        rows = {name: a.pin_memory() for name, a in rows.items()}
+    rows = {name: a.to(device, non_blocking=True) for name, a in rows.items()}
     images = {name: rows[name].permute(0, 3, 1, 2) for name in ("image", "noise") if name in rows}
     return rows | images | {"label": rows["label"].long()}
 

@@ -6,6 +6,7 @@
 Run again with the same arguments to resume.
 """
 
+import functools
 import math
 import os
 import signal
@@ -20,8 +21,9 @@ from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
 from configs.stages import stage_at
+from data.ahead import Ahead
 from data.examples import with_latents
-from data.loader import Loader, make_loader
+from data.loader import make_loader
 from evaluation import grids
 from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress, setup_logging
@@ -31,6 +33,7 @@ from evaluation.tools import Place, try_decoder
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
 from torch_impl.devices import gather, start_torch
+from torch_impl.models.attention import check_kernels
 from torch_impl.sample import TOOLS, make_sampler
 from torch_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, reduce_metrics
 
@@ -45,10 +48,12 @@ def train(config, workdir, device):
     among it; the last checkpoint is then from before it.
     """
     resolve.check_trainable(config)
+    check_kernels(config.model, device)
     config = with_latents(config)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     mesh, first = make_mesh(config, device), dist.get_rank() == 0
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
+    loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
     state = start_state(config, mesh, device, resumes=has_checkpoint(workdir))
     reports = make_reports(config, make_sampler(config, device))
     if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
@@ -79,7 +84,7 @@ class Parts(NamedTuple):
     """What a run works with, beside its state."""
 
     config: Any
-    loader: Loader
+    loader: Ahead
     checkpoints: Checkpoints
     log: MetricLog
     window: "Window"
@@ -136,7 +141,7 @@ def loop(parts, train_step, state, device):
     step = state.step
     with Termination(device) as termination:
         while step < c.steps:
-            state, metrics = train_step(state, put_batch(next(parts.loader), device), stage_at(parts.config, step))
+            state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
             step += 1
             window.add(step, metrics)
             progress(step)

@@ -7,6 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
+from jax_impl.models.tape import Tape, recording, replaying
+
 
 class Rows(NamedTuple):
     """A static interleaving of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
@@ -114,6 +116,31 @@ def weigh(err, cfg):
         err = err**2
     weight = stop_gradient((err + cfg.adaptive_eps) ** -cfg.adaptive_power)
     return weight, weight * err
+
+
+def velocity(net, z, t, r, y, given, rows):
+    """Return net(z, t, r, y, given) on all rows, and a tape for `rate` on the rest of them."""
+    tape = Tape(lambda a: take(a, rows, "rest"))
+    with recording(tape):
+        return net(z, t, r, y, **given), tape
+
+
+def rate(net, z, v, t, r, y, given, rows, tape):
+    """Return du/dt [b h w c], the total derivative of u = net(z, t, r, y, given) along (v, 1, 0); no gradient passes.
+
+    tape: of the forward `velocity`.  The JVP runs on the rest of a static split; on flow rows du/dt = 0, because
+    nothing reads it.
+    """
+    du_dt = jnp.zeros_like(z)
+    if not rows.rest:
+        return du_dt
+    flow = take(du_dt, rows, "flow")
+    z, v, t, r, y = (take(a, rows, "rest") for a in (z, v, t, r, y))
+    given = {name: take(a, rows, "rest") for name, a in given.items()}
+    tangents = (v, jnp.ones_like(t), jnp.zeros_like(r))
+    with replaying(tape):
+        _, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, **given, jvp=True), (z, t, r), tangents)
+    return stop_gradient(join(flow, du_dt, rows))
 
 
 def take(a, rows, part):

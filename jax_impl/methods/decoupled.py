@@ -15,15 +15,18 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
+    Rows,
     draw_times,
     drop_labels,
     expand,
     interleave,
     order_times,
     path,
+    rate,
     separate,
     sum_squares,
     to_time,
+    velocity,
 )
 from jax_impl.methods.samplers import flow_map_steps as sampling_steps
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
@@ -71,13 +74,15 @@ def loss(net, batch, draws, cfg, teacher=None):
     y, kept = drop_labels(batch["label"], draws, net.num_classes, cfg)
     z, v = path(x, draws.noise, t, cfg)
     z_flow, v_flow = path(x, draws.noise_flow, t_flow, cfg)
+    rows = Rows(1, 0, len(y))  # a term of their own has the flow rows
     u_flow = net(z_flow, t_flow, t_flow, y)
+    u, tape = velocity(net, z, t, r, y, {}, rows)
     states, velocities, times = (z_flow, z), (v_flow, v), (t_flow, t)
     if cfg.guidance_type == "distill":
         v_g_flow, v_g = distill(teacher, states, times, y, cfg)
     else:
         v_g_flow, v_g = guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg)
-    u, du_dt = average_velocity(net, z, v_g, t, r, y)
+    du_dt = rate(net, z, v_g, t, r, y, {}, rows, tape)
     target = stop_gradient(v_g - expand(t - r, v) * du_dt)
     err, err_flow = sum_squares(u - target), sum_squares(u_flow - v_g_flow)
     log_variance, log_variance_flow = net.log_variance(t, r), net.log_variance(t_flow, t_flow)
@@ -123,13 +128,6 @@ def distill(teacher, states, times, y, cfg):
         inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
         guided.append(stop_gradient(jnp.where(expand(inside, z), v_null + cfg.omega * (v_cond - v_null), v_cond)))
     return tuple(guided)
-
-
-def average_velocity(net, z, v_g, t, r, y):
-    """Return u(z, t, r, y) and its total derivative du/dt along (v_g, 1, 0), [b h w c] each."""
-    tangents = (v_g, jnp.ones_like(t), jnp.zeros_like(r))
-    u, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, jvp=True), (z, t, r), tangents)
-    return u, stop_gradient(du_dt)
 
 
 def log_loss(err, log_variance, cfg):

@@ -11,8 +11,19 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from jax_impl.methods.common import drop_labels, expand, is_flow, path, split_rows, sum_squares, weigh
-from jax_impl.methods.meanflow import average_velocity, conditional_and_null, flow_velocity
+from jax_impl.methods.common import (
+    drop_labels,
+    expand,
+    is_flow,
+    path,
+    rate,
+    split_rows,
+    sum_squares,
+    take,
+    velocity,
+    weigh,
+)
+from jax_impl.methods.meanflow import conditional_and_null
 from jax_impl.methods.samplers import flow_map_steps, integrate
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
 
@@ -58,9 +69,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, noise, t, cfg)
     y, _ = drop_labels(batch["label"], draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u_flow = flow_velocity(net, z, t, y, {}, rows)
-    v_g = guide(net, z, v, t, y, u_flow, rows, draws, cfg)
-    u, du_dt = average_velocity(net, z, v_g, t, r, y, {}, u_flow, rows)
+    u, tape = velocity(net, z, t, r, y, {}, rows)
+    v_g = guide(net, z, v, t, y, take(u, rows, "flow"), rows, draws, cfg)
+    du_dt = rate(net, z, v_g, t, r, y, {}, rows, tape)
     target = stop_gradient(v_g - expand(t - r, v) * du_dt)
     err = sum_squares(u - target)
     weight, row_loss = weigh(err / x[0].size, cfg)

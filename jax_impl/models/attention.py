@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from configs.errors import UserError
 from jax_impl.models.layers import linear, rms_norm
 
 
@@ -64,3 +65,12 @@ def fused(q, k, v):
 
 
 KERNELS = {"plain": plain, "fused": fused}
+
+
+def check_kernels(c):
+    """Raise UserError if `config.model` names a kernel for its JVP that JAX does not have."""
+    if c.attention_jvp not in KERNELS:
+        raise UserError(
+            f"config.model.attention_jvp is {c.attention_jvp}, a kernel that PyTorch alone has: set "
+            "--config.model.attention_jvp=plain, or train in PyTorch"
+        )

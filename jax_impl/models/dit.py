@@ -21,6 +21,7 @@ from jax_impl.models.layers import (
     unpatchify,
     zeros,
 )
+from jax_impl.models.tape import rematerialised
 
 
 class Mlp(nnx.Module):
@@ -37,11 +38,14 @@ class Mlp(nnx.Module):
 class Block(nnx.Module):
     """Attention and MLP, each modulated and gated by the condition c [b d]; the residual stays in float32."""
 
+    remat = False
+
     def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype, rngs):
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
         self.adaLN_modulation = nnx.Dict({"1": linear(width, 6 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
 
+    @rematerialised
     def __call__(self, x, c, jvp=False):
         modulation = self.adaLN_modulation["1"](nnx.silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)

@@ -20,6 +20,8 @@ import jax.numpy as jnp
 from flax import nnx
 
 from configs.errors import UserError
+from jax_impl.models.layers import convolve, matmul
+from jax_impl.models.tape import rematerialised
 
 TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: the largest time that the network is ever told
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
@@ -114,9 +116,9 @@ class MPConv(nnx.Module):
         dtype = self.dtype or jnp.promote_types(x.dtype, jnp.float32)
         x, kernel = x.astype(dtype), kernel.astype(dtype)
         if not self.kernel_size:
-            return x @ kernel
+            return matmul(x, kernel)
         padding = [(self.kernel_size // 2,) * 2] * 2
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), padding, None, None, ("NHWC", "HWIO", "NHWC"))
+        return convolve(x, kernel, (1, 1), padding, None, None, ("NHWC", "HWIO", "NHWC"))
 
 
 def attend(qkv, head_width):
@@ -138,6 +140,8 @@ class Block(nnx.Module):
     flavor: `enc` normalises its input a pixel and branches off after its skip convolution, `dec` before it.
     mode: see `resample`.
     """
+
+    remat = False
 
     def __init__(self, in_features, out_features, emb_features, flavor, *, mode=None, attention=False, head_width=64,
                  dtype, rngs):  # fmt: skip
@@ -162,6 +166,7 @@ class Block(nnx.Module):
         """Return x with as many channels as the block has."""
         return x if self.conv_skip is None else widen(self.conv_skip(x))
 
+    @rematerialised
     def __call__(self, x, emb):
         x = resample(x, self.mode)
         if self.flavor == "enc":

@@ -13,6 +13,7 @@ from flax import nnx
 
 from jax_impl.models.attention import attend
 from jax_impl.models.layers import PatchEmbed, linear, rms_norm, timestep_features, unpatchify, zeros
+from jax_impl.models.tape import rematerialised
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -122,6 +123,8 @@ class SwiGLU(nnx.Module):
 class RotaryBlock(nnx.Module):
     """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
 
+    remat = False
+
     def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype, rngs):
         self.norm1 = RMSNorm(width)
         self.attn = RotaryAttention(width, num_heads, kernels=kernels, dtype=dtype, rngs=rngs)
@@ -130,6 +133,7 @@ class RotaryBlock(nnx.Module):
         self.attn_scale = nnx.Param(jnp.zeros(width))
         self.mlp_scale = nnx.Param(jnp.zeros(width))
 
+    @rematerialised
     def __call__(self, x, cos, sin, jvp=False):
         x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, jvp)
         x = x + self.mlp_scale * self.mlp(self.norm2(x))

@@ -12,6 +12,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_impl.models.tape import affine
+
 xavier_uniform = nnx.initializers.xavier_uniform()
 normal_002 = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
@@ -20,8 +22,28 @@ zeros = nnx.initializers.zeros_init()
 def linear(in_features, out_features, *, dtype, rngs, kernel_init=xavier_uniform, bias=True):
     """Return an affine layer in -> out with zero bias or none, computed in `dtype` from float32 parameters."""
     return nnx.Linear(
-        in_features, out_features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
-    )
+        in_features, out_features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs,
+        dot_general=matmul,
+    )  # fmt: skip
+
+
+def matmul(x, kernel, *_, **options):
+    """Return x [... in] times kernel [in out] as one product of two matrices.
+
+    The gradient of a product of higher rank transposes whole arrays first on a CPU: 1.15 times the step of DiT-S/4.
+    """
+
+    def product(x, kernel):
+        flat = x.reshape(-1, x.shape[-1])
+        y = jax.lax.dot_general(flat, kernel, (((1,), (0,)), ((), ())), **options)
+        return y.reshape(*x.shape[:-1], kernel.shape[-1])
+
+    return affine(product, x, kernel)
+
+
+def convolve(x, kernel, *args, **options):
+    """Return the convolution of x [b ...] with a kernel, see `jax.lax.conv_general_dilated`."""
+    return affine(lambda x, kernel: jax.lax.conv_general_dilated(x, kernel, *args, **options), x, kernel)
 
 
 def layer_norm(x, eps=1e-6):
@@ -103,7 +125,7 @@ class PatchEmbed(nnx.Module):
         window = (patch_size, patch_size)
         self.proj = nnx.Conv(
             channels, width, window, window, padding="VALID", dtype=dtype, kernel_init=xavier_patches, bias_init=zeros,
-            rngs=rngs,
+            rngs=rngs, conv_general_dilated=convolve,
         )  # fmt: skip
 
     def __call__(self, x):

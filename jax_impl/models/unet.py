@@ -15,7 +15,8 @@ import numpy as np
 from flax import nnx
 
 from configs.errors import UserError
-from jax_impl.models.layers import linear, xavier_uniform
+from jax_impl.models.layers import convolve, linear, xavier_uniform
+from jax_impl.models.tape import rematerialised
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5
@@ -148,7 +149,7 @@ class Conv(nnx.Module):
         padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
         dimensions = ("NHWC", "HWIO", "NHWC")
-        return jax.lax.conv_general_dilated(x, kernel, (1, 1), [(padding, padding)] * 2, None, None, dimensions) + bias
+        return convolve(x, kernel, (1, 1), [(padding, padding)] * 2, None, None, dimensions) + bias
 
     def __call__(self, x):
         if self.resample and not self.filter_last:
@@ -180,6 +181,8 @@ class Block(nnx.Module):
     `size` x `size`, before the first convolution.
     """
 
+    remat = False
+
     def __init__(self, in_features, out_features, emb_features, *, first, size, attention, dropout, qkv_layout, taps,
                  dtype, rngs, resample=None):  # fmt: skip
         self.first, self.prob, self.attention, self.qkv_layout = first, dropout, attention, qkv_layout
@@ -198,6 +201,7 @@ class Block(nnx.Module):
             self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention, rngs=rngs)
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
 
+    @rematerialised
     def __call__(self, x, emb, keep):
         residual = x if self.skip is None else self.skip(x)
         x = self.conv0(nnx.silu(self.norm0(x)))

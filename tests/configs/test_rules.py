@@ -63,6 +63,7 @@ def test_configs_of_sense(changes):
         ({"model.dmf_depth": -1}, "model.dmf_depth is -1; it must be at least 0"),
         ({"model.repa_depth": 0}, "model.repa_depth is 0; it must be at least 1"),
         ({"model.projector_dim": 0}, "model.projector_dim is 0; it must be at least 1"),
+        ({"data.prefetch": -1}, "data.prefetch is -1; it must be at least 0"),
         ({"model.head_width": 0}, "model.head_width is 0; it must be at least 1"),
         ({"model.logvar_channels": -1}, "model.logvar_channels is -1; it must be at least 0"),
         ({"method.stage_order": "guided"}, "stage_order is 'guided'; choose one of plain_first, guided_first"),
@@ -91,6 +92,14 @@ def test_values_without_sense(changes, message):
         (
             {"model.attention": "fused", "model.compute_dtype": "float64"},
             "attention is fused and config.model.compute_dtype float64, .*: set --config.model.attention=plain",
+        ),
+        (
+            {"model.attention_jvp": "flash", "model.compute_dtype": "float64"},
+            "attention_jvp is flash and config.model.compute_dtype float64, .*: set --config.model.attention_jvp=plain",
+        ),
+        (
+            {"model.attention_jvp": "flash", "model.width": 1032, "model.num_heads": 4},
+            "attention_jvp is flash, which takes heads of at most 256 channels, but config.model.width 1032 over",
         ),
     ],
 )

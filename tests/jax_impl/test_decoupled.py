@@ -68,13 +68,13 @@ def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():
 @pytest.mark.parametrize(
     ("guidance", "calls", "of_teacher"),
     [
-        ("default", [(8, False), (8, True)], []),
-        ("mg", [(8, False), (24, False), (8, True)], []),
-        ("distill", [(8, False), (8, True)], [(32, False)]),
+        ("default", [(8, False), (8, False), (8, True)], []),
+        ("mg", [(8, False), (8, False), (24, False), (8, True)], []),
+        ("distill", [(8, False), (8, False), (8, True)], [(32, False)]),
     ],
 )
 def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(guidance, calls, of_teacher):
-    """The flow term, guidance as one batch, then the MeanFlow term under the JVP."""
+    """Both terms, guidance as one batch, then the tangent of the MeanFlow term."""
     cfg, net, teacher = settings(guidance_type=guidance), Curved(), Curved()
     loss_of(net, batch(), draws(cfg), cfg, teacher)
     assert net.calls == calls and teacher.calls == of_teacher
@@ -219,9 +219,9 @@ class FlowMap:
     def __call__(self, z, t, r, y, jvp=False):
         t, r = wide(t, r)
         e = (z - jnp.cos(t * math.pi / 2) * self.x) / jnp.sin(t * math.pi / 2)
-        if not jvp:
-            return (jnp.cos(t * math.pi / 2) * e - jnp.sin(t * math.pi / 2) * self.x) * math.pi / 2
-        return (z - jnp.cos(r * math.pi / 2) * self.x - jnp.sin(r * math.pi / 2) * e) / (t - r)
+        v = (jnp.cos(t * math.pi / 2) * e - jnp.sin(t * math.pi / 2) * self.x) * math.pi / 2
+        u = (z - jnp.cos(r * math.pi / 2) * self.x - jnp.sin(r * math.pi / 2) * e) / jnp.where(t > r, t - r, 1)
+        return jnp.where(t > r, u, v)
 
     def log_variance(self, t, r):
         return 0 * t
@@ -244,7 +244,9 @@ def test_the_derivative_is_the_total_one_along_the_guided_velocity():
         net = functools.partial(Curved(2.0), y=y)
         z, v_g = (jax.random.normal(jax.random.key(i), (2, 2, 2, 1), jnp.float64) for i in range(2))
         t, r = jnp.array([0.9, 0.5]), jnp.array([0.2, 0.4])
-        u, du_dt = decoupled.average_velocity(Curved(2.0), z, v_g, t, r, y)
+        rows = common.Rows(1, 0, 2)
+        u, tape = common.velocity(Curved(2.0), z, t, r, y, {}, rows)
+        du_dt = common.rate(Curved(2.0), z, v_g, t, r, y, {}, rows, tape)
         np.testing.assert_allclose(u, net(z, t, r))
         difference = (net(z + h * v_g, t + h, r) - net(z - h * v_g, t - h, r)) / (2 * h)
         np.testing.assert_allclose(du_dt, difference, rtol=1e-7, atol=1e-9)

@@ -184,14 +184,14 @@ def test_a_constant_scale():
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [
-        ({}, [(4, False), (12, False), (4, True)]),
-        ({"guidance": False}, [(4, False), (4, True)]),
-        ({"flow_rows": "coin"}, [(16, False), (8, True)]),
+        ({}, [(8, False), (12, False), (4, True)]),
+        ({"guidance": False}, [(8, False), (4, True)]),
+        ({"flow_rows": "coin"}, [(8, False), (16, False), (8, True)]),
         ({"flow_fraction": 1.0}, [(8, False), (8, False)]),
     ],
 )
 def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(changes, calls):
-    """Flow rows, guidance as one batch, then the rest under the JVP."""
+    """All rows, guidance as one batch, then the tangent of the rest."""
     cfg, net = settings(**changes), Curved()
     jax.eval_shape(lambda: rectified.loss(net, batch(), draws(cfg), cfg))
     assert net.calls == calls

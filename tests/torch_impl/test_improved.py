@@ -84,17 +84,17 @@ def batch_of(num):
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [
-        ({}, [(8, "uv", False), (16 + 8, "v", False), (8, "uv", True)]),
-        ({"flow_fraction": 0.75}, [(12, "uv", False), (16 + 4, "v", False), (4, "uv", True)]),
+        ({}, [(16, "uv", False), (16 + 8, "v", False), (8, "u", True)]),
+        ({"flow_fraction": 0.75}, [(16, "uv", False), (16 + 4, "v", False), (4, "u", True)]),
         ({"flow_fraction": 1.0}, [(16, "uv", False), (16, "v", False)]),
-        ({"flow_fraction": 0.0}, [(32, "v", False), (16, "uv", True)]),
-        ({"flow_rows": "front"}, [(32, "v", False), (16, "uv", True)]),
-        ({"guidance": False}, [(8, "uv", False), (8, "v", False), (8, "uv", True)]),
+        ({"flow_fraction": 0.0}, [(16, "uv", False), (32, "v", False), (16, "u", True)]),
+        ({"flow_rows": "front"}, [(16, "uv", False), (32, "v", False), (16, "u", True)]),
+        ({"guidance": False}, [(16, "uv", False), (8, "v", False), (8, "u", True)]),
         ({"guidance": False, "flow_fraction": 1.0}, [(16, "uv", False)]),
     ],
 )
 def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(changes, calls):
-    """Flow rows, all without a class and the rest with theirs, then the rest under the JVP."""
+    """All rows, all without a class and the rest with theirs, then the tangent of the rest."""
     cfg, net = settings(**changes), Told()
     improved.loss(net, batch_of(16), draws(16, cfg), cfg)
     assert net.calls == calls

@@ -26,10 +26,12 @@ from torch_impl.methods.common import (
     is_flow,
     join,
     path,
+    rate,
     sample_times,
     split_rows,
     sum_squares,
     take,
+    velocity,
     weigh,
 )
 from torch_impl.methods.samplers import flow_map_steps as sampling_steps
@@ -80,9 +82,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, draws.noise, t, cfg)
     dropped_y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    flow = flow_velocities(net, z, t, dropped_y, given, rows)
-    v_c, v_g = guide(net, z, v, t, y, given, kept, flow[1], cfg)
-    u, v_head, du_dt = average_velocity(net, z, v_c, t, r, dropped_y, given, flow, rows)
+    (u, v_head), tape = velocity(functools.partial(net, heads="uv"), z, t, r, dropped_y, given, rows)
+    v_c, v_g = guide(net, z, v, t, y, given, kept, take(v_head, rows, "flow"), cfg)
+    du_dt = rate(net, z, v_c, t, r, dropped_y, given, rows, tape)
     compound = u + expand(t - r, z) * du_dt
     err, err_v = sum_squares(compound - v_g), sum_squares(v_head - v_g)
     (weight, row_loss), (weight_v, row_loss_v) = weigh(err, cfg), weigh(err_v, cfg)
@@ -111,13 +113,6 @@ def sample_guidance(draws, cfg):
     }
 
 
-def flow_velocities(net, z, t, y, given, rows):
-    """Return u and v at r = t on the flow rows of a static split [groups*flow c h w]: one plain forward."""
-    z, t, y = (take(a, rows, "flow") for a in (z, t, y))
-    given = {name: take(a, rows, "flow") for name, a in given.items()}
-    return net(z, t, t, y, **given, heads="uv") if rows.flow else (z, z)
-
-
 @torch.no_grad()
 def guide(net, z, v, t, y, given, kept, v_flow, cfg):
     """Return the predicted velocity v_c and the guided velocity v_g = v + (1 - 1/w)(v_c - v_null) [b c h w].
@@ -142,25 +137,6 @@ def guide(net, z, v, t, y, given, kept, v_flow, cfg):
         v_g = v + expand(1 - 1 / omega, v) * (v_c - take(v2, both, "flow"))
         v = torch.where(expand(kept, v), v_g, v)
     return v_c.detach(), v.detach()
-
-
-def average_velocity(net, z, v_c, t, r, y, given, flow, rows):
-    """Return u and v at (z, t, r, y, given), and the total derivative du/dt along (v_c, 1, 0), [b c h w] each.
-
-    The JVP runs on the rest of a static split; flow rows have their forward `flow` already, and du/dt = 0 there
-    because nothing reads it.
-    """
-    z, v_c, t, r, y = (take(a, rows, "rest") for a in (z, v_c, t, r, y))
-    given = {name: take(a, rows, "rest") for name, a in given.items()}
-    u, v, du_dt = z, z, z
-    if rows.rest:
-        tangents = (v_c, torch.ones_like(t), torch.zeros_like(r))
-        both = functools.partial(net, **given, heads="uv", jvp=True)
-        u, du_dt, v = torch.func.jvp(  # pyright: ignore
-            lambda z, t, r: both(z, t, r, y), (z, t, r), tangents, has_aux=True
-        )
-    u, v = (join(a, b, rows) for a, b in zip(flow, (u, v), strict=True))
-    return u, v, join(torch.zeros_like(flow[0]), du_dt, rows).detach()
 
 
 def sampling_conditions(cfg):

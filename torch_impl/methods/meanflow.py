@@ -18,10 +18,12 @@ from torch_impl.methods.common import (
     expand,
     join,
     path,
+    rate,
     sample_times,
     split_rows,
     sum_squares,
     take,
+    velocity,
     weigh,
 )
 from torch_impl.methods.samplers import flow_map_steps as sampling_steps
@@ -71,9 +73,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, draws.noise, t, cfg)
     y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u_flow = flow_velocity(net, z, t, y, given, rows)
-    v_g = guide(net, z, v, t, y, given, kept, u_flow, cfg)
-    u, du_dt = average_velocity(net, z, v_g, t, r, y, given, u_flow, rows)
+    u, tape = velocity(net, z, t, r, y, given, rows)
+    v_g = guide(net, z, v, t, y, given, kept, take(u, rows, "flow"), cfg)
+    du_dt = rate(net, z, v_g, t, r, y, given, rows, tape)
     target = (v_g - expand(interval(t, r, cfg), v) * du_dt).detach()
     err = sum_squares(u - target)
     weight, row_loss = weigh(err, cfg)
@@ -93,13 +95,6 @@ def conditions(net, batch, draws):
     """
     given = {"augment": batch["augment"]} if net.augment_dim and "augment" in batch else {}
     return given | ({"dropout": net.dropout_masks(draws.dropout)} if net.dropout else {})
-
-
-def flow_velocity(net, z, t, y, given, rows):
-    """Return u(z, t, t, y) on the flow rows of a static split [groups*flow c h w]: one plain forward."""
-    z, t, y = (take(a, rows, "flow") for a in (z, t, y))
-    given = {name: take(a, rows, "flow") for name, a in given.items()}
-    return net(z, t, t, y, **given) if rows.flow else z
 
 
 @torch.no_grad()
@@ -137,23 +132,6 @@ def conditional_and_null(net, z, t, y, null, given, u_flow, rows):
     given = {name: join(a, take(a, rows, "rest"), both) for name, a in given.items()}
     u = net(z2, t2, t2, y2, **given)
     return join(u_flow, take(u, both, "rest"), rows), take(u, both, "flow")
-
-
-def average_velocity(net, z, v_g, t, r, y, given, u_flow, rows):
-    """Return u(z, t, r, y, given) and its total derivative du/dt along (v_g, 1, 0), [b c h w] each.
-
-    The JVP runs on the rest of a static split; flow rows have their forward already, and du/dt = 0 there because
-    nothing reads it.
-    """
-    z, v_g, t, r, y = (take(a, rows, "rest") for a in (z, v_g, t, r, y))
-    given = {name: take(a, rows, "rest") for name, a in given.items()}
-    u, du_dt = z, z
-    if rows.rest:
-        tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
-        u, du_dt = torch.func.jvp(  # pyright: ignore
-            lambda z, t, r: net(z, t, r, y, **given, jvp=True), (z, t, r), tangents
-        )
-    return join(u_flow, u, rows), join(torch.zeros_like(u_flow), du_dt, rows).detach()
 
 
 def interval(t, r, cfg):

@@ -9,8 +9,19 @@ from typing import NamedTuple
 
 import torch
 
-from torch_impl.methods.common import drop_labels, expand, is_flow, path, split_rows, sum_squares, weigh
-from torch_impl.methods.meanflow import average_velocity, conditional_and_null, flow_velocity
+from torch_impl.methods.common import (
+    drop_labels,
+    expand,
+    is_flow,
+    path,
+    rate,
+    split_rows,
+    sum_squares,
+    take,
+    velocity,
+    weigh,
+)
+from torch_impl.methods.meanflow import conditional_and_null
 from torch_impl.methods.samplers import flow_map_steps, integrate
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 
@@ -56,9 +67,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, noise, t, cfg)
     y, _ = drop_labels(batch["label"], draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u_flow = flow_velocity(net, z, t, y, {}, rows)
-    v_g = guide(net, z, v, t, y, u_flow, rows, draws, cfg)
-    u, du_dt = average_velocity(net, z, v_g, t, r, y, {}, u_flow, rows)
+    u, tape = velocity(net, z, t, r, y, {}, rows)
+    v_g = guide(net, z, v, t, y, take(u, rows, "flow"), rows, draws, cfg)
+    du_dt = rate(net, z, v_g, t, r, y, {}, rows, tape)
     target = (v_g - expand(t - r, v) * du_dt).detach()
     err = sum_squares(u - target)
     weight, row_loss = weigh(err / x[0].numel(), cfg)

@@ -4,6 +4,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from torch_impl.models.flash import check_flash, flash
 from torch_impl.models.layers import Linear, rms_norm
 
 
@@ -59,4 +60,10 @@ def fused(q, k, v):
     return F.scaled_dot_product_attention(q, k, v)
 
 
-KERNELS = {"plain": plain, "fused": fused}
+KERNELS = {"plain": plain, "fused": fused, "flash": flash}
+
+
+def check_kernels(c, device):
+    """Raise UserError if `config.model` names a kernel for its JVP that there is not, here or on `device`."""
+    if c.attention_jvp == "flash":
+        check_flash(device)

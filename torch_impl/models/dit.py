@@ -22,6 +22,7 @@ from torch_impl.models.layers import (
     unpatchify,
     zeros,
 )
+from torch_impl.models.tape import rematerialised
 
 
 class Mlp(nn.Module):
@@ -39,12 +40,15 @@ class Mlp(nn.Module):
 class Block(nn.Module):
     """Attention and MLP, each modulated and gated by the condition c [b d]; the residual stays in float32."""
 
+    remat = False
+
     def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype):
         super().__init__()
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype)
         self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 6 * width, dtype=dtype, kernel_init=zeros)})
 
+    @rematerialised
     def forward(self, x, c, jvp=False):
         modulation = self.adaLN_modulation["1"](F.silu(c))
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)

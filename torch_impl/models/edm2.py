@@ -12,6 +12,7 @@ time t the state (1-t) x + t n, sigma = t/(1-t) and z/(1-t) what EDM denoises, i
 which is finite at both ends, where the quotients of the original are not.
 """
 
+import functools
 import math
 
 import torch
@@ -19,6 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from configs.errors import UserError
+from torch_impl.models.tape import affine, rematerialised
 
 TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: the largest time that the network is ever told
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
@@ -111,8 +113,8 @@ class MPConv(nn.Module):
         dtype = self.compute_dtype or torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(dtype), weight.to(dtype)
         if not self.kernel_size:
-            return x @ weight.T
-        return F.conv2d(x, weight, padding=self.kernel_size // 2)
+            return affine(F.linear, x, weight)
+        return affine(functools.partial(F.conv2d, padding=self.kernel_size // 2), x, weight)
 
 
 def attend(qkv, head_width):
@@ -134,6 +136,8 @@ class Block(nn.Module):
     flavor: `enc` normalises its input a pixel and branches off after its skip convolution, `dec` before it.
     mode: see `resample`.
     """
+
+    remat = False
 
     def __init__(self, in_features, out_features, emb_features, flavor, *, mode=None, attention=False, head_width=64,
                  dtype):  # fmt: skip
@@ -159,6 +163,7 @@ class Block(nn.Module):
         """Return x with as many channels as the block has."""
         return x if self.conv_skip is None else widen(self.conv_skip(x))
 
+    @rematerialised
     def forward(self, x, emb):
         x = resample(x, self.mode)
         if self.flavor == "enc":

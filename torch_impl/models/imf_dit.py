@@ -15,6 +15,7 @@ from torch import nn
 from torch_impl.models import layers
 from torch_impl.models.attention import attend
 from torch_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify
+from torch_impl.models.tape import rematerialised
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -129,6 +130,8 @@ class SwiGLU(nn.Module):
 class RotaryBlock(nn.Module):
     """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
 
+    remat = False
+
     def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype):
         super().__init__()
         self.norm1 = RMSNorm(width)
@@ -138,6 +141,7 @@ class RotaryBlock(nn.Module):
         self.attn_scale = nn.Parameter(torch.zeros(width))
         self.mlp_scale = nn.Parameter(torch.zeros(width))
 
+    @rematerialised
     def forward(self, x, cos, sin, jvp=False):
         x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, jvp)
         x = x + self.mlp_scale * self.mlp(self.norm2(x))

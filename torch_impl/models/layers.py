@@ -4,12 +4,15 @@ Parameters are kept in float32 (or float64); matmuls run in `dtype`; time featur
 Attribute names are those of the official PyTorch checkpoints: the canonical names.
 """
 
+import functools
 import math
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
+
+from torch_impl.models.tape import affine
 
 
 def xavier_uniform(weight):
@@ -39,7 +42,8 @@ class Linear(nn.Linear):
 
     def forward(self, x):
         dtype = self.compute_dtype or x.dtype
-        return F.linear(x.to(dtype), self.weight.to(dtype), None if self.bias is None else self.bias.to(dtype))
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return affine(F.linear, x.to(dtype), self.weight.to(dtype), bias)
 
 
 def layer_norm(x, eps=1e-6):
@@ -128,8 +132,8 @@ class PatchEmbed(nn.Module):
         zeros(self.proj.bias)
 
     def forward(self, x):
-        x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.proj.weight, self.proj.bias))
-        x = F.conv2d(x, weight, bias, stride=self.proj.stride)
+        x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.proj.weight, self.proj.bias))  # pyright: ignore
+        x = affine(functools.partial(F.conv2d, stride=self.proj.stride), x, weight, bias)
         return x.flatten(2).transpose(1, 2)
 
 

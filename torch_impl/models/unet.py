@@ -6,6 +6,7 @@ qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py
 dicts of both have canonical names.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -16,6 +17,7 @@ from torch import nn
 
 from configs.errors import UserError
 from torch_impl.models.layers import Linear
+from torch_impl.models.tape import affine, rematerialised
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 MASK32 = 2**32 - 1
@@ -168,7 +170,7 @@ class Conv(nn.Module):
         """Return the convolution of x [b c h w]."""
         padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.weight, self.bias))
-        return F.conv2d(x, weight, bias, padding=padding)
+        return affine(functools.partial(F.conv2d, padding=padding), x, weight, bias)
 
     def forward(self, x):
         if self.resample and not self.filter_last:
@@ -200,6 +202,8 @@ class Block(nn.Module):
     `size` x `size`, before the first convolution.
     """
 
+    remat = False
+
     def __init__(self, in_features, out_features, emb_features, *, first, size, attention, dropout, qkv_layout, taps,
                  dtype, resample=None):  # fmt: skip
         super().__init__()
@@ -219,6 +223,7 @@ class Block(nn.Module):
             self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention)
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero)
 
+    @rematerialised
     def forward(self, x, emb, keep):
         residual = x if self.skip is None else self.skip(x)
         x = self.conv0(F.silu(self.norm0(x)))

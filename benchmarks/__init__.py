@@ -1,0 +1,1 @@
+"""What steps and samples cost, in time, FLOPs and memory."""

@@ -1,0 +1,195 @@
+"""What is compared: the cases of a system, each a config, and the ratio of forwards that bounds its cost from below."""
+
+import ast
+import copy
+import pathlib
+import runpy
+from collections.abc import Iterable, Iterator, Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from configs import base, resolve
+from configs.errors import UserError
+
+FLOW_MATCHING = "flow matching"
+SYSTEMS = ("meanflow", "improved", "decoupled", "rectified")
+GUIDANCE = ("none", "kappa0", "kappa", "all")
+OPTIONS_OF = {  # of config.method, by the kind of guidance
+    "none": {"guidance": False},
+    "kappa0": {"guidance": True, "omega": 3.0, "kappa": 0.0},
+    "kappa": {"guidance": True, "omega": 1.0, "kappa": 0.5},
+}
+
+
+class Case(NamedTuple):
+    """One step to measure."""
+
+    name: str
+    config: base.Config
+    limit: float  # forwards F of a step (backward = 2F) over the 3F of flow matching
+    of: str = ""  # of a variant: name of the case that it varies
+    variant: str = ""  # eager | remat | none
+
+
+def load_config(name: str) -> base.Config:
+    """Return the config of FILE.py[:variant].  Raises UserError if there is none."""
+    file, _, variant = name.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"there is no config file {file}; configs/digits.py is one that is")
+    get_config = runpy.run_path(file)["get_config"]
+    try:
+        return get_config(variant) if variant else get_config()
+    except ValueError as error:
+        raise UserError(str(error)) from error
+
+
+def system_config(system: str, size: str, head_depth: int) -> base.Config:
+    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a size of the DiT family."""
+    config = base.get_config()
+    config.model.update(base.DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
+    if system == "improved":
+        config.method.name, config.model.name = "improved", "imf_dit"
+        config.model.update(mlp_ratio=8 / 3, head_depth=head_depth)
+    if system == "decoupled":
+        config.method.name, config.model.name = "decoupled", "dmf_dit"
+        config.model.dmf_depth = config.model.depth * 5 // 7  # 20 of 28 in XL
+        config.method.update(omega=0.6, guidance_end=0.7, time_mean=(0.4, -1.2))
+    if system == "rectified":
+        config.method.update(name="rectified", time_sampler="re2_truncate", omega_sampler="uniform", omega_max=2.5)
+    return config
+
+
+def override(config: base.Config, settings: Sequence[str]) -> base.Config:
+    """Return the config with `OPTION=VALUE` settings.  Raises UserError for an option or a value that cannot be."""
+    config = copy.deepcopy(config)
+    for setting in settings:
+        name, equals, text = setting.partition("=")
+        if not equals or name not in resolve.flatten(config):
+            raise UserError(f"--set {setting}: there is no option {name}; write OPTION=VALUE, see configs/base.py")
+        try:
+            value = ast.literal_eval(text)
+        except (ValueError, SyntaxError):
+            value = text
+        try:
+            config.update_from_flattened_dict({name: value})
+        except TypeError as error:
+            raise UserError(f"--set {setting}: {error}") from error
+    return config
+
+
+def real_share(config: base.Config, p: float) -> float:
+    """Return the share of rows with r < t that a batch has: flow rows are a whole number, rounded down."""
+    size = config.train.batch_size
+    return 1 - int(size * (1 - p)) / size
+
+
+def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
+    """Yield (name, options by dotted name, limit), flow matching first: flow rows alone, without guidance.
+
+    Re-MeanFlow's guidance always has both forwards; the U-Net, which has no classes, has none.
+    """
+    yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
+    possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
+    for p in shares:
+        q = real_share(config, p)
+        limits = {"none": (3 + q) / 3, "kappa0": (4 + q) / 3, "kappa": (4 + 2 * q) / 3}
+        for kind in possible if config.model.name != "unet" else ("none",):
+            options = {f"method.{name}": value for name, value in OPTIONS_OF[kind].items()}
+            if kind in kinds:
+                yield f"p={p:g}, guidance {kind}", options | {"method.flow_fraction": 1 - p}, limits[kind]
+
+
+def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
+    """Yield the same of improved MeanFlow.
+
+    Flow matching is one head on flow rows alone: of as many blocks as u has, without guidance and tangent.
+    """
+    one_head = {"model.head_depth": 0, "method.guidance": False}
+    yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
+    head = config.model.head_depth / config.model.depth
+    for p in shares:
+        q = real_share(config, p)
+        for kind, forwards in (("none", 3 + 2 * q + 3 * head), ("all", 4 + 2 * q + 3 * head)):
+            options = {"method.flow_fraction": 1 - p, "method.guidance": kind == "all"}
+            if kind in kinds:
+                yield f"p={p:g}, guidance {kind}", options, forwards / 3
+
+
+def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
+    """Yield the same of decoupled MeanFlow, against the flow model that it starts from."""
+    yield FLOW_MATCHING, {"model.name": "dit", "model.interval_embedder": False, "method.name": "flow"}, 1.0
+    for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
+        if kind in kinds:
+            yield f"guidance {kind}", {"method.guidance_type": guidance}, forwards / 3
+
+
+def flow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
+    """Yield the one of a flow model."""
+    yield FLOW_MATCHING, {}, 1.0
+
+
+CASES = {
+    "meanflow": meanflow_cases, "rectified": meanflow_cases, "improved": improved_cases, "decoupled": decoupled_cases,
+    "flow": flow_cases,
+}  # fmt: skip
+
+
+def make_cases(
+    config: base.Config, shares: Sequence[float], kinds: Sequence[str] = GUIDANCE, variants: Sequence[str] = ()
+) -> list[Case]:
+    """Return the cases of the system that `config.method.name` is, each followed by its variants.
+
+    shares: of rows with r < t; () is the system's default.  variants: eager (PyTorch, not compiled) and remat.
+    Raises UserError for a config that cannot be trained as it is.
+    """
+    if config.method.guidance_type == "distill" and config.method.name == "decoupled":
+        raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
+    changes = {"eager": {"train.compile": False}, "remat": {"train.remat": True}}
+    if "remat" in variants and "train.remat" not in resolve.flatten(config):
+        raise UserError("--remat: there is no option config.train.remat")
+    table = []
+    for name, options, limit in CASES[config.method.name](config, shares or default_shares(config), kinds):
+        case = Case(name, make_config(config, options), limit)
+        table.append(case)
+        for variant in variants:
+            varied = make_config(case.config, changes[variant])
+            table.append(Case(f"{name}, {variant}", varied, limit, name, variant))
+    return table
+
+
+def default_shares(config: base.Config) -> tuple[float, ...]:
+    """Return the share of rows with r < t that is measured unless another is asked for."""
+    return (0.5,) if config.method.name == "improved" else (0.25,)
+
+
+def make_config(config: base.Config, options: dict) -> base.Config:
+    """Return the config with options by dotted name, one stage and no micro-batches, checked."""
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict({"method.stage1_steps": 0, "train.accumulate": 1, "train.fsdp": 1} | options)
+    resolve.check(config)
+    resolve.check_trainable(config)
+    return config
+
+
+def make_batch(config: base.Config) -> dict[str, np.ndarray]:
+    """Return a random batch of `config.train.batch_size` rows with all that the method and the network read."""
+    c, num, rng = config.model, config.train.batch_size, np.random.default_rng(0)
+    shape = (num, c.input_size, c.input_size, c.channels)
+    batch = {
+        "image": rng.standard_normal(shape, np.float32),
+        "label": rng.integers(0, c.num_classes, num).astype(np.int32),
+    }
+    if config.method.name == "rectified":
+        batch["noise"] = rng.standard_normal(shape, np.float32)
+    if c.name == "unet" and c.augment_dim:
+        batch["augment"] = rng.standard_normal((num, c.augment_dim), np.float32)
+    if c.name == "dit" and c.repa_dims:
+        batch["features"] = rng.standard_normal((num, num_tokens(config), sum(c.repa_dims)), np.float32)
+    return batch
+
+
+def num_tokens(config: base.Config) -> int:
+    """Return the number of tokens of an image: of a transformer patches, of a U-Net pixels."""
+    c = config.model
+    return c.input_size**2 if c.name in ("unet", "edm2") else (c.input_size // c.patch_size) ** 2

@@ -1,0 +1,105 @@
+"""Training steps in JAX: built, run, counted, and how much memory they take.  Twin of torch_steps.py."""
+
+import copy
+import statistics
+import time
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax import nnx
+
+from jax_impl import step
+from jax_impl.methods import METHODS
+
+
+class Step:
+    """A compiled training step and its state."""
+
+    def __init__(self, config, batch, mesh=None):
+        """Draw the state and compile.  batch: numpy arrays by name.  mesh: None is all devices."""
+        mesh = mesh or step.make_mesh(config)
+        graphdef, self._state = step.create_state(config, mesh)
+        self._batch = step.put_batch(batch, mesh)
+        train_step: Any = step.make_train_step(config, graphdef, mesh)
+        self._compiled = train_step.lower(self._state, self._batch).compile()
+
+    def run(self):
+        """Take one more step, wait for it, and return its metrics."""
+        self._state, metrics = self._compiled(self._state, self._batch)
+        return jax.block_until_ready((self._state, metrics))[1]
+
+    def program(self):
+        """Return the compiled program as text."""
+        return self._compiled.as_text()
+
+    def memory(self):
+        """Return bytes by name: peak_bytes, as XLA has planned it (arguments, among them the state, and temporaries).
+
+        Only this number is the same whatever else the process holds.
+        """
+        plan = self._compiled.memory_analysis()
+        sizes = {name: getattr(plan, f"{name}_size_in_bytes") for name in ("temp", "argument", "output", "alias")}
+        state_bytes = sum(a.nbytes for a in jax.tree.leaves((self._state, self._batch)))
+        peak = {"peak_bytes": sizes["temp"] + sizes["argument"], "peak_kind": "planned by XLA"}
+        return peak | {"state_bytes": state_bytes} | {f"{name}_bytes": size for name, size in sizes.items()}
+
+
+def start(config):
+    """Set precision as the trainer does."""
+    jax.config.update("jax_default_matmul_precision", config.train.matmul_precision)
+    jax.config.update("jax_enable_x64", config.model.compute_dtype == "float64")
+
+
+def device():
+    """Return the kind of device, `cpu` or `gpu`, and its name."""
+    first = jax.devices()[0]
+    return first.platform, first.device_kind
+
+
+def count_step(config, batch):
+    """Return the FLOPs of a training step: what XLA counts in its program before it optimises.
+
+    A loop counts once, so there must be no micro-batches.  Attention is counted in its plain form.  Everything counts,
+    element-wise work, optimizer and EMA too.
+    """
+    config = countable(config)
+    mesh = step.make_mesh(config)
+    graphdef, state = jax.eval_shape(lambda: step.create_state(config, mesh))
+    train_step: Any = step.make_train_step(config, graphdef, mesh)
+    return train_step.lower(state, batch).cost_analysis()["flops"]
+
+
+def count_forward(config, batch):
+    """Return the FLOPs of a loss without gradient: for flow matching one forward F of the network."""
+    config = countable(config)
+    graphdef, params = step.abstract_net(config)
+    method = METHODS[config.method.name]
+
+    def loss(params, batch):
+        draws = method.draw(jax.random.key(0), batch["image"].shape, config.method)
+        return method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]
+
+    cost: Any = jax.jit(loss).lower(params, batch).cost_analysis()
+    return cost["flops"]
+
+
+def countable(config):
+    """Return the config of a step whose operations can all be counted."""
+    config = copy.deepcopy(config)
+    config.model.attention = "plain"
+    config.train.accumulate = 1
+    return config
+
+
+def matmul_rate(config, runs=5):
+    """Return FLOP/s of a big square matmul in the dtype and precision of the config, the median of the runs."""
+    size = 1024 if device()[0] == "cpu" else 8192
+    a = jnp.full((size, size), 0.5, config.model.compute_dtype)
+    matmul = jax.jit(jnp.matmul)
+    seconds = []
+    for _ in range(runs + 2):
+        began = time.perf_counter()
+        jax.block_until_ready(matmul(a, a))
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])

@@ -1,0 +1,99 @@
+"""Measures a table of cases: steps take turns, so that each ratio is of paired runs."""
+
+import importlib
+import itertools
+import statistics
+import time
+
+from tqdm import tqdm
+
+from benchmarks import cases, memory
+
+WARM_UP = 2  # steps of each case before the measured ones
+
+
+def measure(framework, table, runs, memory_of=None):
+    """Return a row for each case, a dictionary as `figures` makes it.
+
+    table: list of cases of one batch size.  runs: paired runs.  memory_of: {case: bytes by name}, where it has been
+    measured already; None: in this process.
+    """
+    steps = importlib.import_module(f"benchmarks.{framework}_steps")
+    steps.start(table[0].config)
+    counted = {case.name: steps.count_step(case.config, cases.make_batch(case.config)) for case in tqdm(table, "FLOPs")}
+    first = table[0].config
+    forward = steps.count_forward(first, cases.make_batch(first))
+    rate = steps.matmul_rate(first)
+    built = {}
+    for case in tqdm(table, "compiling"):
+        built[case.name] = steps.Step(case.config, cases.make_batch(case.config))
+        for _ in range(WARM_UP):
+            built[case.name].run()
+    bytes_of = memory_of or {name: step.memory() for name, step in built.items()}
+    times = take_turns(built, runs)
+    shared = {"framework": framework, "device": steps.device()[1], "forward_flops": forward, "matmul_flops_per_s": rate}
+    rows = [shared | figures(case, times, counted, forward, rate) | bytes_of[case.name] for case in table]
+    compare(table, rows, times)
+    return rows
+
+
+def take_turns(built, runs):
+    """Return {name: seconds of each run}; in a run every step is taken once."""
+    times = {name: [] for name in built}
+    for _ in tqdm(range(runs), "measuring"):
+        for name, step in built.items():
+            began = time.perf_counter()
+            step.run()
+            times[name].append(time.perf_counter() - began)
+    return times
+
+
+def figures(case, times, counted, forward, rate):
+    """Return what a case costs, by name.
+
+    ratio: to flow matching, the median of paired ratios.  limit: the ratio of forwards.  counted_ratio: of counted
+    FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their share of the matmul rate
+    are of these, so that what is computed for nothing does not count.
+    """
+    seconds, config = statistics.median(times[case.name]), case.config
+    ratio = paired(times, case.name, cases.FLOW_MATCHING)
+    counted_ratio = counted[case.name] / counted[cases.FLOW_MATCHING]
+    formula = 3 * forward * case.limit
+    return {
+        "case": case.name, "variant": case.variant, "batch": config.train.batch_size,
+        "tokens": cases.num_tokens(config), "dtype": config.model.compute_dtype, "median_s": seconds,
+        "examples_per_s": config.train.batch_size / seconds, "ratio": ratio, "limit": case.limit,
+        "ratio_over_limit": ratio / case.limit, "counted_flops": counted[case.name], "counted_ratio": counted_ratio,
+        "counted_off_limit": counted_ratio / case.limit - 1, "formula_flops": formula,
+        "flops_per_s": formula / seconds, "share_of_matmul_rate": formula / seconds / rate,
+    }  # fmt: skip
+
+
+def paired(times, name, of):
+    """Return the median of the paired ratios of one step to another."""
+    return statistics.median(a / b for a, b in zip(times[name], times[of], strict=True))
+
+
+def compare(table, rows, times):
+    """Add to the rows of plain cases how they and their variants compare, in time and peak memory."""
+    by_name = {row["case"]: row for row in rows}
+    for case, row in zip(table, rows, strict=True):
+        if case.variant == "eager":
+            by_name[case.of]["compiled_over_eager"] = paired(times, case.of, case.name)
+        if case.variant == "remat":
+            row["time_over_plain"] = paired(times, case.name, case.of)
+            peaks = row.get("peak_bytes"), by_name[case.of].get("peak_bytes")
+            row["memory_over_plain"] = peaks[0] / peaks[1] if all(peaks) else None
+
+
+def sweep(framework, points, runs, own_process=False):
+    """Return the rows of every table of cases in `points`, one after the other.
+
+    own_process: measure memory in one for each case, before this one takes that of a GPU for itself.
+    """
+    memories = [
+        {case.name: memory.of_step(framework, case.config) for case in tqdm(table, "memory")} if own_process else None
+        for table in points
+    ]
+    measured = (measure(framework, table, runs, found) for table, found in zip(points, memories, strict=True))
+    return list(itertools.chain.from_iterable(measured))

@@ -1,0 +1,68 @@
+"""Memory of one training step, measured in a process of its own: `python -m benchmarks.memory jax|torch CONFIG.json`.
+
+Prints one JSON object, in bytes.  peak_bytes: planned by XLA, allocated on a GPU in PyTorch, or on its CPU the state
+and the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: of resident memory on a CPU, in both.
+Only a fresh process shows that growth: what earlier steps freed is kept by the allocator, and used again.
+"""
+
+import ctypes
+import importlib
+import json
+import pathlib
+import subprocess
+import sys
+import tempfile
+
+from benchmarks import cases
+from configs import resolve
+
+WARM_UP = 2  # steps before the measured one
+
+
+def of_step(framework, config):
+    """Return the figures of a step of the config.  Raises RuntimeError with the process's errors if it fails."""
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "config.json"
+        path.write_text(resolve.to_json(config))
+        argv = [sys.executable, "-m", "benchmarks.memory", framework, str(path)]
+        done = subprocess.run(argv, capture_output=True, text=True)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def measure(framework, config):
+    """Return the same, measured in this process."""
+    steps = importlib.import_module(f"benchmarks.{framework}_steps")
+    steps.start(config)
+    step = steps.Step(config, cases.make_batch(config))
+    for _ in range(WARM_UP):
+        step.run()
+    figures = step.memory()
+    if steps.device()[0] == "cpu":
+        figures |= resident(step.run)
+        grown = {"peak_bytes": figures["state_bytes"] + figures["rss_growth_bytes"], "peak_kind": "state and growth"}
+        figures = grown | figures
+    return figures
+
+
+def resident(run):
+    """Return bytes by name: the peak of resident memory while `run()` runs, and its growth over that before."""
+    ctypes.CDLL(None).malloc_trim(0)
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    before = status("VmRSS")
+    run()
+    peak = status("VmHWM")
+    return {"rss_peak_bytes": peak, "rss_growth_bytes": peak - before}
+
+
+def status(name):
+    """Return a size in /proc/self/status, in bytes."""
+    lines = pathlib.Path("/proc/self/status").read_text().splitlines()
+    [kib] = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
+    return int(kib) * 1024
+
+
+if __name__ == "__main__":
+    framework, path = sys.argv[1:]
+    print(json.dumps(measure(framework, resolve.from_json(pathlib.Path(path).read_text()))))

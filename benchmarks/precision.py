@@ -1,0 +1,275 @@
+"""Error of u, du/dt, target and gradient in reduced precision against float64, at weights that are nowhere zero.
+
+    python benchmarks/precision.py --framework=jax
+    python benchmarks/precision.py --framework=torch --system meanflow improved --seeds=4 --markdown=precision.md
+    python benchmarks/precision.py --framework=torch --system digits --weights=weights.safetensors
+
+Systems are published presets at their own sizes, dropout off.  Modes, all with float32 parameters:
+  float32        every product in float32
+  tpu            the same with factors rounded to bfloat16: what a TPU makes of float32 by default, as in the official
+                 JAX code
+  bfloat16       model.compute_dtype = bfloat16
+  mixed          bfloat16 on rows with r = t and in guidance, float32 on rows with r < t: primal, gradient and tangent
+  mixed_tangent  bfloat16, but du/dt by a float32 network without gradient: one more forward on rows with r < t
+Weights, batches and draws follow from seeds by numpy, exact in float32: every mode and both frameworks see the same.
+Random weights have deviation 1/sqrt(fan-in), embeddings 1; layers that start at zero (gates, adaLN, the last layer of
+a residual branch) --scales times as much, for how far training has carried them.
+
+Yardstick: rounding matters where it shows beside what a gradient varies by from batch to batch.  Over independent
+batches i with gradients g_i and errors e_i, the mean gradient has a square of mean g_i.g_j, i != j, and the bias one of
+mean e_i.e_j, which no batch size averages out; the rest of both falls as 1/sqrt(batch size).  B is the published one.
+Random weights are far from any optimum, where batches agree: trained ones have far more noise over a mean gradient.
+MeanFlow B/2 in batches of 2 takes 10 GB of memory in PyTorch, 15 GB in JAX.
+"""
+
+import argparse
+import importlib
+import json
+import math
+import pathlib
+import statistics
+import zlib
+from typing import NamedTuple
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import precision_report as report
+from configs import digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet
+
+
+class Mode(NamedTuple):
+    """Data types of matmuls, by where they are; `rounded`: factors of products in float32 are rounded to bfloat16."""
+
+    plain: str  # on rows with r = t, and in guidance
+    primal: str  # on rows with r < t, of u and its gradient
+    tangent: str  # on rows with r < t, of du/dt
+    rounded: bool = False
+
+
+REFERENCE = Mode("float64", "float64", "float64")
+MODES = {
+    "float32":       Mode("float32", "float32", "float32"),
+    "tpu":           Mode("float32", "float32", "float32", rounded=True),
+    "bfloat16":      Mode("bfloat16", "bfloat16", "bfloat16"),
+    "mixed":         Mode("bfloat16", "float32", "float32"),
+    "mixed_tangent": Mode("bfloat16", "bfloat16", "float32"),
+}  # fmt: skip
+# Preset, parts of names of layers that start at zero, and the tiny size for tests.
+TRANSFORMER = {"input_size": 8, "num_classes": 7, "depth": 2, "width": 64, "num_heads": 4}
+UNET = {"input_size": 8, "width": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
+SYSTEMS = {
+    "meanflow": (lambda: meanflow_imagenet.get_config("b2"), ("adaLN_modulation",), TRANSFORMER),
+    "cifar10": (meanflow_cifar10.get_config, (".conv1.", ".proj."), UNET),
+    "improved": (lambda: imf_imagenet.get_config("b2"), ("attn_scale", "mlp_scale"), TRANSFORMER | {"head_depth": 1}),
+    "digits": (digits.get_config, ("adaLN_modulation",), TRANSFORMER),
+}
+# Least error of u in bfloat16, whose rounding is 2^-9: far above float32's, so that less is not bfloat16.
+LEAST_ERROR = 2**-12
+
+
+def make_config(system, size):
+    """Return the config of a system.  size: `preset` or `tiny`."""
+    preset, _, tiny = SYSTEMS[system]
+    config = preset()
+    config.model.dropout = 0.0
+    config.model.update(tiny if size == "tiny" else {})
+    return config
+
+
+def random_weights(shapes, tables, gates, scale, seed=0):
+    """Return canonical weights {name: float32 array} that are nowhere zero, each drawn by its name and the seed.
+
+    gates: parts of the names of layers that start at zero, whose deviation is `scale` times that of the others.
+    """
+    weights = dict(tables)
+    for name, shape in shapes.items():
+        rng = np.random.default_rng([seed, zlib.crc32(name.encode())])
+        drawn = rng.standard_normal(shape, np.float32)
+        gain = scale if any(part in f".{name}" for part in gates) else 1.0
+        if "embedding" in name or name.endswith(("_tokens", "_scale")):
+            weights[name] = np.float32(gain) * drawn
+        elif len(shape) > 1:
+            weights[name] = np.float32(gain / math.sqrt(math.prod(shape[1:]))) * drawn
+        else:  # of norms, and biases
+            weights[name] = np.float32(0.1 * gain) * drawn + np.float32(name.endswith("weight"))
+    return weights
+
+
+def random_batch(config, num_rows, seed):
+    """Return a batch and draws, arrays by name, exact in float32: unit normals for images and augmentation labels."""
+    rng, c = np.random.default_rng([1, seed]), config.model
+    shape = (num_rows, c.input_size, c.input_size, c.channels)
+    rows = {
+        "image": rng.standard_normal(shape, np.float32),
+        "label": rng.integers(0, c.num_classes, num_rows),
+        "augment": rng.standard_normal((num_rows, c.augment_dim), np.float32),
+    }
+    draws = {"noise": rng.standard_normal(shape, np.float32), "times": rng.standard_normal((num_rows, 2), np.float32)}
+    uniforms = ("coin", "drop", "dropout", "omega", "t_min", "t_max")
+    return rows, draws | {name: rng.random(num_rows, np.float32) for name in uniforms}
+
+
+def quantities_of(aux):
+    """Return {name: array} of what is compared: u of all rows, du/dt and target of those with r < t.
+
+    The target of u is v_g - (t - r) du/dt in both methods; improved MeanFlow writes it as the compound velocity.
+    """
+    jvp = aux["r"] < aux["t"]
+    target = aux["v_g"] - (aux["t"] - aux["r"])[:, None, None, None] * aux["du_dt"]
+    return {"u": aux["u"], "du_dt": aux["du_dt"][jvp], "target": target[jvp]}
+
+
+class Sum:
+    """Running sum of independent vectors, each a dict of arrays by name."""
+
+    def __init__(self):
+        self.total, self.squares = {}, []
+
+    def add(self, vector):
+        """Add one."""
+        for name, a in vector.items():
+            if name in self.total:
+                self.total[name] += a.astype(np.float32)
+            else:
+                self.total[name] = a.astype(np.float32)
+        self.squares.append(sum(square(a) for a in vector.values()))
+
+    def of_mean(self):
+        """Return the squared norm of the expected vector, unbiased, so perhaps below 0: the mean of a.b over pairs."""
+        num = len(self.squares)
+        return (sum(map(square, self.total.values())) - sum(self.squares)) / (num * (num - 1))
+
+    def of_rest(self):
+        """Return the expected squared norm of what a vector differs by from the expected one."""
+        return statistics.fmean(self.squares) - self.of_mean()
+
+
+def square(a):
+    """Return the sum of squares, in float64."""
+    a = a.astype(np.float64).ravel()
+    return float(a @ a)
+
+
+def relative_error(got, want):
+    """Return ||got - want|| / ||want||, in float64."""
+    return math.sqrt(square(got.astype(np.float64) - want) / square(want))
+
+
+def compare(got, want):
+    """Return what one gradient {name: array} is off by: errors {name: array}, and figures by name.
+
+    along: the projection of the error on the gradient, over the gradient; below 0 it shrinks.
+    """
+    errors, squares, norms, along = {}, {}, {}, 0.0
+    for name, a in want.items():
+        error = (got[name] - a).ravel()
+        squares[name], norms[name] = float(error @ error), float(np.vdot(a, a))
+        along += float(error @ a.ravel())
+        errors[name] = error.astype(np.float32)
+    norm, off = sum(norms.values()), sum(squares.values())
+    along, each = along / norm, {name: math.sqrt(squares[name] / norms[name]) for name in want if norms[name]}
+    worst = max(each, key=lambda name: each[name])
+    one_minus_cosine = 1 - (1 + along) / math.sqrt(1 + 2 * along + off / norm)
+    return errors, {
+        "gradient": math.sqrt(off / norm), "one_minus_cosine": one_minus_cosine, "along": along, "worst": each[worst],
+        "worst_name": worst,
+    }  # fmt: skip
+
+
+def study(framework, config, gates, args, weights=None):
+    """Return {scale: {root mean squares, sampling noise, modes: {mode: figures}}}, medians over seeds.
+
+    framework: the module of one.  weights: canonical ones in place of random ones.
+    """
+    shapes, tables = framework.shapes(config)
+    reference, table = framework.make(config, REFERENCE), {}
+    runs = {name: framework.make(config, MODES[name]) for name in args.modes}
+    bar = tqdm(total=len(args.scales) * args.seeds * len(runs), unit="run", disable=None)
+    for scale in args.scales:
+        canonical = weights or random_weights(shapes, tables, gates, scale)
+        whole, sums = Sum(), {name: Sum() for name in runs}
+        figures, sizes = {name: [] for name in runs}, []
+        for seed in range(args.seeds):
+            batch = random_batch(config, args.batch, seed)
+            aux, grads = reference(canonical, *batch)
+            values = quantities_of(aux)
+            sizes.append({name: math.sqrt(square(a) / a.size) for name, a in values.items()})
+            whole.add(grads)
+            for name, run in runs.items():
+                aux, got = run(canonical, *batch)
+                errors, row = compare(got, grads)
+                sums[name].add(errors)
+                got = quantities_of(aux)
+                figures[name].append(row | {key: relative_error(got[key], a) for key, a in values.items()})
+                bar.update()
+        share = args.batch / config.train.batch_size  # of the rows of a step
+        noise = at_batch(whole, whole, share)["error"]
+        modes = {name: medians(figures[name]) | at_batch(sums[name], whole, share) for name in runs}
+        check(modes)
+        modes = {name: row | {"over_noise": row["error"] / noise} for name, row in modes.items()}
+        table[str(scale)] = {"sizes": medians(sizes), "noise": noise, "modes": modes}
+    return table
+
+
+def check(modes):
+    """Raise RuntimeError if a mode's error of u is not that of its data types."""
+    for name, figures in modes.items():
+        if MODES[name] != MODES["float32"] and not figures["u"] > LEAST_ERROR:
+            raise RuntimeError(
+                f"mode {name} is off by {figures['u']:.1e} in u, as float32 is: its products were not rounded, or the "
+                "batch has no row on which they are (mixed rounds none but flow rows; give it more with --batch)"
+            )
+
+
+def at_batch(errors, gradients, share):
+    """Return the bias of a gradient and the error of one of the published batch size, over the mean gradient.
+
+    share: rows of a measured batch over those of a published one.  nan if too few seeds show no mean gradient.
+    """
+    norm, bias = max(gradients.of_mean(), 0.0) or math.nan, max(errors.of_mean(), 0.0)
+    rest = errors.of_rest() * share
+    return {"bias": math.sqrt(bias / norm), "error": math.sqrt((rest if errors is gradients else bias + rest) / norm)}
+
+
+def medians(rows):
+    """Return the median of each figure, of names the most frequent one."""
+    values = {key: [row[key] for row in rows] for key in rows[0]}
+    return {key: statistics.mode(v) if isinstance(v[0], str) else statistics.median(v) for key, v in values.items()}
+
+
+def main():
+    """Parse the command line, measure and print."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--framework", choices=("jax", "torch"), required=True)
+    parser.add_argument("--system", nargs="+", choices=tuple(SYSTEMS), default=["meanflow", "cifar10", "improved"])
+    parser.add_argument("--size", choices=("preset", "tiny"), default="preset")
+    parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
+    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0], help="of layers that start at zero")
+    parser.add_argument("--weights", help="canonical .safetensors of one system, in place of random weights")
+    parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
+    parser.add_argument("--seeds", type=int, default=3, help="batches, at least 2")
+    parser.add_argument("--json", type=pathlib.Path, help="also write all figures here")
+    parser.add_argument("--markdown", type=pathlib.Path, help="also write the tables here")
+    parser.add_argument("--plot", type=pathlib.Path, help="also draw them here")
+    args = parser.parse_args()
+    if args.seeds < 2 or (args.weights and len(args.system) > 1):
+        parser.error("--seeds must be at least 2, and --weights go with one --system")
+    framework = importlib.import_module(f"benchmarks.precision_{args.framework}")
+    weights, results = framework.weights.load(args.weights) if args.weights else None, {}
+    args.scales = args.scales[:1] if weights else args.scales
+    for system in args.system:
+        config = make_config(system, args.size)
+        results[system] = config, study(framework, config, SYSTEMS[system][1], args, weights)
+        print(report.markdown(args.framework, {system: results[system]}, args), flush=True)
+    if args.json:
+        figures = {system: table for system, (_, table) in results.items()}
+        args.json.write_text(json.dumps(figures, indent=2) + "\n")
+    if args.markdown:
+        args.markdown.write_text(report.markdown(args.framework, results, args) + "\n")
+    if args.plot:
+        report.plot(args.plot, args.framework, results, args)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,110 @@
+"""Cost of sampling: a flow map in a few steps, a flow model of the same network in many, with and without guidance.
+
+    python benchmarks/sample.py --framework=jax
+    python benchmarks/sample.py --framework=torch --size=B --steps 1 2 4 --flow_steps=50 --batch=16 --json sample.json
+    python benchmarks/sample.py --framework=torch --config=configs/imf_imagenet.py:b2
+
+Through the trainers' own samplers, from noise to images on the host, of random weights; samplers take turns, figures
+are medians.  Networks that cannot be flow models (those of improved MeanFlow and the U-Net) follow u(z, t, t) instead,
+which is as many forwards.
+"""
+
+import argparse
+import copy
+import importlib
+import statistics
+import time
+
+import numpy as np
+from tqdm import tqdm
+
+from benchmarks import table
+from benchmarks.step import add_common, describe, make_config
+from configs import resolve
+from configs.errors import exit_on_user_error
+
+COLUMNS = {
+    "sampler": ("case", "{}"),
+    "steps": ("steps", "{}"),
+    "forwards": ("forwards", "{}"),
+    "median s": ("median_s", "{:.4g}"),
+    "images/s": ("images_per_s", "{:.4g}"),
+    "s a forward": ("s_per_forward", "{:.4g}"),
+    "over one step": ("ratio", "{:.2f}"),
+}
+
+
+def flow_model(config):
+    """Return the config of a flow model of the same network, or of a flow map that follows u(z, t, t)."""
+    config = copy.deepcopy(config)
+    config.sample.sampler = "euler"
+    if config.model.name in ("unet", "imf_dit"):
+        config.sample.sampler = "velocity"
+    elif config.method.name != "flow":
+        config.method.name, config.model.interval_embedder = "flow", False
+        config.model.name = "edm2" if config.model.name == "edm2" else "dit"
+    return config
+
+
+def make_table(config, steps, flow_steps, scale):
+    """Return [(name, config, forwards for an image)]."""
+    config = copy.deepcopy(config)
+    config.sample.update(sampler="euler", times=(), cfg_scale=1.0)
+    if config.model.name == "imf_dit":
+        config.model.v_heads = False  # sampling leaves the head of v out
+    flow, entries = flow_model(config), []
+    if config.method.name != "flow":
+        entries += [("flow map", config, num, 1.0) for num in steps]
+    entries.append(("flow model", flow, flow_steps, 1.0))
+    if config.model.name not in ("unet", "imf_dit"):  # one has no classes, the other is told its guidance
+        entries.append((f"flow model, guided by {scale:g}", flow, flow_steps, scale))
+    found = []
+    for name, c, num, cfg_scale in entries:
+        c = copy.deepcopy(c)
+        c.sample.update(steps=num, cfg_scale=cfg_scale, interval=(0.0, 1.0))
+        found.append((name, resolve.check(c), num * (1 if cfg_scale == 1 else 2)))
+    return found
+
+
+def measure(args, config):
+    """Return a row for each sampler."""
+    steps, samples = (importlib.import_module(f"benchmarks.{args.framework}_{name}") for name in ("steps", "samples"))
+    steps.start(config)
+    c, rng = config.model, np.random.default_rng(0)
+    noise = rng.standard_normal((args.batch, c.input_size, c.input_size, c.channels), np.float32)
+    labels = rng.integers(0, c.num_classes, args.batch).astype(np.int32)
+    entries = make_table(config, args.steps, args.flow_steps, args.cfg_scale)
+    runs = [samples.make_run(case, noise, labels) for _, case, _ in entries]
+    for run in tqdm(runs, "compiling"):
+        run()
+    seconds = [[] for _ in runs]
+    for _ in tqdm(range(args.runs), "measuring"):
+        for run, times in zip(runs, seconds, strict=True):
+            began = time.perf_counter()
+            run()
+            times.append(time.perf_counter() - began)
+    rows = []
+    for (name, case, forwards), times in zip(entries, seconds, strict=True):
+        median = statistics.median(times)
+        row = {"case": name, "steps": case.sample.steps, "forwards": forwards, "median_s": median}
+        row |= {"images_per_s": args.batch / median, "s_per_forward": median / forwards}
+        row["ratio"] = statistics.median(a / b for a, b in zip(times, seconds[0], strict=True))
+        rows.append(row | {"batch": args.batch, "framework": args.framework, "device": steps.device()[1]})
+    return rows
+
+
+def main(argv=None):
+    """Parse the command line, measure, print and write.  Raises UserError for mistakes on it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4), help="of the flow map")
+    parser.add_argument("--flow_steps", type=int, default=50, help="of the flow model")
+    parser.add_argument("--cfg_scale", type=float, default=1.5, help="of the guided flow model")
+    args = parser.parse_args(argv)
+    config = make_config(args, args.batch, args.patch)
+    table.write(measure(args, config), describe(args, config), args, COLUMNS)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

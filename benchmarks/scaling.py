@@ -1,0 +1,108 @@
+"""Cost of running one training step over several devices of a CPU, and proof that it stays the same step.
+
+    python benchmarks/scaling.py --framework=jax --devices 1 2 4
+    python benchmarks/scaling.py --framework=torch --devices 1 2 --fsdp --json scaling.json
+
+The batch is the same in all, divided among the devices, and so are the cores, so that the ratio to one device is what
+sharing costs.  JAX has fake devices in one process, all on the same threads; PyTorch a process of torchrun for each
+device (gloo), with its part of the threads.  Each is measured in a process of its own.
+"""
+
+import argparse
+import json
+import os
+import pathlib
+import statistics
+import subprocess
+import sys
+import tempfile
+
+from tqdm import tqdm
+
+from benchmarks import cases, table
+from benchmarks.step import add_common, describe, make_config
+from configs import resolve
+from configs.errors import exit_on_user_error
+
+COMPARED = ("loss", "raw_error", "grad_norm")
+COLUMNS = {
+    "devices": ("case", "{}"),
+    "median s": ("median_s", "{:.4g}"),
+    "over one device": ("ratio", "{:.3f}"),
+    "step 1, relative difference": ("difference_first", "{:.1e}"),
+    "step 3, relative difference": ("difference_last", "{:.1e}"),
+    "all-reduces": ("all_reduces", "{}"),
+    "MiB all-reduced": ("all_reduced_bytes", "MiB"),
+    "other collectives": ("other_collectives", "{}"),
+    "communication s": ("communication_s", "{:.4g}"),
+    "hidden by backward": ("hidden", "{:.0%}"),
+}
+
+
+def run(framework, config, num_devices, runs):
+    """Return what a process of the framework prints.  Raises RuntimeError with its errors if it fails."""
+    threads = max(1, len(os.sched_getaffinity(0)) // num_devices)
+    env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
+    argv = [sys.executable, "-m", "benchmarks.jax_devices"]
+    if framework == "torch":
+        env["OMP_NUM_THREADS"] = str(threads)
+        torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_devices}"]
+        argv = [sys.executable, *torchrun, "-m", "benchmarks.torch_devices"]
+    with tempfile.TemporaryDirectory() as directory:
+        path = pathlib.Path(directory) / "config.json"
+        path.write_text(resolve.to_json(config))
+        argv += [str(path), str(num_devices), str(runs)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
+    if done.returncode:
+        raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr}")
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def row(name, figures, one):
+    """Return the figures of a row; one: those of a single device."""
+    median = statistics.median(figures["times"])
+    first, last = (difference(figures["metrics"][i], one["metrics"][i]) for i in (0, -1))
+    found = {"case": name, "median_s": median, "ratio": median / statistics.median(one["times"])}
+    found |= {"difference_first": first, "difference_last": last, **figures}
+    if "collectives" in figures:
+        kinds = dict(figures["collectives"])
+        reduced = kinds.pop("all-reduce", {"count": 0, "bytes": 0})
+        others = ", ".join(f"{kind} {c['count']} ({c['bytes'] / 2**20:.1f} MiB)" for kind, c in kinds.items())
+        found |= {"all_reduces": reduced["count"], "all_reduced_bytes": reduced["bytes"]}
+        found["other_collectives"] = others or "none"
+    elif figures["overlap"]:
+        times = figures["overlap"]
+        found |= {"all_reduces": times["all_reduces"], "communication_s": times["communication_s"]}
+        found["hidden"] = times["both_s"] / times["communication_s"] if times["communication_s"] else 0.0
+    return found
+
+
+def difference(metrics, reference):
+    """Return the largest relative difference of the scalars that must agree."""
+    return max(abs(metrics[name] - reference[name]) / abs(reference[name]) for name in COMPARED)
+
+
+def main(argv=None):
+    """Parse the command line, measure, print and write.  Raises UserError for mistakes on it."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add_common(parser)
+    parser.add_argument("--devices", type=int, nargs="+", help="by default 1 2 4 in JAX, 1 2 in PyTorch")
+    parser.add_argument("--fsdp", action="store_true", help="also with parameters sharded over all devices")
+    args = parser.parse_args(argv)
+    config = make_config(args, args.batch, args.patch)
+    devices = args.devices or {"jax": [1, 2, 4], "torch": [1, 2]}[args.framework]
+    wanted = [("1", 1, 1)] + [(str(num), num, 1) for num in devices if num > 1]
+    wanted += [(f"{num}, FSDP", num, num) for num in devices if num > 1 and args.fsdp]
+    for _, num, _ in wanted:
+        resolve.check_divisible(config, num, "devices")
+    rows, one = [], None
+    for name, num, fsdp in tqdm(wanted, "devices"):
+        figures = run(args.framework, cases.make_config(config, {"train.fsdp": fsdp}), num, args.runs)
+        one = one or figures
+        rows.append(row(name, figures, one) | {"devices": num, "fsdp": fsdp, "framework": args.framework})
+    table.write(rows, describe(args, config), args, COLUMNS)
+
+
+if __name__ == "__main__":
+    with exit_on_user_error():
+        main()

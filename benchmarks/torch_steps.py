@@ -1,0 +1,135 @@
+"""Training steps in PyTorch: built, run, counted, and how much memory they take.  Twin of jax_steps.py."""
+
+import copy
+import statistics
+import time
+from types import SimpleNamespace
+from typing import Any
+
+import torch
+from torch.utils.flop_counter import FlopCounterMode
+
+from torch_impl import step
+from torch_impl.devices import choose_device
+from torch_impl.methods import METHODS
+
+
+class Step:
+    """A training step, compiled if the config says so, and its state."""
+
+    def __init__(self, config, batch, mesh=None):
+        """Draw the state.  batch: numpy arrays by name, this process's rows.  mesh: None is this process alone."""
+        dynamo: Any = torch._dynamo
+        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = 1024  # each case compiles its own
+        self._device = choose_device()
+        self._state = step.create_state(config, mesh, self._device)
+        self._step = step.make_train_step(config)
+        self._batch = step.put_batch(batch, self._device)
+
+    def run(self):
+        """Take one more step, wait for it, and return its metrics."""
+        self._state, metrics = self._step(self._state, self._batch)
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        return metrics
+
+    def wrapper(self):
+        """Return the module around the loss: DDP, FSDP, or the loss itself."""
+        return self._state.loss
+
+    def memory(self):
+        """Return bytes by name: peak_bytes is the state and what a step allocates on a GPU beside it.
+
+        On a CPU only state_bytes: there the growth of a process of its own is measured, see memory.py.
+        """
+        s = self._state
+        moments = [a for p in s.net.parameters() for a in s.optimizer.state[p].values()]
+        arrays = [*s.net.parameters(), *moments, *(a for ema in s.emas for a in ema.values()), *self._batch.values()]
+        sizes: dict[str, Any] = {"state_bytes": sum(a.nbytes for a in arrays)}
+        if self._device.type == "cuda":
+            before = torch.cuda.memory_allocated()
+            torch.cuda.reset_peak_memory_stats()
+            self.run()
+            sizes["peak_bytes"] = sizes["state_bytes"] + torch.cuda.max_memory_allocated() - before
+            sizes["peak_kind"] = "allocated on the GPU"
+        return sizes
+
+
+def start(config):
+    """Set precision and threads as the trainer does."""
+    precision = config.train.matmul_precision
+    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
+    torch.backends.cudnn.allow_tf32 = precision != "highest"
+    if config.train.num_threads:
+        torch.set_num_threads(config.train.num_threads)
+
+
+def device():
+    """Return the kind of device, `cpu` or `gpu`, and its name."""
+    if choose_device().type == "cuda":
+        return "gpu", torch.cuda.get_device_name()
+    return "cpu", "cpu"
+
+
+def count_step(config, batch):
+    """Return the FLOPs of a training step: those of matmuls and convolutions in loss and backward, not compiled.
+
+    Attention is counted in its plain form.  Nothing is computed: the tensors have shapes only.
+    """
+    return _count(config, batch, backward=True)
+
+
+def count_forward(config, batch):
+    """Return the FLOPs of a loss without gradient: for flow matching one forward F of the network."""
+    return _count(config, batch, backward=False)
+
+
+def _count(config, batch, backward):
+    config = countable(config)
+    method = METHODS[config.method.name]
+    loss = step.Loss(step.build_net(config), method, (SimpleNamespace(**config.method),)).to("meta")
+    rows = step.put_batch(batch, torch.device("cpu"))
+    draws = method.draw(torch.Generator().manual_seed(0), rows["image"].shape, config.method)
+    rows, draws = {name: a.to("meta") for name, a in rows.items()}, method.Draws(*(a.to("meta") for a in draws))
+    counter: Any = FlopCounterMode(display=False)
+    counter.mod_tracker = WholeNetwork()  # its own hooks fail on modules that take parameters, run without gradient
+    with counter, torch.set_grad_enabled(backward):
+        value, _ = loss(rows, draws)
+        if backward:
+            value.backward()
+    return counter.get_total_flops()
+
+
+class WholeNetwork:
+    """Stands in for what tells FlopCounterMode in which module it is: always the same."""
+
+    parents = ("Global",)
+
+    def __enter__(self):
+        """Do nothing."""
+
+    def __exit__(self, *error):
+        """Do nothing."""
+
+
+def countable(config):
+    """Return the config of a step whose operations can all be counted."""
+    config = copy.deepcopy(config)
+    config.model.attention = "plain"
+    config.train.compile = False
+    return config
+
+
+def matmul_rate(config, runs=5):
+    """Return FLOP/s of a big square matmul in the dtype and precision of the config, the median of the runs."""
+    kind, where = device()[0], choose_device()
+    size = 1024 if kind == "cpu" else 8192
+    a = torch.full((size, size), 0.5, dtype=getattr(torch, config.model.compute_dtype), device=where)
+    seconds = []
+    for _ in range(runs + 2):
+        began = time.perf_counter()
+        torch.matmul(a, a)
+        if kind == "gpu":
+            torch.cuda.synchronize()
+        seconds.append(time.perf_counter() - began)
+    return 2 * size**3 / statistics.median(seconds[2:])
