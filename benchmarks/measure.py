@@ -1,4 +1,4 @@
-"""Measures a table of cases: steps take turns, so that each ratio is of paired runs."""
+"""Measures a table of cases: each step beside one of flow matching, so that each ratio is of paired runs."""
 
 import importlib
 import itertools
@@ -30,48 +30,57 @@ def measure(framework, table, runs, memory_of=None):
         for _ in range(WARM_UP):
             built[case.name].run()
     bytes_of = memory_of or {name: step.memory() for name, step in built.items()}
-    times = take_turns(built, runs)
+    times, before = take_turns(built, runs)
     shared = {"framework": framework, "device": steps.device()[1], "forward_flops": forward, "matmul_flops_per_s": rate}
-    rows = [shared | figures(case, times, counted, forward, rate) | bytes_of[case.name] for case in table]
+    ratios = {name: paired(times[name], before[name]) for name in built}
+    rows = [shared | figures(case, times, ratios, counted, forward, rate) | bytes_of[case.name] for case in table]
     compare(table, rows, times)
     return rows
 
 
 def take_turns(built, runs):
-    """Return {name: seconds of each run}; in a run every step is taken once."""
-    times = {name: [] for name in built}
+    """Return {name: seconds of each run}, and the same of the flow-matching steps right before them.
+
+    In a run every step is taken once, after one of flow matching: a machine that slows down does so for both.
+    """
+    times, before = {name: [] for name in built}, {name: [] for name in built}
     for _ in tqdm(range(runs), "measuring"):
         for name, step in built.items():
-            began = time.perf_counter()
-            step.run()
-            times[name].append(time.perf_counter() - began)
-    return times
+            before[name].append(seconds(built[cases.FLOW_MATCHING]))
+            times[name].append(seconds(step))
+    return times, before
 
 
-def figures(case, times, counted, forward, rate):
+def seconds(step):
+    """Return the time of one step."""
+    began = time.perf_counter()
+    step.run()
+    return time.perf_counter() - began
+
+
+def figures(case, times, ratios, counted, forward, rate):
     """Return what a case costs, by name.
 
-    ratio: to flow matching, the median of paired ratios.  limit: the ratio of forwards.  counted_ratio: of counted
+    ratio: to the flow-matching steps right before, a median.  limit: the ratio of forwards.  counted_ratio: of counted
     FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their share of the matmul rate
     are of these, so that what is computed for nothing does not count.
     """
-    seconds, config = statistics.median(times[case.name]), case.config
-    ratio = paired(times, case.name, cases.FLOW_MATCHING)
+    median, config, ratio = statistics.median(times[case.name]), case.config, ratios[case.name]
     counted_ratio = counted[case.name] / counted[cases.FLOW_MATCHING]
     formula = 3 * forward * case.limit
     return {
         "case": case.name, "variant": case.variant, "batch": config.train.batch_size,
-        "tokens": cases.num_tokens(config), "dtype": config.model.compute_dtype, "median_s": seconds,
-        "examples_per_s": config.train.batch_size / seconds, "ratio": ratio, "limit": case.limit,
+        "tokens": cases.num_tokens(config), "dtype": config.model.compute_dtype, "median_s": median,
+        "examples_per_s": config.train.batch_size / median, "ratio": ratio, "limit": case.limit,
         "ratio_over_limit": ratio / case.limit, "counted_flops": counted[case.name], "counted_ratio": counted_ratio,
         "counted_off_limit": counted_ratio / case.limit - 1, "formula_flops": formula,
-        "flops_per_s": formula / seconds, "share_of_matmul_rate": formula / seconds / rate,
+        "flops_per_s": formula / median, "share_of_matmul_rate": formula / median / rate,
     }  # fmt: skip
 
 
-def paired(times, name, of):
+def paired(times, others):
     """Return the median of the paired ratios of one step to another."""
-    return statistics.median(a / b for a, b in zip(times[name], times[of], strict=True))
+    return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def compare(table, rows, times):
@@ -79,9 +88,9 @@ def compare(table, rows, times):
     by_name = {row["case"]: row for row in rows}
     for case, row in zip(table, rows, strict=True):
         if case.variant == "eager":
-            by_name[case.of]["compiled_over_eager"] = paired(times, case.of, case.name)
+            by_name[case.of]["compiled_over_eager"] = paired(times[case.of], times[case.name])
         if case.variant == "remat":
-            row["time_over_plain"] = paired(times, case.name, case.of)
+            row["time_over_plain"] = paired(times[case.name], times[case.of])
             peaks = row.get("peak_bytes"), by_name[case.of].get("peak_bytes")
             row["memory_over_plain"] = peaks[0] / peaks[1] if all(peaks) else None
 
