@@ -1,4 +1,4 @@
-"""Measures a table of cases: each step beside one of flow matching, so that each ratio is of paired runs."""
+"""Measures a table of cases: each step between two of flow matching, so that each ratio is of paired runs."""
 
 import importlib
 import itertools
@@ -30,26 +30,33 @@ def measure(framework, table, runs, memory_of=None):
         for _ in range(WARM_UP):
             built[case.name].run()
     bytes_of = memory_of or {name: step.memory() for name, step in built.items()}
-    times, before = take_turns(built, runs)
+    times, around = take_turns(built, runs)
     shared = {"framework": framework, "device": steps.device()[1], "forward_flops": forward, "matmul_flops_per_s": rate}
-    ratios = {name: paired(times[name], before[name]) for name in built}
+    ratios = {name: paired(times[name], around[name]) for name in built}
     rows = [shared | figures(case, times, ratios, counted, forward, rate) | bytes_of[case.name] for case in table]
     compare(table, rows, times)
     return rows
 
 
 def take_turns(built, runs):
-    """Return {name: seconds of each run}, and the same of the flow-matching steps right before them.
+    """Return {name: seconds of each run}, and the same of flow-matching steps: the mean of those before and after it.
 
-    In a run every step is taken once, after one of flow matching, which is itself its pair: a machine that slows down
-    does so for both.
+    In a run every step is taken once, between two of flow matching, which is itself its pair: a machine that slows
+    down or recovers does so for both.
     """
-    times, before = {name: [] for name in built}, {name: [] for name in built}
+    times, around = {name: [] for name in built}, {name: [] for name in built}
+    others = dict(built)
+    flow_matching = others.pop(cases.FLOW_MATCHING)
     for _ in tqdm(range(runs), "measuring"):
-        for name, step in built.items():
-            before[name].append(seconds(built[cases.FLOW_MATCHING]))
-            times[name].append(before[name][-1] if name == cases.FLOW_MATCHING else seconds(step))
-    return times, before
+        before = seconds(flow_matching)
+        times[cases.FLOW_MATCHING].append(before)
+        around[cases.FLOW_MATCHING].append(before)
+        for name, step in others.items():
+            times[name].append(seconds(step))
+            after = seconds(flow_matching)
+            around[name].append((before + after) / 2)
+            before = after
+    return times, around
 
 
 def seconds(step):
@@ -62,7 +69,7 @@ def seconds(step):
 def figures(case, times, ratios, counted, forward, rate):
     """Return what a case costs, by name.
 
-    ratio: to the flow-matching steps right before, a median.  limit: the ratio of forwards.  counted_ratio: of counted
+    ratio: to the flow-matching steps around it, a median.  limit: the ratio of forwards.  counted_ratio: of counted
     FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their share of the matmul rate
     are of these, so that what is computed for nothing does not count.
     """

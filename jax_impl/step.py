@@ -17,6 +17,9 @@ from jax_impl.models import ARCHITECTURES, PROJECTIONS
 
 BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch over all devices
 
+# XLA for CPUs removes the barriers around what `remat` computes again, sees it computed already, and so keeps it.
+KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
+
 
 class TrainState(NamedTuple):
     """What a checkpoint holds of the optimization; the draws of a step follow from its number and the seed."""
@@ -231,7 +234,8 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         state, norm = apply_gradients(state, grads, settings[stage].train)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate}
 
-    compiled = jax.jit(train_step, donate_argnums=0, static_argnums=2)
+    options = KEEP_BARRIERS if c.remat and mesh.devices.flat[0].platform == "cpu" else None
+    compiled = jax.jit(train_step, donate_argnums=0, static_argnums=2, compiler_options=options)
     return (lambda state, batch, stage=0: compiled(state, batch, stage, teacher[1])) if teacher else compiled
 
 

@@ -53,7 +53,7 @@ if not WORKER:
     atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
-    "CUDA_VISIBLE_DEVICES": "",
+    "CUDA_VISIBLE_DEVICES": os.environ.get("TEST_CUDA_DEVICES", ""),  # for the few tests that need one
     "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0",
     "JAX_PERSISTENT_CACHE_MIN_ENTRY_SIZE_BYTES": "-1",
     "OMP_NUM_THREADS": "1",  # the tiny networks of the tests gain nothing from two

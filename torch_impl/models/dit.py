@@ -16,6 +16,7 @@ from torch_impl.models.layers import (
     Linear,
     PatchEmbed,
     TimestepEmbedder,
+    gelu,
     layer_norm,
     modulate,
     position_table,
@@ -34,7 +35,7 @@ class Mlp(nn.Module):
         self.fc2 = Linear(hidden, width, dtype=dtype)
 
     def forward(self, x):
-        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+        return self.fc2(gelu(self.fc1(x)))
 
 
 class Block(nn.Module):

@@ -50,16 +50,16 @@ def active():
     return _tape
 
 
-def affine(function, x, weight, bias=None):
-    """Return function(x, weight, bias), which is linear in x [b ...] but for the bias."""
+def affine(function, x, weight):
+    """Return function(x, weight), which is linear in x [b ...]."""
     if _tape is None:
-        return function(x, weight, bias)
+        return function(x, weight)
     if not _tape.replays:
-        y = function(x, weight, bias)
+        y = function(x, weight)
         _tape.record(y)
         return y
     y, tangent = _tape.outputs.pop(0), forward_ad.unpack_dual(x).tangent
-    return y if tangent is None else forward_ad.make_dual(y, function(tangent, weight, None))
+    return y if tangent is None else forward_ad.make_dual(y, function(tangent, weight))
 
 
 def rematerialised(forward):

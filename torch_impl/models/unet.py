@@ -170,7 +170,7 @@ class Conv(nn.Module):
         """Return the convolution of x [b c h w]."""
         padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.weight, self.bias))
-        return affine(functools.partial(F.conv2d, padding=padding), x, weight, bias)
+        return affine(functools.partial(F.conv2d, padding=padding), x, weight) + bias[:, None, None]
 
     def forward(self, x):
         if self.resample and not self.filter_last:
