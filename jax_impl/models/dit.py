@@ -36,7 +36,7 @@ class Mlp(nnx.Module):
 
 
 class Block(nnx.Module):
-    """Attention and MLP, each modulated and gated by the condition c [b d]; the residual stays in float32."""
+    """Attention and MLP, each modulated and gated by c [b d], SiLU of the condition; the residual stays in float32."""
 
     remat = False
 
@@ -47,7 +47,7 @@ class Block(nnx.Module):
 
     @rematerialised
     def __call__(self, x, c, jvp=False):
-        modulation = self.adaLN_modulation["1"](nnx.silu(c))
+        modulation = self.adaLN_modulation["1"](c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
         x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), jvp)
         x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
@@ -55,14 +55,14 @@ class Block(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Map tokens [b n d] to patches [b n p*p*c]; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c], modulated by c as a block is; zero at initialisation."""
 
     def __init__(self, width, out_features, *, dtype, rngs):
         self.linear = linear(width, out_features, dtype=dtype, kernel_init=zeros, rngs=rngs)
         self.adaLN_modulation = nnx.Dict({"1": linear(width, 2 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
 
     def __call__(self, x, c):
-        shift, scale = jnp.split(self.adaLN_modulation["1"](nnx.silu(c)), 2, axis=-1)
+        shift, scale = jnp.split(self.adaLN_modulation["1"](c), 2, axis=-1)
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
@@ -130,13 +130,13 @@ class DiT(nnx.Module):
         if self.interval_embedder:
             c = c + self.r_embedder(t - r)
         c = c + self.y_embedder(y)
-        u, tokens = self.transform(z, [c] * (len(self.blocks) + 1), jvp)
+        u, tokens = self.transform(z, [nnx.silu(c)] * (len(self.blocks) + 1), jvp)
         return (u, tuple(projector(tokens) for projector in self.projectors)) if features else u
 
     def transform(self, z, conditions, jvp):
         """Return the velocity [b h w c] and the tokens [b n width] after repa_depth blocks.
 
-        conditions: [b width] for each block and one for the final layer.
+        conditions: [b width] for each block and one for the final layer, through SiLU: once, not in every block.
         """
         x = self.x_embedder(z)
         x = tokens = x + self.tables()["pos_embed"]

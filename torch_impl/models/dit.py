@@ -39,7 +39,7 @@ class Mlp(nn.Module):
 
 
 class Block(nn.Module):
-    """Attention and MLP, each modulated and gated by the condition c [b d]; the residual stays in float32."""
+    """Attention and MLP, each modulated and gated by c [b d], SiLU of the condition; the residual stays in float32."""
 
     remat = False
 
@@ -51,7 +51,7 @@ class Block(nn.Module):
 
     @rematerialised
     def forward(self, x, c, jvp=False):
-        modulation = self.adaLN_modulation["1"](F.silu(c))
+        modulation = self.adaLN_modulation["1"](c)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
         x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), jvp)
         x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Map tokens [b n d] to patches [b n p*p*c]; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c], modulated by c as a block is; zero at initialisation."""
 
     def __init__(self, width, out_features, *, dtype):
         super().__init__()
@@ -67,7 +67,7 @@ class FinalLayer(nn.Module):
         self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 2 * width, dtype=dtype, kernel_init=zeros)})
 
     def forward(self, x, c):
-        shift, scale = self.adaLN_modulation["1"](F.silu(c)).chunk(2, dim=-1)
+        shift, scale = self.adaLN_modulation["1"](c).chunk(2, dim=-1)
         return self.linear(modulate(layer_norm(x), shift, scale))
 
 
@@ -139,13 +139,13 @@ class DiT(nn.Module):
         if self.interval_embedder:
             c = c + self.r_embedder(t - r)
         c = c + self.y_embedder(y)
-        u, tokens = self.transform(z, [c] * (len(self.blocks) + 1), jvp)
+        u, tokens = self.transform(z, [F.silu(c)] * (len(self.blocks) + 1), jvp)
         return (u, tuple(projector(tokens) for projector in self.projectors)) if features else u
 
     def transform(self, z, conditions, jvp):
         """Return the velocity [b c h w] and the tokens [b n width] after repa_depth blocks.
 
-        conditions: [b width] for each block and one for the final layer.
+        conditions: [b width] for each block and one for the final layer, through SiLU: once, not in every block.
         """
         x = self.x_embedder(z)
         x = tokens = x + self.pos_embed

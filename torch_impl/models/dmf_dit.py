@@ -6,6 +6,7 @@ Source: arXiv:2510.24474; kyungmnlee/dmf, models/dmft.py.
 """
 
 import torch
+import torch.nn.functional as F
 
 from torch_impl.models.dit import DiT, sizes_of
 from torch_impl.models.layers import Linear, timestep_features, zeros
@@ -33,7 +34,7 @@ class DMFDiT(DiT):
 
     def forward(self, z, t, r, y, jvp=False):
         label = self.y_embedder(y)
-        early, late = self.t_embedder(t) + label, self.t_embedder(r) + label
+        early, late = (F.silu(self.t_embedder(time) + label) for time in (t, r))
         num_late = len(self.blocks) - self.dmf_depth + 1
         return self.transform(z, [early] * self.dmf_depth + [late] * num_late, jvp)[0]
 
