@@ -18,7 +18,7 @@ ONE_SIDED = {
         "Linear": "the same",
         "matmul": "PyTorch's linear layers are one product already",
         "convolve": "NNX takes what convolves as an argument",
-        "gelu": "XLA's tanh costs no more than a sigmoid",
+        "gelu": "it is another form for inductor, whose tanh was seen to cost more",
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
     "models/tape.py": {"remembered": "PyTorch makes dual numbers by hand"},
