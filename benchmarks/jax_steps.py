@@ -1,8 +1,6 @@
 """Training steps in JAX: built, run, counted, and how much memory they take.  Twin of torch_steps.py."""
 
 import copy
-import statistics
-import time
 from typing import Any
 
 import jax
@@ -11,6 +9,8 @@ from flax import nnx
 
 from jax_impl import step
 from jax_impl.methods import METHODS
+
+MATMULS = 8  # in one run
 
 
 class Step:
@@ -92,14 +92,19 @@ def countable(config):
     return config
 
 
-def matmul_rate(config, runs=5):
-    """Return FLOP/s of a big square matmul in the dtype and precision of the config, the median of the runs."""
-    size = 1024 if device()[0] == "cpu" else 8192
-    a = jnp.full((size, size), 0.5, config.model.compute_dtype)
-    matmul = jax.jit(jnp.matmul)
-    seconds = []
-    for _ in range(runs + 2):
-        began = time.perf_counter()
-        jax.block_until_ready(matmul(a, a))
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[2:])
+class Matmul:
+    """Big square matmuls in the dtype and precision of a config: what a device can do at most."""
+
+    def __init__(self, config):
+        """Compile."""
+        size = 1024 if device()[0] == "cpu" else 8192
+        self.flops = MATMULS * 2 * size**3
+        self._a = jnp.full((size, size), 1 / size, config.model.compute_dtype)  # a @ a = a
+        self._matmul = jax.jit(jnp.matmul)
+
+    def run(self):
+        """Multiply, one after the other, and wait for the last product."""
+        product = self._a
+        for _ in range(MATMULS):
+            product = self._matmul(product, self._a)
+        return jax.block_until_ready(product)

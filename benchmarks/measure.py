@@ -9,6 +9,7 @@ from tqdm import tqdm
 
 from benchmarks import cases, memory
 
+MATMUL = "matmul"  # measured as a step is: the speed of a machine may change while it is measured
 WARM_UP = 2  # steps of each case before the measured ones
 
 
@@ -23,17 +24,22 @@ def measure(framework, table, runs, memory_of=None):
     counted = {case.name: steps.count_step(case.config, cases.make_batch(case.config)) for case in tqdm(table, "FLOPs")}
     first = table[0].config
     forward = steps.count_forward(first, cases.make_batch(first))
-    rate = steps.matmul_rate(first)
     built = {}
     for case in tqdm(table, "compiling"):
         built[case.name] = steps.Step(case.config, cases.make_batch(case.config))
+    matmul = steps.Matmul(first)
+    for step in (*built.values(), matmul):
         for _ in range(WARM_UP):
-            built[case.name].run()
+            step.run()
     bytes_of = memory_of or {name: step.memory() for name, step in built.items()}
-    times, around = take_turns(built, runs)
-    shared = {"framework": framework, "device": steps.device()[1], "forward_flops": forward, "matmul_flops_per_s": rate}
-    ratios = {name: paired(times[name], around[name]) for name in built}
-    rows = [shared | figures(case, times, ratios, counted, forward, rate) | bytes_of[case.name] for case in table]
+    times, around = take_turns(built | {MATMUL: matmul}, runs)
+    ratios = {name: paired(times[name], around[name]) for name in times}
+    shared = {
+        "framework": framework, "device": steps.device()[1], "forward_flops": forward,
+        "matmul_flops_per_s": matmul.flops / statistics.median(times[MATMUL]),
+        "flow_matching_of_matmul_rate": 3 * forward / matmul.flops * ratios[MATMUL],
+    }  # fmt: skip
+    rows = [figures(case, times, ratios, counted, shared) | bytes_of[case.name] for case in table]
     compare(table, rows, times)
     return rows
 
@@ -66,23 +72,26 @@ def seconds(step):
     return time.perf_counter() - began
 
 
-def figures(case, times, ratios, counted, forward, rate):
-    """Return what a case costs, by name.
+def figures(case, times, ratios, counted, shared):
+    """Return what a case costs, by name, and what all cases share.
 
-    ratio: to the flow-matching steps around it, a median.  limit: the ratio of forwards.  counted_ratio: of counted
-    FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their share of the matmul rate
-    are of these, so that what is computed for nothing does not count.
+    ratio: to the flow-matching steps around it, a median.  limit: the ratio of forwards.  ratio_at_matmul_rate: what
+    the ratio would be if all that the step does beyond flow matching ran as fast as a big matmul, beside the measured
+    flow-matching step.  counted_ratio: of counted FLOPs.  formula_flops: the limit times the 3F of flow matching;
+    achieved FLOP/s and their share of the matmul rate, from paired runs too, are of these, so that what is computed
+    for nothing does not count.
     """
     median, config, ratio = statistics.median(times[case.name]), case.config, ratios[case.name]
     counted_ratio = counted[case.name] / counted[cases.FLOW_MATCHING]
-    formula = 3 * forward * case.limit
-    return {
+    formula, share = 3 * shared["forward_flops"] * case.limit, shared["flow_matching_of_matmul_rate"]
+    return shared | {
         "case": case.name, "variant": case.variant, "batch": config.train.batch_size,
         "tokens": cases.num_tokens(config), "dtype": config.model.compute_dtype, "median_s": median,
         "examples_per_s": config.train.batch_size / median, "ratio": ratio, "limit": case.limit,
-        "ratio_over_limit": ratio / case.limit, "counted_flops": counted[case.name], "counted_ratio": counted_ratio,
+        "ratio_over_limit": ratio / case.limit, "ratio_at_matmul_rate": 1 + (case.limit - 1) * share,
+        "counted_flops": counted[case.name], "counted_ratio": counted_ratio,
         "counted_off_limit": counted_ratio / case.limit - 1, "formula_flops": formula,
-        "flops_per_s": formula / median, "share_of_matmul_rate": formula / median / rate,
+        "flops_per_s": formula / median, "share_of_matmul_rate": share * case.limit / ratio,
     }  # fmt: skip
 
 

@@ -10,7 +10,8 @@ Steps take turns, so that each ratio is of paired runs; medians are printed as M
 forwards F (backward = 2F): 3F for flow matching, p F for the tangent, guidance on top; in improved MeanFlow 3F more for
 the part of F that its second head is; in decoupled MeanFlow 3F for each of two terms.  FLOPs are counted by the
 framework and, by formula, those of the limit, with F counted from one forward; FLOP/s are of the latter, beside the
-rate of a big square matmul of the same dtype.
+rate of a big square matmul of the same dtype, which takes turns with the steps.  "Ratio at matmul rate" is what a ratio
+would be if all beyond flow matching ran at that rate.
 """
 
 import argparse

@@ -12,6 +12,7 @@ COLUMNS = {  # title: (name of the figure, format)
     "ratio": ("ratio", "{:.3f}"),
     "limit": ("limit", "{:.3f}"),
     "ratio / limit": ("ratio_over_limit", "{:.3f}"),
+    "ratio at matmul rate": ("ratio_at_matmul_rate", "{:.3f}"),
     "peak MiB": ("peak_bytes", "MiB"),
     "peak RSS MiB": ("rss_peak_bytes", "MiB"),
     "GFLOP counted": ("counted_flops", "1e9"),

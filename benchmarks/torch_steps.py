@@ -1,8 +1,6 @@
 """Training steps in PyTorch: built, run, counted, and how much memory they take.  Twin of jax_steps.py."""
 
 import copy
-import statistics
-import time
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,6 +10,8 @@ from torch.utils.flop_counter import FlopCounterMode
 from torch_impl import step
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS
+
+MATMULS = 8  # in one run
 
 
 class Step:
@@ -120,16 +120,21 @@ def countable(config):
     return config
 
 
-def matmul_rate(config, runs=5):
-    """Return FLOP/s of a big square matmul in the dtype and precision of the config, the median of the runs."""
-    kind, where = device()[0], choose_device()
-    size = 1024 if kind == "cpu" else 8192
-    a = torch.full((size, size), 0.5, dtype=getattr(torch, config.model.compute_dtype), device=where)
-    seconds = []
-    for _ in range(runs + 2):
-        began = time.perf_counter()
-        torch.matmul(a, a)
-        if kind == "gpu":
+class Matmul:
+    """Big square matmuls in the dtype and precision of a config: what a device can do at most."""
+
+    def __init__(self, config):
+        """Make the factors."""
+        size = 1024 if device()[0] == "cpu" else 8192
+        self.flops = MATMULS * 2 * size**3
+        dtype = getattr(torch, config.model.compute_dtype)
+        self._a = torch.full((size, size), 1 / size, dtype=dtype, device=choose_device())  # a @ a = a
+
+    def run(self):
+        """Multiply, one after the other, and wait for the last product."""
+        product = self._a
+        for _ in range(MATMULS):
+            product = torch.matmul(product, self._a)
+        if self._a.is_cuda:
             torch.cuda.synchronize()
-        seconds.append(time.perf_counter() - began)
-    return 2 * size**3 / statistics.median(seconds[2:])
+        return product
