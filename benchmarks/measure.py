@@ -26,11 +26,8 @@ def measure(framework, table, runs, memory_of=None):
     forward = steps.count_forward(first, cases.make_batch(first))
     built = {}
     for case in tqdm(table, "compiling"):
-        built[case.name] = steps.Step(case.config, cases.make_batch(case.config))
-    matmul = steps.Matmul(first)
-    for step in (*built.values(), matmul):
-        for _ in range(WARM_UP):
-            step.run()
+        built[case.name] = warm(steps.Step(case.config, cases.make_batch(case.config)))
+    matmul = warm(steps.Matmul(first))
     bytes_of = memory_of or {name: step.memory() for name, step in built.items()}
     times, around = take_turns(built | {MATMUL: matmul}, runs)
     ratios = {name: paired(times[name], around[name]) for name in times}
@@ -42,6 +39,13 @@ def measure(framework, table, runs, memory_of=None):
     rows = [figures(case, times, ratios, counted, shared) | bytes_of[case.name] for case in table]
     compare(table, rows, times)
     return rows
+
+
+def warm(step):
+    """Return the step after a few runs, the first of which may compile it."""
+    for _ in range(WARM_UP):
+        step.run()
+    return step
 
 
 def take_turns(built, runs):
