@@ -65,11 +65,13 @@ def make_config(args, batch, patch=None):
     return cases.override(config, args.set)
 
 
-def describe(args, config):
-    """Return one line: what is measured."""
-    c = config.model
-    network = args.config or f"{config.method.name}, DiT-{args.size}/{c.patch_size}"
-    parts = (network, f"{c.input_size}x{c.input_size}x{c.channels}", f"batch {config.train.batch_size}")
+def describe(args, *configs):
+    """Return one line: what is measured, with every batch size and patch of the configs."""
+    c = configs[0].model
+    batches = " and ".join(dict.fromkeys(str(config.train.batch_size) for config in configs))
+    patches = " and ".join(dict.fromkeys(str(config.model.patch_size) for config in configs))
+    network = args.config or f"{configs[0].method.name}, DiT-{args.size}/{patches}"
+    parts = (network, f"{c.input_size}x{c.input_size}x{c.channels}", f"batch {batches}")
     return ", ".join((*parts, c.compute_dtype, *args.set, args.framework))
 
 
@@ -86,7 +88,7 @@ def main(argv=None):
     ]
     points = [cases.make_cases(config, args.shares, args.guidance or cases.GUIDANCE, variants) for config in configs]
     rows = measure.sweep(args.framework, points, args.runs, args.memory)
-    setting = describe(args, configs[0])
+    setting = describe(args, *configs)
     table.write(rows, setting, args)
     if args.plot:
         table.plot(rows, args.plot, setting)

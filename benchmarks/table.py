@@ -63,28 +63,34 @@ def to_json(rows, setting):
 
 
 def plot(rows, path: pathlib.Path, setting):
-    """Draw time and examples/s of a step against the batch and against the tokens of an image, a line for each case.
+    """Draw time and examples/s of a step against what the sweep varies, a line for each case.
 
-    Where the sweep has several values of the other axis, a line for each of them.
+    That is the batch, the tokens of an image or both; where both vary, a line for each value of the other.
     """
     import matplotlib
 
     matplotlib.use("Agg")
-    from matplotlib import pyplot
+    from matplotlib import pyplot, ticker
 
-    axes_of = [("batch", "tokens"), ("tokens", "batch")]
-    figure, grid = pyplot.subplots(2, 2, figsize=(13, 9), layout="constrained")
-    figure.suptitle(setting)
+    axes_of = [axes for axes in (("batch", "tokens"), ("tokens", "batch")) if len({row[axes[0]] for row in rows}) > 1]
+    axes_of = axes_of or [("batch", "tokens")]
+    size = (6.5 * len(axes_of), 9)
+    figure, grid = pyplot.subplots(2, len(axes_of), figsize=size, layout="constrained", squeeze=False)
+    figure.suptitle(setting, wrap=True)
     for column, (x, other) in enumerate(axes_of):
         for line, (y, label) in enumerate((("median_s", "seconds a step"), ("examples_per_s", "examples a second"))):
             axis = grid[line][column]
             for name, points in lines_of(rows, x, other, y).items():
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
             axis.set(xlabel={"batch": "rows of a batch", "tokens": "tokens of an image"}[x], ylabel=label)
-            axis.set_xscale("log", base=2)
-            axis.set_yscale("log")
+            axis.set(xscale="log", yscale="log")
+            axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row[x] for row in rows})))
+            axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            for ticks in (axis.xaxis, axis.yaxis):
+                ticks.set_major_formatter("{x:g}")
+                ticks.set_minor_formatter(ticker.NullFormatter())
             axis.grid(alpha=0.3)
-    grid[0][0].legend(fontsize="small")
+        grid[0][column].legend(fontsize="small")
     path.parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(path, dpi=110)
     pyplot.close(figure)
