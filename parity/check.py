@@ -21,6 +21,7 @@ from parity import cases, frameworks, golden, networks, precision
 from parity.checks import Case, Check, Measure
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
+FORGET_EVERY = 32  # cases, then compiled programs are dropped: neighbours share some, but a process cannot hold all
 
 
 class Result(NamedTuple):
@@ -93,6 +94,8 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -
         if case.name in fixtures.keys and all(check.error < math.inf for check in checks if check.case == case.name):
             fixture, keys = fixtures.keys[case.name]
             not_covered += [f"golden/{fixture.name}/{key}" for key in keys if key not in fixture.used]
+        if number % FORGET_EVERY == 0:
+            frameworks.forget()
     return Result(checks, not_covered, strict=bool(golden_directory or only))
 
 

@@ -21,3 +21,9 @@ def full_precision() -> Iterator[None]:
         for framework in FRAMEWORKS.values():
             stack.enter_context(framework.full_precision())
         yield
+
+
+def forget() -> None:
+    """Drop what has been compiled, so that a run may have any number of cases."""
+    for framework in FRAMEWORKS.values():
+        framework.forget()

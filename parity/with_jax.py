@@ -80,6 +80,12 @@ def full_precision():
             jax.config.update(name, value)
 
 
+def forget():
+    """Drop every compiled program.  XLA maps memory for each, and Linux stops a process at 65530 maps."""
+    _network.cache_clear()
+    jax.clear_caches()
+
+
 def build(config, canonical, as_trained=False):
     """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit.
 

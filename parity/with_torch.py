@@ -67,6 +67,10 @@ def full_precision():
         torch.set_num_threads(num_threads)
 
 
+def forget():
+    """Do nothing: nothing is compiled."""
+
+
 def build(config, canonical, as_trained=False):
     """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit.
 

@@ -44,6 +44,24 @@ def test_passes_and_writes_json(tmp_path, capsys):
     assert "[1/6] golden/ema_lr_optim/ema" in err
 
 
+def test_programs_of_many_cases_do_not_pile_up(monkeypatch):
+    """Each is mapped into memory, and a process that has 65530 maps dies."""
+    import jax
+
+    before = []
+
+    def remembering(measure):
+        before.append(program._cache_size())  # pyright: ignore[reportAttributeAccessIssue]
+        program(1.0)
+        measure.add("jax", "nothing", 0.0, 1.0)
+
+    program = jax.jit(lambda x: x + 1)
+    monkeypatch.setattr(check, "FORGET_EVERY", 2)
+    monkeypatch.setattr(cases, "all_cases", lambda: [check.Case(f"many/{n}", remembering) for n in range(5)])
+    check.run(only="many/")
+    assert before == [0, 1, 0, 1, 0]
+
+
 def test_only_matches_nothing():
     with pytest.raises(UserError, match="no case matches --only 'zzz'"):
         check.main(["--only", "zzz"])
