@@ -97,6 +97,7 @@ def main(argv=None):
     """Parse the command line, measure, print and write.  Raises UserError for mistakes on it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
+    parser.set_defaults(runs=5)  # of many forwards each
     parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4), help="of the flow map")
     parser.add_argument("--flow_steps", type=int, default=50, help="of the flow model")
     parser.add_argument("--cfg_scale", type=float, default=1.5, help="of the guided flow model")
