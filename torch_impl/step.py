@@ -93,6 +93,7 @@ def wrap(loss, config, mesh: DeviceMesh | None):
     if config.train.compile:
         # A rematerialised block writes to the tape when it first runs, and only then.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.train.remat
+        torch._dynamo.config.optimize_ddp = False  # else cuts the graph at every bucket of DDP, inside the JVP too
         loss = torch.compile(loss, backend=config.train.compile_backend, fullgraph=True, dynamic=False)
     if mesh is None:
         return loss
