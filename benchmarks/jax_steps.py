@@ -93,10 +93,10 @@ def countable(config):
 
 
 class Matmul:
-    """Big square matmuls in the dtype and precision of a config: what a device can do at most."""
+    """Big square matmuls in the dtype and precision of a config: what the speed of steps is measured by."""
 
     def __init__(self, config):
-        """Compile."""
+        """Make the factors."""
         size = 1024 if device()[0] == "cpu" else 8192
         self.flops = MATMULS * 2 * size**3
         self._a = jnp.full((size, size), 1 / size, config.model.compute_dtype)  # a @ a = a

@@ -121,7 +121,7 @@ def countable(config):
 
 
 class Matmul:
-    """Big square matmuls in the dtype and precision of a config: what a device can do at most."""
+    """Big square matmuls in the dtype and precision of a config: what the speed of steps is measured by."""
 
     def __init__(self, config):
         """Make the factors."""

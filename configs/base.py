@@ -207,7 +207,7 @@ def train() -> Config:
     c.ema_decays = (0.9999,)  # one EMA of the parameters each, by its decay a step
     c.ema_every = 1  # steps between updates of the EMAs, each by decay^ema_every
     c.compile = True  # PyTorch: torch.compile the step (JAX always compiles)
-    c.compile_backend = "inductor"  # inductor (fused kernels) | aot_eager (traced, no kernels: ready many times sooner)
+    c.compile_backend = "inductor"  # inductor (fused kernels) | aot_eager (traced: ready sooner; not for a DiT)
     c.num_threads = 0  # PyTorch on CPU: threads of an operation; tiny networks gain from 1; 0: as many as cores
     c.matmul_precision = "highest"  # float32 matmuls: highest (full float32) | default (TF32 where the device has it)
     c.log_every = 100  # steps between log lines
