@@ -29,7 +29,7 @@ def main(path, num_devices, runs):
     step = torch_steps.Step(config, batch, training.make_mesh(config, device))
     if isinstance(step.wrapper(), DistributedDataParallel):
         step.wrapper()._set_ddp_runtime_logging_sample_rate(1)
-    first = [training.reduce_metrics(step.run()) for _ in range(FIRST)]
+    first = training.reduce_metrics([step.run() for _ in range(FIRST)])
     times = []
     for _ in range(runs):
         dist.barrier()  # else a process would count waiting for another that began later

@@ -166,7 +166,7 @@ def torch_result(config, canonical, batch, draws):
         seconds.append(time.perf_counter() - began)
         moments = {name: state.optimizer.state[p]["exp_avg"].clone() for name, p in state.net.named_parameters()}
         grads = {name: a.numpy() / (1 - config.train.beta1) for name, a in moments.items()}
-        results.append((jax.tree.map(np.asarray, torch_step.reduce_metrics(metrics)), grads))
+        results.append((jax.tree.map(np.asarray, torch_step.reduce_metrics([metrics])[0]), grads))
     return results[0], seconds
 
 

@@ -219,7 +219,8 @@ def make_train_step(config, draw=None):
     number of the stage (see `stages`), each of which is compiled.  The state's tensors change in place.
     draw: (key, shape, cfg) -> Draws; None: the method's own.
     Draws depend on (seed, step) alone, each process taking its own rows of them, so the result does not depend on
-    the number of processes or micro-batches.  Metrics are of this process's rows until `reduce_metrics`.
+    the number of processes or micro-batches.  Metrics are scalars: tensors on the device, averaged over this process's
+    rows until `reduce_metrics`, and numbers that the host knows.  A step does not wait for the device.
     """
     method, c, settings = METHODS[config.method.name], config.train, stages(config)
     draw, type_of_draws = draw or method.draw, method.Draws
@@ -243,7 +244,7 @@ def make_train_step(config, draw=None):
         metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws], stage)
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, settings[stage].train)
-        return state, metrics | {"grad_norm": norm, "learning_rate": torch.tensor(rate)}
+        return state, metrics | {"grad_norm": norm, "learning_rate": rate}
 
     return train_step
 
@@ -257,13 +258,21 @@ def synchronised(loss, last):
         yield
 
 
-def reduce_metrics(metrics):
-    """Return {name: float}, each the mean over the processes."""
-    values = torch.stack([a.detach().double() for a in metrics.values()])
-    if dist.is_initialized():
+def reduce_metrics(window):
+    """Return the metrics of each step as floats, averaged over the processes.
+
+    window: a list of {name: scalar}, where scalars are tensors of one device, or floats that are the same in every
+    process.  However long the list, this waits for the device once and runs one all-reduce.
+    """
+    tensors = [a for metrics in window for a in metrics.values() if torch.is_tensor(a)]
+    if not tensors:
+        return window
+    values = torch.stack([a.detach().double() for a in tensors])
+    if dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(values)
         values /= dist.get_world_size()
-    return dict(zip(metrics, values.tolist(), strict=True))
+    numbers = iter(values.tolist())
+    return [{name: next(numbers) if torch.is_tensor(a) else a for name, a in metrics.items()} for metrics in window]
 
 
 def put_batch(batch, device):

@@ -175,7 +175,8 @@ class Window:
 
         Raises UserError naming the first step whose loss is not finite.
         """
-        self.steps = [(step, reduce_metrics(m) if torch.is_tensor(m["loss"]) else m) for step, m in self.steps]
+        numbers, metrics = zip(*self.steps, strict=True) if self.steps else ((), [])
+        self.steps = list(zip(numbers, reduce_metrics(list(metrics)), strict=True))
         for step, metrics in self.steps:
             if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
                 raise UserError(

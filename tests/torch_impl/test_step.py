@@ -35,7 +35,7 @@ def trained(num_steps=2, **changes):
     for _ in range(num_steps):
         batch = {"image": rng.randn(16, 4, 4, 1), "label": rng.randint(0, 10, 16), "augment": rng.randn(16, 6)}
         state, metrics = train_step(state, step.put_batch(batch, torch.device("cpu")))
-    return state, step.reduce_metrics(metrics)
+    return state, step.reduce_metrics([metrics])[0]
 
 
 def test_micro_batches_change_nothing():
@@ -172,7 +172,7 @@ def step_of_stage(monkeypatch, stage, factor=1.0, num_steps=1):
         state, metrics = train_step(state, step.put_batch(batch, torch.device("cpu")), stage)
     after = {name: p.detach() for name, p in state.net.named_parameters()}
     moments = {name: state.optimizer.state[p]["exp_avg"] for name, p in state.net.named_parameters()}
-    return before, after, moments, state.emas[0], step.reduce_metrics(metrics)
+    return before, after, moments, state.emas[0], step.reduce_metrics([metrics])[0]
 
 
 def test_weights_are_projected_before_the_gradient(monkeypatch):
