@@ -5,9 +5,10 @@ from collections.abc import Callable
 import jax
 import numpy as np
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import weights
+from jax_impl.devices import AXES, local_mesh
 
 
 def in_batches(build: Callable, canonical: dict, function: Callable, batch_size: int) -> Callable:
@@ -18,9 +19,8 @@ def in_batches(build: Callable, canonical: dict, function: Callable, batch_size:
     the devices; the last rows are filled up by zeros, so that a number of rows compiles once.
     Raises UserError for weights that do not fit.
     """
-    devices = jax.local_devices()
-    mesh = jax.make_mesh((len(devices),), ("data",), axis_types=(AxisType.Auto,), devices=devices)
-    shared, whole = (NamedSharding(mesh, PartitionSpec(*axes)) for axes in (("data",), ()))
+    mesh = local_mesh()
+    shared, whole = NamedSharding(mesh, PartitionSpec(AXES)), NamedSharding(mesh, PartitionSpec())
     net = nnx.eval_shape(build)
     graphdef, params = nnx.graphdef(net), jax.device_put(weights.from_canonical(net, canonical), whole)
 

@@ -17,6 +17,7 @@ from jax.experimental import multihost_utils
 from configs import resolve
 from configs.errors import UserError
 from jax_impl import weights
+from jax_impl.devices import local_mesh
 from jax_impl.step import TrainState, create_state, make_mesh
 
 DIRECTORY = "checkpoints/jax"
@@ -131,7 +132,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
     resolve.open_workdir(workdir, config, "jax")
-    mesh = make_mesh(config)
+    mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
     _, state = create_state(config, mesh, params)

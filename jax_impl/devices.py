@@ -1,13 +1,17 @@
 """Devices and processes: what the flags and the cluster say."""
 
+from collections import Counter
+
 import jax
 import numpy as np
 from absl import flags
-from jax.experimental import multihost_utils
-from jax.sharding import AxisType
+from jax.experimental import mesh_utils, multihost_utils
+from jax.sharding import AxisType, Mesh
 
+from configs.cluster import check_groups
 from configs.errors import UserError
 
+AXES = ("data", "fsdp")
 PIECE = 2**26  # bytes of each process on the devices at a time
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
@@ -57,8 +61,34 @@ def start_alone(config):
 
 def local_mesh(devices=None):
     """Return the mesh (data, fsdp) of devices of this process, by default all, on which parameters are whole."""
-    devices = devices or jax.local_devices()
-    return jax.make_mesh((len(devices), 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=devices)
+    return device_mesh(devices or jax.local_devices(), 1)
+
+
+def device_mesh(devices, fsdp):
+    """Return the mesh (data, fsdp) of the devices.  Raises UserError as `order_devices`."""
+    return Mesh(order_devices(devices, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
+
+
+def order_devices(devices, fsdp):
+    """Return the devices as an array [data fsdp], of which `fsdp` neighbours share one copy of the state.
+
+    Devices are in the order of their processes, so process p of n owns the p-th of n equal parts of a batch, in one
+    piece.  `jax.make_mesh` refuses more than one host of GPUs.  A single slice of TPUs keeps JAX's order, which follows
+    the topology.
+    Raises UserError if processes have different numbers of devices, or as `check_groups`.
+    """
+    devices = sorted(devices, key=lambda device: (device.process_index, device.id))
+    sizes = Counter(device.process_index for device in devices)
+    if len(set(sizes.values())) > 1:
+        shown = ", ".join(f"process {process} has {size}" for process, size in sizes.items())
+        raise UserError(f"every process needs the same number of devices, but {shown}")
+    # On GPUs a slice is what NVLink connects: a host.  CPUs have no slices.
+    hosts = [getattr(device, "slice_index", device.process_index) for device in devices]
+    check_groups(hosts, fsdp, "devices")
+    shape = len(devices) // fsdp, fsdp
+    if devices[0].platform == "tpu" and len(set(hosts)) == 1:
+        return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
+    return np.array(devices).reshape(shape)
 
 
 def gather(part):

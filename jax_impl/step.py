@@ -9,13 +9,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 from flax import nnx
-from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.stages import stages
+from jax_impl.devices import AXES, device_mesh
 from jax_impl.methods import METHODS
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
 
-BATCH = PartitionSpec(("data", "fsdp"))  # rows of a batch over all devices
+BATCH = PartitionSpec(AXES)  # rows of a batch over all devices
 
 # XLA for CPUs removes the barriers around what `remat` computes again, sees it computed already, and so keeps it.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
@@ -51,11 +52,11 @@ def abstract_net(config):
 
 
 def make_mesh(config):
-    """Return the mesh (data, fsdp) over all devices.  Raises ValueError if train.fsdp does not divide their number."""
-    num_devices, fsdp = jax.device_count(), config.train.fsdp
-    if num_devices % fsdp:
-        raise ValueError(f"train.fsdp={fsdp} does not divide the {num_devices} devices")
-    return jax.make_mesh((num_devices // fsdp, fsdp), ("data", "fsdp"), axis_types=(AxisType.Auto, AxisType.Auto))
+    """Return the mesh (data, fsdp) over the devices of all processes.
+
+    Raises UserError if train.fsdp does not divide them into groups within a host or of whole hosts.
+    """
+    return device_mesh(jax.devices(), config.train.fsdp)
 
 
 def state_shardings(state, mesh):

@@ -29,7 +29,10 @@ ONE_SIDED = {
         "start_jax": "JAX chooses its devices itself",
         "choose_device": "the same",
         "start_torch": "the same",
-        "local_mesh": "PyTorch has one device a process",
+        "AXES": "PyTorch has one device a process",
+        "local_mesh": "the same",
+        "device_mesh": "the same",
+        "order_devices": "the same",
         "PIECE": "PyTorch gathers objects of any size",
     },
     "step.py": {

@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import os
 import warnings
 from types import SimpleNamespace
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 
+from configs.cluster import check_groups
 from configs.stages import stages
 from torch_impl.methods import METHODS
 from torch_impl.models import ARCHITECTURES, PROJECTIONS
@@ -78,11 +80,11 @@ def build_net(config):
 def make_mesh(config, device):
     """Return the mesh (data, fsdp) over all processes, None for one process.
 
-    Raises ValueError if train.fsdp does not divide their number.
+    Raises UserError if train.fsdp does not divide them into groups within a host or of whole hosts.
     """
     world, fsdp = (dist.get_world_size() if dist.is_initialized() else 1), config.train.fsdp
-    if world % fsdp:
-        raise ValueError(f"train.fsdp={fsdp} does not divide the {world} processes")
+    per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun numbers the processes of a host consecutively
+    check_groups([rank // per_host for rank in range(world)], fsdp, "processes")
     if world == 1:
         return None
     return init_device_mesh(device.type, (world // fsdp, fsdp), mesh_dim_names=("data", "fsdp"))

@@ -2,7 +2,6 @@
 
 import json
 import pathlib
-import socket
 
 import jax
 import numpy as np
@@ -29,8 +28,8 @@ ON_FOUR_DEVICES = {
     "distilled_fsdp": ("one_distilled", {"train.fsdp": 2}),
     "rectified_accumulate": ("one_rectified", {"train.fsdp": 2, "train.accumulate": 2}),
 }
-TWO_PROCESSES = {"train.fsdp": 2}  # on two devices each
-REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | {"two_processes": "one"}
+TWO_PROCESSES = {"two_processes": {"train.fsdp": 2}, "fsdp_over_both": {"train.fsdp": 4}}  # on two devices each
+REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | dict.fromkeys(TWO_PROCESSES, "one")
 
 
 @pytest.fixture(scope="module")
@@ -51,13 +50,10 @@ def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, t
         path = directory / f"{devices}.json"
         path.write_text(json.dumps({"devices": devices, "cases": lines}))
         commands.append(launcher.start(HERE / "run_cases.py", path))
-    for process in range(2):
-        if process == 0:
-            port = free_port()
-        commands.append(launcher.start(
-            "jax_impl.main", *options(REFERENCE | TWO_PROCESSES), f"--workdir={directory / 'two_processes'}",
-            f"--coordinator=localhost:{port}", "--num_processes=2", f"--process={process}", "--cpu_devices=2",
-        ))  # fmt: skip
+    for name, changes in TWO_PROCESSES.items():
+        commands += launcher.start_two(
+            "jax", "jax_impl.main", *options(REFERENCE | changes), f"--workdir={directory / name}", "--cpu_devices=2"
+        )
     for command in commands:
         assert command.wait() == 0, command.stderr
     return directory
@@ -69,12 +65,6 @@ def save_teacher(config, path):
     rng = np.random.RandomState(0)
     params = jax.tree.map(lambda a: a + rng.normal(0, 0.1, a.shape).astype(np.float32), params)
     weights.save(path, weights.to_canonical(nnx.merge(graphdef, params), params), {})
-
-
-def free_port():
-    with socket.socket() as server:
-        server.bind(("localhost", 0))
-        return server.getsockname()[1]
 
 
 def arrays(workdir):
