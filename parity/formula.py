@@ -127,7 +127,6 @@ def coupling_times(draws, cfg):
     """Return t and r [b] of Re-MeanFlow, r = t on flow rows."""
     largest, t = 80 / 81, draws["times"]
     if cfg.time_sampler == "uniform":
-        t = np.where(t > largest, largest, t)
         r = t * draws["second"]
     else:
         t = np.log(1 + t * (np.exp(4) - 1)) / 4

@@ -23,7 +23,7 @@ from configs.errors import UserError
 from jax_impl.models.layers import convolve, matmul
 from jax_impl.models.tape import rematerialised
 
-TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: the largest time that the network is ever told
+TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: as which a network of one time is told t = 1, of infinite sigma
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
 LABEL_BALANCE, CONCAT_BALANCE, RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.5, 0.5, 0.3, 0.3
 MAX_ACTIVATION = 256.0
@@ -63,8 +63,8 @@ def resample(x, mode):
 
 
 def told(t):
-    """Return times t [b], at most `TIME_MAX`; its derivative is still 1 there, where many times of training are."""
-    return jnp.where(t > TIME_MAX, TIME_MAX, t)
+    """Return times t [b] of finite sigma: t = 1 becomes `TIME_MAX`, every earlier time stays."""
+    return jnp.where(t < 1, t, TIME_MAX)
 
 
 def log_sigma(t):
@@ -269,8 +269,8 @@ class UNet(nnx.Module):
 class EDM2(nnx.Module):
     """Average velocity u = net(z, t, r, y), or without interval_embedder a flow model's velocity v, which ignores r.
 
-    z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; times beyond `TIME_MAX`
-    are told as that.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b h w c] in float32 at
+    z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise, which a network of one
+    time takes as `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b h w c] in float32 at
     least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance, 0 for none; nothing
     trains it here.  Raises UserError for sizes that do not divide.
     """
@@ -304,7 +304,7 @@ class EDM2(nnx.Module):
         return self.logvar_linear(self.logvar_fourier(log_sigma(t)))[:, 0]
 
     def __call__(self, z, t, r, y, jvp=False):
-        t, r = told(t), told(r)
+        t = t if self.interval_embedder else told(t)
         emb = self.unet.embed(t if self.interval_embedder else log_sigma(t), r, y)
         t, s = t[:, None, None, None], self.sigma_data
         q = jnp.sqrt(t**2 + (s * (1 - t)) ** 2)

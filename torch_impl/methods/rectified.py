@@ -82,14 +82,14 @@ def loss(net, batch, draws, cfg):
 
 
 def sample_times(draws, cfg):
-    """Return t >= r, [b] each in [0, 1], t at most 80/81, and r = t on flow rows.
+    """Return t >= r, [b] each in [0, 1), and r = t on flow rows.
 
-    `re2_truncate`: t has a U-shaped density, much of it near both ends; t - r is logit-normal, r at least 0, and 0
-    where t > 0.8 and r < 0.4: what starts near noise and goes far, goes all the way.  `uniform`: t, and r below it.
+    `re2_truncate`: t has a U-shaped density, much of it near both ends, and is at most 80/81; t - r is logit-normal, r
+    at least 0, and 0 where t > 0.8 and r < 0.4: what starts near noise and goes far, goes all the way.  `uniform`: t
+    up to 1, as in the official code, and r below it.
     """
     if cfg.time_sampler == "uniform":
-        t = draws.times.clamp(max=TIME_MAX)
-        r = t * draws.second
+        t, r = draws.times, draws.times * draws.second
     else:
         side = torch.log1p(draws.times * math.expm1(STEEPNESS)) / STEEPNESS
         t = torch.where(draws.second < 0.5, side, 1 - side)
@@ -124,7 +124,7 @@ def is_near(x, noise, cfg):
 
 
 def sampling_steps(cfg):
-    """Return the steps of `flow_map_steps`, but the network is told no time beyond 80/81, for it has learnt none.
+    """Return the steps of `flow_map_steps`, but the network is told no time beyond 80/81, where couplings start.
 
     Full noise in one step is then n - u(n, 80/81, 0), as Xinxi-Zhang/Re-MeanFlow, meanflow.py, sample_one_step.
     """

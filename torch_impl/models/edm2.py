@@ -22,7 +22,7 @@ from torch import nn
 from configs.errors import UserError
 from torch_impl.models.tape import affine, rematerialised
 
-TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: the largest time that the network is ever told
+TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: as which a network of one time is told t = 1, of infinite sigma
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
 LABEL_BALANCE, CONCAT_BALANCE, RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.5, 0.5, 0.3, 0.3
 MAX_ACTIVATION = 256.0
@@ -61,8 +61,8 @@ def resample(x, mode):
 
 
 def told(t):
-    """Return times t [b], at most `TIME_MAX`; its derivative is still 1 there, where many times of training are."""
-    return torch.where(t > TIME_MAX, TIME_MAX, t)
+    """Return times t [b] of finite sigma: t = 1 becomes `TIME_MAX`, every earlier time stays."""
+    return torch.where(t < 1, t, TIME_MAX)
 
 
 def log_sigma(t):
@@ -267,8 +267,8 @@ class UNet(nn.Module):
 class EDM2(nn.Module):
     """Average velocity u = net(z, t, r, y), or without interval_embedder a flow model's velocity v, which ignores r.
 
-    z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; times beyond `TIME_MAX`
-    are told as that.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b c h w] in float32 at
+    z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise, which a network of one
+    time takes as `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b c h w] in float32 at
     least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance, 0 for none; nothing
     trains it here.  Raises UserError for sizes that do not divide.
     """
@@ -303,7 +303,7 @@ class EDM2(nn.Module):
         return self.logvar_linear(self.logvar_fourier(log_sigma(t)))[:, 0]
 
     def forward(self, z, t, r, y, jvp=False):
-        t, r = told(t), told(r)
+        t = t if self.interval_embedder else told(t)
         emb = self.unet.embed(t if self.interval_embedder else log_sigma(t), r, y)
         t, s = t[:, None, None, None], self.sigma_data
         q = (t**2 + (s * (1 - t)) ** 2).sqrt()
