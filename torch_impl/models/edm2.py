@@ -268,8 +268,8 @@ class EDM2(nn.Module):
     """Average velocity u = net(z, t, r, y), or without interval_embedder a flow model's velocity v, which ignores r.
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise, which a network of one
-    time takes as `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b c h w] in float32 at
-    least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance, 0 for none; nothing
+    time takes as `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b c h w] in float32
+    at least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance, 0 for none; nothing
     trains it here.  Raises UserError for sizes that do not divide.
     """
 
