@@ -7,12 +7,14 @@ A parameter's path is its canonical name but for the leaf: `kernel` is `weight`,
 import jax
 import jax.numpy as jnp
 import numpy as np
-import safetensors
 from absl import logging
 from flax import nnx
-from safetensors.numpy import load_file, save_file
 
 from configs.errors import UserError
+from data import canonical
+from data.weight_files import load, metadata, save
+
+__all__ = ["adopt", "from_canonical", "load", "metadata", "save", "to_canonical"]
 
 LEAVES = {"kernel": "weight", "embedding": "weight"}
 # Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
@@ -35,18 +37,16 @@ def from_canonical(net, weights):
 
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
     """
-    params, tables = nnx.state(net, nnx.Param), net.tables()
-    flat = nnx.to_flat_state(params)
-    names = {canonical_name(path): path for path, _ in flat}
-    check_names(weights, {*names, *tables})
-    for name, table in tables.items():
-        if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
-            raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
+    flat, tables = nnx.to_flat_state(nnx.state(net, nnx.Param)), net.tables()
+    shapes = {name: table.shape for name, table in tables.items()}
+    for path, leaf in flat:
+        kernel = path[-1] == "kernel"
+        shapes[canonical_name(path)] = tuple(leaf.shape[i] for i in to_torch(leaf)) if kernel else leaf.shape
+    canonical.check(weights, shapes, tables)
     leaves = []
     for path, leaf in flat:
         array = np.asarray(weights[canonical_name(path)])
         array = array.transpose(to_flax(array)) if path[-1] == "kernel" else array
-        check_shape(canonical_name(path), array.shape, leaf.shape)
         leaves.append((path, leaf.replace(jnp.array(array, leaf.dtype))))
     return nnx.from_flat_state(leaves)
 
@@ -85,43 +85,3 @@ def to_torch(kernel):
 def to_flax(weight):
     """Return the axes that carry a weight [out in ...] to a kernel [... in out]."""
     return (*range(2, weight.ndim), 1, 0)
-
-
-def check_names(given, expected):
-    """Raise UserError naming up to three canonical names that are missing from `given` or unknown to the network."""
-    for problem, names in (("lack", expected - set(given)), ("hold the unknown", set(given) - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise UserError(f"the weights {problem} {some} ({len(names)} in all); does the config fit them?")
-
-
-def check_shape(name, given, expected):
-    """Raise UserError unless both shapes are the same."""
-    if tuple(given) != tuple(expected):
-        raise UserError(f"{name} has shape {tuple(given)}, the network wants {tuple(expected)}; does the config fit?")
-
-
-def save(path, weights, metadata):
-    """Write canonical weights and text metadata {str: str} as safetensors.  Raises UserError if it cannot."""
-    try:
-        # In C order: safetensors writes an array as it lies in memory, whatever its order, without an error.
-        save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-
-
-def load(path):
-    """Return canonical weights {name: array} of a safetensors file.  Raises UserError if it is not a whole one."""
-    try:
-        return load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error
-
-
-def metadata(path):
-    """Return the text metadata {str: str} of a safetensors file.  Raises UserError if it is not a whole one."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error

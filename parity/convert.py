@@ -203,7 +203,7 @@ def fitted(config, weights: dict[str, np.ndarray]):
 
 
 def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
-    """Return `weights` with the fixed tables of their network.
+    """Return `weights` with the fixed tables of their network, as it computes them.
 
     Raises UserError unless names, shapes and tables are those of the network of `config`, or of one that is inferred.
     """
@@ -211,9 +211,9 @@ def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
         config = inferred_config(weights)
     with torch.device("meta"):  # names and shapes only: a large network costs nothing
         net = torch_step.build_net(config)
-    whole = net.tables() | weights
-    canonical_files.from_canonical(net, whole)
-    return whole
+    tables = net.tables()
+    canonical_files.from_canonical(net, tables | weights)
+    return weights | tables
 
 
 def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

@@ -105,8 +105,8 @@ def read_torch(path: pathlib.Path, ema: int, prefix: str) -> dict[str, np.ndarra
 
 
 def to_numpy(tensor: torch.Tensor) -> np.ndarray:
-    """Return a tensor as an array; bfloat16, which numpy lacks, becomes float32, which holds it exactly."""
-    return (tensor.float() if tensor.dtype == torch.bfloat16 else tensor).numpy()
+    """Return a tensor as an array; half precision becomes float32, which holds it exactly."""
+    return (tensor.float() if tensor.dtype in (torch.bfloat16, torch.float16) else tensor).numpy()
 
 
 def read_msgpack(path: pathlib.Path, prefix: str) -> dict[str, np.ndarray]:

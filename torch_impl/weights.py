@@ -5,13 +5,15 @@ unknown or a missing name is an error, a round trip is bitwise.
 """
 
 import numpy as np
-import safetensors
 import torch
 from absl import logging
-from safetensors.numpy import load_file, save_file
 from torch.distributed.tensor import DTensor
 
 from configs.errors import UserError
+from data import canonical
+from data.weight_files import load, metadata, save
+
+__all__ = ["adopt", "from_canonical", "load", "metadata", "save", "to_canonical"]
 
 # Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
 # and the log-variance of decoupled MeanFlow; and those that it may have no use for, EDM2's own embedder of time too.
@@ -40,14 +42,11 @@ def from_canonical(net, weights):
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
     """
     params, tables = net.state_dict(), net.tables()
-    check_names(weights, set(params))
-    for name, table in tables.items():
-        if weights[name].shape != table.shape or not np.allclose(weights[name], table, atol=1e-5):
-            raise UserError(f"the table {name} is not the one this network computes: {weights[name].shape} given")
+    shapes = {name: () if name.endswith(SCALARS) else tuple(tensor.shape) for name, tensor in params.items()}
+    canonical.check(weights, shapes, tables)
     state = {}
     for name, tensor in params.items():
         array = tables.get(name, weights[name])
-        check_shape(name, array.shape, () if name.endswith(SCALARS) else tensor.shape)
         state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype).reshape(tensor.shape)
     return state
 
@@ -70,43 +69,3 @@ def adopt(net, params, weights):
         if names:
             logging.info("of the weights to start from, %s %s", ", ".join(names), text)
     return {name: a for name, a in weights.items() if name not in unused} | {name: own[name] for name in added}
-
-
-def check_names(given, expected):
-    """Raise UserError naming up to three canonical names that are missing from `given` or unknown to the network."""
-    for problem, names in (("lack", expected - set(given)), ("hold the unknown", set(given) - expected)):
-        if names:
-            some = ", ".join(sorted(names)[:3]) + (" ..." if len(names) > 3 else "")
-            raise UserError(f"the weights {problem} {some} ({len(names)} in all); does the config fit them?")
-
-
-def check_shape(name, given, expected):
-    """Raise UserError unless both shapes are the same."""
-    if tuple(given) != tuple(expected):
-        raise UserError(f"{name} has shape {tuple(given)}, the network wants {tuple(expected)}; does the config fit?")
-
-
-def save(path, weights, metadata):
-    """Write canonical weights and text metadata {str: str} as safetensors.  Raises UserError if it cannot."""
-    try:
-        # In C order: safetensors writes an array as it lies in memory, whatever its order, without an error.
-        save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot write {path}: {error}") from error
-
-
-def load(path):
-    """Return canonical weights {name: array} of a safetensors file.  Raises UserError if it is not a whole one."""
-    try:
-        return load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error
-
-
-def metadata(path):
-    """Return the text metadata {str: str} of a safetensors file.  Raises UserError if it is not a whole one."""
-    try:
-        with safetensors.safe_open(path, "numpy") as file:
-            return file.metadata() or {}
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error

@@ -3,6 +3,7 @@
 import functools
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from flax import nnx
@@ -63,6 +64,63 @@ def test_weights_that_do_not_fit_are_named(net_and_weights, change, message):
     change(changed)
     with pytest.raises(UserError, match=message):
         weights.from_canonical(net, changed)
+
+
+def averaged(table):
+    """Return a table as a trainer leaves it that averages it along with the parameters."""
+    ema = table.copy()
+    for _ in range(1000):
+        ema *= np.float32(0.9999)
+        ema += np.float32(1 - 0.9999) * table
+    return ema
+
+
+ROUNDED = {
+    "averaged": averaged,
+    "half": lambda table: table.astype(np.float16),
+    "bfloat16": lambda table: table.astype(jnp.bfloat16),
+    "without an axis": lambda table: table[0],
+}
+
+
+@pytest.mark.parametrize("change", ROUNDED)
+def test_a_table_that_was_averaged_or_rounded_is_taken_as_the_computed_one(net_and_weights, change):
+    net, given = net_and_weights
+    changed = given | {"pos_embed": ROUNDED[change](given["pos_embed"])}
+    assert change == "without an axis" or np.abs(changed["pos_embed"] - given["pos_embed"]).max() > 1e-5
+    loaded = weights.from_canonical(net, changed)
+    np.testing.assert_array_equal(weights.to_canonical(net, loaded)["pos_embed"], given["pos_embed"])
+
+
+@pytest.mark.parametrize("change", [lambda a: a + 0.02, lambda a: a * np.nan, lambda a: a[:, ::-1]])
+def test_another_table_is_refused(net_and_weights, change):
+    net, given = net_and_weights
+    with pytest.raises(UserError, match="the table pos_embed is not the one this network computes: entries differ"):
+        weights.from_canonical(net, given | {"pos_embed": change(given["pos_embed"])})
+
+
+OTHER_SIZES = {
+    "num_classes": (12, r"num_classes 12, this network of config\.model\.num_classes 10"),
+    "input_size": (16, r"the table pos_embed has shape .*input_size 16, .*input_size 8\."),
+}
+
+
+@pytest.mark.parametrize("option", OTHER_SIZES)
+def test_the_option_that_makes_weights_not_fit_is_named(net_and_weights, option):
+    value, message = OTHER_SIZES[option]
+    config = digits.get_config()
+    config.model.update({"depth": 2, "width": 16, "num_heads": 2} | {option: value})
+    graphdef, params = build_net(config)
+    given = weights.to_canonical(nnx.merge(graphdef, params), params)
+    with pytest.raises(UserError, match=message):
+        weights.from_canonical(net_and_weights[0], given)
+
+
+def test_integers_are_refused(net_and_weights):
+    net, given = net_and_weights
+    name = "final_layer.linear.bias"
+    with pytest.raises(UserError, match=r"final_layer\.linear\.bias is of type int8: weights must be floating-point"):
+        weights.from_canonical(net, given | {name: given[name].astype(np.int8)})
 
 
 def test_a_truncated_or_missing_file_is_named(net_and_weights, tmp_path):

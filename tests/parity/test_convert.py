@@ -398,3 +398,19 @@ def test_an_embedder_that_a_network_of_two_times_never_reads_is_left_out(tmp_pat
     assert "left out unet.emb_noise.weight" in capsys.readouterr().err
     converted = canonical_files.load(tmp_path / "weights.safetensors")
     assert given.keys() - converted.keys() == {"unet.emb_noise.weight"}
+
+
+@pytest.mark.parametrize("change", ["averaged", "float16", "bfloat16"])
+def test_weights_are_written_with_the_computed_table(tmp_path, sit, change):
+    """Official trainers average the fixed table along with the parameters, or round it with them."""
+    given = tensors(sit)
+    if change == "averaged":
+        for _ in range(1000):
+            given["pos_embed"].mul_(0.9999).add_(torch.from_numpy(sit["pos_embed"]), alpha=1 - 0.9999)
+        assert (given["pos_embed"].numpy() != sit["pos_embed"]).any()
+    else:
+        given = {name: tensor.to(getattr(torch, change)) for name, tensor in given.items()}
+    torch.save({"ema": given}, tmp_path / "a.pt")
+    run(tmp_path / "a.pt", tmp_path / "b.safetensors")
+    expected = {name: tensor.float().numpy() for name, tensor in given.items()} | {"pos_embed": sit["pos_embed"]}
+    assert_same(canonical_files.load(tmp_path / "b.safetensors"), expected)
