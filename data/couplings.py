@@ -26,6 +26,8 @@ from evaluation.logs import setup_logging
 NAME = "couplings"
 SHARD_SIZE = 2048  # pairs: of ImageNet's latents, 64 MiB
 INDEX = "dataset.json"  # the file of labels, unless told otherwise
+NO_LABELS = 'holds no labels: it must be {"labels": [[NAME, LABEL], ...]}, or {NAME: LABEL, ...}'
+MAX_CLASSES = 2**20  # a larger label is a mistake
 Coupler = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
@@ -134,32 +136,48 @@ def read_index(path: pathlib.Path) -> list[tuple[str, int]]:
     Raises UserError if it is none, or has a name twice.
     """
     try:
-        content = json.loads(path.read_text())
-    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        content = path.read_bytes()
+    except OSError as error:
         raise UserError(f"cannot read the labels of {path}: {error}.  --labels names another file") from error
-    if isinstance(content, dict) and "labels" in content:
-        content = content["labels"]
-    entries = list(content.items()) if isinstance(content, dict) else content
+    pairs = parse_index(content, str(path))
+    if pairs is None:
+        raise UserError(f"{path} {NO_LABELS}")
+    return pairs
+
+
+def parse_index(content: bytes, where: str, to_name: Callable[[str], str] = str) -> list[tuple[str, int]] | None:
+    """Return what `read_index` does, of the content of a file; None for {"labels": null}, as of an unlabelled dataset.
+
+    to_name: from a name there to the one returned.
+    """
+    try:
+        parsed = json.loads(content)
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise UserError(f"cannot read the labels of {where}: {error}.  --labels names another file") from error
+    if isinstance(parsed, dict) and "labels" in parsed:
+        parsed = parsed["labels"]
+        if parsed is None:
+            return None
+    entries = list(parsed.items()) if isinstance(parsed, dict) else parsed
     if not isinstance(entries, list) or not entries:
-        raise UserError(
-            f'{path} holds no labels: it must be {{"labels": [[NAME, LABEL], ...]}}, or {{NAME: LABEL, ...}}'
-        )
-    pairs = [_read_entry(path, entry) for entry in entries]
+        raise UserError(f"{where} {NO_LABELS}")
+    pairs = [_read_entry(where, entry, to_name) for entry in entries]
     names = set()
     for name, _ in pairs:
         if name in names:
-            raise UserError(f"{path} names {name} twice: leave one of them")
+            raise UserError(f"{where} names {name} twice: leave one of them")
         names.add(name)
     return pairs
 
 
-def _read_entry(path: pathlib.Path, entry: Any) -> tuple[str, int]:
-    pair = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
-    if type(pair[0]) not in (str, int) or type(pair[1]) is not int or pair[1] < 0:
+def _read_entry(where: str, entry: Any, to_name: Callable[[str], str]) -> tuple[str, int]:
+    name, label = entry if isinstance(entry, (list, tuple)) and len(entry) == 2 else (None, None)
+    if type(name) not in (str, int) or type(label) is not int or not 0 <= label < MAX_CLASSES:
         raise UserError(
-            f"{path} has the entry {json.dumps(entry)}, which is no name and label, a whole number from 0 on"
+            f"{where} has the entry {json.dumps(entry):.200}, which is no name and label, a whole number "
+            f"from 0 on, below {MAX_CLASSES}"
         )
-    return str(pair[0]).removesuffix(".npy"), pair[1]
+    return to_name(str(name)).removesuffix(".npy"), label
 
 
 def _read_array(path: pathlib.Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:

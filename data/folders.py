@@ -1,12 +1,13 @@
-"""The files of a folder or .zip, and their labels: by the folders at its top, or those of a list."""
+"""The files of a folder or .zip, and the labels that a list among them gives."""
 
+import contextlib
 import os
 import pathlib
+import stat
 import threading
 import zipfile
 import zlib
-from collections.abc import Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from absl import logging
 
@@ -15,6 +16,9 @@ from data import couplings
 
 INDEX = couplings.INDEX  # the list of labels
 IGNORED = ("__MACOSX",)  # macOS adds it to its zips
+ARCHIVES = ("7z", "bz2", "gz", "rar", "tar", "tgz", "zip")
+COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
+ENCRYPTED, UTF8 = 0x1, 0x800  # flags of a zip's entry
 # What a file of a zip can raise that is cut off or altered.
 DAMAGED = (EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 Listing = tuple[list[str], set[str]]
@@ -27,15 +31,25 @@ class Folder:
         self.path = path
 
     def list(self) -> Listing:
-        """Return the paths of all files, with /, and the names of the folders at the top; hidden ones are left out."""
-        names, tops = [], set()
-        for directory, folders, files in os.walk(self.path, onerror=_cannot_list, followlinks=True):
-            folders[:] = [name for name in folders if not is_hidden(name)]
-            inside = os.path.relpath(directory, self.path).replace(os.sep, "/")
-            tops.update(folders if inside == "." else ())
-            prefix = "" if inside == "." else f"{inside}/"
-            names += [f"{prefix}{name}" for name in files if not is_hidden(name)]
-        return names, tops
+        """Return the paths of all files, with /, and the names of the folders at the top; hidden ones are left out.
+
+        Links are followed, each folder once: those that lead back to a folder around them are left out with a warning.
+        Raises UserError for links that lead nowhere, or that put a folder below two folders at the top.
+        """
+        names, folders, links = _walk(self.path, "")
+        seen = _Seen(self.path)
+        if links:
+            seen.add("", folders)
+        while links:
+            links.sort()
+            link = links.pop(0)
+            if seen.leads_on(link):
+                more_names, more_folders, more_links = _walk(self.path, link)
+                seen.add(link, more_folders)
+                names.extend(more_names)
+                folders.extend(more_folders)
+                links.extend(more_links)
+        return names, {folder for folder in folders if folder and "/" not in folder}
 
     def read(self, name: str) -> bytes:
         """Return the bytes of a file."""
@@ -46,30 +60,33 @@ class Zip:
     """The files of a zip; each process opens it for itself, its threads share that."""
 
     def __init__(self, path: str):
-        """Raises UserError unless there is a zip."""
+        """Raises UserError unless there is a zip whose files can be read."""
         self.path = path
         self._lock, self._opened = threading.Lock(), (0, None)
         self._open()
 
     def list(self) -> Listing:
         """Return the paths of all files, with /, and the names of the folders at the top; hidden ones are left out."""
-        shown = [name for name in self._open().namelist() if not any(map(is_hidden, name.split("/")))]
-        return [name for name in shown if not name.endswith("/")], {n.split("/")[0] for n in shown if "/" in n}
+        paths = list(self._open()[1])
+        return [p for p in paths if not p.endswith("/")], {path.split("/")[0] for path in paths if "/" in path}
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file."""
-        return self._open().read(name)
+        """Return the bytes of a file.  Raises KeyError if it is not there."""
+        file, entries = self._open()
+        return file.read(entries[name])
 
-    def _open(self) -> zipfile.ZipFile:
+    def _open(self) -> tuple[zipfile.ZipFile, dict[str, zipfile.ZipInfo]]:
+        """Return the zip and its entries by path."""
         with self._lock:
-            process, file = self._opened
-            if file is None or process != os.getpid():  # a fork would share its place in the file
+            process, opened = self._opened
+            if opened is None or process != os.getpid():  # a fork would share its place in the file
                 try:
                     file = zipfile.ZipFile(self.path)
                 except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
                     raise UserError(f"cannot open {self.path} as a zip: {error}.  Give a folder, or mend it") from error
-                self._opened = os.getpid(), file
-            return file
+                opened = file, _entries(file, self.path)
+                self._opened = os.getpid(), opened
+            return opened
 
     def __getstate__(self) -> str:
         return self.path
@@ -79,10 +96,25 @@ class Zip:
         self._lock, self._opened = threading.Lock(), (0, None)
 
 
-def read_index(files: Folder | Zip) -> dict[str, int]:
-    """Return the labels by name of INDEX among the files.  Raises UserError as `couplings.read_index`."""
-    path: Any = zipfile.Path(files.path, INDEX) if isinstance(files, Zip) else pathlib.Path(files.path, INDEX)
-    return dict(couplings.read_index(path))
+def read_index(files: Folder | Zip) -> dict[str, int] | None:
+    """Return the labels by name of INDEX among the files, names as `plain_path`; None if it holds null for labels.
+
+    Raises UserError as `couplings.parse_index`.
+    """
+    path = f"{files.path}/{INDEX}"
+    try:
+        content = files.read(INDEX)
+    except (OSError, LookupError, *DAMAGED) as error:
+        raise UserError(f"cannot read the labels of {path}: {error}.  Copy it again") from error
+    pairs = couplings.parse_index(content, path, plain_path)
+    return None if pairs is None else dict(pairs)
+
+
+def plain_path(name: str) -> str:
+    """Return a path with / only, without . or a / at its start; a / at its end stays."""
+    name = name.replace("\\", "/")
+    path = "/".join(part for part in name.split("/") if part not in ("", "."))
+    return path + "/" if path and name.endswith("/") else path
 
 
 def with_suffix(names: Iterable[str], suffixes: Sequence[str], where: str) -> list[str]:
@@ -90,7 +122,9 @@ def with_suffix(names: Iterable[str], suffixes: Sequence[str], where: str) -> li
     names = list(names)
     chosen = sorted(name for name in names if name.rpartition(".")[2].lower() in suffixes)
     if not chosen:
-        raise UserError(f"{where} holds no files of {', '.join(f'.{suffix}' for suffix in suffixes)}: name another")
+        packed = [name for name in sorted(names) if name.rpartition(".")[2].lower() in ARCHIVES]
+        way_out = f"unpack its {packed[0]}, and name that" if packed else "name another"
+        raise UserError(f"{where} holds no files of {', '.join(f'.{suffix}' for suffix in suffixes)}: {way_out}")
     others = len(names) - len(chosen) - (INDEX in names)
     if others:
         example = min(set(names) - set(chosen) - {INDEX})
@@ -108,37 +142,116 @@ def labels_of(names: Sequence[str], known: Mapping[str, int], where: str) -> lis
     return [known[name] for name in names]
 
 
-def labels_by_folder(names: Sequence[str], tops: set[str], where: str) -> tuple[list[int], list[str]]:
-    """Return labels by the folders at the top, and the names of these; no folders: 0 for all, and a note is logged.
-
-    Raises UserError for files both within and beside such folders, or a folder without any.
-    """
-    beside = [name for name in names if "/" not in name]
-    if beside and len(beside) < len(names):
-        within = next(name for name in names if "/" in name)
-        raise UserError(f"{where} holds {within} in a class folder, and {beside[0]} in none: move it to one")
-    if beside:
-        logging.warning("%s has no class folders: the label of all files is 0", where)
-        return [0] * len(names), ["0"]
-    found = [name.split("/", 1)[0] for name in names]
-    empty = sorted(tops - set(found))
-    if empty:
-        raise UserError(f"{where}/{empty[0]} holds none of the files of a class: remove it, or copy them all")
-    below = {tuple(name.split("/")[:2]) for name in names if name.count("/") > 1}
-    if len(set(found)) == 1 and len(below) > 1:
-        raise UserError(
-            f"all images of {where} are in its folder {found[0]}, in {len(below)} folders there: are those the "
-            "classes?  Name that folder, or zip what is in it"
-        )
-    classes = sorted(tops)
-    number = {name: label for label, name in enumerate(classes)}
-    return [number[name] for name in found], classes
-
-
 def is_hidden(name: str) -> bool:
     """Return whether a file or folder is no part of the data."""
     return name.startswith(".") or name in IGNORED
 
 
-def _cannot_list(error: OSError) -> None:
-    raise UserError(f"cannot list {error.filename}: {error.strerror}.  Make it readable") from error
+def _walk(root: str, start: str) -> tuple[list[str], list[str], list[str]]:
+    """Return the files and folders from root/start on, and the links to folders there, which are not followed.
+
+    All are paths within `root`; hidden ones are left out.  `start` is the first of the folders.
+    """
+    names, folders, links = [], [start], []
+    for folder in folders:  # which grows on the way
+        for entry in _scan(root, folder):
+            if is_hidden(entry.name):
+                continue
+            path = f"{folder}/{entry.name}" if folder else entry.name
+            if _is_folder(entry):
+                (links if entry.is_symlink() else folders).append(path)
+            elif "\\" in entry.name:
+                raise UserError(
+                    f"{root}/{path} has a \\ in its name, from a zip of Windows unpacked as it is: give the zip"
+                )
+            else:
+                names.append(path)
+    return names, folders, links
+
+
+def _scan(root: str, folder: str) -> Iterator[os.DirEntry[str]]:
+    try:
+        with os.scandir(os.path.join(root, folder)) as entries:
+            yield from entries
+    except OSError as error:
+        raise UserError(f"cannot list {error.filename}: {error.strerror}.  Make it readable") from error
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    """Return whether this is a folder or a link to one.  Raises UserError unless it is that or a file."""
+    with contextlib.suppress(OSError):  # a link in a circle
+        if entry.is_dir():
+            return True
+        if entry.is_file():
+            return False
+    what = "a link that leads nowhere: restore what it links to" if entry.is_symlink() else "no file: move it away"
+    raise UserError(f"{entry.path} is {what}, or remove it")
+
+
+class _Seen:
+    """The folders that a walk has listed, by their real paths."""
+
+    def __init__(self, root: str):
+        self._root = root
+        self._listed: dict[str, str] = {}  # real path: path within the root
+        self._around: dict[str, str] = {}  # real path of a folder around listed ones: path of one of these
+
+    def add(self, start: str, folders: Iterable[str]) -> None:
+        """Add what `_walk` found from root/start on."""
+        real = os.path.realpath(os.path.join(self._root, start))
+        self._listed.update((os.path.normpath(f"{real}/{folder[len(start) :]}"), folder) for folder in folders)
+        for parent in pathlib.Path(real).parents:
+            self._around.setdefault(str(parent), start)
+
+    def leads_on(self, link: str) -> bool:
+        """Return whether a link leads to folders not listed yet; logs a warning if it leads back.
+
+        Raises UserError if it leads to those of another folder at the top.
+        """
+        target = os.path.realpath(os.path.join(self._root, link))
+        other = self._listed.get(target, self._around.get(target))
+        if other is None:
+            return True
+        same_top = target in self._listed and link.split("/")[0] == other.split("/")[0]
+        if not other or same_top:
+            logging.warning("%s/%s is left out: it links to files that are listed already", self._root, link)
+            return False
+        raise UserError(
+            f"{self._root}/{link} and {self._root}/{other} hold the same files, which would count twice: remove one"
+        )
+
+
+def _entries(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
+    """Return the entries of a zip by their plain path, without hidden ones; those of folders end in /.
+
+    Raises UserError naming an entry that cannot be read as it is, or that is there twice.
+    """
+    entries: dict[str, zipfile.ZipInfo] = {}
+    for entry in file.infolist():
+        name = entry.filename
+        if not entry.flag_bits & UTF8 and not name.isascii():
+            with contextlib.suppress(UnicodeError):  # macOS writes UTF-8 and does not say so
+                name = name.encode("cp437").decode()
+        path = plain_path(name)
+        if not path or any(is_hidden(part) and part != ".." for part in path.rstrip("/").split("/")):
+            continue
+        problem = None if path.endswith("/") else _problem(entry, path)
+        if path in entries and not path.endswith("/"):
+            problem = "is in it twice: zip the files anew"
+        if problem:
+            raise UserError(f"{path} of {where} {problem}")
+        entries[path] = entry
+    return entries
+
+
+def _problem(entry: zipfile.ZipInfo, path: str) -> str | None:
+    """Return why a file of a zip cannot be read, and the way out; None if it can."""
+    if ".." in path.split("/"):
+        return "has .. in its path: zip the files anew"
+    if entry.flag_bits & ENCRYPTED:
+        return "is encrypted: unzip it with its password and give the folder, or zip that without one"
+    if entry.compress_type not in COMPRESSIONS:
+        return f"is compressed by method {entry.compress_type}, which Python cannot read: unzip it and give the folder"
+    if stat.S_ISLNK(entry.external_attr >> 16):
+        return "is a link, without what it links to: zip the files themselves"
+    return None

@@ -12,9 +12,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
+from absl import logging
 
 from configs.errors import UserError
-from data import folders, pickles
+from data import classes, folders, pickles
 
 Labels = Mapping[str, int] | None  # by name, instead of the store's own
 
@@ -104,7 +105,7 @@ def _of_dict(value: Any, where: str) -> Entry:
 def open_pt(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
     """Open a folder of .pt files.  A label within a file goes before that of its folder.
 
-    Raises UserError as `folders.labels_by_folder`.
+    Raises UserError as `classes.labels_by_folder`.
     """
     if not source.is_dir():
         raise UserError(f"{source} is no folder: name that of the classes")
@@ -112,7 +113,7 @@ def open_pt(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
     names = folders.with_suffix(everything, ("pt",), str(source))
     by_name = dict.fromkeys(names)
     if any("/" in name for name in names):
-        by_name = dict(zip(names, folders.labels_by_folder(names, tops, str(source))[0], strict=True))
+        by_name = dict(zip(names, classes.labels_by_folder(names, tops, str(source))[0], strict=True))
 
     def read(name: str) -> Entry:
         entry = _of_dict(_load_pt(source / name), str(source / name))
@@ -145,9 +146,16 @@ def _to_array(tensor: Any) -> np.ndarray:
 
 @contextlib.contextmanager
 def open_edm2(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
-    """Open a folder or .zip of .npy with its dataset.json.  Raises UserError if that has no labels."""
+    """Open a folder or .zip of .npy with its dataset.json; null for labels makes them 0.
+
+    Raises UserError if that is missing, or holds no labels.
+    """
     files = folders.Folder(str(source)) if source.is_dir() else folders.Zip(str(source))
     labels = folders.read_index(files) if labels is None else labels
+    if labels is None:
+        logging.warning("%s/%s has null for labels: the label of all files is 0", source, folders.INDEX)
+        names = folders.with_suffix(files.list()[0], ("npy",), str(source))
+        labels = dict.fromkeys((name.removesuffix(".npy") for name in names), 0)
 
     def read(name: str) -> Entry:
         try:

@@ -5,8 +5,9 @@
     pixels         uint8 [s s 3], the image that was encoded, if asked for
     label, name    int64, and the path within the source
 
-metadata.json has the autoencoder, the convention of its latents and their statistics.  `python -m jax_impl.encode` and
-`torchrun torch_impl/encode.py` make such datasets of images, `python -m data.stores` of other people's latents.
+metadata.json has the autoencoder, the convention of its latents, their statistics and the names of the classes.
+`python -m jax_impl.encode` and `torchrun torch_impl/encode.py` make such datasets of images, `python -m data.stores` of
+other people's latents.
 """
 
 import json
@@ -22,7 +23,7 @@ from tqdm import tqdm
 
 from configs import latents as conventions
 from configs.errors import UserError
-from data import datasets, records
+from data import begun, datasets, records
 from data.pictures import BrokenImageError, Pictures, crop, read_ahead
 
 NAME = "latents"
@@ -102,17 +103,26 @@ def make(
     settings: JSON values, what `encode` depends on: `vae` (a name, which may change), `convention`
     (`configs.latents.to_dict`) and any others; with `normalised` true, the convention becomes the one that
     `normalising` makes of the data.
-    Batches begin with each shard: the number of processes, and kills, change nothing.
+    Batches begin with each shard: the number of processes, and kills, change nothing.  Images that are removed while
+    the dataset is not whole are left out.
     Returns and raises as `records.begin` and `records.write`; raises UserError, too, naming an image that is of a wrong
     size or whose moments are not finite, and BrokenImageError for one that cannot be read, unless plan.skip_broken.
     """
+    kept = features(plan.latent_shape, plan.flip, plan.image_size if plan.pixels else 0)
+    notes = records.Layout(directory, NAME, kept, 0).note(0).parent
+    pictures = begun.recall(notes, pictures)
     shards = records.split_into_shards(len(pictures), plan.shard_size)
     own = {name: getattr(plan, name) for name in ("image_size", "latent_shape", "crop", "flip", "pixels")}
     about = {"images": pictures.digest(), "num_images": len(pictures), "shard_size": plan.shard_size}
-    kept = features(plan.latent_shape, plan.flip, plan.image_size if plan.pixels else 0)
     depends = {name: value for name, value in settings.items() if name != "vae"}  # of which a digest is the content
-    job = Job(directory, kept, shards, {**depends, **own, **about}, {**settings, **own})
-    return write(job, lambda *shard: _encode(pictures, encode, plan, *shard), process, num_processes)
+    facts = {**settings, **own, "classes": list(pictures.classes)}
+    job = Job(directory, kept, shards, {**depends, **own, **about}, facts)
+
+    def of_shard(indices: range, skipped: list[str]) -> Iterator[dict[str, Any]]:
+        begun.keep(notes, pictures)
+        return _encode(pictures, encode, plan, indices, skipped)
+
+    return write(job, of_shard, process, num_processes)
 
 
 def write(
@@ -202,7 +212,7 @@ def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str])
     for i, read_one in zip(indices, read_ahead(read, indices, 2 * plan.batch_size), strict=True):
         if isinstance(read_one, dict):
             batch.append(read_one)
-        elif plan.skip_broken:
+        elif plan.skip_broken or isinstance(read_one, begun.GoneImageError):
             logging.warning("left out: %s", read_one)
             skipped.append(pictures.name(i))
         else:

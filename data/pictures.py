@@ -1,7 +1,8 @@
 """Raw images with labels: of a folder or .zip with a folder for each class, or of a TFDS dataset; and ADM's crop.
 
-SOURCE/CLASS/.../NAME.jpg     classes in the order of their names: labels 0, 1, ...
-SOURCE/dataset.json           optional, as EDM2's: {"labels": [["NAME.png", 3], ...]}; these labels go before
+SOURCE/CLASS/.../NAME.jpg     classes in the order of their names, or by value if all are numbers: labels 0, 1, ...
+SOURCE/dataset.json           optional, as EDM2's: {"labels": [["NAME.png", 3], ...]}; these labels go before.  Null for
+                              labels: all are 0
 """
 
 import abc
@@ -20,7 +21,7 @@ import PIL.Image
 from absl import logging
 
 from configs.errors import UserError
-from data import datasets, folders
+from data import classes, datasets, folders
 
 CROPS = ("centre", "none")
 SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
@@ -156,8 +157,8 @@ def open_pictures(source: str, split: str = "train", directory: str = "") -> Pic
 
     source: a folder or .zip, see the module; else what `datasets.open_source` takes.
     split, directory: of a TFDS dataset, as there.
-    Raises UserError for a source that is not there or holds no images, for images both in class folders and beside
-    them, a class folder without an image, labels that are damaged or incomplete, and as `datasets.open_source`.
+    Raises UserError for a source that is not there or holds no images, labels that are damaged or incomplete, and as
+    `folders.Folder.list`, `folders.Zip`, `classes.labels_by_folder` and `datasets.open_source`.
     """
     if is_folder(source) or pathlib.Path(source).is_file():
         return _open_files(folders.Folder(source) if is_folder(source) else folders.Zip(source))
@@ -180,13 +181,33 @@ def _open_files(files: folders.Folder | folders.Zip) -> FilePictures:
     """Return the images of a folder or zip."""
     everything, tops = files.list()
     names = folders.with_suffix(everything, SUFFIXES, files.path)
-    if folders.INDEX in everything:
-        labels = folders.labels_of(names, folders.read_index(files), f"{files.path}/{folders.INDEX}")
-        classes = [str(label) for label in range(max(labels) + 1)]
-    else:
-        labels, classes = folders.labels_by_folder(names, tops, files.path)
-    logging.info("%s: %d images of %d classes", files.path, len(names), len(classes))
-    return FilePictures(files, names, labels, classes)
+    labels, of_labels = _labels(files, everything, names, tops)
+    logging.info("%s: %d images of %d classes", files.path, len(names), len(of_labels))
+    return FilePictures(files, names, labels, of_labels)
+
+
+def _labels(
+    files: folders.Folder | folders.Zip, everything: Sequence[str], names: Sequence[str], tops: set[str]
+) -> tuple[list[int], list[str]]:
+    """Return the labels of the images `names`, and the names of the classes."""
+    index = f"{files.path}/{folders.INDEX}"
+    if folders.INDEX not in everything:
+        deeper = [name for name in everything if name.endswith(f"/{folders.INDEX}")]
+        if deeper:
+            folder = f"{files.path}/{min(deeper).rpartition('/')[0]}"
+            raise UserError(
+                f"{folder} has the labels, {folders.INDEX}, and {files.path} none: give that folder, or a zip of what "
+                "is in it"
+            )
+        return classes.labels_by_folder(names, tops, files.path)
+    known = folders.read_index(files)
+    if known is None:
+        logging.warning(
+            "%s has null for labels: the label of all images is 0.  Remove it to have those of folders", index
+        )
+        return [0] * len(names), ["0"]
+    labels = folders.labels_of(names, known, index)
+    return labels, [str(label) for label in range(max(labels) + 1)]
 
 
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:

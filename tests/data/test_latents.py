@@ -85,7 +85,7 @@ def test_metadata(whole):
     np.testing.assert_allclose(metadata.pop("std"), np.sqrt(mean.var((0, 1, 2)) + (std**2).mean((0, 1, 2))), rtol=1e-12)
     assert metadata == {
         **SETTINGS, "kind": "latents", "image_size": SIZE, "latent_shape": list(SHAPE), "crop": "centre", "flip": True,
-        "pixels": True, "num_images": NUM, "skipped": [],
+        "pixels": True, "num_images": NUM, "skipped": [], "classes": ["class0", "class1"],
     }  # fmt: skip
 
 

@@ -103,8 +103,42 @@ def test_labels_of_a_list_go_before(make, folder):
     index.write_text(json.dumps({"labels": [[name, 0] for name in (*FILES, "lost.png")]}))
     with pytest.raises(UserError, match="dataset.json names lost.png, which is not there"):
         open_(make(folder))
-    index.write_text(json.dumps({"labels": None}))
+    index.write_text(json.dumps({"labels": []}))
     with pytest.raises(UserError, match="dataset.json holds no labels"):
+        open_(make(folder))
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_a_list_without_labels(make, folder, caplog):
+    """As EDM's tool leaves it of unlabelled images."""
+    (folder / "dataset.json").write_text(json.dumps({"labels": None}))
+    found = open_(make(folder))
+    assert [found.label(i) for i in range(3)] == [0, 0, 0] and found.classes == ["0"]
+    assert "dataset.json has null for labels: the label of all images is 0" in caplog.text
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_names_of_a_list_may_be_of_windows(make, folder):
+    index = {"labels": [["b\\x.png", 2], ["./a/2.PNG", 1], ["a/deep\\1.png", 0]]}
+    (folder / "dataset.json").write_text(json.dumps(index))
+    assert [open_(make(folder)).label(i) for i in range(3)] == [1, 0, 2]
+    (folder / "dataset.json").write_text(json.dumps({"labels": [*index["labels"], ["b/x.png", 0]]}))
+    with pytest.raises(UserError, match="dataset.json names b/x.png twice"):
+        open_(make(folder))
+
+
+@pytest.mark.parametrize("label", [-1, 1.5, 2.0, True, "3", None, [0, 1], 10**9])
+def test_labels_that_are_none(label, folder):
+    (folder / "dataset.json").write_text(json.dumps({"labels": [["b/x.png", label]]}))
+    with pytest.raises(UserError, match=r'dataset.json has the entry \["b/x.png", .*a whole number from 0 on'):
+        open_(folder)
+
+
+@pytest.mark.parametrize("make", [lambda folder: folder, zipped], ids=["folder", "zip"])
+def test_a_list_that_is_not_at_the_top(make, folder):
+    """The labels would be those of the folder around it."""
+    (folder / "a" / "dataset.json").write_text("{}")
+    with pytest.raises(UserError, match="/a has the labels, dataset.json, and .*images.* none: give that folder"):
         open_(make(folder))
 
 

@@ -349,7 +349,13 @@ def test_a_zip_is_its_folder(write, tmp_path):
     assert a == b
 
 
-@pytest.mark.parametrize("index", [{"labels": None}, {}, {"labels": []}])
+def test_edm2_of_unlabelled_images(tmp_path):
+    run("edm2", write_edm2(tmp_path / "edm2", {"labels": None}), tmp_path / "dest")
+    records = read(tmp_path / "dest")
+    assert len(records) == 7 and {record["label"] for record in records} == {0}
+
+
+@pytest.mark.parametrize("index", [{}, {"labels": []}])
 def test_edm2_without_labels(index, tmp_path):
     with pytest.raises(UserError, match="dataset.json holds no labels"):
         run("edm2", write_edm2(tmp_path / "edm2", index), tmp_path / "dest")
