@@ -2,8 +2,6 @@
 
 import ast
 import copy
-import pathlib
-import runpy
 from collections.abc import Iterable, Iterator, Sequence
 from typing import NamedTuple
 
@@ -30,18 +28,6 @@ class Case(NamedTuple):
     limit: float  # forwards F of a step (backward = 2F) over the 3F of flow matching
     of: str = ""  # of a variant: name of the case that it varies
     variant: str = ""  # eager | remat | none
-
-
-def load_config(name: str) -> base.Config:
-    """Return the config of FILE.py[:variant].  Raises UserError if there is none."""
-    file, _, variant = name.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"there is no config file {file}; configs/digits.py is one that is")
-    get_config = runpy.run_path(file)["get_config"]
-    try:
-        return get_config(variant) if variant else get_config()
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def system_config(system: str, size: str, head_depth: int) -> base.Config:

@@ -26,7 +26,6 @@ import argparse
 import importlib
 import json
 import math
-import pathlib
 import statistics
 import zlib
 from typing import NamedTuple
@@ -35,7 +34,7 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import precision_report as report
-from configs import digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet
+from configs import digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet, paths
 
 
 class Mode(NamedTuple):
@@ -246,12 +245,14 @@ def main():
     parser.add_argument("--size", choices=("preset", "tiny"), default="preset")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
     parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0], help="of layers that start at zero")
-    parser.add_argument("--weights", help="canonical .safetensors of one system, in place of random weights")
+    parser.add_argument(
+        "--weights", type=paths.expand, help="canonical .safetensors of one system, in place of random weights"
+    )
     parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
     parser.add_argument("--seeds", type=int, default=3, help="batches, at least 2")
-    parser.add_argument("--json", type=pathlib.Path, help="also write all figures here")
-    parser.add_argument("--markdown", type=pathlib.Path, help="also write the tables here")
-    parser.add_argument("--plot", type=pathlib.Path, help="also draw them here")
+    parser.add_argument("--json", type=paths.written, help="also write all figures here")
+    parser.add_argument("--markdown", type=paths.written, help="also write the tables here")
+    parser.add_argument("--plot", type=paths.written, help="also draw them here")
     args = parser.parse_args()
     if args.seeds < 2 or (args.weights and len(args.system) > 1):
         parser.error("--seeds must be at least 2, and --weights go with one --system")

@@ -15,10 +15,9 @@ would be if all beyond flow matching ran at that rate.
 """
 
 import argparse
-import pathlib
 
 from benchmarks import cases, measure, table
-from configs import base
+from configs import base, paths, resolve
 from configs.errors import UserError, exit_on_user_error
 
 
@@ -33,7 +32,7 @@ def parse(argv=None):
     parser.add_argument("--eager", action="store_true", help="PyTorch: also each step without torch.compile")
     parser.add_argument("--remat", action="store_true", help="also each step with train.remat")
     parser.add_argument("--memory", action="store_true", help="memory of each step in a process of its own")
-    parser.add_argument("--plot", type=pathlib.Path, help="draw time against batch and tokens, to this PNG")
+    parser.add_argument("--plot", type=paths.written, help="draw time against batch and tokens, to this PNG")
     return parser.parse_args(argv)
 
 
@@ -49,14 +48,14 @@ def add_common(parser):
     parser.add_argument("--batch", type=int, default=16, help="rows of a step")
     parser.add_argument("--dtype", help="of matmuls: float32 or bfloat16; by default float32, or the preset's")
     parser.add_argument("--runs", type=int, default=15, help="runs, of which the median is taken")
-    parser.add_argument("--markdown", type=pathlib.Path, metavar="FILE", help="also write the table here")
-    parser.add_argument("--json", type=pathlib.Path, metavar="FILE", help="also write the figures here")
+    parser.add_argument("--markdown", type=paths.written, metavar="FILE", help="also write the table here")
+    parser.add_argument("--json", type=paths.written, metavar="FILE", help="also write the figures here")
 
 
 def make_config(args, batch, patch=None):
     """Return the config that the command line describes, of a batch size and a side of a patch."""
     system = None if args.config else cases.system_config(args.system, args.size, args.head_depth)
-    config = cases.load_config(args.config) if system is None else system
+    config = resolve.load_file(args.config) if system is None else system
     if patch and config.model.name in ("unet", "edm2"):
         raise UserError(f"--patch {patch}: the network {config.model.name} has no patches")
     config.model.patch_size = patch or config.model.patch_size

@@ -7,12 +7,13 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
-from configs import base
+from configs import base, paths
 from configs.errors import UserError, exit_on_user_error
 from configs.resolve import flatten
 
+FILES = ("--config=", "--guide_config=")
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file of the run, e.g. configs/digits.py[:variant].")
-_WORKDIR = flags.DEFINE_string("workdir", None, "Directory of the run: config, checkpoints, logs, samples.")
+_WORKDIR = flags.DEFINE(paths.WRITTEN, "workdir", None, "Directory of the run: config, checkpoints, logs, samples.")
 
 
 def config():
@@ -21,10 +22,10 @@ def config():
 
 
 def workdir() -> str:
-    """Return `--workdir`.  Raises UserError if it is not given."""
+    """Return `--workdir`, absolute.  Raises UserError if it is not given, or cannot be a directory."""
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: name the directory of the run, e.g. --workdir=runs/digits")
-    return os.path.abspath(_WORKDIR.value)
+    return paths.check_directory(_WORKDIR.value, "workdir")
 
 
 def run(main: Callable[[], None]) -> None:
@@ -53,10 +54,18 @@ def _help() -> str:
     )
 
 
+def _with_file(argument: str) -> str:
+    """Return --config=FILE[:variant] with `~` expanded.  Raises UserError if there is no such file."""
+    flag, value = argument.split("=", 1)
+    value = paths.expand(value)
+    path = value.split(":", 1)[0]
+    if not os.path.isfile(path):
+        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+    return f"{flag}={value}"
+
+
 def _parse(argv: list[str]) -> list[str]:
-    for path in (a.split("=", 1)[1].split(":")[0] for a in argv if a.startswith(("--config=", "--guide_config="))):
-        if not os.path.isfile(path):
-            raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+    argv = [_with_file(a) if a.startswith(FILES) else a for a in argv]
     try:
         rest = flags.FLAGS(argv)
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:

@@ -1,14 +1,16 @@
 """Checks a config, and keeps it in the work directory as text."""
 
 import copy
+import inspect
 import json
 import os
 import pathlib
+import runpy
 
 import ml_collections
 from absl import logging
 
-from configs import base, latents, rules
+from configs import base, latents, locks, paths, rules
 from configs.errors import UserError
 
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
@@ -33,12 +35,16 @@ def flatten(config: base.Config, prefix: str = "") -> dict[str, object]:
 
 
 def check(config: base.Config) -> base.Config:
-    """Return `config`.  Raises UserError naming the first option that is missing, unknown or has no sense."""
+    """Return `config`, the `~` of its paths expanded.
+
+    Raises UserError naming the first option that is missing, unknown or has no sense.
+    """
     if config is None:
         raise UserError("--config is missing: name the file of the run, e.g. --config=configs/digits.py")
     flat, known = flatten(config), flatten(base.get_config())
     for key in flat.keys() ^ known.keys():
         raise UserError(f"config.{key} is {'unknown' if key in flat else 'missing'}; configs/base.py lists the options")
+    paths.expand_options(config)
     rules.check_values(flat)
     rules.NETWORK_CHECKS[config.model.name](config)
     rules.check_method(config)
@@ -118,6 +124,30 @@ def check_divisible(config: base.Config, devices: int, kind: str) -> None:
         raise UserError(f"config.train.fsdp {config.train.fsdp} does not divide the {devices} {kind}")
 
 
+def load_file(name: str) -> base.Config:
+    """Return the config of FILE.py[:variant], or of a work directory's config.json.
+
+    Raises UserError if there is no such file or variant.
+    """
+    file, _, variant = paths.expand(name).partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+    if path.suffix not in (".py", ".json"):
+        raise UserError(f"--config {path} is neither a .py nor a .json file")
+    get_config = runpy.run_path(file).get("get_config") if path.suffix == ".py" else None
+    if path.suffix == ".py" and get_config is None:
+        raise UserError(f"--config {path} defines no get_config(); configs/digits.py shows how a config looks")
+    if variant and (get_config is None or not inspect.signature(get_config).parameters):
+        raise UserError(f"--config {name}: {path.name} has no variants, so leave out :{variant}")
+    if get_config is None:
+        return read_file(path)
+    try:
+        return get_config(variant) if variant else get_config()
+    except ValueError as error:
+        raise UserError(f"--config {name}: {error}") from error
+
+
 def to_json(config: base.Config) -> str:
     """Return the config as indented JSON."""
     return json.dumps(config.to_dict(), indent=2) + "\n"
@@ -137,14 +167,33 @@ def from_json(text: str) -> base.Config:
     return config
 
 
-def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
-    """Make the work directory of a run and write its config there.
+def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> locks.Lock:
+    """Make the work directory of a run, write its config there and return the lock on it: close it when the run ends.
 
     framework: `jax` or `torch`, the writer of its checkpoints.
     A run that is there already goes on if its config is the same but for what may change (`FREE`).
-    Raises UserError naming the options that differ, if the run is one of the other framework, or if the directory
-    cannot be written.
+    Raises UserError naming the options that differ, if another run uses the directory or it is one of the other
+    framework, or if it cannot be written.
     """
+    path = pathlib.Path(workdir) / FILE_NAME
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        lock = locks.Lock(path.parent)
+        try:
+            _check_same(workdir, config, framework)
+            unfinished = path.with_suffix(f".{os.getpid()}")
+            unfinished.write_text(to_json(config))
+            unfinished.replace(path)
+        except BaseException:
+            lock.close()
+            raise
+    except OSError as error:
+        raise UserError(f"cannot write {path.parent}: {error.strerror}.  Choose another --workdir") from error
+    return lock
+
+
+def _check_same(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
+    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`."""
     path = pathlib.Path(workdir) / FILE_NAME
     for other in FRAMEWORKS.keys() - {framework}:
         if (path.parent / "checkpoints" / other).is_dir():
@@ -158,23 +207,23 @@ def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str
         if differing:
             shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
             raise UserError(
-                f"{workdir} was written by another config: {shown}.  Choose another --workdir, or delete it"
+                f"{workdir} was written by another config: {shown}.  Set them back, or choose another --workdir"
             )
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished = path.with_suffix(f".{os.getpid()}")
-        unfinished.write_text(to_json(config))
-        unfinished.replace(path)
-    except OSError as error:
-        raise UserError(f"cannot write {path}: {error.strerror}.  Choose a --workdir on a disk with room") from error
 
 
 def read_workdir(workdir: str | os.PathLike) -> base.Config:
     """Return the config that a run left in its work directory.  Raises UserError if there is none."""
     path = pathlib.Path(workdir) / FILE_NAME
+    if not path.exists():
+        raise UserError(f"{workdir} is not the work directory of a run: there is no {path}")
+    return read_file(path)
+
+
+def read_file(path: pathlib.Path) -> base.Config:
+    """Return the config of a JSON file.  Raises UserError if it cannot be read or is damaged."""
     try:
         return from_json(path.read_text())
     except OSError as error:
-        raise UserError(f"{workdir} is not the work directory of a run: cannot read {path}") from error
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged: {error}") from error

@@ -18,6 +18,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 from tqdm import tqdm
 
+from configs import paths
 from configs.errors import UserError, exit_on_user_error
 from data import datasets, quiet, records
 from data import noise as noise_and_labels
@@ -199,9 +200,11 @@ def _read_array(path: pathlib.Path, shape: tuple[int, int, int] | None = None) -
 def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for what cannot be imported."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help="folder of .npy files")
-    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="directory of the dataset, new or begun before")
-    parser.add_argument("--labels", metavar="FILE", type=pathlib.Path, help=f"default: SOURCE/{INDEX}")
+    parser.add_argument("source", metavar="SOURCE", type=paths.read, help="folder of .npy files")
+    parser.add_argument(
+        "dest", metavar="DEST", type=paths.written, help="directory of the dataset, new or begun before"
+    )
+    parser.add_argument("--labels", metavar="FILE", type=paths.read, help=f"default: SOURCE/{INDEX}")
     parser.add_argument("--shard_size", metavar="N", type=int, default=SHARD_SIZE, help=f"default: {SHARD_SIZE} pairs")
     args = parser.parse_args(argv)
     if args.shard_size < 1:

@@ -7,7 +7,7 @@ from typing import Any
 
 from absl import flags
 
-from configs import base
+from configs import base, paths
 from configs import latents as conventions
 from configs.errors import UserError
 from data import autoencoder, latents, pictures, records
@@ -22,11 +22,15 @@ flags.disclaim_key_flags()  # the flags are those of the command that has them d
 
 def define_flags() -> None:
     """Define the flags of the encode commands."""
-    flags.DEFINE_string("source", "", "Images: a folder with a folder for each class, a .zip of it, or a TFDS dataset.")
+    flags.DEFINE(
+        paths.READ, "source", "", "Images: a folder with a folder for each class, a .zip of it, or a TFDS dataset."
+    )
     flags.DEFINE_string("split", "train", "Split of a TFDS dataset.")
-    flags.DEFINE_string("data_dir", "", "Where TFDS keeps datasets; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets.")
-    flags.DEFINE_string("dest", "", "Directory of the dataset of latents: new, or one to go on with.")
-    flags.DEFINE_string("vae", VAE, "Autoencoder: a directory as diffusers saves it, or a name on the hub.")
+    flags.DEFINE(
+        paths.READ, "data_dir", "", "Where TFDS keeps datasets; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets."
+    )
+    flags.DEFINE(paths.WRITTEN, "dest", "", "Directory of the dataset of latents: new, or one to go on with.")
+    flags.DEFINE(paths.READ, "vae", VAE, "Autoencoder: a directory as diffusers saves it, or a name on the hub.")
     flags.DEFINE_enum(
         "convention", "sd", [*conventions.CONVENTIONS, OWN],
         "How latents become data units (configs/latents.py); data: to mean 0 and deviation 1 a channel.",

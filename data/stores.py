@@ -24,6 +24,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from configs import latents as conventions
+from configs import paths
 from configs.errors import UserError, exit_on_user_error
 from data import couplings, formats, latents, quiet, records
 from evaluation.logs import setup_logging
@@ -156,15 +157,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
     add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
-    add("source", metavar="SOURCE", type=pathlib.Path, help="directory, folder or .zip, see above")
-    add("dest", metavar="DEST", type=pathlib.Path, help="directory of the dataset, new or begun before")
+    add("source", metavar="SOURCE", type=paths.read, help="directory, folder or .zip, see above")
+    add("dest", metavar="DEST", type=paths.written, help="directory of the dataset, new or begun before")
     defaults = {
         name: ", ".join(f"{key} {getattr(f, name)}" for key, f in FORMATS.items()) for name in Format._fields[1:]
     }
     known = conventions.CONVENTIONS
     add("--convention", choices=known, help=f"what the data are trained in; default: {defaults['convention']}")
-    add("--vae", metavar="NAME", default="", help="the autoencoder that made them, to decode with")
-    add("--labels", metavar="FILE", type=pathlib.Path, help="JSON, [[NAME, LABEL], ...], instead of the store's labels")
+    add("--vae", metavar="NAME", type=paths.expand, default="", help="the autoencoder that made them, to decode with")
+    add("--labels", metavar="FILE", type=paths.read, help="JSON, [[NAME, LABEL], ...], instead of the store's labels")
     add("--moments", choices=MOMENTS, help=f"default: {defaults['moments']}")
     add("--layout", choices=LAYOUTS, help=f"of an array; auto: as square latents show.  Default: {defaults['layout']}")
     add("--shard_size", metavar="N", type=int, default=latents.SHARD_SIZE, help=f"default: {latents.SHARD_SIZE} images")

@@ -10,7 +10,7 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from configs import base, latents, resolve
+from configs import base, latents, paths, resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from data import couplings, datasets, records
@@ -37,12 +37,12 @@ MakeCoupler = Callable[[list[Model], dict[str, Any], float], couplings.Coupler]
 
 def define_flags() -> None:
     """Define the flags of the reflow commands, --config aside."""
-    flags.DEFINE_string("teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
-    flags.DEFINE_string("guide", "", "A worse flow model, to be guided away from (autoguidance), with --guidance.")
+    flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
+    flags.DEFINE(paths.READ, "guide", "", "A worse flow model, to be guided away from (autoguidance), with --guidance.")
     config_flags.DEFINE_config_file("guide_config", None, "Config of the --guide, if that is a .safetensors.")
     flags.DEFINE_float("guidance", 1.0, "Guidance scale, away from no class or, if given, from --guide; 1: none.")
     flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
-    flags.DEFINE_string("output", "", "Directory of the dataset: new, or one to go on with.")
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory of the dataset: new, or one to go on with.")
     flags.DEFINE_enum("labels", "random", ["random", "dataset"], "Labels: random, or those of the teacher's data.")
     flags.DEFINE_integer("num_samples", None, "Pairs, with random labels.", lower_bound=1)
     flags.DEFINE_integer("num_passes", None, "Passes through the dataset, with its labels; default: 1.", lower_bound=1)

@@ -17,7 +17,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base, latents, resolve, rules
+from configs import base, latents, paths, resolve, rules
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import workdir
@@ -62,14 +62,16 @@ def define_flags() -> None:
 def define_saving_flags() -> None:
     """Define the flags of what is written beside the grid."""
     flags.DEFINE_enum("save", None, saving.KINDS, "Also write every image: as PNG, or all as one .npz of uint8.")
-    flags.DEFINE_string("vae", None, "Autoencoder that decodes latents, directory or hub name; empty: leave them.")
+    flags.DEFINE(paths.READ, "vae", None, "Autoencoder that decodes latents, directory or hub name; empty: leave them.")
 
 
 def define_sample_flags() -> None:
     """Define the flags of the sample commands."""
     define_flags()
-    flags.DEFINE_string("weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir.")
-    flags.DEFINE_string("output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
+    flags.DEFINE(
+        paths.READ, "weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir."
+    )
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
     define_saving_flags()
     flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
 

@@ -11,7 +11,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base
+from configs import base, paths
 from configs.errors import UserError
 from data import pictures
 from evaluation import judge, quality, references, sampling, tools
@@ -63,10 +63,13 @@ class NpzImages:
 
 def define_flags() -> None:
     """Define the flags of stored images."""
-    flags.DEFINE_string(
-        "make_reference", "", "Write --reference from these real images, a folder, .zip or TFDS dataset, and end."
+    flags.DEFINE(
+        paths.READ,
+        "make_reference",
+        "",
+        "Write --reference from these real images, a folder, .zip or TFDS dataset, and end.",
     )
-    flags.DEFINE_string("samples", "", "Judge these images, a folder, .zip or .npz, in place of a model's.")
+    flags.DEFINE(paths.READ, "samples", "", "Judge these images, a folder, .zip or .npz, in place of a model's.")
     flags.DEFINE_string("split", "train", "Split of a TFDS dataset of real images.")
     flags.DEFINE_integer(
         "image_size", None, "Crop stored images to this size as ADM does; by default they stay as they are.",

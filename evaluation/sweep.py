@@ -14,7 +14,7 @@ import numpy as np
 from absl import flags
 from tqdm import tqdm
 
-from configs import base, resolve, rules
+from configs import base, paths, resolve, rules
 from configs.errors import UserError
 from configs.flags import workdir
 from evaluation import files, grids, report, sampling, stored, tools
@@ -39,10 +39,10 @@ def define_flags() -> None:
     sampling.define_flags()
     sampling.define_saving_flags()
     flags.DEFINE_list("metrics", None, "Of images: fid, is, kid, pr, fd_dinov2; config.evaluation.metrics by default.")
-    flags.DEFINE_string("reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
-    flags.DEFINE_string("inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
+    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
+    flags.DEFINE(paths.READ, "inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
     flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "How images reach Inception.")
-    flags.DEFINE_string("dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
+    flags.DEFINE(paths.READ, "dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
     flags.DEFINE_list("omegas", None, "Guidance scales to judge, each with each of --intervals, e.g. 1,2,4,8.")
     flags.DEFINE_list("intervals", None, "Guidance intervals to judge, start:end each, e.g. 0:1,0.4:0.65.")
     stored.define_flags()

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from absl import flags, logging
 
-from configs import base, resolve
+from configs import base, paths, resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
 from evaluation import reflow
@@ -31,9 +31,9 @@ Weights = dict[str, np.ndarray]
 
 def define_flags() -> None:
     """Define the flags of the time-embedding commands, --config aside."""
-    flags.DEFINE_string("teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
+    flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
     flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
-    flags.DEFINE_string("output", "", "The .safetensors to write, for --config.train.load_from.")
+    flags.DEFINE(paths.WRITTEN, "output", "", "The .safetensors to write, for --config.train.load_from.")
     flags.DEFINE_enum("fit", "exact", ["exact", "adam"], "exact: least squares; adam: by gradient, as official code.")
     flags.DEFINE_integer("steps", None, f"Steps of adam; default: {ADAM['steps']}.", lower_bound=1)
     flags.DEFINE_integer("batch_size", None, f"Pairs of times of a step; {ADAM['batch_size']}.", lower_bound=1)

@@ -131,7 +131,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    resolve.open_workdir(workdir, config, "jax")
+    lock = resolve.open_workdir(workdir, config, "jax")
     mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
@@ -139,6 +139,7 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     checkpoints = Checkpoints(workdir, config)
     checkpoints.save(state, {"loader": "", "window": []})
     checkpoints.close()
+    lock.close()
 
 
 def _restore(manager, step, like):

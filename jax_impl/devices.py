@@ -12,6 +12,7 @@ from configs.cluster import check_groups
 from configs.errors import UserError
 
 AXES = ("data", "fsdp")
+_TEXT = 2**12  # bytes of an error message between processes
 PIECE = 2**26  # bytes of each process on the devices at a time
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
@@ -89,6 +90,25 @@ def order_devices(devices, fsdp):
     if devices[0].platform == "tpu" and len(set(hosts)) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(shape)
+
+
+def first_does(act):
+    """Call `act` in the first process alone.  Returns its result there and None elsewhere; all wait for it.
+
+    Raises its UserError in every process, so that none waits for one that has ended.
+    """
+    result, text = None, b""
+    if jax.process_index() == 0:
+        try:
+            result = act()
+        except UserError as error:
+            text = str(error).encode()[:_TEXT]
+    if jax.process_count() > 1:
+        padded = np.frombuffer(text.ljust(_TEXT, b"\0"), np.uint8)
+        text = multihost_utils.broadcast_one_to_all(padded).tobytes().rstrip(b"\0")
+    if text:
+        raise UserError(text.decode(errors="replace"))
+    return result
 
 
 def gather(part):

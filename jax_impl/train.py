@@ -25,7 +25,7 @@ from evaluation.sampling import check_latents, generate
 from evaluation.tools import Place, try_decoder
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
-from jax_impl.devices import gather
+from jax_impl.devices import first_does, gather
 from jax_impl.models.attention import check_kernels
 from jax_impl.sample import TOOLS, make_sampler
 from jax_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, state_shardings
@@ -50,9 +50,8 @@ def train(config, workdir):
     graphdef, state = start_state(config, mesh, resumes=has_checkpoint(workdir))
     sampler = make_sampler(config, graphdef, mesh)
     reports = make_reports(config, sampler)
-    if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
-        resolve.open_workdir(workdir, config, "jax")
-    multihost_utils.sync_global_devices("workdir")
+    # Once everything the config names is there, so that a mistake in it leaves nothing behind.
+    lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax"))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
@@ -72,6 +71,8 @@ def train(config, workdir):
         loader.close()
         checkpoints.close()
         log.close()
+        if lock is not None:
+            lock.close()
 
 
 class Parts(NamedTuple):

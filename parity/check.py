@@ -16,6 +16,7 @@ import sys
 import time
 from typing import NamedTuple
 
+from configs import paths
 from configs.errors import UserError, exit_on_user_error
 from parity import cases, frameworks, golden, networks, precision
 from parity.checks import Case, Check, Measure
@@ -55,7 +56,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--golden", metavar="DIR", type=pathlib.Path,
+        "--golden", metavar="DIR", type=paths.read,
         help="directory of golden fixtures, *.npz (default: parity/golden); given explicitly, files of unknown "
         "systems and results that no check looks at are failures",
     )  # fmt: skip
@@ -64,11 +65,13 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run the cases whose name contains a match, e.g. float64/split, golden/sit_torch/loss",
     )  # fmt: skip
     parser.add_argument(
-        "--json", metavar="FILE",
+        "--json", metavar="FILE", type=paths.written,
         help="write the checks there: a list of {case, framework, quantity, error, bound, ok}; framework is jax, torch "
         "or jax-torch; an error that is not a finite number is null",
     )  # fmt: skip
-    parser.add_argument("--report", metavar="FILE.html", help="write a page with table, plots and samples there")
+    parser.add_argument(
+        "--report", metavar="FILE.html", type=paths.written, help="write a page with table, plots and samples there"
+    )
     return parser.parse_args(argv)
 
 

@@ -8,6 +8,7 @@ import sys
 
 import numpy as np
 
+from configs import paths
 from configs.errors import UserError, exit_on_user_error
 
 
@@ -31,8 +32,8 @@ def difference(a, b):
 def main():
     """Print the difference; exit 1 if it exceeds the bound."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("first")
-    parser.add_argument("second")
+    parser.add_argument("first", type=paths.read)
+    parser.add_argument("second", type=paths.read)
     parser.add_argument("--bound", type=float, default=1e-4, help="largest absolute difference allowed")
     args = parser.parse_args()
     with exit_on_user_error():

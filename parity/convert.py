@@ -24,14 +24,13 @@ import argparse
 import copy
 import json
 import pathlib
-import runpy
 import sys
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
-from configs import base, latents, resolve
+from configs import base, latents, paths, resolve
 from configs.errors import UserError, exit_on_user_error
 from jax_impl import checkpoints as jax_checkpoints
 from parity import sources
@@ -73,8 +72,8 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", type=pathlib.Path, help="what to read")
-    parser.add_argument("dest", metavar="DEST", type=pathlib.Path, help="what to write; replaced if it is a file")
+    parser.add_argument("source", metavar="SOURCE", type=paths.read, help="what to read")
+    parser.add_argument("dest", metavar="DEST", type=paths.written, help="what to write; replaced if it is a file")
     parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
     parser.add_argument(
         "--ema", metavar="N", type=int, default=0,
@@ -229,16 +228,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
 
 def load_config(name: str) -> base.Config:
     """Return the config of FILE.py[:variant] or of a JSON file.  Raises UserError if there is none."""
-    file, _, variant = name.partition(":")
-    path = pathlib.Path(file)
-    if not path.is_file():
-        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
-    if path.suffix == ".json":
-        return resolve.check(resolve.from_json(path.read_text()))
-    if path.suffix != ".py":
-        raise UserError(f"--config {path} is neither a .py nor a .json file")
-    get_config = runpy.run_path(str(path))["get_config"]
-    return resolve.check(get_config(variant) if variant else get_config())
+    return resolve.check(resolve.load_file(name))
 
 
 if __name__ == "__main__":

@@ -21,8 +21,8 @@ TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 # The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
 LONGEST = (
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
-    "test_decoupled_commands.py", "data/test_loader.py", "test_reflow_commands.py", "jax_impl/test_step.py",
-    "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
+    "test_decoupled_commands.py", "test_workdirs.py", "data/test_loader.py", "test_reflow_commands.py",
+    "jax_impl/test_step.py", "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
     "benchmarks/test_benchmark_commands.py", "jax_impl/test_tape.py", "benchmarks/test_precision.py",
 )  # fmt: skip
 TINY = {

@@ -143,7 +143,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    resolve.open_workdir(workdir, config, "torch")
+    lock = resolve.open_workdir(workdir, config, "torch")
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
     state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
@@ -151,6 +151,7 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     run = {"step": 0, "loader": "", "window": [], "config": resolve.to_json(config)}
     files.replace_text(directory / "run.json", json.dumps(run))
     dcp.save(_named(state), checkpoint_id=directory, no_dist=True)
+    lock.close()
 
 
 def _restore(directory, like):

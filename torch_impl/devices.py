@@ -5,6 +5,8 @@ import os
 import torch
 import torch.distributed as dist
 
+from configs.errors import UserError
+
 
 def choose_device():
     """Return this process's device: its own GPU if there is one, else the CPU."""
@@ -44,6 +46,23 @@ def start_alone(config):
     place = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     return place
+
+
+def first_does(act):
+    """Call `act` in the first process alone.  Returns its result there and None elsewhere; all wait for it.
+
+    Raises its UserError in every process, so that none waits for one that has ended.
+    """
+    result, texts = None, [""]
+    if dist.get_rank() == 0:
+        try:
+            result = act()
+        except UserError as error:
+            texts = [str(error)]
+    dist.broadcast_object_list(texts)
+    if texts[0]:
+        raise UserError(texts[0])
+    return result
 
 
 def gather(part):

@@ -32,7 +32,7 @@ from evaluation.sampling import check_latents, generate
 from evaluation.tools import Place, try_decoder
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
-from torch_impl.devices import gather, start_torch
+from torch_impl.devices import first_does, gather, start_torch
 from torch_impl.models.attention import check_kernels
 from torch_impl.sample import TOOLS, make_sampler
 from torch_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, reduce_metrics
@@ -56,9 +56,8 @@ def train(config, workdir, device):
     loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
     state = start_state(config, mesh, device, resumes=has_checkpoint(workdir))
     reports = make_reports(config, make_sampler(config, device))
-    if first:  # once all that the config names is there, so that a mistake in it leaves nothing behind
-        resolve.open_workdir(workdir, config, "torch")
-    dist.barrier()
+    # Once everything the config names is there, so that a mistake in it leaves nothing behind.
+    lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch"))
     num_parameters = sum(p.numel() for p in state.net.parameters())
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
@@ -78,6 +77,8 @@ def train(config, workdir, device):
         loader.close()
         checkpoints.close()
         log.close()
+        if lock is not None:
+            lock.close()
 
 
 class Parts(NamedTuple):

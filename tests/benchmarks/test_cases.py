@@ -54,7 +54,7 @@ def test_flow_matching_has_flow_rows_alone_however_the_cases_split_theirs():
      ("dmf_imagenet.py:sit_256", 1), ("remeanflow_imagenet.py:512", 3), ("digits.py:remeanflow", 3)],
 )  # fmt: skip
 def test_every_preset_has_the_cases_of_its_system_in_one_stage(preset, num):
-    config = cases.load_config(f"configs/{preset}")
+    config = resolve.load_file(f"configs/{preset}")
     found = cases.make_cases(config, ())
     assert len(found) == num
     assert {case.config.method.stage1_steps for case in found} == {0}
@@ -63,7 +63,7 @@ def test_every_preset_has_the_cases_of_its_system_in_one_stage(preset, num):
 
 def test_a_batch_has_what_network_and_method_read():
     def names(preset):
-        return set(cases.make_batch(cases.override(cases.load_config(preset), ["train.batch_size=2"])))
+        return set(cases.make_batch(cases.override(resolve.load_file(preset), ["train.batch_size=2"])))
 
     assert names("configs/meanflow_cifar10.py") == {"image", "label", "augment"}
     assert names("configs/remeanflow_imagenet.py") == {"image", "label", "noise"}
@@ -86,9 +86,9 @@ def test_settings_change_the_config_and_wrong_ones_are_named():
         with pytest.raises(UserError, match=wrong):
             cases.override(config, [wrong])
     with pytest.raises(UserError, match="no config file"):
-        cases.load_config("configs/nothing.py")
+        resolve.load_file("configs/nothing.py")
     with pytest.raises(UserError, match="variant"):
-        cases.load_config("configs/digits.py:nothing")
+        resolve.load_file("configs/digits.py:nothing")
 
 
 def test_a_teacher_is_refused():
