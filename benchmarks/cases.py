@@ -64,12 +64,6 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
     return config
 
 
-def real_share(config: base.Config, p: float) -> float:
-    """Return the share of rows with r < t that a batch has: flow rows are a whole number, rounded down."""
-    size = config.train.batch_size
-    return 1 - int(size * (1 - p)) / size
-
-
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield (name, options by dotted name, limit), flow matching first: flow rows alone, without guidance.
 
@@ -78,8 +72,7 @@ def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
     yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
     possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
     for p in shares:
-        q = real_share(config, p)
-        limits = {"none": (3 + q) / 3, "kappa0": (4 + q) / 3, "kappa": (4 + 2 * q) / 3}
+        limits = {"none": (3 + p) / 3, "kappa0": (4 + p) / 3, "kappa": (4 + 2 * p) / 3}
         for kind in possible if config.model.name != "unet" else ("none",):
             options = {f"method.{name}": value for name, value in OPTIONS_OF[kind].items()}
             if kind in kinds:
@@ -95,8 +88,7 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
     yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
     head = config.model.head_depth / config.model.depth
     for p in shares:
-        q = real_share(config, p)
-        for kind, forwards in (("none", 3 + 2 * q + 3 * head), ("all", 4 + 2 * q + 3 * head)):
+        for kind, forwards in (("none", 3 + 2 * p + 3 * head), ("all", 4 + 2 * p + 3 * head)):
             options = {"method.flow_fraction": 1 - p, "method.guidance": kind == "all"}
             if kind in kinds:
                 yield f"p={p:g}, guidance {kind}", options, forwards / 3
@@ -150,11 +142,12 @@ def default_shares(config: base.Config) -> tuple[float, ...]:
 
 
 def make_config(config: base.Config, options: dict) -> base.Config:
-    """Return the config with options by dotted name, one stage and no micro-batches, checked."""
+    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices."""
     config = copy.deepcopy(config)
     config.update_from_flattened_dict({"method.stage1_steps": 0, "train.accumulate": 1, "train.fsdp": 1} | options)
     resolve.check(config)
     resolve.check_trainable(config)
+    resolve.check_divisible(config, config.train.fsdp, "devices")
     return config
 
 

@@ -156,7 +156,8 @@ def method() -> Config:
     c.interval_std = 1.0  # its standard deviation
     # meanflow, improved, rectified:
     c.flow_rows = "split"  # r = t on: split (a static share, cheapest) | front (the first rows) | coin (each by chance)
-    c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]
+    c.flow_fraction = 0.75  # share of rows with r = t, in [0, 1]; of the rows that a device computes at once (split) or
+    # of the batch (front) it must be a whole number
     c.label_drop = "coin"  # rows that lose their label: coin (each by chance) | front (as many, from the first row on)
     c.label_drop_prob = 0.1  # probability of losing it
     c.guidance = True  # meanflow, improved, rectified: a guided velocity; improved: of every scale, else of 1 alone
@@ -178,7 +179,7 @@ def method() -> Config:
     c.weighting = "adaptive"  # adaptive | adaptive_squared (reproduction) | uniform
     c.adaptive_power = 1.0  # p in 1 / (error + eps)^p
     c.adaptive_eps = 0.01  # eps; decoupled: in log(error / variance + eps)
-    c.log_variance_pairs = "row"  # decoupled: of a log-variance: row | all (official, by accident; of a micro-batch)
+    c.log_variance_pairs = "row"  # decoupled: of a log-variance: row | all (official, by accident; on one device)
     c.repa_coeff = 0.5  # flow: weight of the term of REPA
     return c
 

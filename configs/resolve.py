@@ -10,7 +10,7 @@ import runpy
 import ml_collections
 from absl import logging
 
-from configs import base, latents, locks, paths, rules
+from configs import base, latents, locks, paths, rules, share
 from configs.errors import UserError
 
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
@@ -113,15 +113,12 @@ def check_alike(config: base.Config, other: base.Config | None, key: str, names:
 
 
 def check_divisible(config: base.Config, devices: int, kind: str) -> None:
-    """Raise UserError unless every device gets whole rows: kind is what the message calls the `devices`."""
-    batch, parts = config.train.batch_size, devices * config.train.accumulate
-    if batch % parts:
-        raise UserError(
-            f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times "
-            f"config.train.accumulate {config.train.accumulate}); {batch // parts * parts or parts} is"
-        )
-    if devices % config.train.fsdp:
-        raise UserError(f"config.train.fsdp {config.train.fsdp} does not divide the {devices} {kind}")
+    """Raise UserError unless a batch can be divided among the devices: kind is what the message calls them."""
+    share.check(config, devices, kind)
+    fsdp = config.train.fsdp
+    if devices % fsdp:
+        fit = " or ".join(str(n) for n in range(1, devices + 1) if devices % n == 0)
+        raise UserError(f"config.train.fsdp {fsdp} does not divide the {devices} {kind}: set it to {fit}")
 
 
 def load_file(name: str) -> base.Config:

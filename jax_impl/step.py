@@ -14,6 +14,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 from configs.stages import stages
 from jax_impl.devices import AXES, device_mesh
 from jax_impl.methods import METHODS
+from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
 
 BATCH = PartitionSpec(AXES)  # rows of a batch over all devices
@@ -223,7 +224,7 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
     def train_step(state, batch, stage=0, frozen=None):
         state = project(state, config)
         key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-        draws = draw(key, batch["image"].shape, config.method)
+        draws = arrange(draw(key, batch["image"].shape, config.method), config.method)
         rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)

@@ -180,7 +180,8 @@ def times(fixture, case: str, measure: Measure) -> None:
     n_t, n_r, omega, t_min, t_max = (
         fixture.get(f"in/time/{key}") for key in ("n_t", "n_r", "u_omega", "u_tmin", "u_tmax")
     )
-    draws = {"times": np.stack([n_t, n_r], axis=1), "coin": n_t, "omega": omega, "t_min": t_min, "t_max": t_max}
+    draws = {"times": np.stack([n_t, n_r], axis=1), "omega": omega, "t_min": t_min, "t_max": t_max}
+    draws |= {"coin": n_t, "drop": n_t}
     for name, f, net in built:
         t, r = f.sample_times(net, draws, config.method)
         got = {"t": t, "r": r, "fm_mask": (r == t).astype(int)} | f.sample_guidance(net, draws, config.method)

@@ -154,7 +154,7 @@ def loss(net, batch, draws, cfg):
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
     """
     method = METHODS[cfg.name]
-    batch, draws = _by_name(net, batch), _draws(net, method, draws)
+    batch, draws = _by_name(net, batch), _draws(net, method, draws, cfg)
     given = {"teacher": net.teacher} if net.teacher else {}
 
     def loss_of(params):
@@ -188,7 +188,7 @@ def _regression(net, r):
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return _to_numpy(method.sample_times(_draws(net, method, draws), cfg))
+    return _to_numpy(method.sample_times(_draws(net, method, draws, cfg), cfg))
 
 
 def order_times(net, times, cfg):
@@ -203,7 +203,7 @@ def flow_time(net, times, cfg):
 
 def sample_guidance(net, draws, cfg):
     """Return what improved MeanFlow tells its network of guidance, [b] each by name, from draws by name."""
-    return _to_numpy(improved.sample_guidance(_draws(net, improved, draws), cfg))
+    return _to_numpy(improved.sample_guidance(_draws(net, improved, draws, cfg), cfg))
 
 
 def path(net, x, e, t, cfg):
@@ -388,9 +388,9 @@ def _given(net, arrays):
     return given | ({"dropout": net.dropout_masks(given["dropout"])} if "dropout" in given else {})
 
 
-def _draws(net, method, draws):
-    """The draws given by name; what is not given is not used."""
-    return method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws))
+def _draws(net, method, draws, cfg):
+    """The draws given by name, arranged as a step does; what is not given is not used."""
+    return common.arrange(method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws)), cfg)
 
 
 def _to_numpy(tree):

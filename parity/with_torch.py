@@ -143,7 +143,7 @@ def loss(net, batch, draws, cfg):
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
     """
     method, given = METHODS[cfg.name], {"teacher": net.teacher} if net.teacher else {}
-    value, aux = method.loss(net, _by_name(net, batch), _draws(net, method, draws), cfg, **given)
+    value, aux = method.loss(net, _by_name(net, batch), _draws(net, method, draws, cfg), cfg, **given)
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
@@ -167,7 +167,7 @@ def _regression(net, r):
 def sample_times(net, draws, cfg):
     """Return t and r [b] of the draws that are given by name."""
     method = METHODS[cfg.name]
-    return tuple(map(_to_numpy, method.sample_times(_draws(net, method, draws), cfg)))
+    return tuple(map(_to_numpy, method.sample_times(_draws(net, method, draws, cfg), cfg)))
 
 
 def order_times(net, times, cfg):
@@ -182,7 +182,7 @@ def flow_time(net, times, cfg):
 
 def sample_guidance(net, draws, cfg):
     """Return what improved MeanFlow tells its network of guidance, [b] each by name, from draws by name."""
-    given = improved.sample_guidance(_draws(net, improved, draws), cfg)
+    given = improved.sample_guidance(_draws(net, improved, draws, cfg), cfg)
     return {name: _to_numpy(a) for name, a in given.items()}
 
 
@@ -357,9 +357,9 @@ def _given(net, arrays):
     return given | ({"dropout": net.dropout_masks(given["dropout"])} if "dropout" in given else {})
 
 
-def _draws(net, method, draws):
-    """The draws given by name; what is not given is not used."""
-    return method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws))
+def _draws(net, method, draws, cfg):
+    """The draws given by name, arranged as a step does; what is not given is not used."""
+    return common.arrange(method.Draws(**dict.fromkeys(method.Draws._fields) | _by_name(net, draws)), cfg)
 
 
 def _to_numpy(a):

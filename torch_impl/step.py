@@ -19,6 +19,7 @@ from torch.nn.parallel import DistributedDataParallel
 from configs.cluster import check_groups
 from configs.stages import stages
 from torch_impl.methods import METHODS
+from torch_impl.methods.common import arrange
 from torch_impl.models import ARCHITECTURES, PROJECTIONS
 
 
@@ -242,7 +243,7 @@ def make_train_step(config, draw=None):
         state, x = project(state, config), batch["image"]
         rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
         key = torch.Generator(x.device).manual_seed(fold(config.seed, 1, state.step))
-        draws = draw(key, (world * len(x), *x.shape[1:]), config.method)
+        draws = arrange(draw(key, (world * len(x), *x.shape[1:]), config.method), config.method)
         metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws], stage)
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, settings[stage].train)

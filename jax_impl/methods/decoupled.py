@@ -134,8 +134,8 @@ def log_loss(err, log_variance, cfg):
     """Return log(err / variance + eps) + log variance [b]: the error's logarithm, scaled by what is expected of it.
 
     err: [b] mean squared errors.  log_variance: [b].  For log_variance_pairs = all, as the official code has it by a
-    broadcasting accident, [b b]: the log-variance of row i with the error of row j, of the rows that are computed
-    together: a micro-batch, in PyTorch one of a single process.
+    broadcasting accident, [b b]: the log-variance of row i with the error of row j.  The batch must then be whole,
+    on one device: `configs/share.py` refuses a run that divides it.
     """
     if cfg.log_variance_pairs == "all":
         log_variance = log_variance[:, None]

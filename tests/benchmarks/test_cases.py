@@ -35,8 +35,9 @@ def test_limits_of_the_other_systems():
     }  # fmt: skip
 
 
-def test_the_limit_is_of_the_share_that_a_batch_really_has():
-    assert make(shares=[0.25], batch=10)["p=0.25, guidance none"].limit == pytest.approx((3 + 0.3) / 3)
+def test_a_share_that_the_batch_cannot_have_is_refused():
+    with pytest.raises(UserError, match="flow_fraction 0.75 of the 10 rows"):
+        make(shares=[0.25], batch=10)
 
 
 def test_flow_matching_has_flow_rows_alone_however_the_cases_split_theirs():

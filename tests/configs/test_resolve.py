@@ -121,7 +121,7 @@ def test_batches_that_do_not_divide(batch, accumulate, devices):
     config.train.batch_size, config.train.accumulate = batch, accumulate
     with pytest.raises(UserError, match=rf"batch_size {batch} is not divisible by {devices * accumulate}"):
         resolve.check_divisible(config, devices, "devices")
-    config.train.batch_size = 24
+    config.train.batch_size = 48
     resolve.check_divisible(config, devices, "devices")
     config.train.fsdp = 5
     with pytest.raises(UserError, match="fsdp 5 does not divide"):

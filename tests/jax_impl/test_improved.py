@@ -20,7 +20,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return improved.draw(jax.random.key(seed), (batch_size, 2, 2, 1), cfg)
+    return common.arrange(improved.draw(jax.random.key(seed), (batch_size, 2, 2, 1), cfg), cfg)
 
 
 def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():

@@ -18,7 +18,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return meanflow.draw(jax.random.key(seed), (batch_size, 4, 4, 1), cfg)
+    return common.arrange(meanflow.draw(jax.random.key(seed), (batch_size, 4, 4, 1), cfg), cfg)
 
 
 @pytest.mark.parametrize("sampler", ["logit_normal", "uniform"])

@@ -143,7 +143,7 @@ def test_uniform_times():
 def test_flow_rows(rows, expected, sampler):
     cfg = settings(flow_rows=rows, time_sampler=sampler)
     drawn = draws(cfg)._replace(coin=jnp.array([0.5, 0.4, 0.9, 0.6, 0.7, 0.8, 0.1, 0.49]))
-    t, r = rectified.sample_times(drawn, cfg)
+    t, r = rectified.sample_times(common.arrange(drawn, cfg), cfg)
     assert (t == r).tolist() == [bool(flow) for flow in expected]
     np.testing.assert_array_equal(t, rectified.sample_times(drawn, settings(time_sampler=sampler))[0])
 

@@ -17,7 +17,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return improved.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 2, 2), cfg)
+    return common.arrange(improved.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 2, 2), cfg), cfg)
 
 
 def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():

@@ -16,7 +16,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return meanflow.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 4, 4), cfg)
+    return common.arrange(meanflow.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 4, 4), cfg), cfg)
 
 
 @pytest.mark.parametrize("sampler", ["logit_normal", "uniform"])

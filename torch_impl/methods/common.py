@@ -5,6 +5,7 @@ from typing import NamedTuple
 
 import torch
 
+from configs import share
 from torch_impl.models.tape import Tape, recording, replaying
 
 
@@ -58,26 +59,38 @@ def draw_times(key, shape, cfg):
     return (torch.rand if cfg.time_sampler == "uniform" else torch.randn)(shape, generator=key, device=key.device)
 
 
+def arrange(draws, cfg):
+    """Return the draws of a whole batch, with those of the rows that are to come first in front.
+
+    `front`, of flow rows and of lost labels, is then `coin`: what happens to a row follows from its own draws, however
+    the batch is divided among devices and micro-batches.
+    """
+    if cfg.flow_rows == "front" and "coin" in draws._fields:
+        num_flow = int(len(draws.coin) * cfg.flow_fraction)
+        row = torch.arange(len(draws.coin), device=draws.coin.device)
+        draws = draws._replace(coin=(row >= num_flow).to(draws.coin.dtype))
+    return draws._replace(drop=draws.drop.sort().values) if cfg.label_drop == "front" else draws
+
+
 def is_flow(draws, cfg):
     """Return [b] bool: the rows with r = t.
 
-    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows, as the official JAX
-    code.  `coin`: each row with probability flow_fraction, as the PyTorch reproduction.
+    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows of the whole batch, as
+    the official JAX code of those of a device; see `arrange`.  `coin`: each row with probability flow_fraction, as the
+    PyTorch reproduction.
     """
-    if cfg.flow_rows == "coin":
+    if cfg.flow_rows != "split":
         return draws.coin < cfg.flow_fraction
-    row = torch.arange(len(draws.coin), device=draws.coin.device)
-    if cfg.flow_rows == "front":
-        return row < int(len(row) * cfg.flow_fraction)
-    rows = split_rows(len(row), cfg)
-    return row % (rows.flow + rows.rest) < rows.flow
+    rows = split_rows(len(draws.coin), cfg)
+    return torch.arange(len(draws.coin), device=draws.coin.device) % (rows.flow + rows.rest) < rows.flow
 
 
 def split_rows(batch_size, cfg):
-    """Return the static split of a batch: all rows are `rest` unless flow_rows = split."""
-    num_flow = int(batch_size * cfg.flow_fraction) if cfg.flow_rows == "split" else 0
-    groups = math.gcd(batch_size, num_flow)
-    return Rows(groups, num_flow // groups, (batch_size - num_flow) // groups)
+    """Return the static split of a batch: all rows are `rest` unless flow_rows = split.
+
+    Raises UserError if flow_fraction of the batch is not a whole number of rows.
+    """
+    return Rows(*share.split(batch_size, cfg.flow_fraction if cfg.flow_rows == "split" else 0.0))
 
 
 def path(x, e, t, cfg):
@@ -93,12 +106,10 @@ def path(x, e, t, cfg):
 def drop_labels(y, draws, null, cfg):
     """Return labels [b] with some replaced by `null`, and [b] bool: the rows that kept theirs.
 
-    `coin`: each row with probability label_drop_prob.  `front`: as many rows as that gives, but the first ones, as
-    the official JAX code.
+    `coin`: each row with probability label_drop_prob.  `front`: as many rows as that gives, but the first ones of the
+    whole batch, as the official JAX code of those of a device; see `arrange`.
     """
     dropped = draws.drop < cfg.label_drop_prob
-    if cfg.label_drop == "front":
-        dropped = torch.arange(len(y), device=y.device) < dropped.sum()
     return torch.where(dropped, null, y), ~dropped
 
 
