@@ -177,7 +177,7 @@ def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locks.Lock(path.parent)
         try:
-            _check_same(workdir, config, framework)
+            check_workdir(workdir, config, framework)
             unfinished = path.with_suffix(f".{os.getpid()}")
             unfinished.write_text(to_json(config))
             unfinished.replace(path)
@@ -189,8 +189,8 @@ def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str
     return lock
 
 
-def _check_same(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
-    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`."""
+def check_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
+    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`; write nothing."""
     path = pathlib.Path(workdir) / FILE_NAME
     for other in FRAMEWORKS.keys() - {framework}:
         if (path.parent / "checkpoints" / other).is_dir():

@@ -1,131 +1,134 @@
-"""Checkpoints of a run, through Orbax: WORKDIR/checkpoints/jax/STEP, written asynchronously and atomically.
+"""Checkpoints of a run, through Orbax: WORKDIR/checkpoints/jax/STEP, written asynchronously.
 
-Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
+Each holds parameters, EMAs, optimizer, step, the loader's state and the config.  It is complete once it has its name
+and its `_CHECKPOINT_METADATA`; an unfinished one is never read.
 """
 
-import copy
-import itertools
+import json
 import os
 import pathlib
 
 import jax
+import numpy as np
 import orbax.checkpoint as ocp
-from absl import logging
 from flax import nnx
 from jax.experimental import multihost_utils
 
 from configs import resolve
 from configs.errors import UserError
+from evaluation import checkpoints
 from jax_impl import weights
 from jax_impl.devices import local_mesh
-from jax_impl.step import TrainState, create_state, make_mesh
+from jax_impl.step import TrainState, abstract_net, create_state
 
 DIRECTORY = "checkpoints/jax"
-# What Orbax and TensorStore raise for a truncated, damaged or foreign checkpoint.
-DAMAGE = (ValueError, OSError, KeyError, TypeError, AttributeError, RuntimeError)
+MARKER = "_CHECKPOINT_METADATA"  # the file that Orbax writes last, before it gives the directory its name
+_STATE, _RUN = "state", "run"
+_SAVE_SECONDS = 3600  # after which a save is given up
+# What TensorStore says, in a ValueError, of a disk, a network or a memory that fails, and not of files that are wrong.
+_NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
 class Checkpoints:
-    """The checkpoints of one work directory, for saving and resuming."""
+    """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError if it cannot write."""
+        """config: the run's; its `train.keep_checkpoints` newest ones stay."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
-        self.manager = self._open()
+        self.damaged: list[int] = []
+        handler = ocp.CompositeCheckpointHandler(_STATE, _RUN)
+        self.checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_SAVE_SECONDS)
+
+    def open(self) -> None:
+        """Make the directory, and set aside what `restore` found damaged.  Raises UserError if it cannot be written."""
+        checkpoints.make_directory(self.path)
+        if self.damaged and jax.process_index() == 0:
+            checkpoints.set_aside(self.path, self.damaged)
+        self.damaged = []
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
 
         progress: what else resuming needs, in terms of JSON: `loader`, its state, and `window`, steps not logged yet.
         """
-        run = progress | {"config": resolve.to_json(self.config)}
+        self.wait()
+        directory, run = self.path / str(int(state.step)), progress | {"config": resolve.to_json(self.config)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(run))
         try:
-            self.manager.save(int(state.step), args=items)
+            if jax.process_index() == 0:
+                checkpoints.delete(directory, MARKER)  # an unfinished one of a killed run
+            self.checkpointer.save(directory, args=items, force=True)
         except (OSError, ValueError) as error:
-            raise _cannot_save(self.path, error) from error
+            raise checkpoints.cannot_save(self.path, error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
-        """Return the newest readable state, shaped and sharded as `like`, and its progress; None if there is none.
+        """Return the newest readable state, shaped and sharded as `like`, arrays or shapes; None if there is none.
 
-        A damaged checkpoint is named in a warning, set aside, and the one before it used.  Raises UserError if all
-        are damaged; then they stay as they are.
+        Returns the state and its progress.
+        A damaged checkpoint is named in a warning, the one before it used, and `open` sets the damaged one aside.
+        Raises UserError if all are damaged, or if the disk keeps one from being read.
         """
-        damaged = []
-        for step in sorted(self.manager.all_steps(), reverse=True):
+        wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in _named(like).items()}
+
+        def read(step):
+            directory = self.path / str(step)
+            problem, run, arrays = "", {}, {}
             try:
-                state, run = _restore(self.manager, step, like)
-            except DAMAGE as error:
-                logging.warning("cannot read checkpoint %s: %s", self.path / str(step), _first_line(error))
-                damaged.append(step)
-            else:
-                self._set_aside(damaged)
-                return state, run
-        if damaged:
-            raise UserError(f"no checkpoint in {self.path} could be read; to start again, choose another --workdir")
-        return None
+                run = _inspect(directory)
+                arrays = _load(directory, wanted)
+            except checkpoints.Damaged as error:
+                problem = checkpoints.first_line(error)
+            if not _all_agree(not problem):
+                raise checkpoints.Damaged(problem or "another process cannot read it")
+            return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), run
+
+        found, self.damaged = checkpoints.newest(checkpoints.whole_steps(self.path, _is_whole), read, self.path)
+        return found
 
     def wait(self) -> None:
         """Return when the last save is on disk.  Raises UserError if it could not be written."""
         try:
-            self.manager.wait_until_finished()
+            self.checkpointer.wait_until_finished()
         except (OSError, ValueError) as error:
-            raise _cannot_save(self.path, error) from error
+            raise checkpoints.cannot_save(self.path, error) from error
+        if jax.process_index() == 0:
+            steps = checkpoints.whole_steps(self.path, _is_whole)
+            for step in steps[: -self.config.train.keep_checkpoints]:
+                checkpoints.delete(self.path / str(step), MARKER)
 
     def close(self) -> None:
         """Finish the last save and end."""
         self.wait()
-        self.manager.close()
-
-    def _open(self):
-        keep = self.config.train.keep_checkpoints
-        options = ocp.CheckpointManagerOptions(max_to_keep=keep, create=False)
-        return ocp.CheckpointManager(self.path, options=options, item_names=("state", "run"))
-
-    def _set_aside(self, damaged):
-        if not damaged:
-            return
-        self.manager.close()
-        if jax.process_index() == 0:
-            for step in damaged:
-                aside = _unused(self.path.parent / f"jax_damaged_{step}")
-                (self.path / str(step)).rename(aside)
-                logging.warning("moved the damaged checkpoint to %s; using the one before it", aside)
-        _barrier("set_aside")
-        self.manager = self._open()
-
-
-def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Return whether a work directory holds a checkpoint, whole or not."""
-    return any(path.name.isdigit() for path in (pathlib.Path(workdir) / DIRECTORY).glob("*"))
+        self.checkpointer.close()
 
 
 def read_weights(workdir: str | os.PathLike, ema: int = 0):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  Raises UserError if there is no such run,
-    checkpoint or EMA.
+    ema: index into train.ema_decays; -1 for the raw parameters.  Nothing else of the checkpoint is read, and nothing
+    in the directory changes.  Raises UserError if there is no such run, checkpoint or EMA.
     """
     config = resolve.read_workdir(workdir)
-    if not (pathlib.Path(workdir) / DIRECTORY).is_dir():
+    path = pathlib.Path(workdir).absolute() / DIRECTORY
+    if not path.is_dir():
         raise UserError(f"{workdir} holds no JAX checkpoint; one of PyTorch is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
         raise UserError(
             f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
         )
-    whole = copy.deepcopy(config)
-    whole.train.fsdp = 1  # however many devices the run had, and this process has
-    graphdef, like = create_state(whole, make_mesh(whole))
-    restored = Checkpoints(workdir, config).restore(like)
-    if restored is None:
+    graphdef, like = abstract_net(config)
+    part = "params" if ema < 0 else f"emas.{ema}"
+    wanted = {f"{part}.{name}": jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in _named(like).items()}
+
+    def read(step):
+        _inspect(path / str(step))
+        arrays = _load(path / str(step), wanted)
+        return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
+
+    params, _ = checkpoints.newest(checkpoints.whole_steps(path, _is_whole), read, path)
+    if params is None:
         raise UserError(f"{workdir} holds no checkpoint yet")
-    state = restored[0]
-    params = state.params if ema < 0 else state.emas[ema]
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
 
 
@@ -136,18 +139,57 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
     _, state = create_state(config, mesh, params)
-    checkpoints = Checkpoints(workdir, config)
-    checkpoints.save(state, {"loader": "", "window": []})
-    checkpoints.close()
+    writer = Checkpoints(workdir, config)
+    writer.open()
+    writer.save(state, {"loader": "", "window": []})
+    writer.close()
     lock.close()
 
 
-def _restore(manager, step, like):
-    abstract = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in _named(like).items()}
-    items = ocp.args.Composite(state=ocp.args.StandardRestore(abstract), run=ocp.args.JsonRestore())
-    restored = manager.restore(step, args=items)
-    leaves = [restored.state[name] for name in _named(like)]
-    return jax.tree.unflatten(jax.tree.structure(like), leaves), restored.run
+def _is_whole(directory):
+    return (directory / MARKER).is_file()
+
+
+def _inspect(directory):
+    """Return what else resuming needs.  Raises `Damaged`, or UserError if the disk keeps it from being read."""
+    try:
+        run = json.loads((directory / _RUN / "metadata").read_text())
+        if not {"loader", "window"} <= set(run):
+            raise checkpoints.Damaged(f"{_RUN} lacks what resuming needs")
+    except checkpoints.MISSING as error:
+        raise checkpoints.Damaged(str(error)) from error
+    except OSError as error:
+        raise checkpoints.cannot_read(directory, error) from error
+    except (TypeError, ValueError) as error:
+        raise checkpoints.Damaged(f"{_RUN}: {checkpoints.first_line(error)}") from error
+    return run
+
+
+def _load(directory, wanted):
+    """Return the arrays {name: array} of the shapes `wanted`, sharded as these are or numpy, and read nothing else.
+
+    Raises `Damaged`, or UserError if the checkpoint is of another network or the disk keeps it from being read.
+    """
+    path, handler = directory / _STATE, ocp.PyTreeCheckpointHandler()
+    try:
+        stored = handler.metadata(ocp.utils.epath.Path(path)).tree
+        for name, a in wanted.items():
+            shape = getattr(stored.get(name), "shape", None)
+            if shape != a.shape:
+                there = "missing" if shape is None else f"of shape {shape}"
+                raise UserError(f"{directory}: {name} is {there}, this network wants {a.shape}")
+        args = ocp.args.PyTreeRestore(
+            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
+        )
+        return handler.restore(ocp.utils.epath.Path(path), args=args)
+    except checkpoints.MISSING as error:
+        raise checkpoints.Damaged(checkpoints.first_line(error)) from error
+    except OSError as error:
+        raise checkpoints.cannot_read(directory, error) from error
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        if any(text in str(error) for text in _NO_DAMAGE):
+            raise checkpoints.cannot_read(directory, error) from error
+        raise checkpoints.Damaged(checkpoints.first_line(error)) from error
 
 
 def _named(state):
@@ -156,20 +198,6 @@ def _named(state):
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 
 
-def _unused(path):
-    """Return the path, or if it is taken, one like it that is not."""
-    names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
-    return next(p for p in itertools.chain([path], names) if not p.exists())
-
-
-def _barrier(name):
-    if jax.process_count() > 1:
-        multihost_utils.sync_global_devices(name)
-
-
-def _cannot_save(path, error):
-    return UserError(f"cannot save a checkpoint in {path}: {_first_line(error)}.  Free the disk; older ones are whole")
-
-
-def _first_line(error):
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _all_agree(value):
+    """Return whether `value` is true in every process."""
+    return value if jax.process_count() == 1 else bool(multihost_utils.process_allgather(np.array(value)).all())

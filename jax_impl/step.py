@@ -87,6 +87,13 @@ def create_state(config, mesh, params=None):
     return graphdef, jax.jit(create, out_shardings=shardings)(params)
 
 
+def abstract_state(config, mesh):
+    """Return the same of fresh weights without making them: shapes, dtypes and shardings, to restore a state into."""
+    graphdef, state = jax.eval_shape(lambda: create_state(config, mesh))
+    shardings = state_shardings(state, mesh)
+    return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
+
+
 def learning_rate(step, c):
     """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
 

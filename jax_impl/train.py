@@ -24,11 +24,19 @@ from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import check_latents, generate
 from evaluation.tools import Place, try_decoder
 from jax_impl import weights
-from jax_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
+from jax_impl.checkpoints import Checkpoints, read_weights
 from jax_impl.devices import first_does, gather
 from jax_impl.models.attention import check_kernels
 from jax_impl.sample import TOOLS, make_sampler
-from jax_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, state_shardings
+from jax_impl.step import (
+    abstract_state,
+    build_net,
+    create_state,
+    make_mesh,
+    make_train_step,
+    put_batch,
+    state_shardings,
+)
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 
@@ -47,21 +55,21 @@ def train(config, workdir):
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     loader = Ahead(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
     teacher = load_teacher(config, mesh)
-    graphdef, state = start_state(config, mesh, resumes=has_checkpoint(workdir))
+    resolve.check_workdir(workdir, config, "jax")
+    checkpoints = Checkpoints(workdir, config)
+    graphdef, state, progress = start_state(config, mesh, checkpoints)
     sampler = make_sampler(config, graphdef, mesh)
     reports = make_reports(config, sampler)
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax"))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
-    checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
-    restored = checkpoints.restore(state)
-    window = Window()
-    if restored:
-        state, run_before = restored
-        window.steps = run_before["window"]
-        if run_before["loader"]:
-            loader.set_state(run_before["loader"])
+    checkpoints.open()
+    log, window = MetricLog(workdir, active=first), Window()
+    if progress:
+        window.steps = progress["window"]
+        if progress["loader"]:
+            loader.set_state(progress["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(int(state.step))
     parts = Parts(config, loader, checkpoints, log, window, reports)
@@ -86,18 +94,23 @@ class Parts(NamedTuple):
     reports: list  # of (every, report), see `make_reports`
 
 
-def start_state(config, mesh, resumes=False):
-    """Return the graph definition and the state of step 0, from `train.load_from` if that is set.
+def start_state(config, mesh, checkpoints=None):
+    """Return the graph definition, the state to train from and what else its checkpoint says (see `Checkpoints.save`).
 
-    resumes: the weights will come from a checkpoint, and that model may be gone.  Raises UserError if it is one of
-    other images, classes, heads or another path than this.
+    That of the newest checkpoint; if there is none, the state of step 0, from `train.load_from` if that is set, and
+    None.  A run that has a checkpoint never reads that model, which may be gone.  Raises UserError if it is needed and
+    differs from this one in images, classes, heads or path.
     """
-    if not config.train.load_from or resumes:
-        return create_state(config, mesh)
+    graphdef, like = abstract_state(config, mesh)  # no arrays yet, so that no device ever holds two states
+    restored = checkpoints.restore(like) if checkpoints else None
+    if restored:
+        return graphdef, *restored
+    if not config.train.load_from:
+        return *create_state(config, mesh), None
     graphdef, fresh = build_net(config)
     net, (own, canonical) = nnx.merge(graphdef, fresh), read_model(config.train.load_from, config)
     resolve.check_alike(config, own, "train.load_from")
-    return create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical)))
+    return *create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical))), None
 
 
 def read_model(path, config):

@@ -40,6 +40,8 @@ ONE_SIDED = {
         "KEEP_BARRIERS": "an option of XLA",
         "state_shardings": "the same",
         "abstract_net": "PyTorch has its meta device, or draws in no time",
+        "abstract_state": "PyTorch restores into the tensors that are there",
+        "replace_params": "JAX makes the state of the parameters it is to have",
         "is_fixed": "PyTorch knows what needs no gradient",
         "Loss": "DDP and FSDP wrap a module",
         "Sharded": "the same",

@@ -16,6 +16,7 @@ from jax_impl import checkpoints as jax_checkpoints
 from torch_impl import checkpoints as torch_checkpoints
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
+MARKERS = {"jax": jax_checkpoints.MARKER, "torch": torch_checkpoints.MARKER}
 RUN = {
     "train.steps": 60, "train.checkpoint_every": 10, "train.keep_checkpoints": 3, "train.log_every": 2,
     "train.optimizer": "adamw",
@@ -165,7 +166,7 @@ def test_foreign_things_in_the_place_of_checkpoints(in_both, start, unbroken, tm
             shutil.rmtree(checkpoints[step])
         checkpoints[60].write_text("rubbish")
         checkpoints[50].mkdir()
-        (checkpoints[50] / ".metadata").write_text("rubbish")
+        (checkpoints[50] / MARKERS[framework]).write_text("rubbish")
         (checkpoints[50] / "notes.txt").write_text("rubbish")
         step, stderr = assert_goes_on(framework, start, workdir, unbroken[framework])
         assert step == 40

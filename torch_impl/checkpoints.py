@@ -4,44 +4,51 @@ Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
 is there, which is written last; an unfinished one is never read.
 """
 
-import itertools
 import json
 import os
 import pathlib
 import pickle
-import shutil
 import warnings
 from typing import Any
 
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from absl import logging
 from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 
 from configs import resolve
 from configs.errors import UserError
-from evaluation import files
+from evaluation import checkpoints, files
 from torch_impl import weights
-from torch_impl.step import TrainState, create_state
+from torch_impl.step import TrainState, build_net, create_state
 
 DIRECTORY = "checkpoints/torch"
-# What torch.distributed.checkpoint raises for a truncated, damaged or foreign checkpoint.
-DAMAGE = (CheckpointException, ValueError, OSError, KeyError, TypeError, RuntimeError, EOFError, pickle.UnpicklingError)
+MARKER = ".metadata"  # the file that is written last
+_RUN = "run.json"
+# What unpickling raises for a file that is no pickle, or none of this library's.
+_UNPICKLING = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
+_BROKEN_TENSOR = ("PytorchStreamReader", "corrupt", "unexpected EOF")  # in messages of a RuntimeError of torch.load
 
 
 class Checkpoints:
-    """The checkpoints of one work directory, for saving and resuming."""
+    """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay.  Raises UserError if it cannot write."""
+        """config: the run's; its `train.keep_checkpoints` newest ones stay."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
         self.saving: Any = None
-        try:
-            self.path.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"cannot write {self.path}: {error.strerror}") from error
+        self.damaged: list[int] = []
+        # A save's collectives run in a thread of their own; in the training's group the two would get mixed up.
+        self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
+
+    def open(self) -> None:
+        """Make the directory, and set aside what `restore` found damaged.  Raises UserError if it cannot be written."""
+        checkpoints.make_directory(self.path)
+        if self.damaged and _rank() == 0:
+            checkpoints.set_aside(self.path, self.damaged)
+        self.damaged = []
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
@@ -49,96 +56,92 @@ class Checkpoints:
         progress: what else resuming needs, in terms of JSON: `loader`, its state, and `window`, steps not logged yet.
         """
         self.wait()
-        directory = self.path / str(state.step)
         run = {"step": state.step} | progress | {"config": resolve.to_json(self.config)}
+        writer = _Writer(self.path / str(state.step), json.dumps(run))
+        stager = DefaultStager(StagingOptions(False, False, False, False))  # copies to host memory before it returns
         try:
-            if _rank() == 0:
-                _remove(directory)  # an unfinished one of a killed run
-                files.replace_text(directory / "run.json", json.dumps(run))
-            _barrier()
-            self.saving = dcp.async_save(_copy(_named(state)), checkpoint_id=directory)
+            self.saving = dcp.async_save(
+                _named(state), storage_writer=writer, async_stager=stager, process_group=self.group
+            )
         except (OSError, CheckpointException) as error:
-            raise _cannot_save(self.path, error) from error
+            raise checkpoints.cannot_save(self.path, _cause(error)) from error
+        finally:
+            stager.close()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Load the newest readable state into the tensors of `like`; None if there is no checkpoint.
 
         Returns the state and its progress.
-        A damaged checkpoint is named in a warning, set aside, and the one before it used.  Raises UserError if all
-        are damaged; then they stay as they are.
+        A damaged checkpoint is named in a warning, the one before it used, and `open` sets the damaged one aside.
+        Raises UserError if all are damaged, or if the disk keeps one from being read.
         """
-        damaged = []
-        for step in sorted(self._all_steps(), reverse=True):
-            try:
-                state, run = _restore(self.path / str(step), like)
-            except DAMAGE as error:
-                logging.warning("cannot read checkpoint %s: %s", self.path / str(step), _first_line(error))
-                damaged.append(step)
-            else:
-                self._set_aside(damaged)
-                return state, run
-        if damaged:
-            raise UserError(f"no checkpoint in {self.path} could be read; to start again, choose another --workdir")
-        return None
+
+        def read(step):
+            run, problem = self._from_first(lambda: _inspect(self.path / str(step)))
+            if problem:
+                raise checkpoints.Damaged(problem)
+            _load(self.path / str(step), _named(like), self.group)
+            return like._replace(step=step), run
+
+        steps = self._from_first(lambda: checkpoints.whole_steps(self.path, _is_whole))
+        found, self.damaged = checkpoints.newest(steps, read, self.path)
+        return found
 
     def wait(self) -> None:
         """Return when the last save is on disk.  Raises UserError if it could not be written."""
-        if self.saving is None:
+        saving, self.saving = self.saving, None
+        if saving is None:
             return
         try:
-            self.saving.result()
+            saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
-            raise _cannot_save(self.path, error) from error
-        self.saving = None
-        _barrier()
+            raise checkpoints.cannot_save(self.path, _cause(error)) from error
         if _rank() == 0:
-            for step in sorted(self._all_steps())[: -self.config.train.keep_checkpoints]:
-                shutil.rmtree(self.path / str(step))
+            steps = checkpoints.whole_steps(self.path, _is_whole)
+            for step in steps[: -self.config.train.keep_checkpoints]:
+                checkpoints.delete(self.path / str(step), MARKER)
 
     def close(self) -> None:
         """Finish the last save and end."""
         self.wait()
 
-    def _all_steps(self):
-        return [int(d.name) for d in self.path.iterdir() if d.name.isdigit() and (d / ".metadata").exists()]
-
-    def _set_aside(self, damaged):
-        if not damaged:
-            return
-        _barrier()
-        if _rank() == 0:
-            for step in damaged:
-                aside = _unused(self.path.parent / f"torch_damaged_{step}")
-                (self.path / str(step)).rename(aside)
-                logging.warning("moved the damaged checkpoint to %s; using the one before it", aside)
-        _barrier()
-
-
-def has_checkpoint(workdir: str | os.PathLike) -> bool:
-    """Return whether a work directory holds a checkpoint, whole or not."""
-    return any(path.name.isdigit() for path in (pathlib.Path(workdir) / DIRECTORY).glob("*"))
+    def _from_first(self, function) -> Any:
+        """Return what `function` returns in the first process."""
+        shared: list[Any] = [function() if _rank() == 0 else None]
+        if self.group is not None:
+            dist.broadcast_object_list(shared, src=0, group=self.group)
+        return shared[0]
 
 
 def read_weights(workdir: str | os.PathLike, ema: int = 0):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  Raises UserError if there is no such run,
-    checkpoint or EMA.
+    ema: index into train.ema_decays; -1 for the raw parameters.  Nothing else of the checkpoint is read, and nothing
+    in the directory changes.  Raises UserError if there is no such run, checkpoint or EMA.
     """
     config = resolve.read_workdir(workdir)
-    if not (pathlib.Path(workdir) / DIRECTORY).is_dir():
+    path = pathlib.Path(workdir).absolute() / DIRECTORY
+    if not path.is_dir():
         raise UserError(f"{workdir} holds no PyTorch checkpoint; one of JAX is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
         raise UserError(
             f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
         )
-    like = create_state(config, None, torch.device("cpu"))
-    restored = Checkpoints(workdir, config).restore(like)
-    if restored is None:
+    with torch.device("meta"):
+        net = build_net(config)
+
+    def read(step):
+        _, problem = _inspect(path / str(step))
+        if problem:
+            raise checkpoints.Damaged(problem)
+        params = {name: torch.empty(p.shape, dtype=p.dtype) for name, p in net.named_parameters()}
+        _load(path / str(step), {"params": params} if ema < 0 else {"emas": {str(ema): params}})
+        return params
+
+    params, _ = checkpoints.newest(checkpoints.whole_steps(path, _is_whole), read, path)
+    if params is None:
         raise UserError(f"{workdir} holds no checkpoint yet")
-    state = restored[0]
-    params = dict(state.net.named_parameters()) if ema < 0 else state.emas[ema]
-    return config, weights.to_canonical(state.net, params)
+    return config, weights.to_canonical(net, params)
 
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
@@ -147,20 +150,90 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
     state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
-    directory = Checkpoints(workdir, config).path / "0"
     run = {"step": 0, "loader": "", "window": [], "config": resolve.to_json(config)}
-    files.replace_text(directory / "run.json", json.dumps(run))
-    dcp.save(_named(state), checkpoint_id=directory, no_dist=True)
+    writer = _Writer(pathlib.Path(workdir).absolute() / DIRECTORY / "0", json.dumps(run))
+    dcp.save(_named(state), storage_writer=writer, no_dist=True)
     lock.close()
 
 
-def _restore(directory, like):
-    run = json.loads((directory / "run.json").read_text())
-    dcp.FileSystemReader(directory).read_metadata()  # raises what is wrong with it; `load` would print a traceback
-    with warnings.catch_warnings():  # that one process without a group reads alone is what we want
-        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
-        dcp.load(_named(like), checkpoint_id=directory, no_dist=not dist.is_initialized())
-    return like._replace(step=run["step"]), run
+class _Writer(dcp.FileSystemWriter):
+    """Writes a checkpoint and its run.json over what an unfinished save left, an error being every process's."""
+
+    def __init__(self, path, run):
+        super().__init__(path)
+        self._run = run
+
+    def set_up_storage_writer(self, is_coordinator, *args, **kwargs):
+        super().set_up_storage_writer(is_coordinator, *args, **kwargs)
+        self._first = is_coordinator
+
+    def prepare_local_plan(self, plan):
+        if not self._first:  # it writes once the first process has its plan, for which the directory is ready
+            return plan
+        checkpoints.delete(pathlib.Path(self.path), MARKER)
+        files.replace_text(pathlib.Path(self.path) / _RUN, self._run)
+        return super().prepare_local_plan(plan)
+
+
+def _is_whole(directory):
+    return (directory / MARKER).is_file()
+
+
+def _inspect(directory):
+    """Return run.json, and what is damaged in the checkpoint or '': files that are missing, cut off or rubbish.
+
+    Raises UserError if the disk keeps it from being read.
+    """
+    try:
+        run = json.loads((directory / _RUN).read_text())
+        if not {"loader", "window"} <= set(run):
+            return None, f"{_RUN} lacks what resuming needs"
+        metadata = dcp.FileSystemReader(directory).read_metadata()
+        ends: dict[str, int] = {}
+        for stored in metadata.storage_data.values():
+            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        for name, end in ends.items():
+            size = (directory / name).stat().st_size
+            if size < end:
+                return None, f"{name} has {size} bytes instead of {end}"
+    except checkpoints.MISSING as error:
+        return None, str(error)
+    except OSError as error:
+        raise checkpoints.cannot_read(directory, error) from error
+    except _UNPICKLING as error:
+        return None, checkpoints.first_line(error)
+    return run, ""
+
+
+def _load(directory, tensors, group=None):
+    """Load the tensors {part: {name: tensor}} and nothing else, each process its own shard if there is a group.
+
+    Raises `Damaged`, or UserError if the checkpoint is of another network or the disk keeps it from being read.
+    """
+    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    for name, tensor in _flat(tensors).items():
+        size = getattr(stored.get(name), "size", None)
+        if size != tensor.shape:
+            there = "missing" if size is None else f"of shape {tuple(size)}"
+            raise UserError(f"{directory}: {name} is {there}, this network wants {tuple(tensor.shape)}")
+    try:
+        with warnings.catch_warnings():  # that one process without a group reads alone is what we want
+            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+            dcp.load(tensors, checkpoint_id=directory, process_group=group, no_dist=group is None)
+    except CheckpointException as error:
+        for cause in (failure[0] for failure in error.failures.values()):
+            if isinstance(cause, OSError) and not isinstance(cause, checkpoints.MISSING):
+                raise checkpoints.cannot_read(directory, cause) from error
+            if not _is_damage(cause):
+                raise cause from error
+        raise checkpoints.Damaged(checkpoints.first_line(_cause(error))) from error
+
+
+def _is_damage(error):
+    """Return whether an error says that a file of tensors is not what was written; running out of memory does not."""
+    if isinstance(error, RuntimeError):
+        return any(text in str(error) for text in _BROKEN_TENSOR)
+    return isinstance(error, (*checkpoints.MISSING, *_UNPICKLING))
 
 
 def _named(state):
@@ -173,38 +246,18 @@ def _named(state):
     }
 
 
-def _copy(tree):
-    """Copy the tensors, which training goes on changing while they are written."""
-    return {name: _copy(a) if isinstance(a, dict) else a.clone() for name, a in tree.items()}
-
-
-def _remove(path):
-    """Remove a directory or whatever else is there."""
-    if path.is_dir():
-        shutil.rmtree(path)
-    path.unlink(missing_ok=True)
-
-
-def _unused(path):
-    """Return the path, or if it is taken, one like it that is not."""
-    names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
-    return next(p for p in itertools.chain([path], names) if not p.exists())
+def _flat(tree):
+    """Return {dotted name: tensor}, the names in a checkpoint."""
+    flat = {}
+    for key, value in tree.items():
+        flat |= {f"{key}.{name}": a for name, a in _flat(value).items()} if isinstance(value, dict) else {key: value}
+    return flat
 
 
 def _rank():
     return dist.get_rank() if dist.is_initialized() else 0
 
 
-def _barrier():
-    if dist.is_initialized():
-        dist.barrier()
-
-
-def _cannot_save(path, error):
-    return UserError(f"cannot save a checkpoint in {path}: {_first_line(error)}.  Free the disk; older ones are whole")
-
-
-def _first_line(error):
-    if isinstance(error, CheckpointException):  # which says only that there was an error, in which processes
-        error = next(iter(error.failures.values()))[0]
-    return next(iter(str(error).splitlines()), type(error).__name__)
+def _cause(error):
+    """Return the error itself, or the first of those that a CheckpointException only counts."""
+    return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch import nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
-from torch.distributed.tensor import DTensor
+from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
 from configs.cluster import check_groups
@@ -124,6 +124,20 @@ def create_state(config, mesh, device, params=None, teacher=None):
     loss = wrap(loss.to(device), config, mesh)
     emas = tuple({name: p.detach().clone() for name, p in net.named_parameters()} for _ in config.train.ema_decays)
     return TrainState(0, net, make_optimizer(net, config.train), emas, loss)
+
+
+def replace_params(state, params):
+    """Make `params` {name: tensor}, whole ones on the CPU, the parameters and the EMAs of a state, sharded or not.
+
+    One tensor at a time: the device never holds a second copy of the weights.
+    """
+    with torch.no_grad():
+        for name, p in state.net.named_parameters():
+            whole = params[name].to(p.device)
+            if isinstance(p, DTensor):  # without a source rank: every process has the whole tensor
+                whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
+            for own in (p, *(ema[name] for ema in state.emas)):
+                own.copy_(whole)
 
 
 def learning_rate(step, c):

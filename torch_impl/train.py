@@ -31,11 +31,19 @@ from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import check_latents, generate
 from evaluation.tools import Place, try_decoder
 from torch_impl import weights
-from torch_impl.checkpoints import Checkpoints, has_checkpoint, read_weights
+from torch_impl.checkpoints import Checkpoints, read_weights
 from torch_impl.devices import first_does, gather, start_torch
 from torch_impl.models.attention import check_kernels
 from torch_impl.sample import TOOLS, make_sampler
-from torch_impl.step import build_net, create_state, make_mesh, make_train_step, put_batch, reduce_metrics
+from torch_impl.step import (
+    build_net,
+    create_state,
+    make_mesh,
+    make_train_step,
+    put_batch,
+    reduce_metrics,
+    replace_params,
+)
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 AGREE_EVERY = 10  # steps between agreements of several processes to stop
@@ -54,20 +62,20 @@ def train(config, workdir, device):
     mesh, first = make_mesh(config, device), dist.get_rank() == 0
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
-    state = start_state(config, mesh, device, resumes=has_checkpoint(workdir))
+    resolve.check_workdir(workdir, config, "torch")
+    checkpoints = Checkpoints(workdir, config)
+    state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, make_sampler(config, device))
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch"))
     num_parameters = sum(p.numel() for p in state.net.parameters())
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
-    checkpoints, log = Checkpoints(workdir, config), MetricLog(workdir, active=first)
-    restored = checkpoints.restore(state)
-    window = Window()
-    if restored:
-        state, run_before = restored
-        window.steps = run_before["window"]
-        if run_before["loader"]:
-            loader.set_state(run_before["loader"])
+    checkpoints.open()
+    log, window = MetricLog(workdir, active=first), Window()
+    if progress:
+        window.steps = progress["window"]
+        if progress["loader"]:
+            loader.set_state(progress["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(state.step)
     parts = Parts(config, loader, checkpoints, log, window, reports)
@@ -92,19 +100,23 @@ class Parts(NamedTuple):
     reports: list  # of (every, report), see `make_reports`
 
 
-def start_state(config, mesh, device, resumes=False):
-    """Return the state of step 0, from `train.load_from` if that is set.
+def start_state(config, mesh, device, checkpoints=None):
+    """Return the state to train from and what else its checkpoint says (see `Checkpoints.save`).
 
-    resumes: the weights will come from a checkpoint, and that model may be gone.  Raises UserError if it is one of
-    other images, classes, heads or another path than this.
+    That of the newest checkpoint; if there is none, the state of step 0, from `train.load_from` if that is set, and
+    None.  A run that has a checkpoint never reads that model, which may be gone.  Raises UserError if it is needed and
+    differs from this one in images, classes, heads or path.
     """
-    teacher = load_teacher(config, device)
-    if not config.train.load_from or resumes:
-        return create_state(config, mesh, device, teacher=teacher)
-    net, (own, canonical) = build_net(config), read_model(config.train.load_from, config)
-    resolve.check_alike(config, own, "train.load_from")
-    params = weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical))
-    return create_state(config, mesh, device, params, teacher)
+    state = create_state(config, mesh, device, teacher=load_teacher(config, device))
+    restored = checkpoints.restore(state) if checkpoints else None
+    if restored:
+        return restored
+    if config.train.load_from:
+        net, (own, canonical) = build_net(config), read_model(config.train.load_from, config)
+        resolve.check_alike(config, own, "train.load_from")
+        canonical = weights.adopt(net, dict(net.named_parameters()), canonical)
+        replace_params(state, weights.from_canonical(net, canonical))
+    return state, None
 
 
 def read_model(path, config):
