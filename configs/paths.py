@@ -48,8 +48,8 @@ def check_directory(path: str, flag: str) -> str:
     try:
         if not os.path.isdir(path) and os.stat(path):
             raise UserError(f"--{flag}={path} is a file: name a directory, new or of a run")
-    except FileNotFoundError:
-        pass
+    except (FileNotFoundError, NotADirectoryError):
+        pass  # whoever reads or writes there says so
     except OSError as error:
         raise UserError(f"--{flag}={path}: {error.strerror}; name another directory") from error
     return path
