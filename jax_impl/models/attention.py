@@ -37,7 +37,7 @@ class Attention(nnx.Module):
         q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), (2, 3), (0, 2))
         if self.qk_norm:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        x = attend(q, k, v, self.kernels[jvp])
+        x = attend(q, k, v, self.kernels[int(jvp)])
         return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
 
 

@@ -104,7 +104,7 @@ class RotaryAttention(nnx.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = attend(q.astype(v.dtype), k.astype(v.dtype), v, self.kernels[jvp])
+        x = attend(q.astype(v.dtype), k.astype(v.dtype), v, self.kernels[int(jvp)])
         return self.out_proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
 
 
