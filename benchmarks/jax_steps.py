@@ -8,6 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl import step
+from jax_impl.devices import set_precision
 from jax_impl.methods import METHODS
 
 MATMULS = 8  # in one run
@@ -47,8 +48,7 @@ class Step:
 
 def start(config):
     """Set precision as the trainer does."""
-    jax.config.update("jax_default_matmul_precision", config.train.matmul_precision)
-    jax.config.update("jax_enable_x64", config.model.compute_dtype == "float64")
+    set_precision(config)
 
 
 def device():

@@ -10,6 +10,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
+from data.float32 import full_float32
 from torch_impl import step, weights
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS
@@ -107,7 +108,7 @@ def make(config, mode, emulate=True):
         params = {name: state[name].to(device).requires_grad_() for name, _ in net.named_parameters()}
         given = method.Draws(**arrays({name: draws[name] for name in method.Draws._fields}))
         with contextlib.ExitStack() as stack:
-            stack.enter_context(torch.backends.cudnn.flags(allow_tf32=False))
+            stack.enter_context(full_float32())
             if emulated:
                 stack.enter_context(Products(mode.rounded))
             loss, aux = method.loss(Mixed(nets, params, mode), arrays(rows), given, config.method)

@@ -23,7 +23,7 @@ FIRST = 3  # steps whose metrics are kept, before the measured ones
 def main(path, num_devices, runs):
     """Measure; the first process prints."""
     config = resolve.from_json(pathlib.Path(path).read_text())
-    device = start_torch(config.train.matmul_precision)
+    device = start_torch(config)
     rows, rank = config.train.batch_size // num_devices, dist.get_rank()
     batch = {name: a[rank * rows : (rank + 1) * rows] for name, a in cases.make_batch(config).items()}
     step = torch_steps.Step(config, batch, training.make_mesh(config, device))

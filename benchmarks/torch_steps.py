@@ -8,7 +8,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from torch_impl import step
-from torch_impl.devices import choose_device
+from torch_impl.devices import choose_device, set_precision
 from torch_impl.methods import METHODS
 
 MATMULS = 8  # in one run
@@ -57,9 +57,7 @@ class Step:
 
 def start(config):
     """Set precision and threads as the trainer does."""
-    precision = config.train.matmul_precision
-    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
-    torch.backends.cudnn.allow_tf32 = precision != "highest"
+    set_precision(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
 

@@ -222,8 +222,9 @@ def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | N
             f"config.model.repa_dims is {c.repa_dims}, but config.data.encoder is only one encoder: give one width, or "
             "store the `features` of all encoders beside the images and leave config.data.encoder empty"
         )
-    from data import encoder  # imports PyTorch, which the JAX trainer has no other use for
+    from data import encoder, float32  # import PyTorch, which the JAX trainer has no other use for
 
+    float32.set_precision(config.train.matmul_precision)
     return encoder.load(config.data.encoder, c.input_size // c.patch_size, sum(c.repa_dims))
 
 

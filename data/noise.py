@@ -25,3 +25,8 @@ def draw(indices, shape, num_classes, seed, num_fresh=0):
         if fresh is not None:
             fresh[:, row] = rng.standard_normal((num_fresh, *shape), np.float32)
     return noise, labels, fresh
+
+
+def in_dtype_of(config, noise):
+    """Return noise in the dtype that a sampler's state keeps: float64 if the model computes in it, else float32."""
+    return noise.astype("float64" if config.model.compute_dtype == "float64" else "float32")

@@ -32,11 +32,13 @@ def load(name_or_path: str, batch_size: int = 32) -> Extract:
 
 
 def encode(model: Any, images: np.ndarray) -> np.ndarray:
-    """Return the class token float32 [b d] of images uint8 [b h w 1 or 3]."""
+    """Return the class token float32 [b d] of images uint8 [b h w 1 or 3], in full float32."""
     import torch  # slow to import, and for this one metric only
     from torch.nn import functional as F
 
-    with torch.inference_mode():
+    from data.float32 import full_float32
+
+    with torch.inference_mode(), full_float32():
         x = torch.tensor(images, device=model.device).permute(0, 3, 1, 2).to(torch.float32)
         x = F.interpolate(x.expand(-1, 3, -1, -1), (SIDE, SIDE), mode="bicubic", antialias=True) / 255
         mean, std = (x.new_tensor(values)[:, None, None] for values in (encoder.MEAN, encoder.STD))

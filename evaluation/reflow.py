@@ -113,6 +113,11 @@ def read_configs() -> list[base.Config]:
             raise UserError(
                 f"--guide {f.guide} has config.{name} {theirs[name]}, --teacher {ours[name]}: they must agree"
             )
+    if (ours["model.compute_dtype"] == "float64") != (theirs["model.compute_dtype"] == "float64"):
+        raise UserError(
+            f"--guide {f.guide} has config.model.compute_dtype {theirs['model.compute_dtype']}, --teacher "
+            f"{ours['model.compute_dtype']}: either both or none compute in float64"
+        )
     return [teacher, guide]
 
 

@@ -42,6 +42,7 @@ def define_flags() -> None:
 
 
 def time_embedding(
+    set_precision: Callable[[base.Config], None],
     load: Callable[[str, base.Config], Weights],
     save: Callable[[str, Weights, dict], None],
     fit: Callable[..., tuple[Weights, Any]],
@@ -49,6 +50,7 @@ def time_embedding(
 ) -> None:
     """Fit as the command line says, write the weights, and print the remaining error and their path.
 
+    set_precision: called with the teacher's config before anything is loaded.
     load: (path, config) -> canonical weights.  save: (path, weights, metadata).
     fit: (config, weights, teacher's config and weights, times, learning rate) -> weights and losses, by Adam.
     error: (config, weights, teacher's config and weights, t, r) -> mean squared error of the embedding.
@@ -63,6 +65,7 @@ def time_embedding(
     if f.workdir:
         raise UserError("--workdir is for training and sampling: name the flow model by --teacher")
     teacher = reflow.read_config("teacher", f.teacher, "config", config_flag(), f.ema)
+    set_precision(teacher)
     given, config = load(f.teacher, teacher), two_times(teacher)
     options: dict[str, Any] = {**ADAM, **given_options}
     if ONE not in given:

@@ -18,7 +18,7 @@ from configs import resolve
 from configs.errors import UserError
 from evaluation import checkpoints
 from jax_impl import weights
-from jax_impl.devices import local_mesh
+from jax_impl.devices import local_mesh, with_float64
 from jax_impl.step import TrainState, abstract_net, create_state
 
 DIRECTORY = "checkpoints/jax"
@@ -103,6 +103,7 @@ class Checkpoints:
         self.checkpointer.close()
 
 
+@with_float64
 def read_weights(workdir: str | os.PathLike, ema: int = 0):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
@@ -132,6 +133,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
 
 
+@with_float64
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
     lock = resolve.open_workdir(workdir, config, "jax")

@@ -1,5 +1,6 @@
 """Devices and processes: what the flags and the cluster say."""
 
+import functools
 from collections import Counter
 
 import jax
@@ -27,14 +28,36 @@ def define_flags():
     flags.DEFINE_integer("cpu_devices", 0, "Split the CPU into this many devices, to try out sharding.", lower_bound=0)
 
 
-def start_jax(c):
-    """Set matmul precision and devices, and join the other processes if there are any.
+def set_precision(config):
+    """Set how precisely this process computes; call it before any array is made.
 
-    c: the config.  Raises UserError if they cannot be joined.
+    train.matmul_precision is that of float32 matmuls and convolutions; a model in float64 switches float64 on.
+    """
+    jax.config.update("jax_default_matmul_precision", config.train.matmul_precision)
+    jax.config.update("jax_enable_x64", config.model.compute_dtype == "float64")
+
+
+def with_float64(function):
+    """Return the function that runs with float64 switched on, so that arrays keep their dtype whatever the process set.
+
+    Without it JAX reads and writes weights in float64 as float32, silently.
+    """
+
+    @functools.wraps(function)
+    def run(*args, **kwargs):
+        with jax.enable_x64(True):
+            return function(*args, **kwargs)
+
+    return run
+
+
+def start_jax(config):
+    """Set precision and devices, and join the other processes if there are any.
+
+    Raises UserError if they cannot be joined.
     """
     f = flags.FLAGS
-    jax.config.update("jax_default_matmul_precision", c.train.matmul_precision)
-    jax.config.update("jax_enable_x64", c.model.compute_dtype == "float64")
+    set_precision(config)
     if f.cpu_devices:
         jax.config.update("jax_num_cpu_devices", f.cpu_devices)
     if f.distributed or f.coordinator:

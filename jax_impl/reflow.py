@@ -19,6 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.errors import UserError
 from configs.flags import run
+from data.noise import in_dtype_of
 from evaluation import reflow
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
@@ -58,6 +59,7 @@ def make_coupler(models, grid, guidance):
         return couple(net, noise, y, grid, guidance, *guide)
 
     def coupler(noise, y):
+        noise = in_dtype_of(models[0][0], noise)
         if len(noise) % mesh.size:
             raise UserError(f"--batch_size {len(noise)} is not divisible by the {mesh.size} devices of this process")
         return np.asarray(jax.device_get(compiled(params, *jax.device_put((noise, y), rows))))

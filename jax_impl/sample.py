@@ -13,11 +13,12 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import resolve
 from configs.flags import run
+from data.noise import in_dtype_of
 from evaluation import sampling, tools
 from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
 from jax_impl.autoencoder import make_decoder
-from jax_impl.devices import local_mesh
+from jax_impl.devices import local_mesh, set_precision
 from jax_impl.features import make_inception
 from jax_impl.methods import METHODS
 from jax_impl.step import BATCH, abstract_net
@@ -48,10 +49,12 @@ def make_sampler(config, graphdef, mesh=None):
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
     def sampler(params, noise, y, c, fresh=None):
+        noise = in_dtype_of(config, noise)
         num, missing = len(noise), -len(noise) % mesh.size  # each device has as many rows
         noise, y = (put(np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)), rows) for a in (noise, y))
         given: dict = {name: float(value) for name, value in method.sampling_conditions(c).items()}
         if fresh is not None:
+            fresh = in_dtype_of(config, fresh)
             given["fresh"] = put(np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * (fresh.ndim - 2)), fresh_rows)
         return np.asarray(jax.device_get(compiled(params, noise, y, given)))[:num]
 
@@ -61,14 +64,15 @@ def make_sampler(config, graphdef, mesh=None):
 def load(workdir_path, weights_path, config):
     """Return config, sampler and its weights (nnx.State) of a work directory or of a safetensors file.
 
-    All devices of this process share the sampling.  Sampling flags given on the command line replace those of the
-    config.
+    All devices of this process share the sampling, in the precision that the model was trained in.  Sampling flags
+    given on the command line replace those of the config.
     """
+    config = sampling.override(resolve.check(config) if weights_path else resolve.read_workdir(workdir_path))
+    set_precision(config)
     if weights_path:
-        config, canonical = sampling.override(resolve.check(config)), weights.load(weights_path)
+        canonical = weights.load(weights_path)
         sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
-        config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
     config, canonical = sampling.without_v_heads(config, canonical)
     graphdef, params = abstract_net(config)

@@ -16,6 +16,7 @@ from configs.flags import run
 from evaluation import time_embedding
 from evaluation.logs import setup_logging
 from jax_impl import weights
+from jax_impl.devices import set_precision
 from jax_impl.models.edm2 import log_sigma
 from jax_impl.reflow import load
 from jax_impl.step import abstract_net
@@ -68,7 +69,7 @@ def fit(config, canonical, teacher_config, teacher, times, learning_rate):
 def main():
     """Load, fit, write."""
     setup_logging()
-    time_embedding.time_embedding(load, weights.save, fit, error)
+    time_embedding.time_embedding(set_precision, load, weights.save, fit, error)
 
 
 if __name__ == "__main__":

@@ -20,12 +20,14 @@ import torch
 from flax import nnx
 
 from configs.errors import UserError, exit_on_user_error
+from jax_impl import devices as jax_devices
 from jax_impl import step as jax_step
 from jax_impl import weights as jax_weights
 from jax_impl.methods import METHODS as JAX_METHODS
 from parity.checks import Measure, relative_error
 from parity.convert import load_config
 from parity.frameworks import FRAMEWORKS
+from torch_impl import devices as torch_devices
 from torch_impl import step as torch_step
 from torch_impl import weights as torch_weights
 from torch_impl.methods import METHODS as TORCH_METHODS
@@ -49,7 +51,7 @@ def main(argv: list[str] | None = None) -> int:
     config = load_config(args.config)
     if config.method.name == "decoupled" and config.method.guidance_type == "distill":
         raise UserError("one step is compared without a teacher: config.method.guidance_type must be mg or default")
-    config.train.update(batch_size=args.batch_size, accumulate=1, fsdp=1)
+    config.train.update(batch_size=args.batch_size, accumulate=1, fsdp=1, matmul_precision="highest")
     config.model.compute_dtype = "float32"
     config.train.compile = args.backend != "eager"
     if args.backend in ("inductor", "aot_eager"):
@@ -59,6 +61,8 @@ def main(argv: list[str] | None = None) -> int:
 
 def compare(config) -> bool:
     """Take the step in both, print what comes out, and return whether it agrees."""
+    jax_devices.set_precision(config)
+    torch_devices.set_precision(config)
     canonical = random_weights(config)
     tables = FRAMEWORKS["torch"].tables(FRAMEWORKS["torch"].build(config, canonical))
     num_parameters = sum(a.size for name, a in canonical.items() if name not in tables)
@@ -132,7 +136,6 @@ def random_rows(config) -> tuple[dict, dict]:
 
 def jax_result(config, canonical, batch, draws):
     """Return (metrics, gradients by canonical name) of the JAX step, and the seconds of the first and a second one."""
-    jax.config.update("jax_default_matmul_precision", "highest")
     mesh = jax_step.make_mesh(config)
     graphdef, fresh = jax_step.build_net(config)
     net = nnx.merge(graphdef, fresh)
@@ -151,7 +154,6 @@ def jax_result(config, canonical, batch, draws):
 
 def torch_result(config, canonical, batch, draws):
     """Return the same of the PyTorch step."""
-    torch.set_float32_matmul_precision("highest")
     device = torch.device("cpu")
     given = {name: torch.from_numpy(a) for name, a in draws.items()}
     given = {name: a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for name, a in given.items()}

@@ -12,6 +12,7 @@ import numpy as np
 import torch
 from torch import nn
 
+from data.float32 import full_float32
 from torch_impl import step, time_embedding, weights
 from torch_impl.methods import METHODS, common, flow, improved, reflow, samplers
 from torch_impl.models import edm2, imf_dit, layers, unet
@@ -57,13 +58,12 @@ class Net(NamedTuple):
 @contextlib.contextmanager
 def full_precision():
     """Switch on full float32 matmuls for a while, on one core: tiny matrices gain nothing from more."""
-    precision, num_threads = torch.get_float32_matmul_precision(), torch.get_num_threads()
+    num_threads = torch.get_num_threads()
     try:
-        torch.set_float32_matmul_precision("highest")
         torch.set_num_threads(1)
-        yield
+        with full_float32():
+            yield
     finally:
-        torch.set_float32_matmul_precision(precision)
         torch.set_num_threads(num_threads)
 
 

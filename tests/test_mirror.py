@@ -26,6 +26,7 @@ ONE_SIDED = {
     "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {
         "define_flags": "torchrun says in the environment what JAX needs flags for",
+        "with_float64": "PyTorch needs no switch for float64",
         "start_jax": "JAX chooses its devices itself",
         "choose_device": "the same",
         "start_torch": "the same",

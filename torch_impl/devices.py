@@ -6,6 +6,7 @@ import torch
 import torch.distributed as dist
 
 from configs.errors import UserError
+from data import float32
 
 
 def choose_device():
@@ -15,17 +16,20 @@ def choose_device():
     return torch.device("cpu")
 
 
-def start_torch(precision, num_threads=0):
-    """Join the processes of torchrun, or stand alone, and set the precision of float32 matmuls.  Returns the device.
+def set_precision(config):
+    """Set how precisely this process computes: train.matmul_precision of float32 matmuls and convolutions."""
+    float32.set_precision(config.train.matmul_precision)
 
-    precision: `highest` (full float32) or `default` (TF32 where the device has it).  num_threads: of an operation on
-    the CPU; 0 leaves that to PyTorch.
+
+def start_torch(config, num_threads=0):
+    """Set the precision, and join the processes of torchrun or stand alone.  Returns the device.
+
+    num_threads: of an operation on the CPU unless train.num_threads says otherwise; 0 leaves that to PyTorch.
     """
+    set_precision(config)
     device = choose_device()
-    torch.set_float32_matmul_precision("highest" if precision == "highest" else "high")
-    if num_threads:
-        torch.set_num_threads(num_threads)
-    torch.backends.cudnn.allow_tf32 = precision != "highest"
+    if config.train.num_threads or num_threads:
+        torch.set_num_threads(config.train.num_threads or num_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
@@ -42,7 +46,7 @@ def start_alone(config):
     On the CPU with one thread, unless the config says otherwise: more would round otherwise, and torchrun gives several
     processes fewer than one.  What is written does not depend on their number; for more cores start more processes.
     """
-    start_torch(config.train.matmul_precision, config.train.num_threads or 1)
+    start_torch(config, num_threads=1)
     place = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
     return place

@@ -26,7 +26,7 @@ from torch_impl.sample import TOOLS, load
 
 def start(config):
     """Set up the device, join the other processes if there are any, and return the place of this one."""
-    start_torch(config.train.matmul_precision, config.train.num_threads)
+    start_torch(config)
     return Place(dist.get_rank(), dist.get_world_size(), gather)
 
 

@@ -1,9 +1,6 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-import contextlib
-
-import torch
-
+from data.float32 import full_float32
 from evaluation import conventions
 from torch_impl import weights
 from torch_impl.batches import in_batches
@@ -28,20 +25,7 @@ def make_inception(weights_path, convention, batch_size=64):
 
     def extract(images):
         conventions.check_images(images)
-        with _full_float32():
+        with full_float32():
             return dict(zip(("pool", "logits"), run(images), strict=True))
 
     return extract
-
-
-@contextlib.contextmanager
-def _full_float32():
-    """Switch TF32 off for a while, whatever the process has set."""
-    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
-    torch.set_float32_matmul_precision("highest")
-    torch.backends.cudnn.allow_tf32 = False
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before[0])
-        torch.backends.cudnn.allow_tf32 = before[1]

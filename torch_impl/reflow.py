@@ -13,6 +13,7 @@ import os
 import torch
 
 from configs.flags import run
+from data.noise import in_dtype_of
 from evaluation import reflow
 from evaluation.logs import setup_logging
 from torch_impl import checkpoints, weights
@@ -38,6 +39,7 @@ def make_coupler(models, grid, guidance):
 
     @torch.no_grad()
     def coupler(noise, y):
+        noise = in_dtype_of(models[0][0], noise)
         batch = put_batch({"image": noise, "label": y}, device)
         images = couple(net, batch["image"], batch["label"], grid, guidance, *guide)
         return images.permute(0, 2, 3, 1).cpu().numpy()

@@ -8,11 +8,12 @@ import torch
 
 from configs import resolve
 from configs.flags import run
+from data.noise import in_dtype_of
 from evaluation import sampling, tools
 from evaluation.logs import setup_logging
 from torch_impl import checkpoints, weights
 from torch_impl.autoencoder import make_decoder
-from torch_impl.devices import choose_device
+from torch_impl.devices import choose_device, set_precision
 from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
@@ -36,8 +37,13 @@ def make_sampler(config, device):
         if loaded[0] is not canonical:
             net.load_state_dict(weights.from_canonical(net, canonical))
             loaded[0] = canonical
+        noise = in_dtype_of(config, noise)
         batch, given = put_batch({"image": noise, "label": y}, device), method.sampling_conditions(c)
-        given |= {} if fresh is None else {"fresh": torch.from_numpy(fresh).to(device).permute(0, 1, 4, 2, 3)}
+        given |= (
+            {}
+            if fresh is None
+            else {"fresh": torch.from_numpy(in_dtype_of(config, fresh)).to(device).permute(0, 1, 4, 2, 3)}
+        )
         images = method.sample(net, batch["image"], batch["label"], given, config.sample)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -47,13 +53,15 @@ def make_sampler(config, device):
 def load(workdir_path, weights_path, config):
     """Return config, sampler and its canonical weights of a work directory or of a safetensors file.
 
-    Sampling flags given on the command line replace those of the config.
+    Samples in the precision that the model was trained in.  Sampling flags given on the command line replace those of
+    the config.
     """
+    config = sampling.override(resolve.check(config) if weights_path else resolve.read_workdir(workdir_path))
+    set_precision(config)
     if weights_path:
-        config, canonical = sampling.override(resolve.check(config)), weights.load(weights_path)
+        canonical = weights.load(weights_path)
         sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
-        config = sampling.override(resolve.read_workdir(workdir_path))
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
     config, canonical = sampling.without_v_heads(config, canonical)
     return config, make_sampler(config, choose_device()), canonical

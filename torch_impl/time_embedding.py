@@ -13,6 +13,7 @@ from configs.flags import run
 from evaluation import time_embedding
 from evaluation.logs import setup_logging
 from torch_impl import weights
+from torch_impl.devices import set_precision
 from torch_impl.models.edm2 import log_sigma
 from torch_impl.reflow import load
 from torch_impl.step import build_net
@@ -61,7 +62,7 @@ def fit(config, canonical, teacher_config, teacher, times, learning_rate):
 def main():
     """Load, fit, write."""
     setup_logging()
-    time_embedding.time_embedding(load, weights.save, fit, error)
+    time_embedding.time_embedding(set_precision, load, weights.save, fit, error)
 
 
 if __name__ == "__main__":

@@ -264,7 +264,7 @@ def main():
     """Check the config and train."""
     setup_logging()
     c = resolve.check(config_flag())
-    device = start_torch(c.train.matmul_precision, c.train.num_threads)
+    device = start_torch(c)
     try:
         train(c, workdir(), device)
     finally:

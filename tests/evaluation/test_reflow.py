@@ -58,6 +58,11 @@ def test_a_work_directory_has_its_own_config(given, tmp_path, monkeypatch):
     [
         (["--teacher="], {}, "--teacher is missing"),
         (["--guide=b"], {}, "--guide has no effect with --guidance=1"),
+        (
+            (*GUIDE, *OF_FLOW, "--guide_config.model.compute_dtype=float64"),
+            {},
+            "either both or none",
+        ),
         (GUIDE[1:], {}, "--guide_config is the config of a --guide, which is missing"),
         (GUIDE[:2], {}, "--guide b.safetensors is no work directory, .* its config: --guide_config"),
         (GUIDE, {}, "--guide b.safetensors is of config.method.name meanflow: couplings need a flow model"),

@@ -17,7 +17,7 @@ def main():
     """Run the cases in order."""
     with open(sys.argv[1]) as file:
         cases = json.load(file)
-    device = start_torch("highest")
+    device = start_torch(digits.get_config())
     for workdir, changes in cases:
         config = digits.get_config()
         for name, value in changes.items():

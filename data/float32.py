@@ -1,0 +1,31 @@
+"""How precisely PyTorch multiplies float32 matrices: on recent GPUs, TF32 keeps 10 bits of the mantissa."""
+
+import contextlib
+from collections.abc import Iterator
+
+import torch
+
+
+def set_precision(precision: str) -> None:
+    """Set the precision of float32 matmuls and convolutions in this process.
+
+    precision: `highest` (full float32) or `default` (TF32 where the device has it), as in train.matmul_precision.
+    PyTorch itself starts with full float32 for matmuls, but TF32 for convolutions.
+    """
+    _set("highest" if precision == "highest" else "high", precision != "highest")
+
+
+@contextlib.contextmanager
+def full_float32() -> Iterator[None]:
+    """Compute in full float32 for a while, whatever the process has set."""
+    before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
+    _set("highest", False)
+    try:
+        yield
+    finally:
+        _set(*before)
+
+
+def _set(matmul, convolutions):
+    torch.set_float32_matmul_precision(matmul)
+    torch.backends.cudnn.allow_tf32 = convolutions
