@@ -2,16 +2,15 @@
 
 import copy
 import inspect
-import json
 import os
 import pathlib
 import runpy
 
-import ml_collections
 from absl import logging
 
 from configs import base, latents, locks, paths, rules, share
 from configs.errors import UserError
+from configs.versions import flatten, from_json, read_file, to_json  # noqa: F401  from_json is for others
 
 # A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
 FREE = (
@@ -23,15 +22,6 @@ FREE = (
 ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
 FILE_NAME = "config.json"
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
-
-
-def flatten(config: base.Config, prefix: str = "") -> dict[str, object]:
-    """Return {dotted option: value}."""
-    flat = {}
-    for key, value in config.items():
-        nested = isinstance(value, ml_collections.ConfigDict)
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
 
 
 def check(config: base.Config) -> base.Config:
@@ -145,25 +135,6 @@ def load_file(name: str) -> base.Config:
         raise UserError(f"--config {name}: {error}") from error
 
 
-def to_json(config: base.Config) -> str:
-    """Return the config as indented JSON."""
-    return json.dumps(config.to_dict(), indent=2) + "\n"
-
-
-def from_json(text: str) -> base.Config:
-    """Return the config of a JSON text, every option as in `configs/base.py`.
-
-    Raises UserError for an unknown or a missing option, such as one of another version of this project.
-    """
-    config = base.get_config()
-    given = flatten(ml_collections.ConfigDict(json.loads(text)))
-    for key in given.keys() ^ flatten(config).keys():
-        raise UserError(f"the stored config {'has the unknown' if key in given else 'lacks the'} option {key}")
-    for key, value in given.items():
-        config.update_from_flattened_dict({key: tuple(value) if isinstance(value, list) else value})
-    return config
-
-
 def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> locks.Lock:
     """Make the work directory of a run, write its config there and return the lock on it: close it when the run ends.
 
@@ -214,13 +185,3 @@ def read_workdir(workdir: str | os.PathLike) -> base.Config:
     if not path.exists():
         raise UserError(f"{workdir} is not the work directory of a run: there is no {path}")
     return read_file(path)
-
-
-def read_file(path: pathlib.Path) -> base.Config:
-    """Return the config of a JSON file.  Raises UserError if it cannot be read or is damaged."""
-    try:
-        return from_json(path.read_text())
-    except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror}") from error
-    except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}") from error

@@ -154,7 +154,7 @@ def test_a_missing_or_damaged_config_is_named(tmp_path):
     with pytest.raises(UserError, match="is damaged"):
         resolve.read_workdir(tmp_path)
     (tmp_path / "config.json").write_text('{"seed": 1}')
-    with pytest.raises(UserError, match="lacks the option"):
+    with pytest.raises(UserError, match="lacks the section data"):
         resolve.read_workdir(tmp_path)
 
 
