@@ -70,7 +70,7 @@ def build_net(config):
     Parameters are float32; float64 where that is the compute dtype.
     """
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(fold(config.seed, 0))
+        torch.default_generator.manual_seed(fold(config.seed, 0))  # torch.manual_seed would seed every GPU too
         net = ARCHITECTURES[config.model.name](config.model)
     for module in net.modules():
         if hasattr(module, "remat"):
