@@ -39,7 +39,7 @@ class Attention(nn.Module):
         q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        x = attend(q, k, v, self.kernels[int(jvp)])  # int: PyTorch 2.11 cannot compile an index of type bool
+        x = attend(q, k, v, self.kernels[int(jvp)])  # torch 2.11 compiles no bool index
         return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 

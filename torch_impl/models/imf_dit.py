@@ -110,7 +110,7 @@ class RotaryAttention(nn.Module):
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = attend(q.to(v.dtype), k.to(v.dtype), v, self.kernels[int(jvp)])  # int: PyTorch 2.11 cannot compile an index of type bool
+        x = attend(q.to(v.dtype), k.to(v.dtype), v, self.kernels[int(jvp)])  # torch 2.11 compiles no bool index
         return self.out_proj(x.transpose(1, 2).reshape(batch, tokens, width))
 
 
