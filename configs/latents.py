@@ -12,6 +12,7 @@ from configs.errors import UserError
 # Of the raw latents of ImageNet: means and standard deviations of a channel.
 IMF_MEAN, IMF_STD = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 EDM2_MEAN, EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
+BY_OPTIONS = "--config.latents.scale, .shift and .pixels set the config's"
 
 
 class Convention(NamedTuple):
@@ -49,13 +50,16 @@ def short(values: tuple[float, ...]) -> str:
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
-def check_same(ours: Convention | None, theirs: Convention, whose: str, other: str) -> None:
-    """Raise UserError naming both unless two conventions are the same; whose, other: what has them, for the message."""
+def check_same(ours: Convention | None, theirs: Convention, whose: str, other: str, way_out: str = BY_OPTIONS) -> None:
+    """Raise UserError naming both unless two conventions are the same.
+
+    whose, other: what has them, and way_out: what to do, for the message.
+    """
     if ours is None or not same(ours, theirs):
         raise UserError(
             f"{whose} has {f'latents of the convention {describe(ours)}' if ours else 'no latents'}, but {other} has "
             f"latents of the convention {describe(theirs)}: images would come out wrong.  Use what belongs together; "
-            "--config.latents.scale, .shift and .pixels set the config's"
+            f"{way_out}"
         )
 
 

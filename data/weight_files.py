@@ -69,6 +69,8 @@ def _recognised(path: pathlib.Path) -> str:
         raise ValueError("a tar archive: unpack it first (tar -xf), and name the file in it")
     if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a map that is not empty
         return "msgpack"
+    if path.suffix == ".pkl":  # of protocol 0 or 1, which begin with any opcode
+        return "pickle"
     raise ValueError("neither safetensors, a PyTorch file, a pickle nor a Flax msgpack file")
 
 

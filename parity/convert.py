@@ -2,16 +2,17 @@
 
     python parity/convert.py SOURCE DEST [--to jax|torch] [--ema N] [--config FILE] [--prefix P] [--latents NAME]
 
-Reads, by content or suffix:
-  a work directory of jax_impl or torch_impl (its newest checkpoint; --ema chooses which weights)
-  *.safetensors   canonical weights: the names and layouts of the official PyTorch state dicts
-  *.pt, *.pth     an official PyTorch state dict, bare or under 'ema', 'model' or 'state_dict'; never executed.  Of the
-                  networks of a py-meanflow checkpoint, --ema chooses: 0 net_ema, 1 net_ema1, 2 net_ema2, -1 net.
-                  Also the Inception network of torch-fidelity and pytorch-fid, which the metrics need
-  *.pkl           an official pickle of NVlabs/edm2: the network under 'ema' or 'net'; the code in it is never executed
-  *.msgpack       an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state with
-                  'ema_params' or 'params'
+Reads, by content and whatever its name:
+  a work directory of jax_impl or torch_impl (its newest checkpoint)
+  safetensors     canonical weights: the names and layouts of the official PyTorch state dicts
+  PyTorch files   (.pt, .pth, .bin, .ckpt) official state dicts, bare or in a training checkpoint; never executed.  Also
+                  the Inception network of torch-fidelity and pytorch-fid, which the metrics need
+  .pkl            an official pickle of NVlabs/edm2; the code in it is never executed
+  .msgpack        an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state
   a directory     with an Orbax checkpoint of the same
+Of a training checkpoint it takes the EMA, or the raw parameters if there is none, and says which; --ema chooses: -1 the
+raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', 'ema_params' are 0, 'net_ema1' is 1).
+Wrappers (module., _orig_mod. ...) are dropped from names.  float16 and bfloat16 become float32, which is exact.
 Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
   *.pt            a PyTorch state dict
@@ -32,8 +33,9 @@ import torch
 
 from configs import base, latents, paths, resolve
 from configs.errors import UserError, exit_on_user_error
+from data import weight_files
 from jax_impl import checkpoints as jax_checkpoints
-from parity import sources
+from parity import sources, time_direction
 from parity.infer import inferred_config
 from parity.names import canonical_to_flax_tree, flax_tree_to_canonical
 from torch_impl import checkpoints as torch_checkpoints
@@ -44,6 +46,10 @@ from torch_impl.models.inception import Inception
 __all__ = ["Options", "canonical_to_flax_tree", "convert", "flax_tree_to_canonical", "main"]
 
 IN_INCEPTION = "Conv2d_1a_3x3.conv.weight"  # a name that no other network has
+LATENTS = (  # the way out of two conventions
+    "the data that the model was trained on decide: give the --latents of their convention, and a --config whose file "
+    "sets latents.scale, latents.shift and latents.pixels to it"
+)
 COUNTERS = ".num_batches_tracked"  # names of what PyTorch's batch norms count in training end so
 
 
@@ -51,7 +57,7 @@ class Options(NamedTuple):
     """What the command line says beside source and destination."""
 
     to: str | None = None  # jax | torch: write a work directory
-    ema: int = 0  # of several in the source, -1 for the raw parameters
+    ema: int | None = None  # which of the source, -1 for the raw parameters; None: the first EMA, or what there is
     config: base.Config | None = None  # of the network, None to take a work directory's own or to infer the sizes
     prefix: str = ""  # of the names to keep
     latents: str = ""  # a name of `latents.CONVENTIONS`; '': as the source says
@@ -76,8 +82,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("dest", metavar="DEST", type=paths.written, help="what to write; replaced if it is a file")
     parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
     parser.add_argument(
-        "--ema", metavar="N", type=int, default=0,
-        help="of a work directory or a py-meanflow checkpoint: which EMA, -1 for the raw parameters (default: 0)",
+        "--ema", metavar="N", type=int,
+        help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters where there is none)",
     )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE",
@@ -106,12 +112,14 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
-    weights, own_config, kind = sources.read(source, options.ema, options.prefix)
+    weights, own_config, kind, arguments = sources.read(source, options.ema, options.prefix)
     metadata = {"format": "canonical", "source": f"{source.name} ({kind})"}
     if IN_INCEPTION in weights:
         weights = checked_inception(weights, options)
         write_file(dest, weights, metadata)
         return f"{kind} of Inception", len(weights)
+    if own_config is None and not kind.startswith(sources.CANONICAL):  # which were checked when they were converted
+        time_direction.check(weights, arguments, source)
     weights = without_unused(weights)
     config = fitted(options.config or own_config, weights)
     weights = checked(weights, config)
@@ -150,12 +158,12 @@ def convention_of(source: pathlib.Path, config: base.Config | None, name: str) -
     """
     found = {"--latents": latents.CONVENTIONS.get(name)}
     found["the config"] = None if config is None else latents.of(config)
-    if source.suffix == ".safetensors" and source.is_file():
+    if source.is_file() and weight_files.kind_of(source) == "safetensors":
         text = canonical_files.metadata(source).get("latents")
         found[str(source)] = None if text is None else from_metadata(source, text)
     known = [(where, convention) for where, convention in found.items() if convention is not None]
     for where, convention in known[1:]:
-        latents.check_same(known[0][1], convention, known[0][0], where)
+        latents.check_same(known[0][1], convention, known[0][0], where, LATENTS)
     return known[0][1] if known else None
 
 

@@ -19,6 +19,7 @@ import torch
 
 from configs.errors import UserError
 from data.pickles import DAMAGE, Encoded, Record, Storage, check_opcodes, elements
+from parity import entries
 
 # Entries of a pickle that hold a network, the one to sample from first.
 ENTRIES = ("ema", "net")
@@ -96,22 +97,24 @@ class InertUnpickler(pickle.Unpickler):
         return RECORDS[module, name]
 
 
-def read_network(path: pathlib.Path) -> dict[str, np.ndarray]:
+def read_network(path: pathlib.Path, ema: int | None = None) -> entries.Network:
     """Return the parameters and persistent buffers of a pickle's network by their names in its `state_dict()`.
 
-    The network is the pickle itself, or what a dict has under `ENTRIES`.  Arrays of half precision become float32,
-    which holds them exactly.  Raises UserError for a file that is damaged, unsafe or holds no network.
+    The network is the pickle itself, or what a dict has under `ENTRIES`; `ema` chooses as in `entries.choose`.  Arrays
+    of half precision become float32, which holds them exactly.  Raises UserError for a file that is damaged, unsafe or
+    holds no such network.
     """
     try:
         content = path.read_bytes()
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     arrays, used = {}, set()
-    for name, tensor in tensors_of(network_of(unpickle(path, content), path), path):
+    network, label = network_of(unpickle(path, content), path, ema)
+    for name, tensor in tensors_of(network, path):
         arrays[name] = to_array(tensor, used, f"{name!r} of {path}")
     if not arrays:
         raise UserError(f"the network of {path} has no parameters")
-    return arrays
+    return entries.Network(arrays, label)
 
 
 def unpickle(path: pathlib.Path, content: bytes) -> Any:
@@ -125,15 +128,17 @@ def unpickle(path: pathlib.Path, content: bytes) -> Any:
         raise UserError(f"cannot read {path} as the pickle of a network: {error!r:.200}") from error
 
 
-def network_of(whole: Any, path: pathlib.Path) -> Record:
-    """Return the record of the network.  Raises UserError if there is none where `ENTRIES` say."""
+def network_of(whole: Any, path: pathlib.Path, ema: int | None) -> tuple[Record, str]:
+    """Return the record of the network and its entry.  Raises UserError if there is none where `ENTRIES` say."""
     if is_module(whole):
-        return whole
-    entries = whole.items() if isinstance(whole, dict) else ()
-    networks = {key: value for key, value in entries if isinstance(key, str) and is_module(value)}
-    for entry in ENTRIES:
-        if entry in networks:
-            return networks[entry]
+        entries.pick([()], ema, path)
+        return whole, ""
+    items = whole.items() if isinstance(whole, dict) else ()
+    networks = {key: value for key, value in items if isinstance(key, str) and is_module(value)}
+    known = [(key,) for key in networks if key in ENTRIES or entries.is_average((key,))]
+    if known:
+        [key] = entries.pick(known, ema, path)
+        return networks[key], key
     others = ", ".join(repr(key) for key in networks)
     raise UserError(
         f"{path} holds no network, nor one under {' or '.join(map(repr, ENTRIES))}"

@@ -1,6 +1,7 @@
 """The converter on Inception's weights, and the convention of latents that goes with a model's."""
 
 import json
+import re
 
 import numpy as np
 import pytest
@@ -109,6 +110,14 @@ def test_conventions_that_differ(sit, config, tmp_path):
     config.latents.update(SD._replace(scale=(0.2,))._asdict())
     with pytest.raises(UserError, match="the config has latents .* but .*named.safetensors"):
         convert.convert(dest, tmp_path / "other.safetensors", convert.Options(config=config))
+
+
+def test_the_way_out_of_two_conventions_is_one_that_the_converter_has(sit, config, tmp_path):
+    config.latents.update(SD._asdict())
+    with pytest.raises(UserError, match="--latents has latents .*'imm'.* but the config has .*'sd'") as error:
+        convert.convert(sit, tmp_path / "run", convert.Options(to="jax", config=config, latents="imm"))
+    options = re.findall(r"--\w[\w.]*", str(error.value))
+    assert set(options) == {"--latents", "--config"} and not (tmp_path / "run").exists()
 
 
 def test_metadata_that_is_no_convention(sit, tmp_path):

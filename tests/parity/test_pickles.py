@@ -135,7 +135,7 @@ def write(data, protocol=4, name="a.pkl"):
 def read(data, protocol=4):
     """Return what is read; nothing may have run."""
     try:
-        return pickles.read_network(write(data, protocol))
+        return pickles.read_network(write(data, protocol)).leaves
     finally:
         assert not executed()
 
@@ -162,7 +162,7 @@ def test_the_converter_reads_it():
     net = Precond()
     source = sources.read(write(snapshot(net)), 0, "")
     assert_state(source.weights, net)
-    assert source.kind == "EDM2 pickle" and source.config is None
+    assert source.kind == "EDM2 pickle, its ema" and source.config is None
     assert {"unet.enc.8x8_conv.weight", "unet.emb_fourier.freqs", "logvar_linear.weight"} < set(source.weights)
     assert_state(sources.read(pathlib.Path("a.pkl"), 0, "unet.").weights, net.unet)
     with pytest.raises(UserError, match="no name begins with --prefix 'vae'"):
@@ -626,7 +626,7 @@ def test_an_official_network_becomes_canonical_weights(file, prefix):
     with np.load(check.GOLDEN / f"{file}.npz") as fixture:
         arrays = {key.removeprefix(prefix): fixture[key] for key in fixture.files if key.startswith(prefix)}
     path = write(snapshot(network_of(arrays)))
-    assert convert.convert(path, "teacher.safetensors") == ("EDM2 pickle", len(arrays))
+    assert convert.convert(path, "teacher.safetensors") == ("EDM2 pickle, its ema", len(arrays))
     assert not executed()
     converted = weights.load("teacher.safetensors")
     assert converted.keys() == arrays.keys()

@@ -1,0 +1,82 @@
+"""Directories that are no checkpoint are refused in one line, saying what they are."""
+
+import json
+
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import torch
+import torch.distributed.checkpoint as dcp
+
+from configs.errors import UserError
+from parity import convert
+
+
+def diffusers(path):
+    (path / "config.json").write_text(json.dumps({"_class_name": "AutoencoderKL"}))
+    (path / "diffusion_pytorch_model.safetensors").write_bytes(b"0")
+
+
+def torch_file(path):
+    torch.save({"a": torch.ones(2)}, path / "epoch 1")
+    (path / "log.txt").write_text("loss 1")
+
+
+def several_files(path):
+    for i in range(4):
+        torch.save({"a": torch.ones(2)}, path / f"{i}.pt")
+
+
+def distributed(path):
+    dcp.save({"a": torch.ones(2)}, checkpoint_id=path, no_dist=True)
+
+
+def split(path):
+    (path / "model.safetensors.index.json").write_text("{}")
+
+
+def orbax_steps(path):
+    for step in (5, 10):
+        ocp.PyTreeCheckpointer().save(path / str(step), {"a": np.ones(2)})
+
+
+def orbax_without_names(path):
+    ocp.PyTreeCheckpointer().save(path / "5", [np.ones(2)])
+
+
+def orbax_damaged(path):
+    ocp.PyTreeCheckpointer().save(path / "5", {"a": np.ones(2)})
+    (path / "5" / "_METADATA").write_text("{")
+
+
+def one_checkpoint(path):
+    (path / "checkpoints" / "jax" / "5").mkdir(parents=True)
+
+
+CASES = {
+    "empty": (lambda path: None, "", "an Orbax checkpoint: it is empty$"),
+    "notes": (lambda path: (path / "a.md").write_text("a"), "", "has neither checkpoints/jax, checkpoints/torch nor"),
+    "diffusers": (diffusers, "", r"diffusers saved it \(AutoencoderKL\); .* latents\.vae"),
+    "pipeline": (lambda path: (path / "model_index.json").write_text("{}"), "", r"diffusers saved it \(a pipeline\)"),
+    "one file": (torch_file, "", "name the file of weights in it, .*epoch 1$"),
+    "several files": (several_files, "", r"name the file of weights in it, .*0\.pt or .*1\.pt or .*2\.pt \(4 in all\)"),
+    "distributed": (distributed, "", "of torch.distributed; make it one file first: .* dcp_to_torch"),
+    "split": (split, "", "spread over several files"),
+    "steps": (orbax_steps, "", "several Orbax checkpoints: name one, .*10 or .*5"),
+    "no names": (orbax_without_names, "", "Orbax checkpoint, but its content is not a tree|no network|holds no"),
+    "damaged": (orbax_damaged, "", "cannot read .*5 as an Orbax checkpoint, it may be damaged"),
+    "not saved": (lambda path: (path / "config.json").write_text("{}"), "", "the run has not saved yet"),
+    "one checkpoint": (one_checkpoint, "checkpoints/jax/5", "is one checkpoint of a work directory: name that, "),
+}  # fmt: skip
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("name", CASES)
+def test_what_a_directory_is(tmp_path, name):
+    make, below, message = CASES[name]
+    source = tmp_path / "source"
+    source.mkdir()
+    make(source)
+    with pytest.raises(UserError, match=message) as error:
+        convert.main([str(source / below), str(tmp_path / "w.safetensors")])
+    assert "\n" not in str(error.value)
