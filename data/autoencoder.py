@@ -48,17 +48,26 @@ def read(name_or_path: str) -> Files:
     Raises UserError: nothing there, damaged or not readable, another kind of autoencoder; the hub out of reach or the
     package huggingface_hub not installed.  Whether the names and shapes of the weights fit is for `from_canonical`.
     """
+    config, weights = _locate(name_or_path)
+    return of(_settings(config), _arrays(weights), str(weights))
+
+
+def read_factor(name_or_path: str) -> int:
+    """Return the `factor` of an autoencoder without reading its weights.  Raises UserError as `read`."""
+    return factor(Files(_settings(_locate(name_or_path)[0]), {}, ""))
+
+
+def _locate(name_or_path: str) -> tuple[pathlib.Path, pathlib.Path]:
+    """Return where config and weights lie on this machine.  Raises UserError as `read`."""
     directory = pathlib.Path(name_or_path)
     if directory.is_dir():
-        config, weights = directory / CONFIG, _weights_in(directory)
-    elif directory.is_absolute() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is None:
+        return directory / CONFIG, _weights_in(directory)
+    if directory.is_absolute() or re.fullmatch(r"[\w.-]+/[\w.-]+", str(name_or_path)) is None:
         raise UserError(
             f"there is no directory {name_or_path}; name one that diffusers has saved an autoencoder in, or one on the "
             "Hugging Face hub: stabilityai/sd-vae-ft-mse"
         )
-    else:
-        config, weights = _download(str(name_or_path))
-    return of(_settings(config), _arrays(weights), str(weights))
+    return _download(str(name_or_path))
 
 
 def of(settings: dict[str, Any], weights: dict[str, np.ndarray], where: str) -> Files:

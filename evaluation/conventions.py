@@ -11,6 +11,7 @@ import numpy as np
 from configs.errors import UserError
 
 SIDE = 299  # pixels of the images that Inception reads
+WIDTHS = {"pool": 2048, "logits": 1008}  # of Inception's features
 
 
 class Convention(NamedTuple):

@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from data import encoder
-from evaluation.tools import Extract
+from evaluation.tools import Extract, Extractor
 
 SIDE = 224  # pixels
 OFFSET = 0.1  # added by the official network to the grid before its positions are resampled
@@ -28,7 +28,7 @@ def load(name_or_path: str, batch_size: int = 32) -> Extract:
         parts = [encode(model, images[start : start + batch_size]) for start in range(0, len(images), batch_size)]
         return {"dino": np.concatenate(parts)}
 
-    return extract
+    return Extractor(extract, {"dino": model.config.hidden_size})
 
 
 def encode(model: Any, images: np.ndarray) -> np.ndarray:

@@ -1,9 +1,31 @@
 """Writes files so that a reader never sees half of one."""
 
+import contextlib
+import errno
 import os
 import pathlib
+import tempfile
 
 from configs.errors import UserError
+
+ROOM = 2**16  # bytes: a disk that takes no more is full
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise UserError if a file could not be written now; call it before the work of which it is the result.
+
+    Leaves nothing behind; a directory that the file needs is not made.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+    except OSError as error:
+        raise cannot_write(path, error) from error
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
@@ -26,6 +48,8 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
         unfinished.write_bytes(content)
         os.replace(unfinished, path)
     except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
         raise cannot_write(path, error) from error
 
 

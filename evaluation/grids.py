@@ -1,8 +1,8 @@
 """Arranges images in a grid that can be looked at."""
 
+import io
 import math
 import os
-import pathlib
 
 import numpy as np
 
@@ -52,7 +52,7 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 1, scale
 
 
 def save_png(path: str | os.PathLike, images: np.ndarray, columns: int | None = None) -> None:
-    """Write the grid of images [n h w c] in [-1, 1] to `path`; parent directories are made.
+    """Write the grid of images [n h w c] in [-1, 1] to `path`, atomically; parent directories are made.
 
     Raises UserError if the path cannot be written, or for values that are not finite.
     """
@@ -60,8 +60,6 @@ def save_png(path: str | os.PathLike, images: np.ndarray, columns: int | None = 
 
     picture = grid(images, columns)
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture
-    try:
-        pathlib.Path(path).parent.mkdir(parents=True, exist_ok=True)
-        PIL.Image.fromarray(picture).save(path, format="PNG")
-    except OSError as error:
-        raise files.cannot_write(path, error) from error
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(picture).save(buffer, format="PNG")
+    files.replace_bytes(path, buffer.getvalue())

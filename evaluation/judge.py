@@ -1,13 +1,16 @@
 """Judges a model by images: samples, decoded, into features, into metrics, over all devices and processes."""
 
 import pathlib
+import types
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from absl import logging
 
 from configs import base
 from configs.errors import UserError
-from evaluation import conventions, dino, grids, quality, references, sampling, saving, tools
+from evaluation import conventions, dino, files, grids, quality, references, sampling, saving, tools
 
 SHOWN = 64  # samples of the grid
 INCEPTION, DINO = {"pool", "logits"}, {"dino"}  # features, by what makes them
@@ -26,13 +29,20 @@ class Judge:
     ):
         """save: of `saving.KINDS`: writes all images into the directory `output`; None: nothing is written.
 
-        Raises UserError for an autoencoder, weights or statistics that cannot be read or do not belong together.
+        Raises UserError for an autoencoder, weights or statistics that cannot be read or do not belong together, for
+        too few samples, and for an output that cannot be written.
         """
         c = config.evaluation
         self.metrics, self.place, self.output, self.save = tuple(c.metrics), place, output, save
         self.convention = conventions.get(c.convention)
         self.references = read_references(c)
-        self.extract = extractor(self.metrics, c, framework)
+        quality.check_numbers(self.metrics, c.num_samples, self.references)
+        if self.references:
+            side = tools.image_side(config)
+            check_sizes(c, self.references, (side, side))
+        if output and save:
+            files.check_writable(output / saving.INDEX)
+        self.extract = extractor(self.metrics, c, framework, self.references)
         self.decode = tools.decoder(config, framework)
         self._check_channels(config)
 
@@ -104,13 +114,42 @@ def read_references(c: base.Config) -> dict[str, references.Reference]:
     return found
 
 
-def extractor(metrics: tuple[str, ...], c: base.Config, framework: tools.Tools) -> tools.Extract:
-    """Return what makes the features of images uint8 [b h w c] that the metrics of `config.evaluation` need."""
+def check_sizes(c: base.Config, found: dict[str, references.Reference], size: tuple[int, int]) -> None:
+    """Raise UserError if statistics are of images of another height and width; log that they do not tell.
+
+    c: `config.evaluation`.  size: (h, w) of the images to be judged.
+    """
+    for metric, reference in found.items():
+        quality.check_size(metric, reference, size)
+    silent = [metric for metric, reference in found.items() if reference.image_size is None]
+    if silent:
+        logging.info(
+            "%s does not tell the size of its images: %s is meaningful only if they are of %d x %d pixels, as those "
+            "judged", c.reference, " and ".join(silent), *size,
+        )  # fmt: skip
+
+
+def extractor(
+    metrics: tuple[str, ...],
+    c: base.Config,
+    framework: tools.Tools,
+    found: Mapping[str, references.Reference] = types.MappingProxyType({}),
+) -> tools.Extract:
+    """Return what makes the features of images uint8 [b h w c] that the metrics of `config.evaluation` need.
+
+    Raises UserError if `found`, statistics by metric, are of features of another width.
+    """
     needed, parts = quality.needs(metrics), []
     if needed & INCEPTION:
         parts.append(framework.make_inception(c.inception, c.convention))
     if needed & DINO:
         parts.append(dino.load(c.dino))
+    widths: dict[str, int] = {}
+    for part in parts:
+        widths |= part.widths if isinstance(part, tools.Extractor) else {}
+    for metric, reference in found.items():
+        if quality.FEATURES[metric] in widths:
+            quality.check_width(metric, reference, widths[quality.FEATURES[metric]])
 
     def extract(images: np.ndarray) -> dict[str, np.ndarray]:
         features: dict[str, np.ndarray] = {}

@@ -1,7 +1,7 @@
 """From features of generated images, in batches and on any number of processes, to the values of metrics."""
 
 import io
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Iterable, Mapping
 
 import numpy as np
 from absl import logging
@@ -17,6 +17,7 @@ FEATURES = {"fid": "pool", "is": "logits", "kid": "pool", "pr": "pool", "fd_dino
 BY_MOMENTS = ("fid", "fd_dinov2")  # the others need every row
 BY_ROWS = ("kid", "pr")  # compare with every row of the real images, too
 KID_SUBSET = 1000  # rows
+LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images
 UNBIASED = 10_000  # samples from which on the bias of a Fréchet distance is small; papers take 50 000
 
 
@@ -164,26 +165,55 @@ def results(collector: Collector, references: dict[str, Reference], convention: 
     return values
 
 
-def to_reference(collector: Collector, metric: str, convention: str) -> Reference:
+def to_reference(
+    collector: Collector, metric: str, convention: str, image_size: tuple[int, int] | None = None
+) -> Reference:
     """Return the statistics of real images that `metric`, any but `is`, compares with; features if they are kept.
 
-    Raises UserError for fewer than two images.
+    image_size: height and width of the images, kept in it.  Raises UserError for fewer than two images.
     """
     name = FEATURES[metric]
     moments, rows = collector.moments[name], collector.rows(name) if name in collector.kept else None
-    return Reference(moments.mean, moments.covariance, moments.count, rows, convention)
+    return Reference(moments.mean, moments.covariance, moments.count, rows, convention, image_size)
 
 
 def _reference(metric: str, collector: Collector, references: dict[str, Reference]) -> Reference:
     if metric not in references:
         raise UserError(f"{metric} compares with real images: give their statistics, or make them by --make_reference")
-    reference, num_features = references[metric], len(collector.moments[FEATURES[metric]].mean)
-    if len(reference.mean) != num_features:
+    reference = references[metric]
+    check_width(metric, reference, len(collector.moments[FEATURES[metric]].mean))
+    return reference
+
+
+def check_width(metric: str, reference: Reference, width: int) -> None:
+    """Raise UserError unless a reference is of as many features as the images have."""
+    if len(reference.mean) != width:
         raise UserError(
             f"the reference statistics for {metric} are of {len(reference.mean)} features, but the images have "
-            f"{num_features} of {FEATURES[metric]}: give those of the same network, or make them by --make_reference"
+            f"{width} of {FEATURES[metric]}: give those of the same network, or make them by --make_reference"
         )
-    return reference
+
+
+def check_numbers(metrics: Iterable[str], num: int, references: Mapping[str, Reference]) -> None:
+    """Raise UserError naming a metric that `num` images, or the real ones whose features are kept, are too few for."""
+    for metric in metrics:
+        features = references[metric].features if metric in references else None
+        for what, there in (("samples", num), ("real images", num if features is None else len(features))):
+            if there < LEAST[metric]:
+                raise UserError(
+                    f"{metric} needs {LEAST[metric]} {what} or more, and there are {there}: use more, or leave it out "
+                    "of the --metrics"
+                )
+
+
+def check_size(metric: str, reference: Reference, size: tuple[int, int]) -> None:
+    """Raise UserError if the real images had another height and width than the generated ones, (h, w)."""
+    if reference.image_size not in (None, size):
+        theirs, ours = (" x ".join(map(str, a)) for a in (reference.image_size, size))
+        raise UserError(
+            f"the reference statistics for {metric} are of images of {theirs} pixels, the images have {ours} (h x w): "
+            f"give those of that size, or make them by --make_reference with --image_size={size[0]}"
+        )
 
 
 def _frechet_distance(metric: str, collector: Collector, reference: Reference) -> float:

@@ -1,9 +1,9 @@
 """Statistics of real images that generated ones are compared with: read from the official formats, written in ours.
 
-Ours is an .npz with mu [d] and sigma [d d], and if known num_samples, features [n d] and convention (how images were
-resized before their features were taken); those of DINOv2's features, beside or without Inception's, under
-fd_dinov2/mu and so on.  Also read: ref_mu and ref_sigma in place of mu and sigma, as the official JAX code has them,
-and EDM2's pickles {kind: {mu, sigma}}.
+Ours is an .npz with mu [d] and sigma [d d], and if known num_samples, features [n d], convention (how images were
+resized before their features were taken) and image_size [2] (their height and width before that); those of DINOv2's
+features, beside or without Inception's, under fd_dinov2/mu and so on.  Also read: ref_mu and ref_sigma in place of mu
+and sigma, as the official JAX code has them, and EDM2's pickles {kind: {mu, sigma}}.
 """
 
 import io
@@ -36,6 +36,7 @@ class Reference(NamedTuple):
     num_samples: int | None = None
     features: np.ndarray | None = None  # [n d] float32, of all samples; KID, precision and recall need them
     convention: str = ""  # of the images; "": unknown
+    image_size: tuple[int, int] | None = None  # height and width in pixels; None: unknown
 
 
 def read(path: str | os.PathLike, metric: str = "fid") -> Reference:
@@ -73,6 +74,7 @@ def write(path: str | os.PathLike, references: Reference | dict[str, Reference])
     for kind, reference in ({"fid": references} if isinstance(references, Reference) else references).items():
         _check(reference, f"the {kind} reference to be written")
         entries = {"mu": reference.mean, "sigma": reference.covariance, "convention": reference.convention}
+        entries |= {} if reference.image_size is None else {"image_size": reference.image_size}
         entries |= {} if reference.num_samples is None else {"num_samples": reference.num_samples}
         entries |= {} if reference.features is None else {"features": np.asarray(reference.features, np.float32)}
         arrays |= {_prefix(kind) + key: entry for key, entry in entries.items()}
@@ -91,13 +93,14 @@ def _from_entries(entries: dict[str, Any], path: pathlib.Path) -> Reference:
         there = ", ".join(sorted(map(str, entries))) or "nothing"
         raise UserError(f"{path} has neither mu and sigma nor ref_mu and ref_sigma; it has {there}; {MAKE}")
     mean, covariance = (np.asarray(entries[name], np.float64) for name in names)
-    features, num_samples = entries.get("features"), entries.get("num_samples")
+    features, num_samples, size = (entries.get(name) for name in ("features", "num_samples", "image_size"))
     return Reference(
         mean,
         covariance,
         None if num_samples is None else int(num_samples),
         None if features is None else np.asarray(features, np.float32),
         str(entries.get("convention", "")),
+        None if size is None else (int(size[0]), int(size[1])),
     )
 
 

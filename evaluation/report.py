@@ -56,6 +56,9 @@ def evaluate(
     sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.  Several processes share the sampling,
     and the first one judges: the others get no metrics.
     """
+    if not place.process:
+        real = real or load_real(config)
+        check_real(config, real)
     images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples, place=place)
     if place.process:
         return {}, images
@@ -100,6 +103,15 @@ def evaluate_samples(
     _check(images, labels, real.images)
     result = _compare(images, labels, real.images, real.labels, config, features)
     return {"num_samples": len(images)} | result | real.bound
+
+
+def check_real(config: base.Config, real: Real) -> None:
+    """Raise UserError for real images that samples cannot be compared with; call it before the samples are made."""
+    c = config.evaluation
+    if len(real.images) < 2:
+        raise UserError(f"a distance needs two real images or more: config.evaluation.split {c.split} has fewer")
+    if c.classifier and len(np.unique(real.labels)) < 2:
+        raise UserError("the real images are all of one class: set --config.evaluation.classifier=False")
 
 
 def write_evaluation(workdir: str | os.PathLike, result: dict[str, Any]) -> str:

@@ -88,6 +88,8 @@ def sample(load: Load, framework: tools.Tools) -> None:
             "--config goes with --weights: a work directory has its own, of which flags change the sampling"
         )
     output, labels = output_directory(), numbers("labels", f.labels, int)
+    for name in ("samples.npz", "samples.png"):
+        files.check_writable(os.path.join(output, name))
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
         raise UserError("--labels: this network knows no classes (config.model.name is unet)")

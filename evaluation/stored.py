@@ -3,7 +3,9 @@
 import json
 import os
 import pathlib
-from collections.abc import Callable, Iterator
+import tempfile
+import types
+from collections.abc import Callable, Iterator, Mapping
 from concurrent import futures
 from typing import Protocol
 
@@ -14,7 +16,7 @@ from tqdm import tqdm
 from configs import base, paths
 from configs.errors import UserError
 from data import pictures
-from evaluation import judge, quality, references, sampling, tools
+from evaluation import files, judge, quality, references, sampling, tools
 
 BATCH = 64  # images
 KEPT, SEED = 50_000, 0  # images of a reference whose features kid and pr compare with, drawn from all
@@ -48,6 +50,8 @@ class NpzImages:
             raise UserError(f"cannot read the images of {path}: {error}.  It must have arr_0, as --save=npz") from error
         if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[3] not in (1, 3):
             raise UserError(f"{path} has arr_0 of {self.images.dtype} {self.images.shape}, not uint8 [n h w 1 or 3]")
+        if not self.images.size:
+            raise UserError(f"{path} has no images, arr_0 is of shape {self.images.shape}: give another file")
 
     def __len__(self) -> int:
         return len(self.images)
@@ -92,12 +96,27 @@ def make_reference(framework: tools.Tools, start: Start, config: base.Config) ->
         raise UserError("--make_reference needs --reference=FILE.npz, the file to write")
     if quality.needs(c.metrics) & judge.INCEPTION and not c.inception:
         raise UserError("--make_reference needs --inception, the weights that parity/convert.py makes")
-    place, source = start(config), pictures.open_pictures(f.make_reference, f.split, config.data.dir)
+    place = start(config)
+    if not place.process:
+        files.check_writable(c.reference)
+    source = pictures.open_pictures(f.make_reference, f.split, config.data.dir)
+    quality.check_numbers(c.metrics, len(source), {})
+    size = size_of(source, f.image_size)
     whole = collect(source, config, framework, f.image_size, place)
     if whole:
         kinds = [kind for kind in references.METRICS if quality.FEATURES[kind] in whole.features]
-        references.write(c.reference, {kind: quality.to_reference(whole, kind, c.convention) for kind in kinds})
+        keep_reference(c.reference, {kind: quality.to_reference(whole, kind, c.convention, size) for kind in kinds})
         print(os.path.abspath(c.reference))
+
+
+def keep_reference(path: str, found: dict[str, references.Reference]) -> None:
+    """Write statistics, or else write them to a temporary directory, which the UserError raised then names."""
+    try:
+        references.write(path, found)
+    except UserError as error:
+        other = pathlib.Path(tempfile.mkdtemp(prefix="reference_")) / pathlib.Path(path).name
+        references.write(other, found)
+        raise UserError(f"{error}  The statistics are in {other}") from error
 
 
 def judge_samples(framework: tools.Tools, start: Start, config: base.Config) -> None:
@@ -113,7 +132,10 @@ def judge_samples(framework: tools.Tools, start: Start, config: base.Config) -> 
     place = start(config)
     is_npz = pathlib.Path(f.samples).suffix == ".npz"
     source = NpzImages(f.samples) if is_npz else pictures.open_pictures(f.samples, f.split, config.data.dir)
-    whole = collect(source, config, framework, f.image_size, place)
+    quality.check_numbers(c.metrics, len(source), found)
+    if found:
+        judge.check_sizes(c, found, size_of(source, f.image_size))
+    whole = collect(source, config, framework, f.image_size, place, found)
     if whole:
         values = quality.results(whole, found, c.convention)
         print(json.dumps({"num_samples": len(source)} | values | judge.provenance(c)))
@@ -126,25 +148,37 @@ def check_flags(flag: str) -> None:
         raise UserError(f"--{given[0]} is for samples of a model, and --{flag} is of stored images: leave it out")
 
 
+def size_of(source: Images, size: int | None) -> tuple[int, int]:
+    """Return the height and width that all images are to have: those of the first, cropped to `size` unless None."""
+    h, w = read(source, 0, size).shape[:2]
+    return h, w
+
+
 def collect(
-    source: Images, config: base.Config, framework: tools.Tools, size: int | None, place: tools.Place
+    source: Images,
+    config: base.Config,
+    framework: tools.Tools,
+    size: int | None,
+    place: tools.Place,
+    found: Mapping[str, references.Reference] = types.MappingProxyType({}),
 ) -> quality.Collector | None:
     """Return the features of stored images that config.evaluation.metrics need, of all to the first process.
 
-    Of more than `KEPT` images those that are kept one by one are drawn, by a fixed seed.
+    Of more than `KEPT` images those that are kept one by one are drawn, by a fixed seed.  found: statistics by metric.
+    Raises UserError for images that are not of the size of the first, whichever process has them, and if `found` are of
+    other features.
     """
     metrics, chosen = tuple(config.evaluation.metrics), None
     if len(source) > KEPT and flags.FLAGS.make_reference:
         chosen = np.random.RandomState(SEED).choice(len(source), KEPT, replace=False)
-    extract, collector = judge.extractor(metrics, config.evaluation, framework), quality.Collector(metrics, (), chosen)
-    first = None
+    extract = judge.extractor(metrics, config.evaluation, framework, found)
+    collector, shape = quality.Collector(metrics, (), chosen), (*size_of(source, size), 3)
     for indices, images in read_batches(source, size, place):
-        first = first or (indices[0], images[0].shape)
         for i, image in zip(indices, images, strict=True):
-            if image.shape != first[1]:
+            if image.shape != shape:
                 raise UserError(
-                    f"the images {source.name(first[0])} {first[1]} and {source.name(i)} {image.shape} (h w c) are not "
-                    "of one size: give --image_size, and all are cropped to it"
+                    f"the images {source.name(0)} {shape} and {source.name(i)} {image.shape} (h w c) are not of one "
+                    "size: give --image_size, and all are cropped to it"
                 )
         collector.add(extract(np.stack(images)), np.array(indices))
     parts = place.gather(collector.to_bytes())

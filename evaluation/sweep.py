@@ -11,7 +11,7 @@ import pathlib
 from collections.abc import Callable
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from configs import base, paths, resolve, rules
@@ -52,7 +52,8 @@ def evaluate(load: sampling.Load, framework: tools.Tools, start: Start) -> None:
     """Load and judge as the command line says: once, or every pair of --omegas and --intervals; print and write that.
 
     load: as of `sampling.sample`.  start: config -> this process's place among all, called before anything is computed.
-    Raises UserError for what cannot be read, sampled or written.
+    A directory that cannot be written is no error if that shows before the sampling: results are printed.
+    Raises UserError for what cannot be read or sampled, and if writing fails, after the results were printed.
     """
     for flag, run in (("make_reference", stored.make_reference), ("samples", stored.judge_samples)):
         if flags.FLAGS[flag].value:
@@ -65,17 +66,32 @@ def evaluate(load: sampling.Load, framework: tools.Tools, start: Start) -> None:
     if configs and flags.FLAGS.save:
         raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
     judge = make_judge(config, framework, place)
+    writable = not place.process and is_writable(workdir())
     if configs:
         rows, images = sweep(configs, lambda config: judge(config, sampler, weights))
         if not place.process:
             print(table(rows))
-            print("\n".join(best_lines(rows)))
+            print("\n".join(best_lines(rows)), flush=True)
+        if writable:
             print(write(workdir(), config, rows, images))
         return
     result, images = judge(config, sampler, weights)
     if not place.process:
+        result |= judging.provenance(config.evaluation)
+        print(json.dumps(result), flush=True)  # before it is written, which may fail
+    if writable:
+        report.write_evaluation(workdir(), result)
         grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
-        print(report.write_evaluation(workdir(), result | judging.provenance(config.evaluation)))
+
+
+def is_writable(path: str) -> bool:
+    """Return whether results can be written to a directory; a warning says that they are printed only."""
+    try:
+        files.check_writable(pathlib.Path(path) / report.FILE_NAME)
+    except UserError as error:
+        logging.warning("%s  Results are printed, and not written", error)
+        return False
+    return True
 
 
 def overridden(config: base.Config) -> base.Config:
@@ -96,7 +112,9 @@ def make_judge(config: base.Config, framework: tools.Tools, place: tools.Place) 
         return judging.Judge(config, framework, place, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
     if flags.FLAGS.save:
         raise UserError("--save goes with --metrics here; the sample command saves images without judging them")
-    return functools.partial(report.evaluate, real=report.load_real(config), place=place)
+    real = report.load_real(config)
+    report.check_real(config, real)
+    return functools.partial(report.evaluate, real=real, place=place)
 
 
 def guided(config: base.Config) -> list[base.Config]:
@@ -136,6 +154,8 @@ def sweep(configs: list[base.Config], judge: Judge) -> tuple[list[Row], dict[flo
         c = config.sample
         result, samples = judge(config)
         rows.append({"omega": c.omega, "interval": c.interval} | result)
+        if result:  # of the first process
+            logging.info("%s", json.dumps(rows[-1]))  # should a later pair fail
         if c.interval == configs[0].sample.interval:
             images[c.omega] = samples[:SHOWN].copy()  # a view would keep them all
     return rows, images

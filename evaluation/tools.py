@@ -1,7 +1,7 @@
 """What a framework hands to the commands that sample and judge, and where their processes stand."""
 
 import io
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -13,6 +13,17 @@ from data import autoencoder
 
 Decode = Callable[[np.ndarray], np.ndarray]  # latents [b h w c] in data units -> images [b H W 3] in [-1, 1]
 Extract = Callable[[np.ndarray], Any]  # images uint8 [b h w c] -> {name: features [b d]}
+
+
+class Extractor:
+    """Makes features of images uint8 [b h w c]: {name: [b d]}."""
+
+    def __init__(self, function: Extract, widths: Mapping[str, int]):
+        """widths: d by name, known before any image is seen."""
+        self.function, self.widths = function, widths
+
+    def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:
+        return self.function(images)
 
 
 class Tools(NamedTuple):
@@ -48,14 +59,8 @@ def decoder(config: base.Config, tools: Tools) -> Decode | None:
 
     Raises UserError for an autoencoder that cannot be read, or one of other latents than the model's.
     """
-    flag = flags.FLAGS["vae"].value if "vae" in flags.FLAGS else None
-    name = config.latents.vae if flag is None else flag
-    convention = latents.of(config)
-    if convention is None:
-        if flag:
-            raise UserError("--vae decodes latents, and this model is of none: config.latents.scale is ()")
-        return None
-    if not name:
+    name, convention = _autoencoder(config)
+    if not name or convention is None:
         return None
     files = autoencoder.read(name)
     channels = files.settings["latent_channels"]
@@ -65,6 +70,22 @@ def decoder(config: base.Config, tools: Tools) -> Decode | None:
             "the one that made the data, by --vae"
         )
     return tools.make_decoder(files, convention)
+
+
+def image_side(config: base.Config) -> int:
+    """Return the side, in pixels, of the samples of a model, decoded by what `decoder` takes.  Raises as that."""
+    name, _ = _autoencoder(config)
+    return config.model.input_size * (autoencoder.read_factor(name) if name else 1)
+
+
+def _autoencoder(config: base.Config) -> tuple[str, latents.Convention | None]:
+    """Return the name of the autoencoder, "" if nothing decodes, and the convention of the model's latents."""
+    flag = flags.FLAGS["vae"].value if "vae" in flags.FLAGS else None
+    convention = latents.of(config)
+    if convention is None and flag:
+        raise UserError("--vae decodes latents, and this model is of none: config.latents.scale is ()")
+    name = config.latents.vae if flag is None else flag
+    return ("" if convention is None else name), convention
 
 
 def gather_rows(parts: list[dict[str, np.ndarray]], place: Place) -> dict[str, np.ndarray]:

@@ -1,6 +1,6 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-from evaluation import conventions
+from evaluation import conventions, tools
 from jax_impl import weights
 from jax_impl.batches import in_batches
 from jax_impl.models.inception import Inception, resized
@@ -27,4 +27,4 @@ def make_inception(weights_path, convention, batch_size=64):
         conventions.check_images(images)
         return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return extract
+    return tools.Extractor(extract, conventions.WIDTHS)

@@ -1,7 +1,7 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
 from data.float32 import full_float32
-from evaluation import conventions
+from evaluation import conventions, tools
 from torch_impl import weights
 from torch_impl.batches import in_batches
 from torch_impl.models.inception import Inception, resized
@@ -28,4 +28,4 @@ def make_inception(weights_path, convention, batch_size=64):
         with full_float32():
             return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return extract
+    return tools.Extractor(extract, conventions.WIDTHS)

@@ -169,6 +169,12 @@ def test_the_hub_without_its_package(monkeypatch):
         autoencoder.read("some/vae")
 
 
+def test_the_factor_needs_no_weights(tmp_path):
+    path = write(tmp_path, kind="safetensors")
+    (tmp_path / "diffusion_pytorch_model.safetensors").write_bytes(b"")
+    assert autoencoder.read_factor(path) == 2
+
+
 def test_latent_shape():
     files = autoencoder.Files({"block_out_channels": (8, 16, 32, 32), "latent_channels": 4}, {}, "")
     assert autoencoder.factor(files) == 8

@@ -1,6 +1,7 @@
 """Images that are removed or replaced while latents are made of them: the command goes on and names them."""
 
 import io
+from typing import Any
 
 import numpy as np
 import PIL.Image
@@ -19,6 +20,12 @@ NAMES = [f"{label}/{i}.png" for label in range(2) for i in range(4)]
 def encode(images):
     means = images[..., :1].reshape(-1, 2, 2, 2, 2, 1).mean((2, 4), np.float32)
     return np.concatenate([means, means], axis=-1)
+
+
+def metadata(dest):
+    found = latents.read_metadata(str(dest))
+    assert found
+    return found
 
 
 def png(level):
@@ -50,7 +57,7 @@ def make(folder, dest, plan=PLAN, **where):
 
 
 def read(dest):
-    source = tfds.builder_from_directory(str(dest)).as_data_source("train")
+    source: Any = tfds.builder_from_directory(str(dest)).as_data_source("train")
     return [source[i] for i in range(len(source))]
 
 
@@ -65,8 +72,7 @@ def test_the_broken_image_is_removed(folder, dest, others, caplog):
     assert [record["name"].decode() for record in read(dest)] == NAMES[:5] + NAMES[6:]
     assert [int(record["moments"][0, 0, 0]) for record in read(dest)] == [0, 1, 2, 3, 4, 6, 7]
     assert [record["label"] for record in read(dest)] == [0, 0, 0, 0, 1, 1, 1]
-    metadata = latents.read_metadata(str(dest))
-    assert metadata["skipped"] == [NAMES[5]] and metadata["num_images"] == 7
+    assert metadata(dest)["skipped"] == [NAMES[5]] and metadata(dest)["num_images"] == 7
     assert f"1 images were removed since {dest} was begun, 1/1.png for one" in caplog.text
     assert not [path for path in dest.iterdir() if path.name.startswith(".")]
 
@@ -75,7 +81,7 @@ def test_the_broken_image_is_replaced(folder, dest):
     (folder / NAMES[5]).write_bytes(png(9))
     assert make(folder, dest) == []
     assert [int(record["moments"][0, 0, 0]) for record in read(dest)] == [0, 1, 2, 3, 4, 9, 6, 7]
-    assert latents.read_metadata(str(dest))["skipped"] == []
+    assert metadata(dest)["skipped"] == []
 
 
 def test_an_image_that_is_encoded_already_stays(folder, dest):

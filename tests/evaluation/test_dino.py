@@ -9,7 +9,7 @@ import torch
 import transformers
 
 from configs.errors import UserError
-from evaluation import dino
+from evaluation import dino, tools
 
 PATCH = 56
 GRID = dino.SIDE // PATCH  # 4
@@ -59,7 +59,9 @@ def class_tokens(model, x):
 @pytest.mark.parametrize("size", [dino.SIDE, 32, (64, 48)])
 def test_features_are_class_tokens_of_transformers(path, size):
     x = images(size)
-    found = dino.load(path)(x)
+    extract = dino.load(path)
+    assert isinstance(extract, tools.Extractor) and extract.widths == {"dino": WIDTH}
+    found = extract(x)
     assert set(found) == {"dino"} and found["dino"].shape == (3, WIDTH) and found["dino"].dtype == np.float32
     expected = class_tokens(transformers.Dinov2Model.from_pretrained(path), prepared(x))
     np.testing.assert_allclose(found["dino"], expected, atol=ATOL)

@@ -258,6 +258,52 @@ def test_a_reference_is_read_before_anything_is_sampled(config, framework):
 
 
 @pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"metrics": ("is",), "num_samples": 9}, "is needs 10 samples or more, and there are 9: use more"),
+        ({"metrics": ("kid", "pr"), "num_samples": 3}, "pr needs 4 samples or more, and there are 3"),
+    ],
+)
+def test_too_few_samples(config, framework, changes, message):
+    config.evaluation.update(changes)
+    with pytest.raises(UserError, match=message):
+        judge.Judge(config, framework.tools())
+    assert not framework.made
+
+
+def test_a_reference_of_another_size(config, framework, tmp_path):
+    references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(8, 8)))
+    judge.Judge(config, framework.tools())
+    references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(64, 64)))
+    with pytest.raises(UserError, match=r"for fid are of images of 64 x 64 pixels, the images have 8 x 8 \(h x w\)"):
+        judge.Judge(config, framework.tools())
+
+
+def test_the_size_of_samples_is_that_of_decoded_ones(latents, framework, tmp_path, monkeypatch):
+    monkeypatch.setattr(tools.autoencoder, "read_factor", lambda name: {"some/vae": 2}[name])
+    references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(16, 16)))
+    latents.evaluation.metrics = ("fid",)
+    judge.Judge(latents, framework.tools())
+    references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(8, 8)))
+    with pytest.raises(UserError, match="images of 8 x 8 pixels, the images have 16 x 16"):
+        judge.Judge(latents, framework.tools())
+
+
+def test_a_reference_of_other_features(config, framework):
+    extract = tools.Extractor(lambda images: pytest.fail("features are made"), {"pool": 2048, "logits": 1008})
+    with pytest.raises(UserError, match="for fid are of 2 features, but the images have 2048 of pool"):
+        judge.Judge(config, framework.tools()._replace(make_inception=lambda *_: extract))
+
+
+@pytest.mark.parametrize("kind", ["png", "npz"])
+def test_images_that_cannot_be_saved(config, framework, tmp_path, kind):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write .*file/new/dataset.json"):
+        judge.Judge(config, framework.tools(), output=tmp_path / "file" / "new", save=kind)
+    assert not framework.made
+
+
+@pytest.mark.parametrize(
     ("names", "needed", "networks"),
     [
         (("fid", "pr"), {"pool"}, ["inception"]),

@@ -68,7 +68,7 @@ def test_npz_of_others(tmp_path, mean, covariance, names, dtype):
     got = references.read(tmp_path / "a.stats")
     np.testing.assert_array_equal(got.covariance, covariance)
     assert got.covariance.dtype == np.float64
-    assert got[2:] == (None, None, "")
+    assert got[2:] == (None, None, "", None)
 
 
 @pytest.mark.parametrize("protocol", range(pickle.HIGHEST_PROTOCOL + 1))
@@ -81,7 +81,7 @@ def test_pickle_of_edm2(tmp_path, mean, covariance, protocol, order):
     )
     path = tmp_path / "a.pkl"
     path.write_bytes(pickle.dumps({"fid": fid, "fd_dinov2": dino, "num_images": 7}, protocol))
-    assert_equal(references.read(path), (mean.astype(np.float32), covariance, 7, features, ""))
+    assert_equal(references.read(path), (mean.astype(np.float32), covariance, 7, features, "", None))
     assert_equal(references.read(path, "fd_dinov2")[:2], statistics(5))
 
 

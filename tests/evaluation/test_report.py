@@ -129,6 +129,14 @@ def test_samples_that_cannot_be_judged(config, images, num_labels, words):
         report.evaluate_samples(images, np.zeros(num_labels, int), config)
 
 
+def test_what_cannot_be_compared_is_not_sampled(config, monkeypatch):
+    """By a run that judges itself, neither."""
+    one_class = report.Real(np.zeros((2, 8, 8, 1)), np.zeros(2), {})
+    monkeypatch.setattr(report, "load_real", lambda config: one_class)
+    with pytest.raises(UserError, match="the real images are all of one class"):
+        report.evaluate(config, lambda *_: pytest.fail("it samples"), None)
+
+
 def test_write_evaluation(tmp_path):
     line = report.write_evaluation(tmp_path / "run", {"class_accuracy": 0.5, "frechet_distance_pixels": 1.5})
     assert "\n" not in line

@@ -244,6 +244,15 @@ def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, a
     assert not sampler.calls
 
 
+def test_an_output_that_cannot_be_written(config, parse, tmp_path):
+    """Found before weights are read."""
+    (tmp_path / "file").touch()
+    for output in (tmp_path / "file", tmp_path / "file" / "new"):
+        parse(f"--output={output}", "--weights=w.safetensors")
+        with pytest.raises(UserError, match=f"cannot write {output}/samples.npz: Not a directory"):
+            sampling.sample(lambda *_: pytest.fail("it loads"), TOOLS)
+
+
 def test_a_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file"):

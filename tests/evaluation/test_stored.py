@@ -3,6 +3,7 @@
 import functools
 import io
 import json
+import threading
 import zipfile
 
 import numpy as np
@@ -92,6 +93,7 @@ def test_grey_images_become_red_green_and_blue(tmp_path):
         ({"arr_0": IMAGES.astype(np.float32)}, r"arr_0 of float32 \(10, 6, 6, 3\), not uint8"),
         ({"arr_0": IMAGES[0]}, r"arr_0 of uint8 \(6, 6, 3\), not uint8 \[n h w 1 or 3\]"),
         ({"arr_0": IMAGES[..., :2]}, r"arr_0 of uint8 \(10, 6, 6, 2\), not uint8 \[n h w 1 or 3\]"),
+        ({"arr_0": IMAGES[:0]}, r"a.npz has no images, arr_0 is of shape \(0, 6, 6, 3\)"),
         ({"arr_0": np.array([None])}, "cannot read the images of .*allow_pickle=False"),
     ],
 )
@@ -159,6 +161,25 @@ def test_images_of_several_sizes(folder, config, name):
     whole = stored.collect(source, config, FRAMEWORK, 4, tools.ALONE)
     expected = np.stack([pictures.centre_crop(source.read(i), 4) for i in range(NUM)])
     np.testing.assert_array_equal(whole.rows("pool"), features(expected))
+
+
+@pytest.mark.parametrize("num", [2, 4])
+def test_images_of_several_sizes_in_several_processes(folder, config, num):
+    """Each process has images of one size, and that of the other ones refuses."""
+    for i in range(3, 6):
+        PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "class0" / f"{i}.png")
+    source = pictures.open_pictures(str(folder))
+
+    def process(place):
+        try:
+            stored.collect(source, config, FRAMEWORK, None, place)
+        except UserError as error:
+            return str(error)
+        except threading.BrokenBarrierError:  # another process has ended
+            return ""
+
+    words = "class0/0.png (6, 6, 3) and class0/3.png (9, 9, 3) (h w c) are not of one size"
+    assert [words in found for found in processes.run(num, process)] == [False, True] + [False] * (num - 2)
 
 
 def test_an_image_is_cropped_only_if_asked(npz):
@@ -246,6 +267,47 @@ def test_what_a_reference_needs(config, parse, folder, changes, message):
         stored.make_reference(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 
 
+@pytest.mark.parametrize("size", [None, 4])
+def test_a_reference_tells_the_size_of_its_images(folder, config, parse, tmp_path, size):
+    config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "real.npz"))
+    parse(f"--make_reference={folder}", *([f"--image_size={size}"] if size else []))
+    stored.make_reference(FRAMEWORK, start, config)
+    assert references.read(tmp_path / "real.npz").image_size == (size or SIDE,) * 2
+
+
+def test_a_reference_that_cannot_be_written(folder, config, parse, tmp_path):
+    """Found before any image is read."""
+    (tmp_path / "file").touch()
+    config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "file" / "real.npz"))
+    parse(f"--make_reference={folder}")
+    framework = FRAMEWORK._replace(make_inception=lambda *_: pytest.fail("weights are read"))
+    with pytest.raises(UserError, match="cannot write .*file/real.npz"):
+        stored.make_reference(framework, start, config)
+    (tmp_path / "file").unlink()
+    (tmp_path / "file" / "real.npz").mkdir(parents=True)
+    with pytest.raises(UserError, match="cannot write .*file/real.npz: Is a directory"):
+        stored.make_reference(framework, start, config)
+
+
+def test_a_disk_that_is_full_in_the_end(folder, config, parse, tmp_path, monkeypatch):
+    """The statistics are kept elsewhere, and the error says where."""
+    config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "new" / "real.npz"))
+    parse(f"--make_reference={folder}")
+    monkeypatch.setattr(stored.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    replace = references.files.replace_bytes
+
+    def full(path, content):
+        if "new" in str(path):
+            raise references.files.cannot_write(path, OSError(28, "No space left on device"))
+        replace(path, content)
+
+    monkeypatch.setattr(references.files, "replace_bytes", full)
+    other = tmp_path / "reference_" / "real.npz"
+    with pytest.raises(UserError, match=f"cannot write .*new/real.npz: No space .*  The statistics are in {other}"):
+        stored.make_reference(FRAMEWORK, start, config)
+    np.testing.assert_allclose(references.read(other).mean, features(IMAGES).mean(0), rtol=1e-6)
+
+
 @pytest.fixture
 def reference(tmp_path, config):
     """Return features of real images, to whose statistics the config compares."""
@@ -275,6 +337,49 @@ def test_samples_are_cropped_by_the_flag(npz, reference, config, parse, capsys):
     stored.judge_samples(FRAMEWORK, start, config)
     rows = features(np.stack([pictures.centre_crop(image, 4) for image in IMAGES]))
     assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(metrics.frechet_distance(rows, reference))
+
+
+@pytest.fixture
+def unread(npz, reference, config, parse, monkeypatch):
+    """Return a function (metrics, message, ...): judging is refused before features are made."""
+
+    def check(metrics, message, *argv, widths=None):
+        config.evaluation.metrics = metrics
+        parse(f"--samples={npz}", *argv)
+        extract = tools.Extractor(lambda images: pytest.fail("features are made"), widths or {})
+        with pytest.raises(UserError, match=message):
+            stored.judge_samples(FRAMEWORK._replace(make_inception=lambda *_: extract), start, config)
+
+    return check
+
+
+def test_samples_of_another_size_than_the_reference(unread, config):
+    reference = references.read(config.evaluation.reference)
+    references.write(config.evaluation.reference, reference._replace(image_size=(32, 24)))
+    words = r"for fid are of images of 32 x 24 pixels, the images have {} x {} \(h x w\): give .*--image_size={}"
+    unread(("fid",), words.format(6, 6, 6))
+    unread(("kid", "fid"), words.replace("fid", "kid").format(4, 4, 4), "--image_size=4")
+
+
+def test_a_reference_of_unknown_size_is_told(npz, reference, config, parse, caplog):
+    caplog.set_level("INFO")
+    parse(f"--samples={npz}")
+    stored.judge_samples(FRAMEWORK, start, config)
+    assert "does not tell the size of its images: fid and kid is meaningful only if they are of 6 x 6" in caplog.text
+
+
+def test_samples_and_a_reference_of_other_features(unread):
+    unread(("fid",), "for fid are of 3 features, but the images have 2048 of pool", widths={"pool": 2048})
+
+
+def test_too_few_samples(unread, config, tmp_path, npz, parse):
+    np.savez(npz, IMAGES[:3])
+    unread(("fid", "pr"), "pr needs 4 samples or more, and there are 3")
+    unread(("fid", "is"), "is needs 10 samples or more, and there are 3")
+    np.savez(npz, IMAGES)
+    few = references.read(config.evaluation.reference)
+    references.write(config.evaluation.reference, few._replace(features=few.features[:3]))
+    unread(("pr",), "pr needs 4 real images or more, and there are 3")
 
 
 def test_samples_need_metrics(config, parse):

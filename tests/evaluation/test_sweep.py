@@ -9,7 +9,7 @@ import pytest
 
 from configs import base, digits
 from configs.errors import UserError
-from evaluation import references, report, stored, sweep, sweep_page
+from evaluation import files, references, report, stored, sweep, sweep_page
 from evaluation.plots import image
 from evaluation.tools import Place, Tools
 
@@ -182,9 +182,10 @@ def run(config, monkeypatch, tmp_path):
     """Return a loader of a run whose images are 1 / omega everywhere, judged by that number."""
 
     def judge(images, labels, config, features, real):
-        return {"num_samples": len(images), "frechet_distance_pixels": float(images.mean())} | real
+        return {"num_samples": len(images), "frechet_distance_pixels": float(images.mean())} | real.bound
 
-    monkeypatch.setattr(report, "load_real", lambda config: {"real_frechet_distance_pixels": 0.25})
+    real = report.Real(np.zeros((9, 8, 8, 1)), np.arange(9), {"real_frechet_distance_pixels": 0.25})
+    monkeypatch.setattr(report, "load_real", lambda config: real)
     monkeypatch.setattr(report, "evaluate_samples", judge)
     monkeypatch.setattr(sweep, "workdir", lambda: str(tmp_path))
     monkeypatch.setattr(sweep.resolve, "read_workdir", lambda path: config)
@@ -207,6 +208,65 @@ def test_evaluate_prints_the_table_and_the_best(run, parse, tmp_path, capsys):
     assert best == "best frechet_distance_pixels: 0.25 with --omega=4 --interval=0,1"
     assert path == str(tmp_path / "sweep.html")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["sweep.html", "sweep.json"]
+
+
+@pytest.fixture
+def read_only(monkeypatch, tmp_path):
+    """Make the work directory one that cannot be written."""
+    (tmp_path / "file").touch()
+    monkeypatch.setattr(sweep, "workdir", lambda: str(tmp_path / "file"))
+
+
+@pytest.mark.parametrize("argv", [(), ("--omegas=1,4,2",)])
+def test_results_are_printed_where_nothing_can_be_written(run, read_only, parse, tmp_path, capsys, caplog, argv):
+    """Which a warning tells before the sampling."""
+    parse("--num_samples=6", *argv)
+    sweep.evaluate(run, None, lambda config: Place())
+    assert "frechet_distance_pixels" in capsys.readouterr().out
+    assert "Results are printed, and not written" in caplog.text
+    assert [path.name for path in tmp_path.iterdir()] == ["file"]
+
+
+@pytest.mark.parametrize("argv", [(), ("--omegas=1,4,2",)])
+def test_results_are_printed_before_the_disk_is_full(run, parse, capsys, monkeypatch, argv):
+    def full(path, text):
+        raise files.cannot_write(path, OSError(28, "No space left on device"))
+
+    parse("--num_samples=6", *argv)
+    monkeypatch.setattr(files, "replace_text", full)
+    with pytest.raises(UserError, match="cannot write .*: No space left"):
+        sweep.evaluate(run, None, lambda config: Place())
+    assert "frechet_distance_pixels" in capsys.readouterr().out
+
+
+def test_a_sweep_that_fails_leaves_its_rows_in_the_log(run, parse, monkeypatch, caplog):
+    caplog.set_level("INFO")
+    parse("--num_samples=6", "--omegas=1,4")
+    config, sampler, weights = run()
+
+    def failing(weights, noise, y, c, fresh):
+        return sampler(weights, noise, y, c, fresh) if c.omega < 2 else pytest.fail("a later pair fails")
+
+    with pytest.raises(pytest.fail.Exception):
+        sweep.evaluate(lambda *_: (config, failing, weights), None, lambda config: Place())
+    row = {"omega": 1.0, "interval": [0.0, 1.0], "num_samples": 6, "frechet_distance_pixels": 1.0}
+    assert json.dumps(row | {"real_frechet_distance_pixels": 0.25}) in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("real", "message"),
+    [
+        (np.zeros((1, 8, 8, 1)), "a distance needs two real images or more"),
+        (np.zeros((2, 8, 8, 1)), "all of one class: set --config.evaluation.classifier=False"),
+    ],
+)
+def test_what_cannot_be_compared_is_not_sampled(noisy, sampled, parse, monkeypatch, real, message):
+    labels = np.minimum(np.arange(len(real)), len(real) - 2)
+    monkeypatch.setattr(report, "load_real", lambda config: report.Real(real, labels, {}))
+    parse("--num_samples=9")
+    with pytest.raises(UserError, match=message):
+        sweep.evaluate(noisy, FRAMEWORK, lambda config: Place())
+    assert not sampled
 
 
 def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):

@@ -31,6 +31,10 @@ def test_features_in_parts(path):
     np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)
 
 
+def test_widths_are_known_before_any_image(path):
+    assert make_inception(path, "torch_fidelity").widths == {"pool": 2048, "logits": 1008}
+
+
 def test_mistakes_are_named(path, tmp_path):
     with pytest.raises(UserError, match="choose torch_fidelity"):
         make_inception(path, "none")

@@ -49,6 +49,10 @@ def test_tf32_is_put_back(path):
         torch.set_float32_matmul_precision("highest")
 
 
+def test_widths_are_known_before_any_image(path):
+    assert make_inception(path, "torch_fidelity").widths == {"pool": 2048, "logits": 1008}
+
+
 def test_mistakes_are_named(path, tmp_path):
     with pytest.raises(UserError, match="choose torch_fidelity"):
         make_inception(path, "none")
