@@ -201,6 +201,7 @@ def train() -> Config:
     c.clip_norm = 0.0  # largest global gradient norm; 0: no clipping
     c.clip_stage = "all"  # rectified: clip in: all | guided (only where the velocity is guided)
     c.schedule = "constant"  # after the warm-up: constant | cosine
+    c.schedule_steps = 0  # cosine: length of the schedule, after which the rate stays at its floor; 0: train.steps
     c.warmup_steps = 0  # linear warm-up
     c.warmup_from = 0.0  # learning rate at step 0 of the warm-up
     c.final_factor = 0.1  # cosine: last learning rate over the peak

@@ -10,14 +10,20 @@ from absl import logging
 
 from configs import base, latents, locks, paths, rules, share
 from configs.errors import UserError
-from configs.versions import flatten, from_json, read_file, to_json  # noqa: F401  from_json is for others
+from configs.versions import flatten, from_json, read_content, read_file, to_json  # noqa: F401  for others, too
 
-# A run may be resumed with other values of these: they change what is reported or how far it goes, not its steps.
-FREE = (
-    "name", "data.dir", "data.num_workers", "data.prefetch", "latents.vae", "train.steps", "train.accumulate",
-    "train.remat", "train.fsdp", "train.compile", "train.num_threads", "train.log_every", "train.sample_every",
-    "train.evaluate_every", "train.checkpoint_every", "train.keep_checkpoints", "sample.", "evaluation.",
-)  # fmt: skip
+# A run may be resumed with other values of these options, and of whole sections.
+FREE = {
+    "name", "sample", "evaluation", "latents.vae",  # what is reported, and how finished weights are used
+    "train.log_every", "train.sample_every", "train.evaluate_every",
+    "train.checkpoint_every", "train.keep_checkpoints",  # what is kept
+    "train.steps", "train.schedule_steps",  # how far it goes; `schedule_length` sees to the rates of steps done
+    "data.dir", "data.name", "data.encoder", "method.teacher",  # where things are; `contents` sees to what they hold
+    "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # how it is divided
+    "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # how rounded
+    "train.load_from",  # read before the first checkpoint only
+}  # fmt: skip
+CONTENTS = ("data.name", "data.encoder", "method.teacher")  # compared by what they hold, if that was stored
 # What a model and one that it starts or learns from have in common.
 ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
 FILE_NAME = "config.json"
@@ -135,22 +141,30 @@ def load_file(name: str) -> base.Config:
         raise UserError(f"--config {name}: {error}") from error
 
 
-def open_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> locks.Lock:
+def open_workdir(
+    workdir: str | os.PathLike, config: base.Config, framework: str, contents: dict[str, str] | None = None
+) -> locks.Lock:
     """Make the work directory of a run, write its config there and return the lock on it: close it when the run ends.
 
-    framework: `jax` or `torch`, the writer of its checkpoints.
-    A run that is there already goes on if its config is the same but for what may change (`FREE`).
-    Raises UserError naming the options that differ, if another run uses the directory or it is one of the other
+    framework: `jax` or `torch`, the writer of its checkpoints.  contents: {option: digest} of what `CONTENTS` hold.
+    A run that is there already goes on if its config is the same but for what may change (`FREE`), and its paths hold
+    what they held.  Raises UserError naming what differs, if another run uses the directory or it is one of the other
     framework, or if it cannot be written.
     """
-    path = pathlib.Path(workdir) / FILE_NAME
+    path, contents = pathlib.Path(workdir) / FILE_NAME, contents or {}
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
         lock = locks.Lock(path.parent)
         try:
             check_workdir(workdir, config, framework)
+            if path.exists():
+                _check_contents(workdir, config, contents)
+                contents = read_content(path) | contents
             unfinished = path.with_suffix(f".{os.getpid()}")
-            unfinished.write_text(to_json(config))
+            with open(unfinished, "w", encoding="utf-8") as file:
+                file.write(to_json(config, contents))
+                file.flush()
+                os.fsync(file.fileno())  # else a power loss may leave an empty file
             unfinished.replace(path)
         except BaseException:
             lock.close()
@@ -169,13 +183,46 @@ def check_workdir(workdir: str | os.PathLike, config: base.Config, framework: st
                 f"{workdir} is the work directory of a run in {FRAMEWORKS[other]}, this is {FRAMEWORKS[framework]}.  "
                 "Choose another --workdir; parity/convert.py carries weights over"
             )
-    if path.exists():
-        old, new = flatten(read_workdir(workdir)), flatten(config)
-        differing = [key for key in new if new[key] != old[key] and not key.startswith(FREE)]
-        if differing:
-            shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
+    if not path.exists():
+        return
+    there = read_workdir(workdir)
+    old, new = flatten(there), flatten(config)
+    differing = [key for key in new if new[key] != old[key] and not {key, key.split(".")[0]} & FREE]
+    if differing:
+        shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
+        raise UserError(
+            f"{workdir} was written by another config: {shown}.  Set them back, or choose another --workdir"
+        )
+    lengths = schedule_length(there), schedule_length(config)
+    if lengths[0] != lengths[1]:
+        raise UserError(
+            f"{workdir} has a cosine schedule of {lengths[0]} steps, and this config one of {lengths[1]}, under which "
+            f"the steps done would have had other learning rates.  To go on at its last rate, set "
+            f"--config.train.schedule_steps={lengths[0]}; for another schedule, choose another --workdir and "
+            "--config.train.load_from"
+        )
+    if old["train.load_from"] != new["train.load_from"]:
+        logging.info("config.train.load_from %r: a run with a checkpoint goes on from that", new["train.load_from"])
+
+
+def schedule_length(config: base.Config) -> int | None:
+    """Return the steps that the schedule of the learning rate spans; None for one that does not depend on them."""
+    c = config.train
+    return None if c.schedule == "constant" else c.schedule_steps or c.steps
+
+
+def _check_contents(workdir: str | os.PathLike, config: base.Config, contents: dict[str, str]) -> None:
+    """Raise UserError if a path of the config holds something else than that of the run that is there."""
+    path = pathlib.Path(workdir) / FILE_NAME
+    stored, old, new = read_content(path), flatten(read_file(path)), flatten(config)
+    for key in CONTENTS:
+        known = key in stored and key in contents  # else the run is from before digests were stored
+        differs = stored[key] != contents[key] if known else old[key] != new[key]
+        if differs:
+            moved = f"{new[key]!r}, and that" if old[key] != new[key] else "the same path, which by now"
             raise UserError(
-                f"{workdir} was written by another config: {shown}.  Set them back, or choose another --workdir"
+                f"{workdir} is of config.{key} {old[key]!r}; this config names {moved} holds something else.  Set it "
+                "back, or choose another --workdir"
             )
 
 

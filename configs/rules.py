@@ -70,6 +70,7 @@ RANGES = {
     "method.stage1_steps": (0, None),
     "method.distance_clip": (0, None),
     "train.steps": (1, None),
+    "train.schedule_steps": (0, None),
     "train.batch_size": (1, None),
     "train.accumulate": (1, None),
     "train.fsdp": (1, None),

@@ -105,6 +105,13 @@ def open_labels(name: str, split: str, directory: str) -> LabelSource:
     return LabelSource(_read(builder, split, set()))
 
 
+def open_records(name: str, split: str, directory: str) -> Sequence[dict]:
+    """Return the whole records of a split, images as stored, undecoded.  Arguments and errors as `open_source`."""
+    builder = _open(name, directory)
+    _check(builder, name, split)
+    return _read(builder, split, set())
+
+
 def split_names(name: str, directory: str) -> tuple[str, ...]:
     """Return the splits of a dataset, preparing it first if need be.  Arguments and errors as `open_source`."""
     return tuple(_open(name, directory).info.splits)

@@ -40,7 +40,8 @@ class Loader(Iterator):
         num_workers: int,
         encode: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
-        """batches: those of this process, by step.  identity: what the order depends on, kept in the state.
+        """batches: those of this process, by step.  identity: what the order depends on, kept in the state; the
+            path of the data does not count, since they may move.
 
         encode: makes the features of `pixels` or else of `image`; None: as the batches are.
         """
@@ -69,11 +70,11 @@ class Loader(Iterator):
     def set_state(self, state: str) -> None:
         """Continue exactly after the batch at which `state` was taken, whatever the number of processes or workers.
 
-        Raises UserError if `state` is of another dataset, seed or global batch size.
+        Raises UserError if `state` is of another split, length, seed or global batch size.
         """
         saved = json.loads(state)
         for key, value in self._identity.items():
-            if saved[key] != value:
+            if saved.get(key, value) != value:  # a checkpoint of an older version may lack one
                 raise UserError(
                     f"the checkpoint's loader had {key} {saved[key]!r}, this run has {value!r}: set it back, or start "
                     "a new work directory"
@@ -133,7 +134,7 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     extra, encode = _extra(config), _load_encoder(config)
     examples = open_examples(config, config.data.split, extra)
     identity = {
-        "dataset": examples.title,
+        "split": config.data.split,
         "num_examples": len(examples),
         "seed": config.seed,
         "batch_size": batch_size,

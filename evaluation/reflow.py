@@ -1,6 +1,5 @@
 """What both reflow commands share: flags, the checks of teacher and guide, and the couplings that they ask for."""
 
-import hashlib
 import os
 import pathlib
 from collections.abc import Callable
@@ -13,7 +12,7 @@ from ml_collections import config_flags
 from configs import base, latents, paths, resolve
 from configs.errors import UserError
 from configs.flags import config as config_flag
-from data import couplings, datasets, records
+from data import contents, couplings, datasets, records
 
 SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
 GRID = ("steps", "sigma_min", "sigma_max", "rho")  # flags of the sampler
@@ -79,7 +78,10 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     if f.labels == "dataset":
         settings |= {"dataset": configs[0].data.name, "split": configs[0].data.split}
     for name, model in zip(("teacher", "guide"), models, strict=False):
-        settings |= {f"{name}.weights": digest(model.weights), **resolve.flatten(model.config.model, f"{name}.model.")}
+        settings |= {
+            f"{name}.weights": contents.of_weights(model.weights),
+            **resolve.flatten(model.config.model, f"{name}.model."),
+        }
     metadata = {"teacher": os.path.abspath(f.teacher), "guide": f.guide and os.path.abspath(f.guide)}
     convention = latents.of(configs[0])
     if convention:  # of the couplings as of the teacher's own data
@@ -160,12 +162,3 @@ def make_plan(config: base.Config) -> couplings.Plan:
         (c.input_size, c.input_size, c.channels), num_samples, c.num_classes, f.seed, labels, f.distance_clip,
         f.shard_size, f.batch_size,
     )  # fmt: skip
-
-
-def digest(weights: dict[str, np.ndarray]) -> str:
-    """Return a short name of the content of weights {name: array}."""
-    total = hashlib.sha256()
-    for name, a in sorted(weights.items()):
-        total.update(f"{name} {a.dtype} {a.shape}".encode())
-        total.update(np.ascontiguousarray(a).data)
-    return total.hexdigest()[:16]

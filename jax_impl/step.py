@@ -97,12 +97,13 @@ def abstract_state(config, mesh):
 def learning_rate(step, c):
     """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
 
-    The cosine falls to final_factor of the peak at the last step, or warmup_steps before it (cosine_end = early), as
-    in the official iMF code, which passes optax a length that already excludes the warm-up.
+    The cosine falls to final_factor of the peak at the last step, that of schedule_steps if that is set, or
+    warmup_steps before it (cosine_end = early), as in the official iMF code, which passes optax a length that already
+    excludes the warm-up.
     """
     step = jnp.asarray(step, jnp.result_type(float))  # float64 where that is enabled: an int32 would give float32
     warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
-    end = c.steps - (c.warmup_steps if c.cosine_end == "early" else 0)
+    end = (c.schedule_steps or c.steps) - (c.warmup_steps if c.cosine_end == "early" else 0)
     progress = jnp.clip((step - c.warmup_steps) / max(end - c.warmup_steps, 1), 0, 1)
     cosine = c.final_factor + (1 - c.final_factor) * (1 + jnp.cos(math.pi * progress)) / 2
     rate = c.learning_rate * (cosine if c.schedule == "cosine" else 1.0)

@@ -14,6 +14,7 @@ from jax.experimental import multihost_utils
 from configs import latents, resolve
 from configs.errors import UserError
 from configs.stages import stage_at
+from data import contents
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
@@ -61,7 +62,8 @@ def train(config, workdir):
     sampler = make_sampler(config, graphdef, mesh)
     reports = make_reports(config, sampler)
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
-    lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax"))
+    digests = read_contents(config)
+    lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax", digests))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
@@ -126,6 +128,12 @@ def read_model(path, config):
     if theirs:
         latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
     return read_weights(path, own.sample.ema)
+
+
+def read_contents(config):
+    """Return {option: digest} of what the config's paths hold, in which a resumed run may not differ."""
+    distills = config.method.name == "decoupled" and config.method.guidance_type == "distill"
+    return contents.of_config(config, read_model(config.method.teacher, config)[1] if distills else None)
 
 
 def load_teacher(config, mesh):

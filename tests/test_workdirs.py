@@ -1,10 +1,12 @@
 """Runs and their work directories, as commands: one run at a time, wherever it is."""
 
+import shutil
 import signal
 
 import pytest
 
 from configs.resolve import read_workdir
+from data import couplings
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 
@@ -39,3 +41,29 @@ def test_names_of_directories(launcher, options, tmp_path, name, datasets_dir):
     assert read_workdir(tmp_path / name.removeprefix("~/")).train.steps == 1
     command = launcher.run("torch_impl/sample.py", flag, "--num_samples=2", HOME=str(tmp_path))
     assert command.poll() == 0, command.stderr
+
+
+def test_data_that_moved(in_both, launcher, options, datasets_dir, tmp_path):
+    """A run goes on with the same dataset elsewhere, and with no other in its place."""
+
+    def scenario(framework):
+        one, other, workdir = (tmp_path / framework / name for name in ("one", "other", "run"))
+        shutil.copytree(f"{datasets_dir}/digits/1.0.0", one)
+
+        def train(steps, data):
+            changes = {"train.steps": steps, "data.name": data, "evaluation.dataset": "digits"}
+            return launcher.run(TRAINERS[framework], *options(changes), f"--workdir={workdir}")
+
+        command = train(1, one)
+        assert command.poll() == 0, command.stderr
+        one.rename(other)
+        command = train(2, other)
+        assert command.poll() == 0 and "resuming from step 1" in command.stderr, command.stderr
+        tiny = couplings.Plan((8, 8, 1), 1437, 10, 0, shard_size=2000, batch_size=1437)
+        couplings.make(one, tiny, lambda noise, labels: noise, {})
+        command = train(3, one)
+        assert command.poll() == 2
+        line = command.stderr.splitlines()[-1]
+        assert f"{workdir} is of config.data.name '{other}'; this config names '{one}', and that holds" in line
+
+    in_both(scenario)

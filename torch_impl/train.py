@@ -21,6 +21,7 @@ from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
 from configs.stages import stage_at
+from data import contents
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
@@ -67,7 +68,8 @@ def train(config, workdir, device):
     state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, make_sampler(config, device))
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
-    lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch"))
+    digests = read_contents(config)
+    lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch", digests))
     num_parameters = sum(p.numel() for p in state.net.parameters())
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
@@ -132,6 +134,12 @@ def read_model(path, config):
     if theirs:
         latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
     return read_weights(path, own.sample.ema)
+
+
+def read_contents(config):
+    """Return {option: digest} of what the config's paths hold, in which a resumed run may not differ."""
+    distills = config.method.name == "decoupled" and config.method.guidance_type == "distill"
+    return contents.of_config(config, read_model(config.method.teacher, config)[1] if distills else None)
 
 
 def load_teacher(config, device):

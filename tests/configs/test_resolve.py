@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import digits, resolve
+from configs import base, digits, resolve
 from configs.errors import UserError
 
 
@@ -141,10 +141,79 @@ def test_a_workdir_of_another_config_is_refused_by_option(tmp_path):
 
 def test_a_run_may_go_on_longer_and_log_otherwise(tmp_path):
     config = digits.get_config()
+    config.train.schedule = "constant"
     resolve.open_workdir(tmp_path, config, "jax")
     config.train.steps, config.train.log_every, config.sample.steps = 9, 3, 4
     resolve.open_workdir(tmp_path, config, "jax")
     assert resolve.read_workdir(tmp_path).train.steps == 9
+
+
+def test_free_options_exist():
+    flat = resolve.flatten(base.get_config())
+    assert flat.keys() | {key.split(".")[0] for key in flat} >= resolve.FREE
+
+
+@pytest.mark.parametrize("steps", [1500, 600])
+def test_a_cosine_schedule_keeps_its_length(tmp_path, steps):
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config, "jax")
+    config.train.steps = steps
+    message = rf"cosine schedule of 1200 steps, and this config one of {steps}.*--config.train.schedule_steps=1200"
+    with pytest.raises(UserError, match=message):
+        resolve.open_workdir(tmp_path, config, "jax")
+    config.train.schedule_steps = 1200
+    resolve.open_workdir(tmp_path, config, "jax")
+    resolve.open_workdir(tmp_path, config, "jax")
+    config.train.steps = config.train.schedule_steps = 1200
+    resolve.open_workdir(tmp_path, config, "jax")
+    config.train.schedule_steps = 1300
+    with pytest.raises(UserError, match="1200 steps, and this config one of 1300"):
+        resolve.open_workdir(tmp_path, config, "jax")
+    config.train.schedule = "constant"
+    with pytest.raises(UserError, match="train.schedule"):
+        resolve.open_workdir(tmp_path, config, "jax")
+
+
+PATHS = {"data.name": "old/data", "method.teacher": "old/teacher", "data.encoder": "old/encoder"}
+
+
+@pytest.mark.parametrize("key", resolve.CONTENTS)
+def test_what_moved_is_found_by_what_it_holds(tmp_path, key):
+    config = digits.get_config()
+    config.update_from_flattened_dict(PATHS)
+    resolve.open_workdir(tmp_path, config, "torch", dict.fromkeys(PATHS, "1"))
+    config.update_from_flattened_dict({key: "new/path"})
+    resolve.open_workdir(tmp_path, config, "torch", dict.fromkeys(PATHS, "1"))
+    assert resolve.flatten(resolve.read_workdir(tmp_path))[key] == "new/path"
+    before = (tmp_path / "config.json").read_text()
+    for path, words in [("newer", "names 'newer', and that"), ("new/path", "names the same path, which by now")]:
+        config.update_from_flattened_dict({key: path})
+        with pytest.raises(UserError, match=f"is of config.{key} 'new/path'; this config {words} holds something else"):
+            resolve.open_workdir(tmp_path, config, "torch", dict.fromkeys(PATHS, "1") | {key: "2"})
+    assert (tmp_path / "config.json").read_text() == before
+
+
+def test_a_path_of_a_run_without_digests_must_stay(tmp_path):
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config, "torch")
+    config.data.name = "new/path"
+    with pytest.raises(UserError, match="is of config.data.name 'digits'; this config names 'new/path'"):
+        resolve.open_workdir(tmp_path, config, "torch", {"data.name": "1"})
+    config.data.name = "digits"
+    resolve.open_workdir(tmp_path, config, "torch", {"data.name": "1"})
+    config.data.name = "new/path"
+    resolve.open_workdir(tmp_path, config, "torch", {"data.name": "1"})
+
+
+def test_no_message_tells_to_delete_a_run(tmp_path):
+    config = digits.get_config()
+    resolve.open_workdir(tmp_path, config, "torch")
+    config.model.depth = 7
+    for framework in ("torch", "jax"):
+        with pytest.raises(UserError) as error:
+            (tmp_path / "checkpoints" / "torch").mkdir(parents=True, exist_ok=True)
+            resolve.open_workdir(tmp_path, config, framework)
+        assert "delete" not in str(error.value)
 
 
 def test_a_missing_or_damaged_config_is_named(tmp_path):

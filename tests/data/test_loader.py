@@ -377,7 +377,7 @@ def loader_at(config, state, process, num_processes):
     [
         ({"seed": 3}, BATCH, "seed 0, this run has 3"),
         ({}, 128, "batch_size 256, this run has 128"),
-        ({"data.split": "test"}, BATCH, r"dataset 'digits \(train\)', this run has 'digits \(test\)'"),
+        ({"data.split": "test"}, BATCH, "split 'train', this run has 'test'"),
     ],
 )
 def test_a_state_of_another_run(config, change, batch_size, words):

@@ -6,6 +6,7 @@ from absl import flags
 
 from configs import digits, resolve
 from configs.errors import UserError
+from data import contents
 from evaluation import reflow
 
 FLOW = {"method.name": "flow", "model.interval_embedder": False}
@@ -117,8 +118,8 @@ def test_the_digest_is_of_names_shapes_and_values():
         weights | {"a": np.zeros((3, 2), np.float32)}, weights | {"b": np.array([1, 2.0])},
         {"a": weights["a"], "c": weights["b"]}, weights | {"a": np.zeros((2, 3), np.int32)},
     ]  # fmt: skip
-    assert reflow.digest(dict(reversed(weights.items()))) == reflow.digest(weights)
-    assert len({reflow.digest(each) for each in [weights, *others]}) == 5
+    assert contents.of_weights(dict(reversed(weights.items()))) == contents.of_weights(weights)
+    assert len({contents.of_weights(each) for each in [weights, *others]}) == 5
 
 
 def test_no_output_or_a_work_directory(given, monkeypatch):

@@ -121,6 +121,10 @@ def test_learning_rates(schedule, end, at, expected):
     c.update(learning_rate=1.0, schedule=schedule, cosine_end=end, steps=100, warmup_steps=10, warmup_from=0.1)
     c.final_factor = 0.2
     assert float(step.learning_rate(at, c)) == pytest.approx(expected, abs=1e-6)
+    c.schedule_steps, c.steps = 100, 170  # the schedule keeps its length in a longer run, and then its floor
+    assert float(step.learning_rate(at, c)) == pytest.approx(expected, abs=1e-6)
+    c.warmup_steps = 0
+    assert float(step.learning_rate(150, c)) == pytest.approx(0.2 if schedule == "cosine" else 1.0)
 
 
 def test_noise_is_laid_out_as_its_image():
