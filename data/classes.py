@@ -15,6 +15,7 @@ SPLITS = (
     "trainval", "unlabeled", "unlabelled", "val", "valid", "validation", "valset",
 )  # fmt: skip
 WRAPPERS = ("data", "dataset", "full", "image", "images", "img", "imgs", "set", "split")  # words that name no class
+BUCKET = re.compile(r"(\d{5})/img(\d{8})\.\w+")  # EDM's name of a file, of which a folder has a thousand
 NUMBER = re.compile("[+-]?[0-9]+")
 PARTS = 10  # folders: classes are more, parts of a dataset fewer, where all have the same folders
 SHOWN = 5  # classes whose labels are logged
@@ -36,6 +37,12 @@ def labels_by_folder(names: Sequence[str], tops: set[str], where: str) -> tuple[
         logging.warning("%s has no class folders: the label of all files is 0", where)
         return [0] * len(names), ["0"]
     _check_folders(names, where)
+    buckets = [BUCKET.fullmatch(name) for name in names]
+    if len(tops) > 1 and all(match and int(match[2]) // 1000 == int(match[1]) for match in buckets):
+        raise UserError(
+            f"{where} holds files as EDM numbers them, {names[0]} for one, and its folders are no classes: add its "
+            'dataset.json, or one of {"labels": null} for unlabelled files'
+        )
     found = [name.split("/", 1)[0] for name in names]
     empty = sorted(tops - set(found))
     if empty:

@@ -15,7 +15,8 @@ from configs.errors import UserError
 from data import couplings
 
 INDEX = couplings.INDEX  # the list of labels
-IGNORED = ("__MACOSX",)  # macOS adds it to its zips
+# What operating systems add to zips and disks; @eaDir of Synology's holds thumbnails.
+IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 ARCHIVES = ("7z", "bz2", "gz", "rar", "tar", "tgz", "zip")
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 ENCRYPTED, UTF8 = 0x1, 0x800  # flags of a zip's entry

@@ -34,6 +34,7 @@ class Store(NamedTuple):
     names: Sequence[str]
     read: Callable[[str], Entry]
     labels: Sequence[int] | None  # of the names; None: each entry has its own
+    classes: Sequence[str] = ()  # the names of the labels, if they are known
 
 
 @contextlib.contextmanager
@@ -111,15 +112,17 @@ def open_pt(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
         raise UserError(f"{source} is no folder: name that of the classes")
     everything, tops = folders.Folder(str(source)).list()
     names = folders.with_suffix(everything, ("pt",), str(source))
-    by_name = dict.fromkeys(names)
+    by_name, of_labels = dict.fromkeys(names), []
     if any("/" in name for name in names):
-        by_name = dict(zip(names, classes.labels_by_folder(names, tops, str(source))[0], strict=True))
+        by_folder, of_labels = classes.labels_by_folder(names, tops, str(source))
+        by_name = dict(zip(names, by_folder, strict=True))
 
     def read(name: str) -> Entry:
         entry = _of_dict(_load_pt(source / name), str(source / name))
         return entry._replace(label=by_name[name] if entry.label is None else entry.label)
 
-    yield Store(names, read, _chosen(names, labels))
+    own = labels is not None or _of_dict(_load_pt(source / names[0]), str(source / names[0])).label is not None
+    yield Store(names, read, _chosen(names, labels), () if own else of_labels)
 
 
 def _load_pt(path: pathlib.Path) -> Any:

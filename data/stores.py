@@ -91,6 +91,7 @@ def _job(dest: pathlib.Path, store: formats.Store, options: Options, first: dict
     how = {name: getattr(options, name) for name in ("format", "moments", "layout")}
     digest = hashlib.sha256(json.dumps([list(store.names), store.labels]).encode()).hexdigest()[:16]
     about = {"source": options.source.name, "images": digest, "shard_size": options.shard_size}
+    facts |= {"classes": list(store.classes)} if store.classes else {}
     facts["source"] = {"path": str(options.source.resolve()), **how}
     shards = records.split_into_shards(len(store.names), options.shard_size)
     kept = latents.features(facts["latent_shape"], flip)

@@ -2,7 +2,7 @@
 
 import pathlib
 import types
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -44,13 +44,15 @@ class Judge:
             files.check_writable(output / saving.INDEX)
         self.extract = extractor(self.metrics, c, framework, self.references)
         self.decode = tools.decoder(config, framework)
+        self.unsaved: UserError | None = None
         self._check_channels(config)
 
     def __call__(self, config: base.Config, sampler: sampling.Sampler, weights: Any) -> tuple[dict, np.ndarray]:
         """Return {metric: value} of config.evaluation.num_samples samples, and the first of them, [n h w c].
 
         config: one of the same data and evaluation, with another guidance, say.  sampler, weights: see `sampling`.
-        Every process calls it; all but the first get no metrics, and the first of their own samples.
+        Every process calls it; all but the first get no metrics, and the first of their own samples.  If images cannot be
+        saved there are metrics all the same, and `self.unsaved` is the error.
         """
         num = config.evaluation.num_samples
         saver = saving.Saver(self.output, self.save) if self.save and self.output else None
@@ -65,10 +67,10 @@ class Judge:
             collector.add(self.extract(pixels), indices)
             if sum(map(len, shown)) < SHOWN:
                 shown.append(images[: SHOWN - sum(map(len, shown))].copy())  # a view would keep the whole batch
-            if saver:
-                saver.add(indices, pixels, labels)
-        if saver:
-            saver.finish(self.place)
+            if saver and not self.unsaved:
+                self._save(saver.add, indices, pixels, labels)
+        if saver:  # every process takes part in this
+            self._save(saver.finish, self.place)
         parts = self.place.gather(collector.to_bytes())
         shown = np.concatenate(shown) if shown else np.empty((0, 1, 1, 3), np.float32)
         if self.place.process:
@@ -77,6 +79,13 @@ class Judge:
             quality.Collector.merge(parts, self.metrics), self.references, config.evaluation.convention
         )
         return {"num_samples": num} | values, shown
+
+    def _save(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except UserError as error:
+            logging.error("%s  The images are judged all the same", error)
+            self.unsaved = error
 
     def _decoded(self, samples: np.ndarray) -> np.ndarray:
         images = samples if self.decode is None else self.decode(samples)

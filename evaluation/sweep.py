@@ -82,6 +82,8 @@ def evaluate(load: sampling.Load, framework: tools.Tools, start: Start) -> None:
     if writable:
         report.write_evaluation(workdir(), result)
         grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
+    if not place.process and isinstance(judge, judging.Judge) and judge.unsaved:
+        raise judge.unsaved
 
 
 def is_writable(path: str) -> bool:

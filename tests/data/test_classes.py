@@ -79,6 +79,14 @@ def test_parts_of_the_data_are_no_classes(name):
         labels(*SPLITS[name].split())
 
 
+def test_folders_of_edm_are_no_classes():
+    names = [f"{i // 1000:05}/img{i:08}.png" for i in (0, 999, 1000, 2500)]
+    with pytest.raises(UserError, match="data holds files as EDM numbers them, .*: add its dataset.json, or one of"):
+        labels(*names)
+    assert labels(*names, "00003/other.png")[1] == ["00000", "00001", "00002", "00003"]
+    assert labels(*names[:2])[0] == [0, 0]
+
+
 def test_an_empty_split_is_one():
     with pytest.raises(UserError, match="all images of data are in its folder train, in 2 folders there"):
         labels("train/cat/1", "train/dog/1", more=["val"])

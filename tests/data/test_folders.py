@@ -90,6 +90,13 @@ def test_a_link_that_leads_nowhere(folder, target):
     assert listing(folder) == OWN
 
 
+def test_thumbnails_are_no_images(folder):
+    for name in ("cat/@eaDir/1.png/SYNOPHOTO_THUMB_M.jpg", "@eaDir/2.jpg", "$RECYCLE.BIN/3.png", "lost+found/4.png"):
+        (folder / name).parent.mkdir(parents=True)
+        (folder / name).touch()
+    assert listing(folder) == OWN
+
+
 def test_a_pipe_is_no_file(folder):
     os.mkfifo(folder / "cat" / "6.png")
     with pytest.raises(UserError, match="data/cat/6.png is no file: move it away"):

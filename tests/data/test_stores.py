@@ -418,3 +418,18 @@ def test_the_command(write, launcher, tmp_path):
     shutil.rmtree(source / "00000")
     command = launcher.run("data.stores", "edm2", source, tmp_path / "dest")
     assert command.poll() == 2 and command.stderr.splitlines()[-1].startswith("error: cannot read ")
+
+
+def test_names_of_the_folders_of_pt(tmp_path):
+    """Numbers by value; labels within the files have no names."""
+    source = write_pt(tmp_path / "pt")
+    for old, new in zip(sorted(path.name for path in source.iterdir()), ("10", "9"), strict=True):
+        (source / old).rename(source / new)
+    run("pt", source, tmp_path / "a")
+    assert latents.read_metadata(str(tmp_path / "a"))["classes"] == ["9", "10"]
+    assert {record["name"].decode().split("/")[0]: record["label"] for record in read(tmp_path / "a")} == {
+        "9": 0, "10": 1,
+    }  # fmt: skip
+    labelled = write_pt(tmp_path / "labelled", lambda i: {"moments": torch.tensor(moments(i)), "label": i})
+    run("pt", labelled, tmp_path / "b")
+    assert "classes" not in latents.read_metadata(str(tmp_path / "b"))

@@ -239,6 +239,27 @@ def test_results_are_printed_before_the_disk_is_full(run, parse, capsys, monkeyp
     assert "frechet_distance_pixels" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(
+    ("kind", "name"), [("png", "000005.png"), ("png", "dataset.json"), ("npz", "samples_uint8.npz")]
+)
+def test_metrics_survive_images_that_cannot_be_saved(
+    noisy, parse, reference, capsys, monkeypatch, tmp_path, kind, name
+):
+    replace = files.replace_bytes
+
+    def full(path, content):
+        if path.name == name:
+            raise files.cannot_write(path, OSError(28, "No space left on device"))
+        replace(path, content)
+
+    monkeypatch.setattr(files, "replace_bytes", full)
+    parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", f"--save={kind}")
+    with pytest.raises(UserError, match=f"cannot write .*{name}: No space left"):
+        sweep.evaluate(noisy, FRAMEWORK, lambda config: Place())
+    result = json.loads(capsys.readouterr().out)
+    assert result["fid"] > 0 and json.loads((tmp_path / "evaluation.json").read_text()) == result
+
+
 def test_a_sweep_that_fails_leaves_its_rows_in_the_log(run, parse, monkeypatch, caplog):
     caplog.set_level("INFO")
     parse("--num_samples=6", "--omegas=1,4")
