@@ -1,15 +1,18 @@
 """Devices and processes: what the flags and the cluster say."""
 
 import functools
+import os
+import socket
 from collections import Counter
+from typing import Any
 
 import jax
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from configs.cluster import check_groups
+from configs import cluster
 from configs.errors import UserError
 
 AXES = ("data", "fsdp")
@@ -57,26 +60,46 @@ def start_jax(config):
     Raises UserError if they cannot be joined.
     """
     f = flags.FLAGS
-    set_precision(config)
-    if f.cpu_devices:
-        jax.config.update("jax_num_cpu_devices", f.cpu_devices)
+    visible = cluster.visible_gpus(os.environ)
     if f.distributed or f.coordinator:
         jax.config.update("jax_cpu_collectives_implementation", "gloo")
-        where = (f.coordinator, f.num_processes, f.process) if f.coordinator else ()
+        arguments = _arguments(visible)
         try:
-            jax.distributed.initialize(*where)
+            jax.distributed.initialize(**arguments)
         except (ValueError, RuntimeError) as error:
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    else:
+        cluster.check_started_together(os.environ, "add --distributed, or start one (srun --ntasks=1)")
+    _set_up(config, visible)
+
+
+def _arguments(visible) -> dict[str, Any]:
+    f = flags.FLAGS
+    if not f.coordinator:
+        return {"local_device_ids": cluster.gpus_of_task(os.environ, visible)}
+    where = {"coordinator_address": f.coordinator, "num_processes": f.num_processes, "process_id": f.process}
+    return where | {"cluster_detection_method": "deactivate"}  # else SLURM's would take one GPU, whatever the flags say
+
+
+def _set_up(config, visible):
+    """Set precision and devices, and log which of them this process has."""
+    set_precision(config)
+    if flags.FLAGS.cpu_devices:
+        jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
+    local = jax.local_devices()
+    there = cluster.gpus_of_node(os.environ, visible) if local[0].platform == "gpu" else len(local)
+    logging.info(
+        "process %d of %d on %s: %d of its %d devices (%s)", jax.process_index(), jax.process_count(),
+        socket.gethostname(), len(local), there, local[0].device_kind,
+    )  # fmt: skip
 
 
 def start_alone(config):
     """Return the number of this process and how many there are; from here on each works alone."""
     f = flags.FLAGS
     if f.coordinator:  # the flags say all there is to know
-        place = f.process, f.num_processes
-        f["coordinator"].value = None
-        start_jax(config)
-        return place
+        _set_up(config, cluster.visible_gpus(os.environ))
+        return f.process, f.num_processes
     start_jax(config)
     place = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
@@ -108,7 +131,7 @@ def order_devices(devices, fsdp):
         raise UserError(f"every process needs the same number of devices, but {shown}")
     # On GPUs a slice is what NVLink connects: a host.  CPUs have no slices.
     hosts = [getattr(device, "slice_index", device.process_index) for device in devices]
-    check_groups(hosts, fsdp, "devices")
+    cluster.check_groups(hosts, fsdp, "devices")
     shape = len(devices) // fsdp, fsdp
     if devices[0].platform == "tpu" and len(set(hosts)) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)

@@ -34,6 +34,7 @@ ONE_SIDED = {
         "local_mesh": "the same",
         "device_mesh": "the same",
         "order_devices": "the same",
+        "TIMEOUT": "JAX has its own",
         "PIECE": "PyTorch gathers objects of any size",
     },
     "step.py": {

@@ -1,18 +1,28 @@
 """Devices and processes: what torchrun started, or one process alone."""
 
+import datetime
 import os
+import socket
+from typing import Any
 
 import torch
 import torch.distributed as dist
+from absl import logging
 
+from configs import cluster
 from configs.errors import UserError
 from data import float32
 
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process judges or writes
+
 
 def choose_device():
-    """Return this process's device: its own GPU if there is one, else the CPU."""
+    """Return this process's device: its own GPU if there is one, else the CPU.
+
+    Raises UserError if torchrun started more processes than there are GPUs.
+    """
     if torch.cuda.is_available():
-        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        return torch.device("cuda", cluster.gpu_of_rank(os.environ, torch.cuda.device_count()))
     return torch.device("cpu")
 
 
@@ -25,6 +35,7 @@ def start_torch(config, num_threads=0):
     """Set the precision, and join the processes of torchrun or stand alone.  Returns the device.
 
     num_threads: of an operation on the CPU unless train.num_threads says otherwise; 0 leaves that to PyTorch.
+    Raises UserError if the processes cannot be joined.
     """
     set_precision(config)
     device = choose_device()
@@ -32,11 +43,21 @@ def start_torch(config, num_threads=0):
         torch.set_num_threads(config.train.num_threads or num_threads)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    if "RANK" in os.environ:
-        dist.init_process_group(backend)
-    else:  # asynchronous checkpoints want a group even for one process
-        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+        cluster.warn_of_idle_gpus(os.environ, torch.cuda.device_count())
+    group: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
+    if device.type == "cuda":
+        group |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if "RANK" not in os.environ:  # asynchronous checkpoints want a group even for one process
+        cluster.check_started_together(os.environ, "start torchrun in one task per node, as launch/slurm.sh does")
+        group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
+    try:
+        dist.init_process_group(**group)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
+    logging.info(
+        "process %d of %d on %s: %s", dist.get_rank(), dist.get_world_size(), socket.gethostname(),
+        f"{device}, of {torch.cuda.device_count()} GPUs" if device.type == "cuda" else device,
+    )  # fmt: skip
     return device
 
 

@@ -16,7 +16,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configs.cluster import check_groups
+from configs import cluster
 from configs.stages import stages
 from torch_impl.methods import METHODS
 from torch_impl.methods.common import arrange
@@ -85,7 +85,7 @@ def make_mesh(config, device):
     """
     world, fsdp = (dist.get_world_size() if dist.is_initialized() else 1), config.train.fsdp
     per_host = int(os.environ.get("LOCAL_WORLD_SIZE", world))  # torchrun numbers the processes of a host consecutively
-    check_groups([rank // per_host for rank in range(world)], fsdp, "processes")
+    cluster.check_groups([rank // per_host for rank in range(world)], fsdp, "processes")
     if world == 1:
         return None
     return init_device_mesh(device.type, (world // fsdp, fsdp), mesh_dim_names=("data", "fsdp"))

@@ -90,3 +90,57 @@ def test_meshes_of_this_process(tiny):
     assert step.make_mesh(tiny()) == mesh
     with pytest.raises(UserError, match="config.train.fsdp 8 does not divide the 1 devices: choose one of 1"):
         step.make_mesh(tiny({"train.fsdp": 8}))
+
+
+@pytest.fixture
+def joined(monkeypatch, parse_flags):
+    """Return a function (argv, env) -> what `jax.distributed.initialize` is told."""
+
+    def join(argv, **env):
+        told = []
+        monkeypatch.setattr(devices.os, "environ", {"CUDA_VISIBLE_DEVICES": "0,1,2,3,4,5,6,7"} | env)
+        monkeypatch.setattr(devices.jax.distributed, "initialize", lambda **arguments: told.append(arguments))
+        monkeypatch.setattr(devices, "_set_up", lambda config, visible: None)
+        parse_flags(devices.define_flags, *argv)
+        devices.start_jax(None)
+        return told
+
+    return join
+
+
+SLURM = {"SLURM_PROCID": "1", "SLURM_LOCALID": "0", "SLURM_NODEID": "1", "SLURM_STEP_NUM_TASKS": "2"}
+
+
+def test_one_task_on_a_node_takes_all_its_gpus(joined):
+    """JAX itself takes the one of the task's number, and no other."""
+    found = joined(["--distributed"], **SLURM, SLURM_STEP_TASKS_PER_NODE="1(x2)")
+    assert found == [{"local_device_ids": [0, 1, 2, 3, 4, 5, 6, 7]}]
+
+
+def test_tasks_that_cannot_share_the_gpus_end_with_one_message(joined):
+    with pytest.raises(UserError, match=r"^3 tasks on .* cannot share the 8 GPUs"):
+        joined(["--distributed"], **SLURM, SLURM_STEP_TASKS_PER_NODE="3(x2)")
+
+
+def test_processes_started_by_hand_take_all_gpus_inside_an_allocation_too(joined):
+    (found,) = joined(["--coordinator=a:1", "--num_processes=2", "--process=1"], **SLURM)
+    assert found == {
+        "coordinator_address": "a:1", "num_processes": 2, "process_id": 1, "cluster_detection_method": "deactivate",
+    }  # fmt: skip
+
+
+def test_tasks_without_the_flag_are_refused(joined):
+    with pytest.raises(UserError, match="srun started 2 tasks.* add --distributed"):
+        joined([], **SLURM)
+    assert joined([]) == []
+
+
+def test_the_log_says_which_devices_a_process_has(tiny, parse_flags, monkeypatch, caplog):
+    """GPUs that are there and not used are counted too."""
+    parse_flags(devices.define_flags)
+    monkeypatch.setattr(devices, "set_precision", lambda config: None)
+    monkeypatch.setenv("SLURM_GPUS_ON_NODE", "8")
+    monkeypatch.setattr(devices.jax, "local_devices", lambda: gpus(1, 2, 2))
+    caplog.set_level("INFO")
+    devices.start_jax(tiny())
+    assert "process 0 of 1 on " in caplog.text and ": 2 of its 8 devices (NVIDIA H100 80GB HBM3)" in caplog.text

@@ -1,10 +1,10 @@
-"""The mesh of processes on several hosts, which torchrun numbers host by host."""
+"""Processes on several hosts, which torchrun numbers host by host: their mesh, and the GPU of each."""
 
 import pytest
 import torch
 
 from configs.errors import UserError
-from torch_impl import step
+from torch_impl import devices, step
 
 CPU = torch.device("cpu")
 
@@ -40,3 +40,54 @@ def test_one_process(tiny):
     assert step.make_mesh(tiny(), CPU) is None
     with pytest.raises(UserError, match="config.train.fsdp 8 does not divide the 1 processes"):
         step.make_mesh(tiny({"train.fsdp": 8}), CPU)
+
+
+@pytest.fixture
+def started(monkeypatch, tiny):
+    """Return a function (num_gpus, env) -> the device on a host of that many GPUs, and how the processes are joined."""
+
+    def start(num_gpus, **env):
+        found = {}
+        monkeypatch.setattr(devices.os, "environ", env)
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: num_gpus > 0)
+        monkeypatch.setattr(torch.cuda, "device_count", lambda: num_gpus)
+        monkeypatch.setattr(torch.cuda, "set_device", lambda device: found.update(set=device))
+        monkeypatch.setattr(devices, "set_precision", lambda config: None)
+        monkeypatch.setattr(devices.dist, "init_process_group", lambda **group: found.update(group))
+        monkeypatch.setattr(devices.dist, "get_rank", lambda: 5)
+        monkeypatch.setattr(devices.dist, "get_world_size", lambda: 16)
+        return devices.start_torch(tiny()), found
+
+    return start
+
+
+def test_each_process_has_its_own_gpu(started, caplog):
+    caplog.set_level("INFO")
+    device, found = started(8, RANK="5", LOCAL_RANK="5", LOCAL_WORLD_SIZE="8")
+    assert device == found["set"] == found["device_id"] == torch.device("cuda", 5)
+    assert (found["backend"], found["timeout"]) == ("cpu:gloo,cuda:nccl", devices.TIMEOUT)
+    assert "process 5 of 16 on " in caplog.text and ": cuda:5, of 8 GPUs" in caplog.text
+    assert started(1, RANK="5", LOCAL_RANK="5")[0] == torch.device("cuda", 0)  # srun --gpus-per-task=1
+    with pytest.raises(UserError, match="process 5 on .* has no GPU, because only 4 can be used"):
+        started(4, RANK="5", LOCAL_RANK="5", LOCAL_WORLD_SIZE="8")
+
+
+def test_a_process_alone_says_that_it_leaves_gpus_idle(started, caplog):
+    device, found = started(8)
+    assert (device, found["world_size"]) == (torch.device("cuda", 0), 1)
+    assert "1 of the 8 GPUs of" in caplog.text
+
+
+def test_tasks_without_torchrun_are_refused(started):
+    with pytest.raises(UserError, match="srun started 4 tasks.* torchrun in one task per node"):
+        started(0, SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="4")
+
+
+def test_processes_that_cannot_be_joined(started, tiny, monkeypatch):
+    def refuse(**group):
+        raise ValueError("Error initializing torch.distributed using env:// rendezvous: WORLD_SIZE expected")
+
+    started(0)
+    monkeypatch.setattr(devices.dist, "init_process_group", refuse)
+    with pytest.raises(UserError, match="cannot join the other processes: .* WORLD_SIZE expected"):
+        devices.start_torch(tiny())
