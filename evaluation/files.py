@@ -45,7 +45,10 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
     unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        unfinished.write_bytes(content)
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power loss may leave an empty file
         os.replace(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):

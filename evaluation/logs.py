@@ -4,6 +4,7 @@ clu and TensorFlow take seconds to import, so they are imported only where a log
 """
 
 import json
+import operator
 import os
 import pathlib
 from typing import Any
@@ -18,6 +19,7 @@ from evaluation import files
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 30.0
+SHOWN = 80  # bytes of a damaged line
 TALKATIVE = ("orbax", "jax/_src")  # in the paths of their sources
 
 
@@ -73,16 +75,22 @@ class MetricLog:
     def rewind(self, step: int) -> None:
         """Drop the lines of metrics.jsonl after `step`, so that a resumed run leaves the file of an unbroken one.
 
-        Also drops a last line that was cut short when the run was killed.  TensorBoard's files stay as they are, and
-        hold the steps done again twice.  Raises UserError for any other line that is not JSON.
+        Also drops a last line that was cut short by a kill, and the zeros that a power loss may leave behind it.
+        TensorBoard's files stay as they are, and hold the steps done again twice.  Raises UserError for any other line
+        that is no line of a log, or if the file cannot be read.
         """
         if not self.active or not self._path.exists():
             return
-        lines = self._path.read_text().splitlines(keepends=True)
-        if lines and not lines[-1].endswith("\n"):
-            lines.pop()
-        kept = [line for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
-        files.replace_text(self._path, "".join(kept))
+        try:
+            *lines, last = self._path.read_bytes().rstrip(b"\0").split(b"\n")
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}: {error.strerror}; move it away") from error
+        if last.endswith(b"}"):  # whole but for its end of line
+            lines.append(last)
+        elif last:
+            logging.warning("%s: dropped an unfinished last line of %d bytes", self._path, len(last))
+        kept = [line + b"\n" for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
+        files.replace_bytes(self._path, b"".join(kept))
 
     def flush(self) -> None:
         """Bring TensorBoard's files up to date."""
@@ -105,11 +113,14 @@ class MetricLog:
         self.tensorboard = metric_writers.SummaryWriter(str(directory))
         self._console = metric_writers.LoggingWriter()
 
-    def _step_of(self, line: str, number: int) -> int:
+    def _step_of(self, line: bytes, number: int) -> int:
         try:
-            return json.loads(line)["step"]
-        except (json.JSONDecodeError, KeyError, TypeError) as error:
-            raise UserError(f"{self._path}, line {number} is not a log line: {line!r}; delete it") from error
+            return operator.index(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: neither text nor JSON
+            shown = repr(line if len(line) <= SHOWN else line[:SHOWN] + b"...").removeprefix("b")
+            raise UserError(
+                f"{self._path}, line {number} is not a log line: {shown}; delete that line, or move the file away"
+            ) from error
 
 
 class Progress:

@@ -75,6 +75,43 @@ def test_rewind_names_a_damaged_line(tmp_path, log):
         log.rewind(1)
 
 
+@pytest.mark.parametrize("tail", [b'{"step": 2, "lo', b"\0" * 500, b'{"step": 2, "lo' + b"\0" * 500, b"\xff\xfe", b""])
+def test_rewind_drops_what_a_kill_or_a_power_loss_leaves(tmp_path, log, tail):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + tail)
+    log.rewind(1)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n'
+
+
+def test_rewind_keeps_a_whole_last_line_without_an_end(tmp_path, log):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n{"step": 2}')
+    log.rewind(2)
+    assert (tmp_path / "metrics.jsonl").read_bytes() == b'{"step": 1}\n{"step": 2}\n'
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [b"\xff\x00\xfe", b"", b"[1]", b"7", b'{"step": "1"}', b'{"step": null}', b"{}", b"\0" * 500, b"[" * 100_000],
+)
+def test_rewind_names_any_other_damage_in_one_short_line(tmp_path, log, damage):
+    (tmp_path / "metrics.jsonl").write_bytes(b'{"step": 1}\n' + damage + b'\n{"step": 2}\n')
+    with pytest.raises(UserError, match="metrics.jsonl, line 2 is not a log line: .*; delete that line") as error:
+        log.rewind(1)
+    assert "\n" not in str(error.value) and len(str(error.value)) < 700
+    assert damage in (tmp_path / "metrics.jsonl").read_bytes()
+
+
+def test_what_stands_where_the_logs_belong(tmp_path, log):
+    (tmp_path / "metrics.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot read .*metrics.jsonl: Is a directory; move it away"):
+        log.rewind(1)
+    with pytest.raises(UserError, match="cannot write .*metrics.jsonl: Is a directory"):
+        log.write(1, {"loss": 1})
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "tensorboard").touch()
+    with pytest.raises(UserError, match="cannot write .*run/tensorboard: File exists"):
+        logs.MetricLog(tmp_path / "run")
+
+
 def test_an_inactive_log_does_nothing(tmp_path):
     log = logs.MetricLog(tmp_path / "run", active=False)
     log.write(1, {"loss": 1})
