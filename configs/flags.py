@@ -11,7 +11,7 @@ from configs import base, paths
 from configs.errors import UserError, exit_on_user_error
 from configs.resolve import flatten
 
-FILES = ("--config=", "--guide_config=")
+FILES = ("config", "guide_config")  # flags of config files
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file of the run, e.g. configs/digits.py[:variant].")
 _WORKDIR = flags.DEFINE(paths.WRITTEN, "workdir", None, "Directory of the run: config, checkpoints, logs, samples.")
 
@@ -54,20 +54,35 @@ def _help() -> str:
     )
 
 
-def _with_file(argument: str) -> str:
-    """Return --config=FILE[:variant] with `~` expanded.  Raises UserError if there is no such file."""
-    flag, value = argument.split("=", 1)
-    value = paths.expand(value)
-    path = value.split(":", 1)[0]
-    if not os.path.isfile(path):
-        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
-    return f"{flag}={value}"
+def _with_files(argv: list[str]) -> list[str]:
+    """Return the arguments, config files as --config=FILE[:variant] with `~` expanded.
+
+    Raises UserError if there is no such file or it cannot be a config.
+    """
+    found, rest = [], iter(argv)
+    for argument in rest:
+        flag, equals, value = argument.partition("=")
+        if flag.lstrip("-") not in FILES or not flag.startswith("-"):
+            found.append(argument)
+            continue
+        value = paths.expand(value if equals else next(rest, ""))
+        path = value.split(":", 1)[0]
+        if not os.path.isfile(path):
+            raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+        if not path.endswith(".py"):
+            raise UserError(f"--{flag.lstrip('-')}={path} is not a config file, FILE.py[:variant]")
+        found.append(f"{flag}={value}")
+    return found
 
 
 def _parse(argv: list[str]) -> list[str]:
-    argv = [_with_file(a) if a.startswith(FILES) else a for a in argv]
+    argv = _with_files(argv)
     try:
         rest = flags.FLAGS(argv)
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    except ImportError as error:
+        raise UserError(f"a config file cannot be imported: {error}") from error
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
         unknown = [name for name in overrides(argv) if name not in flatten(base.get_config())]
         if unknown:

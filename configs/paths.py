@@ -25,7 +25,7 @@ def expand(path: str) -> str:
     """Return `path` with a leading `~` or `~user` expanded.  Raises UserError if there is no such home directory."""
     expanded = os.path.expanduser(path)
     if path.startswith("~") and expanded == path:
-        raise UserError(f"there is no home directory {path.split('/')[0]} (of {path}); ./{path} is a file of that name")
+        raise UserError(f"there is no home directory {path.split('/')[0]}; if the name begins with ~, write ./{path}")
     return expanded
 
 

@@ -128,7 +128,10 @@ def load_file(name: str) -> base.Config:
         raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config {path} is neither a .py nor a .json file")
-    get_config = runpy.run_path(file).get("get_config") if path.suffix == ".py" else None
+    try:
+        get_config = runpy.run_path(file).get("get_config") if path.suffix == ".py" else None
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     if path.suffix == ".py" and get_config is None:
         raise UserError(f"--config {path} defines no get_config(); configs/digits.py shows how a config looks")
     if variant and (get_config is None or not inspect.signature(get_config).parameters):

@@ -1,5 +1,7 @@
 """The command line: what is wrong on it becomes one line and exit code 2."""
 
+import os
+import shutil
 import subprocess
 import sys
 
@@ -20,13 +22,25 @@ CONFIG = "--config=configs/digits.py"
 def run(tmp_path_factory):
     path = tmp_path_factory.mktemp("flags") / "program.py"
     path.write_text(PROGRAM)
-    return lambda *argv: subprocess.run([sys.executable, path, *argv], capture_output=True, text=True, timeout=100)
+
+    def run(*argv, **env):
+        command = [sys.executable, path, *argv]
+        return subprocess.run(command, capture_output=True, text=True, timeout=100, env=os.environ | env)
+
+    return run
 
 
 def test_overrides_reach_the_config(run):
     result = run(CONFIG, "--config.train.steps=7", "--config.sample.times=(1.0,0.5,0.0)", "--workdir=/x/y")
     assert result.stdout == "7 (1.0, 0.5, 0.0) /x/y\n"
     assert result.returncode == 0
+
+
+@pytest.mark.parametrize("argv", [["--config=~/a.py:unet"], ["--config", "~/a.py:unet"], ["-config=~/a.py:unet"]])
+def test_a_config_file_in_the_home_directory(run, argv, tmp_path):
+    shutil.copy("configs/digits.py", tmp_path / "a.py")
+    result = run(*argv, "--workdir=~/x", HOME=str(tmp_path))
+    assert result.stdout == f"500 () {tmp_path}/x\n", result.stderr
 
 
 @pytest.mark.parametrize(
@@ -38,6 +52,13 @@ def test_overrides_reach_the_config(run):
         ([CONFIG, "--config.train.stepz=7"], "there is no option config.train.stepz"),
         ([CONFIG, "--config.train.steps=many"], "config.train.steps=many"),
         (["--config=configs/meanflow_imagenet.py:b5"], "no variant 'b5'"),
+        (["--config", "configs/no.py"], "there is no config file configs/no.py"),
+        (["--config=configs/digits.py:unet:x"], "no variant 'unet:x'"),
+        (["--config=README.md"], "--config=README.md is not a config file"),
+        (["--config=~nobody_of_this_name/x.py"], "no home directory ~nobody_of_this_name"),
+        ([CONFIG, "--workdir=gs://bucket/x"], "is not a local path"),
+        ([CONFIG, "--workdir=README.md"], "is a file"),
+        ([CONFIG, "--config"], "there is no config file"),
         ([CONFIG, "--colour=blue"], "Unknown command line flag 'colour'"),
         ([CONFIG, "train"], "unexpected argument 'train'"),
     ],
@@ -54,3 +75,9 @@ def test_help_tells_the_flags(run):
     result = run("--help")
     assert result.returncode == 0
     assert "A program." in result.stdout and "--workdir" in result.stdout and "--config" in result.stdout
+
+
+def test_a_config_file_that_python_cannot_read(run, tmp_path):
+    (tmp_path / "a.py").write_text("x = 1\ndef get_config(:\n")
+    result = run(f"--config={tmp_path}/a.py")
+    assert result.returncode == 2 and result.stderr == f"error: {tmp_path}/a.py, line 2: invalid syntax\n"
