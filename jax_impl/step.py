@@ -13,6 +13,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from configs.stages import stages
 from jax_impl.devices import AXES, device_mesh
+from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
 from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
@@ -162,32 +163,6 @@ def apply_gradients(state, grads, c):
     return TrainState(step, params, opt_state, emas), norm
 
 
-def measure(loss, aux):
-    """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
-
-    raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
-    are the JVP's.  projection: the term of REPA.  kept: the share of couplings that are near enough to be learnt.
-    """
-    scalars = {"loss": loss, "raw_error": aux["err"].mean()}
-    if "du_dt" in aux:
-        jvp_row = aux["r"] < aux["t"]
-        du_dt_norm = jnp.sqrt(jnp.square(aux["du_dt"]).sum((1, 2, 3)))
-
-        def mean_over(rows, a):
-            return jnp.where(rows, a, 0).sum() / jnp.maximum(rows.sum(), 1)
-
-        scalars |= {
-            "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
-            "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
-            "du_dt_norm": mean_over(jvp_row, du_dt_norm),
-        }
-    if "err_flow" in aux:
-        scalars["raw_error_flow_rows"] = aux["err_flow"].mean()
-    if "err_v" in aux:
-        scalars["raw_error_v"] = aux["err_v"].mean()
-    return scalars | {name: aux[name] for name in ("projection", "kept") if name in aux}
-
-
 def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
     """Return the compiled step: (state, batch, stage=0) -> (state, metrics).
 
@@ -242,7 +217,7 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, grads, settings[stage].train)
-        return state, metrics | {"grad_norm": norm, "learning_rate": rate}
+        return state, of_kinds(metrics) | {"grad_norm": norm, "learning_rate": rate}
 
     options = KEEP_BARRIERS if c.remat and mesh.devices.flat[0].platform == "cpu" else None
     compiled = jax.jit(train_step, donate_argnums=0, static_argnums=2, compiler_options=options)

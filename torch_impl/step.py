@@ -18,6 +18,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from configs import cluster
 from configs.stages import stages
+from torch_impl.measures import measure, of_kinds
 from torch_impl.methods import METHODS
 from torch_impl.methods.common import arrange
 from torch_impl.models import ARCHITECTURES, PROJECTIONS
@@ -204,32 +205,6 @@ def apply_gradients(state, c):
     return state._replace(step=step), norm
 
 
-def measure(loss, aux):
-    """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
-
-    raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
-    are the JVP's.  projection: the term of REPA.  kept: the share of couplings that are near enough to be learnt.
-    """
-    scalars = {"loss": loss, "raw_error": aux["err"].mean()}
-    if "du_dt" in aux:
-        jvp_row = aux["r"] < aux["t"]
-        du_dt_norm = aux["du_dt"].square().sum((1, 2, 3)).sqrt()
-
-        def mean_over(rows, a):
-            return torch.where(rows, a, 0).sum() / rows.sum().clamp(min=1)
-
-        scalars |= {
-            "raw_error_flow_rows": mean_over(~jvp_row, aux["err"]),
-            "raw_error_jvp_rows": mean_over(jvp_row, aux["err"]),
-            "du_dt_norm": mean_over(jvp_row, du_dt_norm),
-        }
-    if "err_flow" in aux:
-        scalars["raw_error_flow_rows"] = aux["err_flow"].mean()
-    if "err_v" in aux:
-        scalars["raw_error_v"] = aux["err_v"].mean()
-    return scalars | {name: aux[name] for name in ("projection", "kept") if name in aux}
-
-
 def make_train_step(config, draw=None):
     """Return the step: (state, batch, stage=0) -> (state, metrics).
 
@@ -277,7 +252,7 @@ def synchronised(loss, last):
 
 
 def reduce_metrics(window):
-    """Return the metrics of each step as floats, averaged over the processes.
+    """Return the metrics of each step as floats, averaged over the processes; see `of_kinds`.
 
     window: a list of {name: scalar}, where scalars are tensors of one device, or floats that are the same in every
     process.  However long the list, this waits for the device once and runs one all-reduce.
@@ -290,7 +265,8 @@ def reduce_metrics(window):
         dist.all_reduce(values)
         values /= dist.get_world_size()
     numbers = iter(values.tolist())
-    return [{name: next(numbers) if torch.is_tensor(a) else a for name, a in metrics.items()} for metrics in window]
+    means = [{name: next(numbers) if torch.is_tensor(a) else a for name, a in metrics.items()} for metrics in window]
+    return [of_kinds(metrics) for metrics in means]
 
 
 def put_batch(batch, device):

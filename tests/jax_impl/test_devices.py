@@ -18,10 +18,14 @@ BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCE = {"train.batch_size": 32, "train.clip_norm": 0.5, "method.omega": 0.8, "data.flip": True}
 IMPROVED = {"train.batch_size": 32, "method.flow_fraction": 0.5}  # and what makes it improved MeanFlow
 DECOUPLED = {"train.batch_size": 32, "method.omega": 0.6, "method.guidance_end": 0.7}  # and what makes it decoupled
+COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6, "method.label_drop": "front"}
+FRONT = {"method.flow_rows": "front", "method.label_drop": "front", "method.guidance": False}
 RECTIFIED = {"train.batch_size": 32}  # and what makes it Re-MeanFlow
 # Name of the run by one device, by four: {what four devices change}.
 ON_FOUR_DEVICES = {
     "data": ("one", {}),
+    "coin_accumulate": ("one_coin", {"train.accumulate": 2}),
+    "front_fsdp": ("one_front", {"train.fsdp": 2}),
     "data_and_fsdp_accumulate": ("one", {"train.fsdp": 2, "train.accumulate": 2}),
     "improved_accumulate": ("one_improved", {"train.fsdp": 2, "train.accumulate": 2}),
     "decoupled_accumulate": ("one_decoupled", {"train.fsdp": 2, "train.accumulate": 2}),
@@ -41,7 +45,8 @@ def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, t
     save_teacher(tiny(tiny_flow), teacher["method.teacher"])
     decoupled = DECOUPLED | tiny_decoupled
     one = {
-        "one": REFERENCE, "one_improved": IMPROVED | tiny_improved, "one_decoupled": decoupled,
+        "one": REFERENCE, "one_coin": REFERENCE | COIN, "one_front": REFERENCE | FRONT,
+        "one_improved": IMPROVED | tiny_improved, "one_decoupled": decoupled,
         "one_distilled": decoupled | teacher, "one_rectified": RECTIFIED | tiny_rectified,
     }  # fmt: skip
     four = {name: one[reference] | changes for name, (reference, changes) in ON_FOUR_DEVICES.items()}

@@ -18,6 +18,8 @@ BOUND = 1e-6  # absolute, on every parameter and EMA after five steps
 REFERENCES = {
     "plain": {"method.guidance": False},
     "guided": {"method.omega": 0.8, "train.clip_norm": 0.5, "train.batch_size": 32},
+    "coin": {"method.flow_rows": "coin", "method.flow_fraction": 0.6, "method.label_drop": "front"},
+    "front": {"method.flow_rows": "front", "method.label_drop": "front", "method.guidance": False},
     "all_jvp": {"method.guidance": False, "method.flow_fraction": 0.0},  # the smallest graph, for the compiler's sake
     "kappa_0": {"method.omega": 2.0, "method.kappa": 0.0, "data.flip": True},
     # Several buckets of DDP, the first of which is full at 1 MiB.
@@ -29,6 +31,8 @@ CASES = {
     "ddp": ("plain", {}),
     "ddp_guided": ("guided", {}),
     "ddp_accumulate": ("guided", {"train.accumulate": 4}),
+    "ddp_coin_accumulate": ("coin", {"train.accumulate": 2}),
+    "ddp_front": ("front", {}),
     "ddp_compiled": ("wide", {"train.compile": True}),
     "fsdp": ("kappa_0", {"train.fsdp": 2}),
     "ddp_improved_accumulate": ("improved", {"train.accumulate": 2}),
