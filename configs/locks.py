@@ -25,16 +25,19 @@ _held: set[tuple[int, int]] = set()  # device and inode of the files this proces
 class Lock:
     """The lock of a directory; `close` releases it, and so does the end of the process.
 
-    Raises UserError naming the holder if another process, or this one, holds it already.  On a file system without
-    locks it holds nothing and says so in a warning.
+    Raises UserError naming the holder if another process, or this one, holds it already, or if its file cannot be
+    written.  On a file system without locks it holds nothing and says so in a warning.
     """
 
     def __init__(self, directory: str | os.PathLike):
-        """directory: must exist.  Raises OSError if the lock's file cannot be written there."""
+        """directory: must exist."""
         self.path, self._file, self._key = pathlib.Path(directory) / FILE_NAME, None, None
         if self.path.exists() and _key(os.stat(self.path)) in _held:
             raise UserError(f"{directory} is in use by this very process: it runs there twice")
-        file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        except OSError as error:
+            raise UserError(f"cannot write {self.path}: {error.strerror}.  Choose a directory you can write") from error
         try:
             fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

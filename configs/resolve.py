@@ -177,9 +177,14 @@ def open_workdir(
     return lock
 
 
-def check_workdir(workdir: str | os.PathLike, config: base.Config, framework: str) -> None:
-    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`; write nothing."""
+def check_workdir(workdir: str | os.PathLike, config: base.Config, framework: str, alone: bool = False) -> None:
+    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`; write nothing.
+
+    alone: this process is a whole run, so whatever process holds the lock of the directory is of another.
+    """
     path = pathlib.Path(workdir) / FILE_NAME
+    if alone and (path.parent / locks.FILE_NAME).exists():
+        locks.Lock(path.parent).close()
     for other in FRAMEWORKS.keys() - {framework}:
         if (path.parent / "checkpoints" / other).is_dir():
             raise UserError(

@@ -81,7 +81,7 @@ def begin(layout: Layout, settings: Mapping[str, Any]) -> None:
     try:
         old = json.loads(text)
     except json.JSONDecodeError as error:
-        raise UserError(f"{path} is damaged: {error}.  Name a new directory, or delete this one") from error
+        raise UserError(f"{path} is damaged: {error}.  Put back a copy of it, or name a new directory") from error
     differing = [key for key in {**settings, **old} if settings.get(key) != old.get(key)]
     if differing:
         shown = ", ".join(f"{key} ({old.get(key)!r} there, {settings.get(key)!r} here)" for key in differing)

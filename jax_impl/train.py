@@ -51,12 +51,13 @@ def train(config, workdir):
     resolve.check_trainable(config)
     check_kernels(config.model)
     config = with_latents(config)
+    # Before anything takes memory on a device, of which a run in the same directory may leave none.
+    resolve.check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
     resolve.check_divisible(config, jax.device_count(), "devices")
     mesh, first = make_mesh(config), jax.process_index() == 0
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     loader = Ahead(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
     teacher = load_teacher(config, mesh)
-    resolve.check_workdir(workdir, config, "jax")
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)
     sampler = make_sampler(config, graphdef, mesh)

@@ -59,11 +59,12 @@ def train(config, workdir, device):
     resolve.check_trainable(config)
     check_kernels(config.model, device)
     config = with_latents(config)
+    # Before anything takes memory on a device, of which a run in the same directory may leave none.
+    resolve.check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     mesh, first = make_mesh(config, device), dist.get_rank() == 0
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
-    resolve.check_workdir(workdir, config, "torch")
     checkpoints = Checkpoints(workdir, config)
     state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, make_sampler(config, device))

@@ -89,6 +89,11 @@ def test_the_same_process_is_refused_too(tmp_path):
     assert not take(tmp_path)
 
 
+def test_a_lock_that_cannot_be_written(tmp_path):
+    (tmp_path / ".lock").mkdir()
+    assert "cannot write" in take(tmp_path) and "Choose a directory you can write" in take(tmp_path)
+
+
 def test_a_damaged_file_still_locks(tmp_path, hold):
     hold("alone")
     (tmp_path / ".lock").write_bytes(b"\xff{")
@@ -111,6 +116,9 @@ def test_open_workdir_takes_the_lock_before_it_writes(tmp_path, hold):
     with pytest.raises(UserError, match="in use by another run"):
         resolve.open_workdir(tmp_path, digits.get_config(), "jax")
     assert not (tmp_path / "config.json").exists()
+    with pytest.raises(UserError, match="in use by another run"):
+        resolve.check_workdir(tmp_path, digits.get_config(), "jax", alone=True)
+    resolve.check_workdir(tmp_path, digits.get_config(), "jax")  # this process may be of the same run
 
 
 def test_a_refused_config_releases_the_lock(tmp_path):
