@@ -7,21 +7,24 @@ changes it, so both trainers, on any number of devices, see the same global batc
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator
 
 import grain
 import numpy as np
-from absl import flags
+from absl import flags, logging
 
 from configs import base
 from configs.errors import UserError
-from data import augment, datasets
+from data import augment, datasets, signals
 from data.examples import open_examples, posterior, shape_of
 
 FLIP_PROB = 0.5
 # Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 BATCHES_PER_WORKER = 2
+ENDLESS = 2**53  # rows of all epochs; Grain computes the number of batches in floating point
+LOST = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # Grain's message
 
 
 class Loader(Iterator):
@@ -53,9 +56,15 @@ class Loader(Iterator):
         self._iterator = None
 
     def __next__(self) -> dict[str, np.ndarray]:
-        if self._iterator is None:
-            self._iterator = self._start()
-        batch = next(self._iterator)
+        """Return the next batch.  Raises UserError for a record that does not fit, and if a worker process has died."""
+        try:
+            batch = self._read()
+        except RuntimeError as error:
+            lost = LOST.search(str(error))
+            if not lost:
+                raise
+            self._do_without(int(lost[1]))
+            batch = self._read()
         self._step += 1
         # Worker processes hand over Grain's own subclass; a plain view of it keeps the shared memory alive.
         batch = {key: np.asarray(value) for key, value in batch.items()}
@@ -88,6 +97,25 @@ class Loader(Iterator):
             self._iterator.close()
             self._iterator = None
 
+    def _read(self) -> dict[str, np.ndarray]:
+        if self._iterator is not None:
+            return next(self._iterator)
+        with signals.sheltered():
+            self._iterator = self._start()
+            return next(self._iterator)
+
+    def _do_without(self, code: int) -> None:
+        """Read in this process from now on, if the run is to end anyway.  code: exit code of a worker that died."""
+        if not signals.asked() and -code not in signals.STOP:
+            reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise UserError(
+                f"a process that loads data died ({reason}); if memory ran out, use fewer: --config.data.num_workers="
+                f"{self._num_workers // 2}"
+            )
+        logging.warning("a process that loads data died of the signal to stop; reading without it")
+        self.close()
+        self._num_workers = 0
+
     def _start(self) -> grain.DatasetIterator:
         # A batch is a function of its step alone, so that resuming is slicing and needs no state of Grain's.
         batches = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
@@ -95,7 +123,7 @@ class Loader(Iterator):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they have their defaults
             options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
-            batches = batches.mp_prefetch(options)
+            batches = batches.mp_prefetch(options, signals.end_with_parent)
         return iter(batches)
 
 
@@ -139,7 +167,7 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
         "seed": config.seed,
         "batch_size": batch_size,
     }
-    rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat()
+    rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat(ENDLESS // len(examples))
     if config.data.flip:
         rows = rows.random_map(_flip)
     if examples.convention:

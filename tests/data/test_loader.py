@@ -2,6 +2,11 @@
 
 import collections
 import itertools
+import json
+import multiprocessing
+import os
+import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -10,7 +15,7 @@ from etils import epath
 
 from configs import digits
 from configs.errors import UserError
-from data import augment, couplings, examples, loader
+from data import augment, couplings, examples, loader, signals
 
 BATCH = 256
 STEPS = 8  # more than one epoch of 1397 examples
@@ -454,3 +459,87 @@ def test_labels_just_outside(label):
 def test_other_integers_are_refused():
     with pytest.raises(UserError, match="record 0 of made is an image of uint16"):
         example(np.zeros((2, 2, 1), np.uint16))
+
+
+@pytest.mark.parametrize(("batch_size", "num_processes"), [(1, 1), (4, 4)])
+def test_one_row_a_process(config, batch_size, num_processes):
+    expected, _ = rows(take(loader.make_loader(config, 2), 4))
+    loaders = [loader.make_loader(config, batch_size, p, num_processes) for p in range(num_processes)]
+    images, _ = rows([next(batches) for _ in range(8 // batch_size) for batches in loaders])
+    np.testing.assert_array_equal(images, expected)
+
+
+def test_a_batch_larger_than_the_dataset(featured):
+    images, _ = rows(take(loader.make_loader(featured, 100), 2))
+    assert images.shape == (200, 8, 8, 1) and len(np.unique(images[:40], axis=0)) == len(images[:40])
+
+
+def test_rows_depend_neither_on_processes_nor_on_workers(augmented):
+    """Flips and augmentations included: process p of n has rows p b/n to (p + 1) b/n of each global batch."""
+    expected = take(loader.make_loader(augmented, 8), 5)
+    for process, num_processes, num_workers in [(p, n, 0) for n in (1, 2, 4) for p in range(n)] + [(1, 2, 2)]:
+        augmented.data.num_workers, size = num_workers, 8 // num_processes
+        batches = loader.make_loader(augmented, 8, process, num_processes)
+        own = slice(process * size, (process + 1) * size)
+        assert_same(take(batches, 5), [{key: a[own] for key, a in batch.items()} for batch in expected])
+        batches.close()
+
+
+def test_workers_outlive_the_signals_that_stop_a_run(config):
+    """Schedulers send them to all processes of a job.  A worker that died of something else is named."""
+    expected = take(loader.make_loader(config, 16), 24)
+    config.data.num_workers = 2
+    batches = loader.make_loader(config, 16)
+    found = take(batches, 1)
+    workers = multiprocessing.active_children()
+    for worker in workers:
+        for number in (*signals.STOP, signal.SIGINT):
+            os.kill(worker.pid, number)
+    found += take(batches, 11)
+    assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
+    workers[0].kill()
+    with pytest.raises(UserError, match="a process that loads data died .signal 9.*--config.data.num_workers=1"):
+        take(batches, 24)
+    batches.close()
+    batches.set_state(json.dumps(json.loads(batches.get_state()) | {"step": 12}))
+    assert_same(found, expected[:12])
+    with signals.caught():
+        found += take(batches, 1)
+        os.kill(os.getpid(), signal.SIGUSR1)
+        for worker in multiprocessing.active_children():
+            worker.kill()
+        found += take(batches, 11)  # some of them read in this process
+        assert signals.asked()
+    batches.close()
+    signal.signal(signal.SIGTERM, signal.SIG_DFL)
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert_same(found, expected)
+
+
+def test_workers_end_with_the_process_that_started_them(launcher, config, tmp_path):
+    """However it ended: a kill leaves no orphans."""
+    script = tmp_path / "orphans.py"
+    script.write_text(
+        "import multiprocessing, os, signal, sys\n"
+        "from configs import digits\n"
+        "from data import loader\n"
+        "if __name__ == '__main__':\n"
+        "    config = digits.get_config()\n"
+        "    config.data.update(dir=sys.argv[1], num_workers=1)\n"
+        "    batches = loader.make_loader(config, 16)\n"
+        "    next(batches)\n"
+        "    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
+        "    os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    command = launcher.start(script, config.data.dir)
+    assert command.wait() == -signal.SIGKILL, command.stderr
+    (worker,) = map(int, command.stdout.split())
+    command.wait_until(lambda: not is_running(worker))
+
+
+def is_running(pid):
+    """Return whether there is such a process, ended ones that nobody waits for excepted."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

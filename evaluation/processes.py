@@ -1,0 +1,87 @@
+"""The processes of one command: if one fails, all end, at once and without waiting for each other."""
+
+import contextlib
+import os
+import sys
+import threading
+import traceback
+from collections.abc import Callable, Iterator
+from typing import NamedTuple
+
+from configs.errors import UserError
+
+POLL_SECONDS = 0.5  # between looks at the board
+GRACE_SECONDS = 2.0  # that the one that failed has to end first, so that launchers name it
+
+
+class Board(NamedTuple):
+    """Where a process that fails leaves a note for the others.  Neither function waits for another process."""
+
+    process: int  # number of this process
+    post: Callable[[str], None]
+    read: Callable[[], str]  # the note, empty if there is none; OSError or RuntimeError if the board is gone
+    keeper: bool  # the board goes with this process
+
+
+@contextlib.contextmanager
+def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator[None]:
+    """Run a command as one of several processes.
+
+    board: None for a process alone, for which this does nothing.  finish: waits for all processes, after success.
+    If this process fails, it prints its error, leaves a note and ends: with exit code 2 for a `UserError`, else 1.  If
+    another fails, this one prints one line and ends with exit code 1, even while it waits for a collective.
+    """
+    if board is None:
+        yield
+        return
+    over = threading.Event()
+    watch = threading.Thread(target=_watch, args=(board, over), name="watch", daemon=True)
+    watch.start()
+    try:
+        yield
+        finish()
+    except BaseException as error:  # whatever it is, the others must not wait for this process
+        over.set()
+        _end(board, error)
+    over.set()
+    watch.join()
+
+
+def _watch(board, over):
+    """Look at the board until this process is over; end it if there is a note."""
+    while not over.wait(POLL_SECONDS):
+        note = _look(board)
+        if note and not over.wait(GRACE_SECONDS):
+            _leave(f"error: {note}", 1)
+
+
+def _look(board):
+    """Return the note on the board, empty if there is none."""
+    try:
+        return board.read()
+    except (OSError, RuntimeError):
+        return "the process that holds this run together has ended, so this one ends too"
+
+
+def _end(board, error):
+    """End this process after an error of its own, or one that another process caused by failing."""
+    note = _look(board)
+    if note and not isinstance(error, UserError):  # a collective broke because its partner is gone
+        _leave(f"error: {note}", 1, wait=board.keeper)
+    code, text = 1, "".join(traceback.format_exception(error))
+    if isinstance(error, UserError):
+        code, text = 2, f"error: {error}"
+    if isinstance(error, SystemExit):
+        code, text = error.code if isinstance(error.code, int) else 1, str(error.code)
+    with contextlib.suppress(OSError, RuntimeError):
+        board.post(f"process {board.process} failed, see its message; this one ends too")
+    _leave(text, code, wait=board.keeper)
+
+
+def _leave(text, code, wait=False):
+    """Print and end, without what Python does at exit, which may wait for other processes."""
+    print(text.rstrip(), file=sys.stderr, flush=True)
+    sys.stdout.flush()
+    if wait:  # until the others have seen the note
+        threading.Event().wait(GRACE_SECONDS)
+    os._exit(code)
