@@ -55,10 +55,11 @@ def sheltered() -> Iterator[None]:
 def end_with_parent(*_: int) -> None:
     """End this process as soon as the one that started it has, however that was.  Call in a child process."""
     parent = parent_process()
-
-    def watch():
-        connection.wait([parent.sentinel])
-        os._exit(1)
-
     if parent is not None:
-        threading.Thread(target=watch, name="end_with_parent", daemon=True).start()
+        args = ([parent.sentinel],)
+        threading.Thread(target=_end_after, args=args, name="end_with_parent", daemon=True).start()
+
+
+def _end_after(sentinels):
+    connection.wait(sentinels)
+    os._exit(1)

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import numpy as np
 from absl import flags, logging
+from jax._src import distributed  # JAX has no public way to its store of keys and values
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
 from configs import cluster
 from configs.errors import UserError
+from evaluation.processes import Board
 
 AXES = ("data", "fsdp")
 _TEXT = 2**12  # bytes of an error message between processes
@@ -155,6 +157,24 @@ def first_does(act):
     if text:
         raise UserError(text.decode(errors="replace"))
     return result
+
+
+def make_board():
+    """Return the board of this process and the others, kept by the coordinator; None for one process alone."""
+    if jax.process_count() == 1:
+        return None
+    client: Any = distributed.global_state.client
+    process = jax.process_index()
+
+    def read():
+        return "".join(note for _, note in client.key_value_dir_get("failed/")[:1])
+
+    return Board(process, lambda note: client.key_value_set(f"failed/{process}", note), read, process == 0)
+
+
+def wait_for_all():
+    """Return once all processes have come here."""
+    multihost_utils.sync_global_devices("end")
 
 
 def gather(part):

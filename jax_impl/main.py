@@ -8,8 +8,10 @@ Run again with the same arguments to resume.  Several processes: on SLURM or TPU
 
 from configs import resolve
 from configs.flags import config, run, workdir
+from data import signals
 from evaluation.logs import setup_logging
-from jax_impl.devices import define_flags, start_jax
+from evaluation.processes import ending_together
+from jax_impl.devices import define_flags, make_board, start_jax, wait_for_all
 from jax_impl.train import train
 
 
@@ -18,7 +20,8 @@ def main():
     setup_logging()
     c = resolve.check(config())
     start_jax(c)
-    train(c, workdir())
+    with ending_together(make_board(), wait_for_all), signals.caught():
+        train(c, workdir())
 
 
 if __name__ == "__main__":

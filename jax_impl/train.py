@@ -1,20 +1,22 @@
 """The training loop: batches in, steps, and what happens every so many steps."""
 
+import contextlib
 import functools
 import math
 import os
-import signal
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+import numpy as np
 from absl import logging
 from flax import nnx
-from jax.experimental import multihost_utils
+from jax.sharding import NamedSharding, PartitionSpec
 
 from configs import latents, resolve
 from configs.errors import UserError
 from configs.stages import stage_at
-from data import contents
+from data import contents, signals
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
@@ -30,6 +32,7 @@ from jax_impl.devices import first_does, gather
 from jax_impl.models.attention import check_kernels
 from jax_impl.sample import TOOLS, make_sampler
 from jax_impl.step import (
+    BATCH,
     abstract_state,
     build_net,
     create_state,
@@ -45,8 +48,8 @@ GRID_SAMPLES = 64  # images in the grids shown during training
 def train(config, workdir):
     """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
 
-    A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
-    among it; the last checkpoint is then from before it.
+    SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
+    can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
     resolve.check_trainable(config)
     check_kernels(config.model)
@@ -75,15 +78,9 @@ def train(config, workdir):
             loader.set_state(progress["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(int(state.step))
-    parts = Parts(config, loader, checkpoints, log, window, reports)
-    try:
+    parts = Parts(config, loader, checkpoints, log, window, reports, lock)
+    with closing(parts):
         return loop(parts, make_train_step(config, graphdef, mesh, teacher=teacher), state, mesh)
-    finally:
-        loader.close()
-        checkpoints.close()
-        log.close()
-        if lock is not None:
-            lock.close()
 
 
 class Parts(NamedTuple):
@@ -95,6 +92,29 @@ class Parts(NamedTuple):
     log: MetricLog
     window: "Window"
     reports: list  # of (every, report), see `make_reports`
+    lock: Any  # of the work directory, in the first process
+
+
+@contextlib.contextmanager
+def closing(parts):
+    """Close the parts afterwards; not if a run of several processes failed, since saving waits for all of them."""
+    try:
+        yield
+    except BaseException:
+        if jax.process_count() > 1:
+            raise
+        close(parts)
+        raise
+    close(parts)
+
+
+def close(parts):
+    """End the last save, then the log and the loader, whose processes take longest to end."""
+    parts.checkpoints.close()
+    parts.log.close()
+    parts.loader.close()
+    if parts.lock is not None:
+        parts.lock.close()
 
 
 def start_state(config, mesh, checkpoints=None):
@@ -155,26 +175,34 @@ def loop(parts, train_step, state, mesh):
     """Run the steps; log, report and save when due.  Returns the last state."""
     c, window = parts.config.train, parts.window
     progress = Progress(c.steps, parts.log)
-    step = int(state.step)
-    with Termination() as termination:
-        while step < c.steps:
-            state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
-            step += 1
-            window.add(step, metrics)
-            progress(step)
-            stop = termination.requested(step)
-            if step % c.log_every == 0:
-                parts.log.write(step, window.close())
-            for every, report in parts.reports:
-                if every and step % every == 0:
-                    report(step, state, parts.log)
-            if stop or step % c.checkpoint_every == 0 or step == c.steps:
-                window.check()
-                parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
-            if stop:
-                logging.info("asked to stop: saved step %d", step)
-                break
+    step, termination = int(state.step), Termination(mesh)
+    while step < c.steps:
+        state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
+        step += 1
+        window.add(step, metrics)
+        progress(step)
+        stop = termination.requested()
+        if step % c.log_every == 0:
+            parts.log.write(step, window.close())
+        if stop:  # before the reports, for which there may be no time
+            save(parts, state)
+            logging.info("asked to stop: saved step %d", step)
+        for every, report in parts.reports:
+            if every and step % every == 0:
+                report(step, state, parts.log)
+        if stop:
+            break
+        if step % c.checkpoint_every == 0 or step == c.steps:
+            save(parts, state)
+    termination.close()
     return state
+
+
+def save(parts, state):
+    """Begin to save the state.  Raises UserError if a loss since the last log line is not finite."""
+    parts.window.check()
+    progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps)}
+    parts.checkpoints.save(state, progress)
 
 
 class Window:
@@ -207,24 +235,33 @@ class Window:
 
 
 class Termination:
-    """Notices SIGTERM, the same step in every process."""
+    """Decides after each step whether to stop because of a signal, alike in all processes.
 
-    def __enter__(self):
-        self.received = False
+    They agree without waiting for each other: each posts whether it was asked, and reads the answer a step later.
+    """
+
+    def __init__(self, mesh):
+        """Call in all processes."""
+        self.sharding = NamedSharding(mesh, BATCH)
+        self.any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
+        self.posted = None
+
+    def requested(self):
+        """Return whether to stop after this step.  Call once a step."""
         if jax.process_count() == 1:
-            self.previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
+            return signals.asked()
+        asked = np.full(jax.local_device_count(), signals.asked(), np.int32)
+        before, self.posted = self.posted, self.any(jax.make_array_from_process_local_data(self.sharding, asked))
+        return before is not None and self.read(before)
 
-    def __exit__(self, *_):
-        if jax.process_count() == 1:
-            signal.signal(signal.SIGTERM, self.previous)
+    def read(self, posted):
+        """Return whether any process had been asked."""
+        return bool(posted.addressable_data(0))
 
-    def _receive(self, *_):
-        self.received = True
-
-    def requested(self, step):
-        """Return whether to stop after `step`.  With several processes JAX's own service makes them agree."""
-        return self.received or (jax.process_count() > 1 and multihost_utils.reached_preemption_sync_point(step))
+    def close(self):
+        """End; the other processes do, too."""
+        if self.posted is not None:
+            self.read(self.posted)
 
 
 def make_reports(config, sampler):

@@ -7,6 +7,8 @@ set -euo pipefail
 images=$(realpath "${1:?folder of images}") inception=$(realpath "${2:?weights of Inception, .pth}")
 dir=$(realpath -m "${3:?directory for everything}") config=${4:-configs/meanflow_imagenet.py:b4}
 cd "$(dirname "$0")/.."
+# What torchrun does with signals: pass on SIGUSR1 of SLURM too, and wait for a checkpoint.  Older ones ignore this.
+export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 gpus=$(.venv/bin/python -c "import torch; print(max(1, torch.cuda.device_count()))")
 run=(.venv/bin/torchrun --standalone --nproc_per_node="$gpus")
 mkdir -p "$dir"

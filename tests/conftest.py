@@ -143,16 +143,16 @@ class Launcher:
         argv, files = [str(a) for a in argv], {name: str(directory / name) for name in ("stdout", "stderr")}
         return Command(self, self.ask(argv=argv, env=env, cwd=str(cwd), **files), directory)
 
-    def start_two(self, framework, *argv):
-        """Start a command in two processes, as torchrun does or by hand; return them."""
+    def start_two(self, framework, *argv, own=((), ())):
+        """Start a command in two processes, as torchrun does or by hand; return them.  own: more arguments of each."""
         with socket.socket() as server:
             server.bind(("localhost", 0))
             port = str(server.getsockname()[1])
         if framework == "torch":
             env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            return [self.start(*argv, **env, RANK=rank, LOCAL_RANK=rank) for rank in ("0", "1")]
+            return [self.start(*argv, *own[rank], **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
         joined = (f"--coordinator=localhost:{port}", "--num_processes=2")
-        return [self.start(*argv, *joined, f"--process={process}") for process in range(2)]
+        return [self.start(*argv, *own[process], *joined, f"--process={process}") for process in range(2)]
 
     def run(self, *argv, **env):
         """Run a command to its end; return it."""

@@ -122,14 +122,14 @@ def test_kill_9_while_saving(in_both, start, unbroken, tmp_path):
     in_both(scenario)
 
 
-def test_sigterm_saves_the_step_it_has_reached(in_both, start, unbroken, tmp_path):
+def test_a_signal_saves_the_step_it_has_reached(in_both, start, unbroken, tmp_path):
     """Between two log lines or not: the second half of a window is logged with its first half."""
 
     def scenario(framework):
         workdir = tmp_path / framework
         command = start(framework)
         wait_for_lines(command, workdir / "metrics.jsonl", 10)
-        command.send(signal.SIGTERM)
+        command.send({"jax": signal.SIGTERM, "torch": signal.SIGUSR1}[framework])
         assert command.wait() == 0, command.stderr
         saved = int(re.search(r"asked to stop: saved step (\d+)", command.stderr)[1])
         assert 20 <= saved < RUN["train.steps"]

@@ -12,6 +12,7 @@ from absl import logging
 from configs import cluster
 from configs.errors import UserError
 from data import float32
+from evaluation.processes import Board
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process judges or writes
 
@@ -88,6 +89,25 @@ def first_does(act):
     if texts[0]:
         raise UserError(texts[0])
     return result
+
+
+def make_board():
+    """Return the board of this process and the others, in the store of torchrun; None for one process alone."""
+    if dist.get_world_size() == 1:
+        return None
+    shared: Any = dist.distributed_c10d._get_default_store()
+    store, rank = shared.clone(), dist.get_rank()  # a connection of its own, for waiting blocks the shared one
+    keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+
+    def read():
+        return store.get("failed").decode() if store.check(["failed"]) else ""
+
+    return Board(rank, lambda note: store.set("failed", note), read, keeper)
+
+
+def wait_for_all():
+    """Return once all processes have come here."""
+    dist.barrier()
 
 
 def gather(part):

@@ -6,10 +6,10 @@
 Run again with the same arguments to resume.
 """
 
+import contextlib
 import functools
 import math
 import os
-import signal
 from typing import Any, NamedTuple
 
 import torch
@@ -21,19 +21,20 @@ from configs.errors import UserError
 from configs.flags import config as config_flag
 from configs.flags import run, workdir
 from configs.stages import stage_at
-from data import contents
+from data import contents, signals
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
 from evaluation import grids
 from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress, setup_logging
+from evaluation.processes import ending_together
 from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import check_latents, generate
 from evaluation.tools import Place, try_decoder
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
-from torch_impl.devices import first_does, gather, start_torch
+from torch_impl.devices import first_does, gather, make_board, start_torch, wait_for_all
 from torch_impl.models.attention import check_kernels
 from torch_impl.sample import TOOLS, make_sampler
 from torch_impl.step import (
@@ -47,14 +48,13 @@ from torch_impl.step import (
 )
 
 GRID_SAMPLES = 64  # images in the grids shown during training
-AGREE_EVERY = 10  # steps between agreements of several processes to stop
 
 
 def train(config, workdir, device):
     """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
 
-    A SIGTERM saves a checkpoint and returns.  Raises UserError for what the user can mend, a loss that is not finite
-    among it; the last checkpoint is then from before it.
+    SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
+    can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
     resolve.check_trainable(config)
     check_kernels(config.model, device)
@@ -81,15 +81,9 @@ def train(config, workdir, device):
             loader.set_state(progress["loader"])
         logging.info("resuming from step %d", state.step)
     log.rewind(state.step)
-    parts = Parts(config, loader, checkpoints, log, window, reports)
-    try:
-        return loop(parts, make_train_step(config), state, device)
-    finally:
-        loader.close()
-        checkpoints.close()
-        log.close()
-        if lock is not None:
-            lock.close()
+    parts = Parts(config, loader, checkpoints, log, window, reports, lock)
+    with closing(parts):
+        return loop(parts, make_train_step(config), state)
 
 
 class Parts(NamedTuple):
@@ -101,6 +95,29 @@ class Parts(NamedTuple):
     log: MetricLog
     window: "Window"
     reports: list  # of (every, report), see `make_reports`
+    lock: Any  # of the work directory, in the first process
+
+
+@contextlib.contextmanager
+def closing(parts):
+    """Close the parts afterwards; not if a run of several processes failed, since saving waits for all of them."""
+    try:
+        yield
+    except BaseException:
+        if dist.get_world_size() > 1:
+            raise
+        close(parts)
+        raise
+    close(parts)
+
+
+def close(parts):
+    """End the last save, then the log and the loader, whose processes take longest to end."""
+    parts.checkpoints.close()
+    parts.log.close()
+    parts.loader.close()
+    if parts.lock is not None:
+        parts.lock.close()
 
 
 def start_state(config, mesh, device, checkpoints=None):
@@ -156,30 +173,38 @@ def load_teacher(config, device):
     return net.to(device).requires_grad_(False)
 
 
-def loop(parts, train_step, state, device):
+def loop(parts, train_step, state):
     """Run the steps; log, report and save when due.  Returns the last state."""
     c, window = parts.config.train, parts.window
     progress = Progress(c.steps, parts.log)
-    step = state.step
-    with Termination(device) as termination:
-        while step < c.steps:
-            state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
-            step += 1
-            window.add(step, metrics)
-            progress(step)
-            stop = termination.requested(step)
-            if step % c.log_every == 0:
-                parts.log.write(step, window.close())
-            for every, report in parts.reports:
-                if every and step % every == 0:
-                    report(step, state, parts.log)
-            if stop or step % c.checkpoint_every == 0 or step == c.steps:
-                window.check()
-                parts.checkpoints.save(state, {"loader": parts.loader.get_state(), "window": list(window.steps)})
-            if stop:
-                logging.info("asked to stop: saved step %d", step)
-                break
+    step, termination = state.step, Termination()
+    while step < c.steps:
+        state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
+        step += 1
+        window.add(step, metrics)
+        progress(step)
+        stop = termination.requested()
+        if step % c.log_every == 0:
+            parts.log.write(step, window.close())
+        if stop:  # before the reports, for which there may be no time
+            save(parts, state)
+            logging.info("asked to stop: saved step %d", step)
+        for every, report in parts.reports:
+            if every and step % every == 0:
+                report(step, state, parts.log)
+        if stop:
+            break
+        if step % c.checkpoint_every == 0 or step == c.steps:
+            save(parts, state)
+    termination.close()
     return state
+
+
+def save(parts, state):
+    """Begin to save the state.  Raises UserError if a loss since the last log line is not finite."""
+    parts.window.check()
+    progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps)}
+    parts.checkpoints.save(state, progress)
 
 
 class Window:
@@ -215,31 +240,35 @@ class Window:
 
 
 class Termination:
-    """Notices SIGTERM, the same step in every process."""
+    """Decides after each step whether to stop because of a signal, alike in all processes.
 
-    def __init__(self, device):
-        self.device = device
+    They agree without waiting for each other: each posts whether it was asked, and reads the answer a step later.
+    """
 
-    def __enter__(self):
-        self.received = False
-        self.previous = signal.signal(signal.SIGTERM, self._receive)
-        return self
+    def __init__(self):
+        """Call in all processes."""
+        several = dist.get_world_size() > 1
+        self.group = dist.new_group(backend="gloo") if several else None  # the default one is busy with gradients
+        self.posted = None
 
-    def __exit__(self, *_):
-        signal.signal(signal.SIGTERM, self.previous)
+    def requested(self):
+        """Return whether to stop after this step.  Call once a step."""
+        if self.group is None:
+            return signals.asked()
+        before, flag = self.posted, torch.tensor(float(signals.asked()))
+        self.posted = flag, dist.all_reduce(flag, dist.ReduceOp.MAX, group=self.group, async_op=True)
+        return before is not None and self.read(before)
 
-    def _receive(self, *_):
-        self.received = True
+    def read(self, posted):
+        """Return whether any process had been asked."""
+        flag, work = posted
+        work.wait()
+        return bool(flag)
 
-    def requested(self, step):
-        """Return whether to stop after `step`; several processes agree every AGREE_EVERY steps."""
-        if dist.get_world_size() == 1:
-            return self.received
-        if step % AGREE_EVERY:
-            return False
-        received = torch.tensor(float(self.received), device=self.device)
-        dist.all_reduce(received, dist.ReduceOp.MAX)
-        return bool(received)
+    def close(self):
+        """End; the other processes do, too."""
+        if self.posted:
+            self.read(self.posted)
 
 
 def make_reports(config, sampler):
@@ -274,10 +303,9 @@ def main():
     setup_logging()
     c = resolve.check(config_flag())
     device = start_torch(c)
-    try:
+    with ending_together(make_board(), wait_for_all), signals.caught():
         train(c, workdir(), device)
-    finally:
-        dist.destroy_process_group()
+    dist.destroy_process_group()
 
 
 if __name__ == "__main__":

@@ -494,7 +494,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(config):
     workers = multiprocessing.active_children()
     for worker in workers:
         for number in (*signals.STOP, signal.SIGINT):
-            os.kill(worker.pid, number)
+            os.kill(worker.pid, number)  # pyright: ignore
     found += take(batches, 11)
     assert len(workers) == 2 and all(worker.is_alive() for worker in workers)
     workers[0].kill()
