@@ -51,8 +51,8 @@ class Judge:
         """Return {metric: value} of config.evaluation.num_samples samples, and the first of them, [n h w c].
 
         config: one of the same data and evaluation, with another guidance, say.  sampler, weights: see `sampling`.
-        Every process calls it; all but the first get no metrics, and the first of their own samples.  If images cannot be
-        saved there are metrics all the same, and `self.unsaved` is the error.
+        Every process calls it; all but the first get no metrics, and the first of their own samples.  If images cannot
+        be saved, there are metrics all the same, and `self.unsaved` is the error.
         """
         num = config.evaluation.num_samples
         saver = saving.Saver(self.output, self.save) if self.save and self.output else None
