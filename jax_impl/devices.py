@@ -132,7 +132,8 @@ def order_devices(devices, fsdp):
         shown = ", ".join(f"process {process} has {size}" for process, size in sizes.items())
         raise UserError(f"every process needs the same number of devices, but {shown}")
     # On GPUs a slice is what NVLink connects: a host.  CPUs have no slices.
-    hosts = [getattr(device, "slice_index", device.process_index) for device in devices]
+    slices = [getattr(device, "slice_index", None) for device in devices]
+    hosts = [device.process_index for device in devices] if None in slices else slices
     cluster.check_groups(hosts, fsdp, "devices")
     shape = len(devices) // fsdp, fsdp
     if devices[0].platform == "tpu" and len(set(hosts)) == 1:

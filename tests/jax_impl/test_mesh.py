@@ -1,6 +1,8 @@
 """The mesh of devices on several hosts, with stand-ins for the hardware."""
 
 import dataclasses
+import pathlib
+import re
 
 import jax
 import numpy as np
@@ -17,7 +19,7 @@ class Device:
 
     id: int
     process_index: int
-    slice_index: int
+    slice_index: int | None
     platform: str = "gpu"
     device_kind: str = "NVIDIA H100 80GB HBM3"
 
@@ -77,6 +79,21 @@ def test_processes_that_alternate_between_hosts():
     assert devices.order_devices(alternating, 8).shape == (1, 8)
     with pytest.raises(UserError, match=r"4 does not divide .* 1, 8, or number .* \(srun --distribution=block\)"):
         devices.order_devices(alternating, 4)
+
+
+def test_a_process_is_a_host_where_devices_have_no_slice():
+    hosts = [Device(i, i // 2, None) for i in range(4)]
+    assert devices.order_devices(hosts, 2).tolist() == [hosts[:2], hosts[2:]]
+    with pytest.raises(UserError, match="2 does not divide the 6 devices into groups within a host"):
+        devices.order_devices([Device(i, i // 3, None) for i in range(6)], 2)
+
+
+def test_no_mesh_is_made_elsewhere():
+    root = pathlib.Path(devices.__file__).parents[1]
+    for package in ("jax_impl", "benchmarks", "parity", "evaluation", "data"):
+        for path in (root / package).rglob("*.py"):
+            made = re.search(r"jax\.make_mesh\(|create_device_mesh\(|\bMesh\(", path.read_text())
+            assert not made or path.name == "devices.py", path
 
 
 def test_processes_with_different_numbers_of_devices_are_refused():
