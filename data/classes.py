@@ -71,7 +71,17 @@ def in_order(folders: Collection[str], where: str) -> list[str]:
                 f"{where} has class folders {words} and {by_value[0]} to {by_value[-1]}: the order of numbers among "
                 "words is not clear.  Rename them, 02 instead of 2, or list the labels in dataset.json"
             )
-        return sorted(folders)
+        by_text = sorted(folders)
+        naturally = sorted(
+            folders, key=lambda name: [int(p) if p.isascii() and p.isdigit() else p for p in re.split("([0-9]+)", name)]
+        )
+        differing = [pair for pair in zip(by_text, naturally, strict=True) if pair[0] != pair[1]]
+        if differing:
+            logging.warning(
+                "%s: class folders are in the order of their text, %s before %s; zeros in front give another",
+                where, *differing[0],
+            )  # fmt: skip
+        return by_text
     if numbers and sorted(numbers.values()) != list(range(len(numbers))):
         logging.warning(
             "%s: the class folders are %d numbers from %s to %s.  Labels count them from 0 on: label 0 is %s",
@@ -141,7 +151,7 @@ def _split(tree: Tree) -> str | None:
 
 
 def _words(name: str) -> set[str]:
-    return set(re.findall("[a-z]+", name.casefold()))
+    return {word.casefold() for word in re.findall("[A-Z]?[a-z]+|[A-Z]+(?![a-z])", name)}
 
 
 def _first(folders: Collection[str]) -> str:

@@ -16,6 +16,14 @@ def test_words_are_in_the_order_of_text():
     assert labels("b/1.png", "B/1.png", "a10/1.png", "a2/1.png") == ([3, 0, 1, 2], ["B", "a10", "a2", "b"])
 
 
+def test_numbers_within_words_are_told(caplog):
+    assert labels("class_10/1", "class_1/1", "class_2/1")[0] == [1, 0, 2]
+    assert "in the order of their text, class_10 before class_2; zeros in front give another" in caplog.text
+    caplog.clear()
+    labels("class_01/1", "class_02/1", "class_10/1", "A3/1")
+    assert not caplog.text
+
+
 def test_numbers_are_their_labels(caplog):
     found, names = labels(*(f"{i}/1.png" for i in range(12)))
     assert found == list(range(12)) and names == [str(i) for i in range(12)]
@@ -60,6 +68,9 @@ SPLITS = {
     "years": "train2017/1 val2017/2",
     "names around": "ILSVRC2012_img_train/n01/1 ILSVRC2012_img_val/n01/1",
     "Tiny ImageNet": "test/images/1 train/n01/images/1 train/n02/images/1 val/images/1",
+    "two domains": "testA/1 testB/1 trainA/1 trainB/1",
+    "a name before": "seg_test/seg_test/a/1 seg_test/seg_test/b/1 seg_train/seg_train/a/1 seg_train/seg_train/b/1",
+    "capitals": "TRAIN/cat/1 TEST_SET/cat/1",
     "images": "images/cat/1 images/dog/1 thumbnails/1",
     "parts": "part1/cat/1 part1/dog/1 part2/cat/1 part2/dog/1",
     "folds": "a/cat/1 a/dog/1 b/cat/1 b/dog/1 c/bird/1 c/cat/1 c/dog/1",
@@ -67,6 +78,7 @@ SPLITS = {
     "below one folder": "imagenet/train/cat/1 imagenet/train/dog/1 imagenet/val/cat/1",
 }
 FIRST = {
+    "two domains": "trainA", "a name before": "seg_train", "capitals": "TRAIN",
     "other letters": "Training", "years": "train2017", "names around": "ILSVRC2012_img_train", "images": "images",
     "parts": "part1", "folds": "a", "masks": "images", "below one folder": "imagenet/train",
 }  # fmt: skip
@@ -106,6 +118,8 @@ def test_classes_below_several_folders(names):
         "n01/images/1 n02/images/1 n03/images/1",
         "cat/images/1 train/images/1",
         "bullet_train/1 freight_train/1",
+        "trainA/1 trainB/1",
+        "trainee/1 validator/1",
         "cat/a/1 cat/b/1 dog/b/1 dog/c/1",
         "cat/train/1 cat/val/1 dog/train/1 dog/val/1",
         "data/1 images/2",
