@@ -3,6 +3,7 @@
 import importlib
 import json
 import math
+import shutil
 
 import numpy as np
 import pytest
@@ -121,6 +122,22 @@ def test_a_teacher_that_cannot_teach(
     assert command.wait() == 2
     assert message in command.stderr and "Traceback" not in command.stderr
     assert not (tmp_path / "run").exists()  # the run may be tried again with another teacher
+
+
+@FRAMEWORKS
+def test_a_run_goes_on_with_its_teacher_elsewhere_and_with_no_other(
+    framework, launcher, options, tiny_decoupled, runs, tmp_path
+):
+    """The same weights in a file are the same teacher; what the run started from may be gone."""
+    run = shutil.copytree(runs[framework]["distilled"][0], tmp_path / "run")
+    file = tmp_path / "moved.safetensors"
+    for ema, code in ((1, 2), (0, 0)):
+        of(framework, "weights").save(file, read(framework, runs[framework]["flow"][0], ema), {})
+        changes = {"method.guidance_type": "distill", "method.teacher": file, "train.steps": 3}
+        command = launcher.run(TRAIN[framework], *options(tiny_decoupled | changes), f"--workdir={run}")
+        assert command.wait() == code, command.stderr
+        message = f"{file}', and that holds something else" if code else "resuming from step 2"
+        assert message in command.stderr and "Traceback" not in command.stderr
 
 
 @FRAMEWORKS
