@@ -98,6 +98,11 @@ def _gpu_binding(env):
     return env.get("SLURM_GPU_BIND", "") + env.get("SLURM_TRES_BIND", "")
 
 
+def tasks_joined(env: Environment) -> int:
+    """Return how many tasks PyTorch's processes belong to: one for each torchrun, or for each rank without it."""
+    return int(env.get("GROUP_WORLD_SIZE") or env.get("WORLD_SIZE") or 1)
+
+
 def gpu_of_rank(env: Environment, visible: int) -> int:
     """Return which of the `visible` GPUs a PyTorch process computes on, by the LOCAL_RANK that torchrun gives it.
 
@@ -125,14 +130,15 @@ def warn_of_idle_gpus(env: Environment, visible: int) -> None:
         )  # fmt: skip
 
 
-def check_started_together(env: Environment, remedy: str) -> None:
-    """Raise UserError if `srun` started several tasks, each of which would do all the work.
+def check_started_together(env: Environment, joined: int, remedy: str) -> None:
+    """Raise UserError if `srun` started more tasks than have `joined`, so that several would do the same work.
 
     remedy: what to do about it.
     """
-    if tasks_of_step(env) > 1:
+    if tasks_of_step(env) > joined:
         raise UserError(
-            f"srun started {tasks_of_step(env)} tasks, each of which would do all the work in the same files: {remedy}"
+            f"srun started {tasks_of_step(env)} tasks that do not know of each other, "
+            f"so each would do all the work: {remedy}"
         )
 
 

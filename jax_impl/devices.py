@@ -71,7 +71,7 @@ def start_jax(config):
         except (ValueError, RuntimeError) as error:
             raise UserError(f"cannot join the other processes: {str(error).splitlines()[0]}") from error
     else:
-        cluster.check_started_together(os.environ, "add --distributed, or start one (srun --ntasks=1)")
+        cluster.check_started_together(os.environ, 1, "add --distributed, or start one (srun --ntasks=1)")
     _set_up(config, visible)
 
 

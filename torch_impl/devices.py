@@ -39,6 +39,8 @@ def start_torch(config, num_threads=0):
     Raises UserError if the processes cannot be joined.
     """
     set_precision(config)
+    remedy = "start one torchrun per node, and tell each of the others, as launch/slurm.sh does"
+    cluster.check_started_together(os.environ, cluster.tasks_joined(os.environ), remedy)
     device = choose_device()
     if config.train.num_threads or num_threads:
         torch.set_num_threads(config.train.num_threads or num_threads)
@@ -49,7 +51,6 @@ def start_torch(config, num_threads=0):
     if device.type == "cuda":
         group |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
     if "RANK" not in os.environ:  # asynchronous checkpoints want a group even for one process
-        cluster.check_started_together(os.environ, "start torchrun in one task per node, as launch/slurm.sh does")
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(**group)

@@ -134,11 +134,22 @@ def test_idle_gpus_are_named_once_a_node(caplog):
 
 
 def test_tasks_that_do_not_know_of_each_other_are_refused():
-    cluster.check_started_together({}, "")
-    cluster.check_started_together({"SLURM_NTASKS": "8"}, "")  # an allocation, in which one process is started by hand
-    cluster.check_started_together(task(SLURM_STEP_NUM_TASKS="1"), "")
-    with pytest.raises(UserError, match="srun started 16 tasks, .* files: add --distributed"):
-        cluster.check_started_together(task(SLURM_STEP_NUM_TASKS="16"), "add --distributed")
+    cluster.check_started_together({}, 1, "")
+    cluster.check_started_together({"SLURM_NTASKS": "8"}, 1, "")  # an allocation: one process started by hand
+    cluster.check_started_together(task(SLURM_STEP_NUM_TASKS="1"), 1, "")
+    cluster.check_started_together(task(SLURM_STEP_NUM_TASKS="16"), 16, "")
+    with pytest.raises(UserError, match="srun started 16 tasks .* all the work: add --distributed"):
+        cluster.check_started_together(task(SLURM_STEP_NUM_TASKS="16"), 1, "add --distributed")
+
+
+@pytest.mark.parametrize(
+    ("env", "num"),
+    [({}, 1), ({"WORLD_SIZE": "8"}, 8), ({"WORLD_SIZE": "16", "GROUP_WORLD_SIZE": "2"}, 2),
+     ({"WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}, 1)],
+)  # fmt: skip
+def test_tasks_that_pytorch_has_joined(env, num):
+    """The last is torchrun --standalone, which several tasks would each start on their own."""
+    assert cluster.tasks_joined(env) == num
 
 
 def test_gpus_of_a_node():

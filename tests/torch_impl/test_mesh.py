@@ -79,8 +79,13 @@ def test_a_process_alone_says_that_it_leaves_gpus_idle(started, caplog):
 
 
 def test_tasks_without_torchrun_are_refused(started):
-    with pytest.raises(UserError, match="srun started 4 tasks.* torchrun in one task per node"):
-        started(0, SLURM_PROCID="1", SLURM_STEP_NUM_TASKS="4")
+    srun = {"SLURM_PROCID": "1", "SLURM_STEP_NUM_TASKS": "4"}
+    alone = {"RANK": "0", "WORLD_SIZE": "8", "GROUP_WORLD_SIZE": "1"}  # torchrun --standalone in each task
+    for env in ({}, alone):
+        with pytest.raises(UserError, match="srun started 4 tasks.* start one torchrun per node"):
+            started(0, **srun, **env)
+    started(0, **srun, RANK="0", WORLD_SIZE="32", GROUP_WORLD_SIZE="4")
+    started(0, **srun, RANK="0", WORLD_SIZE="4")  # without torchrun
 
 
 def test_processes_that_cannot_be_joined(started, tiny, monkeypatch):
