@@ -1,7 +1,8 @@
 """Every option of both trainers, with its default and one comment.
 
 A system's file calls `get_config()` here and changes what it needs, so a run is read in two files at most.
-Each option means the same in JAX and in PyTorch.  Times are in [0, 1], 1 is noise; images in data units.
+Each option means the same in JAX and in PyTorch; `configs/ranges.py` has the range of every number.  Times are in
+[0, 1], 1 is noise; images in data units.
 """
 
 from typing import Any, TypeAlias

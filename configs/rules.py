@@ -1,8 +1,9 @@
 """What the options of a config may be: choices, ranges, and which of them go together."""
 
+import itertools
 import math
 
-from configs import base
+from configs import base, ranges
 from configs.errors import UserError
 
 CHOICES = {
@@ -38,54 +39,6 @@ CHOICES = {
     "evaluation.convention": ("torch_fidelity", "jax_meanflow", "pytorch_fid"),
 }
 METRICS = ("fid", "is", "kid", "pr", "fd_dinov2")
-# Least and largest value of numbers; None: no bound.
-RANGES = {
-    "model.depth": (1, None),
-    "model.width": (1, None),
-    "model.num_heads": (1, None),
-    "model.patch_size": (1, None),
-    "model.num_classes": (1, None),
-    "model.head_depth": (0, None),
-    "model.dmf_depth": (0, None),
-    "model.repa_depth": (1, None),
-    "model.projector_dim": (1, None),
-    "model.num_class_tokens": (1, None),
-    "model.num_omega_tokens": (1, None),
-    "model.num_interval_tokens": (1, None),
-    "model.num_time_tokens": (1, None),
-    "model.num_blocks": (1, None),
-    "model.channel_mult_emb": (1, None),
-    "model.channel_mult_noise": (1, None),
-    "model.augment_dim": (0, None),
-    "model.head_width": (1, None),
-    "model.logvar_channels": (0, None),
-    "model.dropout": (0, 1),
-    "data.prefetch": (0, None),
-    "data.augment.prob": (0, 1),
-    "method.flow_fraction": (0, 1),
-    "method.label_drop_prob": (0, 1),
-    "method.kappa": (0, 1),
-    "method.omega_max": (1, None),
-    "method.interval_std": (0, None),
-    "method.stage1_steps": (0, None),
-    "method.distance_clip": (0, None),
-    "train.steps": (1, None),
-    "train.schedule_steps": (0, None),
-    "train.batch_size": (1, None),
-    "train.accumulate": (1, None),
-    "train.fsdp": (1, None),
-    "train.ema_every": (1, None),
-    "train.num_threads": (0, None),
-    "train.log_every": (1, None),
-    "train.checkpoint_every": (1, None),
-    "train.keep_checkpoints": (1, None),
-    "sample.steps": (1, None),
-    "sample.omega": (1, None),
-    "sample.gamma": (0, 1),
-    "sample.diffusion_scale": (0, None),
-    "sample.batch_size": (1, None),
-    "evaluation.num_samples": (2, None),
-}
 NETWORKS = {
     "meanflow": ("dit", "unet"), "improved": ("imf_dit",), "flow": ("dit", "edm2"), "decoupled": ("dmf_dit",),
     "rectified": ("edm2", "dit"),
@@ -184,6 +137,8 @@ def check_unet(config: base.Config) -> None:
             "config.model.name is unet, a network without classes, which cannot be guided: set "
             "--config.method.guidance=False and --config.sample.cfg_scale=1"
         )
+    if not all(map(is_number, c.resample_filter)) or sum(c.resample_filter) == 0:
+        raise UserError(f"config.model.resample_filter is {c.resample_filter}; give numbers whose sum is not 0")
     if config.model.dropout == 1:
         raise UserError("config.model.dropout is 1; it must be less, or nothing is left")
 
@@ -191,8 +146,6 @@ def check_unet(config: base.Config) -> None:
 def check_edm2(config: base.Config) -> None:
     """Raise UserError for what no U-Net of EDM2 can be, or that its preconditioning does not hold for."""
     check_levels(config)
-    if not 0 < config.model.sigma_data < math.inf:
-        raise UserError(f"config.model.sigma_data is {config.model.sigma_data}; it must be a number above 0")
     if config.method.path != "linear":
         raise UserError("config.model.name is edm2, whose preconditioning is that of config.method.path=linear")
 
@@ -207,11 +160,7 @@ def check_values(flat: dict) -> None:
     for key, allowed in CHOICES.items():
         if flat[key] not in allowed:
             raise UserError(f"config.{key} is {flat[key]!r}; choose one of {', '.join(allowed)}")
-    for key, (least, most) in RANGES.items():
-        if not flat[key] >= least or (most is not None and not flat[key] <= most):  # NaN is neither
-            raise UserError(
-                f"config.{key} is {flat[key]}; it must be at least {least}" + (f" and at most {most}" if most else "")
-            )
+    ranges.check(flat)
 
 
 def check_method(config: base.Config) -> None:
@@ -253,6 +202,8 @@ def check_method(config: base.Config) -> None:
         )
     for key in ("time_mean", "time_std"):
         pair(c[key], f"method.{key}", "for t and for r")
+    if min(c.time_std) < 0:
+        raise UserError(f"config.method.time_std is {c.time_std}; deviations are at least 0")
 
 
 def check_rectified(config: base.Config) -> None:
@@ -302,15 +253,28 @@ def check_sampling(config: base.Config) -> None:
             f"config.sample.sampler is {c.sampler}, but a model of config.method.name {config.method.name} is sampled "
             f"by one of {', '.join(samplers)}"
         )
-    if not 0 < c.shift < math.inf:
-        raise UserError(f"config.sample.shift is {c.shift}; it must be a number above 0, 1 for no shift")
+    if c.times and not (all(map(is_number, c.times)) and falls(c.times) and c.times[0] <= 1 and c.times[-1] >= 0):
+        raise UserError(
+            f"config.sample.times is {c.times}: sampling times must fall from at most 1 to at least 0, in one step or "
+            "more"
+        )
     start, end = pair(c.interval, "sample.interval", "the start and the end of the interval")
     if not 0 <= start <= end <= 1:
         raise UserError(f"config.sample.interval is {c.interval}; it must rise and stay in [0, 1]")
 
 
+def falls(values: tuple[float, ...]) -> bool:
+    """Return whether there are two values or more, each less than the one before."""
+    return len(values) > 1 and all(a > b for a, b in itertools.pairwise(values))
+
+
 def pair(value: object, key: str, what: str) -> tuple[float, float]:
-    """Return `value` if it is two numbers.  Raises UserError naming the option `key` and what they are."""
-    if not isinstance(value, tuple) or len(value) != 2 or not all(isinstance(v, int | float) for v in value):
+    """Return `value` if it is two finite numbers.  Raises UserError naming the option `key` and what they are."""
+    if not isinstance(value, tuple) or len(value) != 2 or not all(is_number(v) for v in value):
         raise UserError(f"config.{key} is {value}; give two numbers, {what}")
     return value
+
+
+def is_number(value: object) -> bool:
+    """Return whether a value is a finite number."""
+    return isinstance(value, int | float) and math.isfinite(value)
