@@ -57,7 +57,7 @@ def check(config: base.Config) -> base.Config:
 
 
 def check_trainable(config: base.Config) -> None:
-    """Raise UserError if the network lacks what only training needs."""
+    """Raise UserError if the network lacks what only training needs; warn of options that are less than they say."""
     if config.model.name == "imf_dit" and not config.model.v_heads:
         raise UserError(
             "config.model.v_heads is False: without the head of v, which released weights leave out, a network can "
@@ -69,6 +69,13 @@ def check_trainable(config: base.Config) -> None:
             "all of config.train.steps %d are in the first stage (config.method.stage1_steps %d)",
             config.train.steps, c.stage1_steps,
         )  # fmt: skip
+    net = config.model
+    flash = net.name in ("dit", "imf_dit", "dmf_dit") and net.attention_jvp == "flash"
+    if flash and net.compute_dtype == "float32" and config.train.matmul_precision == "highest":
+        logging.warning(
+            "config.train.matmul_precision is highest, but the kernel of config.model.attention_jvp flash multiplies "
+            "float32 in TF32; --config.model.attention_jvp=plain does not"
+        )
     if config.model.name == "edm2" and config.model.logvar_channels:
         raise UserError(
             f"config.model.logvar_channels is {config.model.logvar_channels}: no method here trains EDM2's "

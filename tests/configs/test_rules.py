@@ -279,3 +279,15 @@ def test_a_model_to_start_from_differs_in_what_its_weights_do_not_show(option):
 def test_a_teacher_that_cannot_teach(changes, message):
     with pytest.raises(UserError, match=message):
         resolve.check_teacher(config_of(TEACHER), config_of(changes))
+
+
+@pytest.mark.parametrize(
+    ("changes", "warned"),
+    [({}, True), ({"model.compute_dtype": "bfloat16"}, False), ({"train.matmul_precision": "default"}, False),
+     ({"model.attention_jvp": "plain"}, False)],
+)  # fmt: skip
+def test_a_kernel_that_multiplies_in_tf32_is_named(changes, warned, caplog):
+    config = digits.get_config()
+    config.update_from_flattened_dict({"model.attention_jvp": "flash"} | changes)
+    resolve.check_trainable(config)
+    assert ("multiplies float32 in TF32" in caplog.text) == warned
