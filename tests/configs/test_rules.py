@@ -2,7 +2,7 @@
 
 import pytest
 
-from configs import base, resolve
+from configs import base, digits, resolve
 from configs.errors import UserError
 
 FLOW = {"model.interval_embedder": False, "method.name": "flow"}
