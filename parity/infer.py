@@ -20,24 +20,36 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
     """
     if "unet.emb_fourier.freqs" in weights:
         return inferred_edm2(weights)
+    empty = [name for name, a in weights.items() if not a.size]
+    if empty:
+        raise UserError(f"the weights are damaged: {empty[0]} is empty ({len(empty)} such in all)")
     if any(name.startswith("enc.") for name in weights):
         return inferred_unet(weights)
     return inferred_imf_dit(weights) if "omega_tokens" in weights else inferred_dit(weights)
 
 
+def check_ranks(weights: dict[str, np.ndarray], ranks: dict[str, int]) -> None:
+    """Raise UserError unless the weights have arrays of these names and ranks."""
+    for name, rank in ranks.items():
+        if name not in weights:
+            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+        if weights[name].ndim != rank:
+            raise UserError(f"{name} has shape {weights[name].shape}, where {rank} axes are needed")
+
+
 def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     """Return the config of a transformer: MeanFlow's, a flow model's, or that of decoupled MeanFlow."""
     needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
-    for name in needed:
-        if name not in weights:
-            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+    check_ranks(weights, dict(zip(needed, (4, 2, 2), strict=True)))
     if "pos_embed" not in weights:
         raise UserError("these weights do not say the size of their images: give --config")
+    if weights["pos_embed"].ndim not in (2, 3):
+        raise UserError(f"pos_embed has shape {weights['pos_embed'].shape}, where (1, patches, width) is needed")
     width, channels, patch_size, _ = weights[needed[0]].shape
     config = base.get_config()
     config.model.update(
         width=width, channels=channels, patch_size=patch_size, num_heads=1,
-        input_size=round(weights["pos_embed"].shape[1] ** 0.5) * patch_size,
+        input_size=round(weights["pos_embed"].shape[-2] ** 0.5) * patch_size,
         num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
         interval_embedder="r_embedder.mlp.0.weight" in weights,
@@ -45,11 +57,14 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     config.method.name = "meanflow" if config.model.interval_embedder else "flow"
     scale = weights.get("blocks.0.attn.q_norm.scale")
     if scale is not None:
+        check_ranks(weights, {"blocks.0.attn.q_norm.scale": 1})
         config.model.update(qk_norm=True, num_heads=width // len(scale))
-    projectors = sorted(n for n in weights if re.fullmatch(r"projectors\.\d+\.4\.weight", n))
+    projectors = sorted({int(m[1]) for n in weights if (m := re.match(r"projectors\.(\d+)\.", n))})
     if projectors:
-        config.model.projector_dim = weights[projectors[0]].shape[1]
-        config.model.repa_dims = tuple(len(weights[f"projectors.{i}.4.weight"]) for i in range(len(projectors)))
+        last = [f"projectors.{i}.4.weight" for i in projectors]
+        check_ranks(weights, dict.fromkeys(last, 2))
+        config.model.projector_dim = weights[last[0]].shape[1]
+        config.model.repa_dims = tuple(len(weights[name]) for name in last)
     if "logvar_linear.weight" in weights:
         config.method.name = "decoupled"
         config.model.update(name="dmf_dit", interval_embedder=True)  # which it ignores
@@ -64,15 +79,18 @@ def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDic
         "y_embedder.embedding_table._flax_embedding.weight", f"{block}.attn.q_norm.weight",
         f"{block}.mlp.w1._flax_linear.weight",
     )  # fmt: skip
-    needed = ("x_embedder.proj.weight", table, norm, hidden, *(f"{name}_tokens" for name in ("class", "t_min", "time")))
-    for name in needed:
-        if name not in weights:
-            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+    check_ranks(
+        weights,
+        {"x_embedder.proj.weight": 4, table: 2, norm: 1, hidden: 2}
+        | {f"{name}_tokens": 2 for name in ("class", "omega", "t_min", "time")},
+    )
     depths = {
         kind: len({name.split(".")[1] for name in weights if name.startswith(f"{kind}.")})
         for kind in ("shared_blocks", "u_heads", "v_heads")
     }
     width, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
+    if width % len(weights[norm]) or len(weights[norm]) % 2:
+        raise UserError(f"{norm} has shape {weights[norm].shape}: heads must be even and divide the width {width}")
     config = base.get_config()
     config.method.name = "improved"
     config.model.update(

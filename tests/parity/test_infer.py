@@ -6,7 +6,7 @@ import torch
 
 from configs import base
 from configs.errors import UserError
-from parity import convert, infer
+from parity import cases, convert, infer
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
 
@@ -70,3 +70,34 @@ def test_weights_of_no_edm2_network_are_named(change, message):
     changed = {name: a for name, a in (weights | change).items() if a is not None}
     with pytest.raises(UserError, match=message):
         convert.checked(changed, None)
+
+
+DAMAGE = {
+    "a number": lambda a: np.float32(0), "a vector": lambda a: a.reshape(-1)[:1], "empty": lambda a: a[:0],
+    "more axes": lambda a: a[None, None, None], "gone": None,
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("damage", DAMAGE)
+@pytest.mark.parametrize("network", ["dit", "imf", "dmf_sit", "dmf_qk", "unet"])
+def test_damaged_arrays_are_refused_whatever_their_shape(network, damage):
+    whole = {name: np.zeros(a.shape, np.float32) for name, a in cases.random_weights(cases.config(network)).items()}
+    decisive = (
+        "x_embedder.",
+        "y_embedder.",
+        "_tokens",
+        "pos_embed",
+        "mlp.fc1.w",
+        "q_norm",
+        "w1.",
+        "projectors.",
+        "8x8_conv.w",
+    )
+    for name in whole:
+        if any(part in name for part in decisive):
+            change = DAMAGE[damage]
+            changed = {n: a for n, a in whole.items() if n != name} | (
+                {} if change is None else {name: change(whole[name])}
+            )
+            with pytest.raises(UserError):
+                convert.checked(changed, None)
