@@ -10,15 +10,13 @@ Source: diffusers, AutoencoderKL and its configuration.  Nothing that a file hol
 import hashlib
 import json
 import pathlib
-import pickle
 import re
 from typing import Any, NamedTuple
 
 import numpy as np
-import safetensors
-import safetensors.numpy
 
 from configs.errors import UserError
+from data import torch_files, weight_files
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there
@@ -207,34 +205,14 @@ def _check(where: str, config: dict[str, Any]) -> None:
 
 def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
     """Return the weights in a file.  Raises UserError if it cannot be read."""
-    return _read_torch(path) if path.suffix == ".bin" else _read_safetensors(path)
-
-
-def _read_safetensors(path: pathlib.Path) -> dict[str, np.ndarray]:
-    try:
-        return safetensors.numpy.load_file(path)
-    except (OSError, safetensors.SafetensorError) as error:
-        raise UserError(f"cannot read {path} as safetensors: {error}") from error
-    except TypeError as error:  # of a dtype that numpy lacks
-        raise UserError(f"cannot read {path}: {error}; save it in float32 or float16") from error
-
-
-def _read_torch(path: pathlib.Path) -> dict[str, np.ndarray]:
+    if weight_files.kind_of(path) != "torch":
+        return weight_files.load(path)
     import torch  # only this format needs it
 
-    try:
-        loaded = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        raise UserError(f"{path} is refused: it holds more than tensors ({_first_line(error)})") from error
-    except (OSError, RuntimeError, EOFError, ValueError) as error:
-        raise UserError(f"cannot read {path} as a PyTorch file: {_first_line(error)}") from error
+    loaded = torch_files.load(path)
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{path} is no state dict: give a file of tensors by their names")
-    return {name: tensor.float().numpy() for name, tensor in loaded.items()}
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
+    return {name: tensor.detach().float().numpy() for name, tensor in loaded.items()}
 
 
 def _digest(settings: dict[str, Any], weights: dict[str, np.ndarray]) -> str:

@@ -80,6 +80,8 @@ def _kind_of_zip(path: pathlib.Path) -> str:
             names = archive.namelist()
     except zipfile.BadZipFile:  # cut off; torch.load will say so
         return "torch"
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError("a TorchScript archive, a program: save the state dict of the network alone")
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
     raise ValueError("a zip archive that torch.save did not write; unpack it, and name the file of weights")

@@ -33,7 +33,7 @@ import torch
 
 from configs import base, latents, paths, resolve
 from configs.errors import UserError, exit_on_user_error
-from data import weight_files
+from data import torch_files, weight_files
 from jax_impl import checkpoints as jax_checkpoints
 from parity import sources, time_direction
 from parity.infer import inferred_config
@@ -231,7 +231,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
     try:
         torch.save({name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, dest)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {dest}: {sources.first_line(error)}") from error
+        raise UserError(f"cannot write {dest}: {torch_files.first_line(error)}") from error
 
 
 def load_config(name: str) -> base.Config:

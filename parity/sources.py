@@ -1,11 +1,6 @@
 """Reads weights, ours and other people's, into canonical weights.  Nothing that a file holds is ever executed."""
 
-import argparse
 import pathlib
-import pickle
-import re
-import struct
-import warnings
 from typing import Any, NamedTuple
 
 import flax.serialization
@@ -15,27 +10,15 @@ import numpy as np
 import torch
 
 from configs.errors import UserError
-from data import weight_files
-from data.pickles import DAMAGE, Array, Dtype, Record, Scalar
+from data import torch_files, weight_files
+from data.pickles import Array, Scalar
 from jax_impl import checkpoints as jax_checkpoints
 from parity import directories, entries, pickles
 from parity.names import flax_tree_to_canonical
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl.weights import SCALARS
 
-# What a PyTorch file may hold beside tensors, each in place of what the name stands for: argparse's Namespace, in which
-# trainers keep their arguments, paths among them, and the numbers and arrays of NumPy, as inert records.
-INERT: list[Any] = [
-    argparse.Namespace,
-    (Dtype, "numpy.dtype"), (Record, "numpy.ndarray"),
-    *((record, f"numpy.{core}.multiarray.{name}") for core in ("core", "_core")
-      for name, record in (("scalar", Scalar), ("_reconstruct", Array))),
-    *((Record, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
-      for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
-]  # fmt: skip
 CANONICAL = "canonical safetensors"  # the kind of a file that convert.py wrote
-ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # that colour a terminal
-REFUSED = re.compile(r"GLOBAL (\S+)|unrecognized function (\S+)")
 
 
 class Source(NamedTuple):
@@ -89,41 +72,11 @@ def read_directory(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
 
 
 def read_torch(path: pathlib.Path) -> dict[str, Any]:
-    """Return what a PyTorch file holds, a dict: tensors, containers and what `INERT` lists.
-
-    The unpickler refuses anything else; nothing is executed.  Raises UserError.
-    """
-    try:
-        # An open file: by the name of one, torch.load takes it for safetensors.
-        with torch.serialization.safe_globals(INERT), warnings.catch_warnings(action="ignore"), path.open("rb") as file:
-            loaded = torch.load(file, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as error:
-        if "Unsupported operand" in str(error):
-            raise UserError(
-                f"cannot read {path}: it is damaged, or pickled by another protocol than that of torch.save, 2"
-            ) from error
-        raise UserError(
-            f"{path} is refused: it holds {refused(path, error)}, and to make that may run any code.  Save nothing but "
-            "state dicts where the file comes from: torch.save({'ema': ema.state_dict()}, FILE)"
-        ) from error
-    except DAMAGE as error:
-        raise UserError(f"cannot read {path} as a PyTorch file: {first_line(error)}") from error
+    """Return the dict that a PyTorch file holds.  Raises UserError if it holds something else, or is unsafe."""
+    loaded = torch_files.load(path)
     if not isinstance(loaded, dict):
         raise UserError(f"{path} holds a {type(loaded).__name__}, not a state dict")
     return loaded
-
-
-def refused(path: pathlib.Path, error: Exception) -> str:
-    """Return the names of what PyTorch's unpickler refuses in a file."""
-    try:
-        with torch.serialization.safe_globals(INERT):
-            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
-    except (*DAMAGE, struct.error):  # a file of before PyTorch 1.6, or opcodes that it does not know
-        names = []
-    found = REFUSED.search(ESCAPES.sub("", str(error)))
-    names = names or ([next(filter(None, found.groups())).rstrip(".,")] if found else [])
-    shown = ", ".join(f"{name!r:.200}" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
-    return f"objects of {shown}" if names else "more than tensors"
 
 
 def to_arrays(leaves: dict[str, Any], path: pathlib.Path) -> dict[str, np.ndarray]:
@@ -158,7 +111,7 @@ def read_msgpack(path: pathlib.Path) -> dict:
     try:
         tree = flax.serialization.msgpack_restore(path.read_bytes())
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise UserError(f"cannot read {path} as a Flax msgpack file: {first_line(error)}") from error
+        raise UserError(f"cannot read {path} as a Flax msgpack file: {torch_files.first_line(error)}") from error
     if not isinstance(tree, dict):
         raise UserError(f"{path} is a msgpack file, but its content is not a tree of parameters")
     return tree
@@ -189,8 +142,3 @@ def below(flat: dict, prefix: str) -> dict:
         some = ", ".join(sorted(flat)[:3])
         raise UserError(f"no name begins with --prefix {prefix!r}; there are {some}, ... ({len(flat)} in all)")
     return chosen
-
-
-def first_line(error: Exception) -> str:
-    """Return the first line of a message, without what colours it."""
-    return next(iter(ESCAPES.sub("", str(error)).splitlines()), type(error).__name__)

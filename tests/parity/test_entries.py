@@ -1,6 +1,7 @@
 """Which network of a checkpoint is read, whatever its trainer calls its entries and wraps them in."""
 
 import argparse
+import io
 import pathlib
 
 import flax.serialization
@@ -11,8 +12,11 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
+from configs import digits
 from configs.errors import UserError
-from parity import check, convert, entries, golden
+from jax_impl import train as jax_train
+from parity import check, convert, entries, golden, sources
+from torch_impl import train as torch_train
 from torch_impl import weights as canonical_files
 
 MARK = "x_embedder.proj.weight"
@@ -246,3 +250,51 @@ def test_raw_parameters_of_flax_files(tmp_path, kind):
     for number, scale in (("-1", 1), ("0", 2)):
         got = converted(path, tmp_path, "--config", str(config), "--ema", number)
         np.testing.assert_array_equal(got["final_layer.linear.bias"], scale * bias)
+
+
+@pytest.mark.parametrize(
+    ("raw", "ema"), [("model", "ema"), ("model", "model_ema"), ("net", "ema"), ("state_dict", "ema")]
+)
+def test_raw_parameters_of_pytorch_files(tmp_path, sit, capsys, raw, ema):
+    """In whichever order they stand; what was read is said."""
+    halved = {name: a if name == "pos_embed" else a / 2 for name, a in sit.items()}
+    torch.save({ema: tensors(sit), raw: tensors(halved), "opt": {"lr": 1}}, tmp_path / "w.pt")
+    for flags, want, entry in (((), sit, ema), (("--ema", "0"), sit, ema), (("--ema", "-1"), halved, raw)):
+        got = converted(tmp_path / "w.pt", tmp_path, *flags)
+        assert all(np.array_equal(got[name], a) for name, a in want.items())
+        assert f"w.pt (PyTorch state dict, its {entry}) -> " in capsys.readouterr().out
+
+
+def test_a_part_of_a_sharded_tensor_is_refused():
+    class Part(torch.Tensor):
+        pass
+
+    with pytest.raises(UserError, match="w is a Part, of which the whole is needed: gather it before saving"):
+        sources.to_numpy(torch.ones(2).as_subclass(Part), "w")
+
+
+def test_gains_that_sharding_gave_an_axis_become_scalars(tmp_path):
+    given = golden.Fixture(check.GOLDEN / "remeanflow_edm2_torch.npz").under("param/")
+    gains = {name for name, a in given.items() if name.endswith("_gain")}
+    torch.save({name: torch.from_numpy(a).reshape(1) if name in gains else torch.from_numpy(np.array(a)) for name, a in
+                given.items()}, tmp_path / "w.pt")  # fmt: skip
+    got = converted(tmp_path / "w.pt", tmp_path)
+    assert gains and all(got[name].shape == () and got[name] == given[name] for name in gains)
+
+
+@pytest.mark.filterwarnings("ignore::DeprecationWarning")
+def test_a_program_of_torchscript_is_named(tmp_path):
+    torch.jit.trace(torch.nn.Linear(2, 2), torch.ones(2)).save(tmp_path / "w.pt")
+    with pytest.raises(UserError, match="w.pt is a TorchScript archive, a program: save the state dict"):
+        converted(tmp_path / "w.pt", tmp_path)
+
+
+@pytest.mark.parametrize("train", [jax_train, torch_train])
+@pytest.mark.parametrize("suffix", ["pt", "safetensors", "msgpack"])
+def test_other_files_to_start_from_name_the_converter(tmp_path, sit, train, suffix):
+    path = tmp_path / f"w.{suffix}"
+    content = io.BytesIO()
+    torch.save(tensors(sit), content)
+    path.write_bytes(flax.serialization.msgpack_serialize(sit) if suffix == "msgpack" else content.getvalue())
+    with pytest.raises(UserError, match=rf"Convert it first:  python parity/convert\.py {path} {tmp_path}/w.*saf"):
+        train.read_model(str(path), digits.get_config())

@@ -178,6 +178,14 @@ def test_which_network_is_read(entries):
         assert_state(read(nets), nets.get("ema", nets["net"]))
 
 
+def test_the_raw_network_is_read_where_there_is_one():
+    nets = {"ema": Precond(), "net": Precond()}
+    for ema, entry in ((None, "ema"), (0, "ema"), (-1, "net")):
+        assert_state(pickles.read_network(write(nets), ema).leaves, nets[entry])
+    with pytest.raises(UserError, match=r"a\.pkl has no raw parameters \(--ema -1\), only ema \(--ema 0\)"):
+        pickles.read_network(write(snapshot(nets["ema"])), -1)
+
+
 def test_permuted_tensors_and_views():
     net = MPConv(2, 3, 4, 5)
     net.weight.data = net.weight.data.to(memory_format=torch.channels_last)

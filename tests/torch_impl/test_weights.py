@@ -120,6 +120,12 @@ def test_the_option_that_makes_weights_not_fit_is_named(net_and_weights, option)
         weights.from_canonical(net_and_weights[0], given)
 
 
+def test_names_with_a_prefix_name_the_converter(net_and_weights):
+    net, given = net_and_weights
+    with pytest.raises(UserError, match=r"their names begin with 'module\.'; parity/convert\.py SOURCE DEST"):
+        weights.from_canonical(net, {f"module.{name}": a for name, a in given.items()})
+
+
 def test_integers_are_refused(net_and_weights):
     net, given = net_and_weights
     name = "final_layer.linear.bias"
