@@ -15,26 +15,35 @@ Several processes share the samples: on SLURM or TPU pods add --distributed, els
 --num_processes=N --process=I to each.
 """
 
+import contextlib
+import functools
+
 import jax
 
 from configs.flags import run
 from evaluation import sweep
 from evaluation.logs import setup_logging
+from evaluation.processes import ending_together
 from evaluation.tools import Place
-from jax_impl.devices import define_flags, gather, start_jax
+from jax_impl.devices import define_flags, gather, make_board, start_jax, wait_for_all
 from jax_impl.sample import TOOLS, load
 
 
-def start(config):
-    """Set up the devices, join the other processes if there are any, and return the place of this one."""
+def start(config, stack):
+    """Set up the device, join the other processes if there are any, and return the place of this one.
+
+    stack: until it closes, a process that fails ends all.
+    """
     start_jax(config)
+    stack.enter_context(ending_together(make_board(), wait_for_all))
     return Place(jax.process_index(), jax.process_count(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
-    sweep.evaluate(load, TOOLS, start)
+    with contextlib.ExitStack() as stack:
+        sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
 
 
 if __name__ == "__main__":

@@ -117,3 +117,21 @@ def test_a_process_that_fails_at_the_start_ends_all(in_both, launcher, options, 
         assert "Traceback" not in first.stderr + second.stderr
 
     in_both(scenario)
+
+
+def test_a_process_that_fails_ends_an_evaluation(in_both, launcher, options, tmp_path):
+    """The other waits for its samples."""
+    commands = {"jax": "jax_impl.evaluate", "torch": "torch_impl/evaluate.py"}
+
+    def scenario(framework):
+        workdir = f"--workdir={tmp_path / framework}"
+        assert_success([launcher.start(TRAINERS[framework], *options(RUN | {"train.steps": 1}), workdir)])
+        first, second = launcher.start_two(framework, commands[framework], workdir, own=((), ("--omegas=1,2",)))
+        assert second.wait() == 2, second.stderr
+        began = time.monotonic()
+        assert first.wait() == 1, first.stderr
+        assert time.monotonic() - began < SECONDS
+        assert first.stderr.splitlines()[-1] == "error: process 1 failed, see its message; this one ends too"
+        assert "Traceback" not in first.stderr + second.stderr
+
+    in_both(scenario)

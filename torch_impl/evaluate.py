@@ -14,26 +14,35 @@ interval of it (improved MeanFlow only): it prints a table, and writes DIR/sweep
 Several processes share the samples: torchrun --nproc_per_node=8.
 """
 
+import contextlib
+import functools
+
 import torch.distributed as dist
 
 from configs.flags import run
 from evaluation import sweep
 from evaluation.logs import setup_logging
+from evaluation.processes import ending_together
 from evaluation.tools import Place
-from torch_impl.devices import gather, start_torch
+from torch_impl.devices import gather, make_board, start_torch, wait_for_all
 from torch_impl.sample import TOOLS, load
 
 
-def start(config):
-    """Set up the device, join the other processes if there are any, and return the place of this one."""
+def start(config, stack):
+    """Set up the device, join the other processes if there are any, and return the place of this one.
+
+    stack: until it closes, a process that fails ends all.
+    """
     start_torch(config)
+    stack.enter_context(ending_together(make_board(), wait_for_all))
     return Place(dist.get_rank(), dist.get_world_size(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
-    sweep.evaluate(load, TOOLS, start)
+    with contextlib.ExitStack() as stack:
+        sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
 
 
 if __name__ == "__main__":
