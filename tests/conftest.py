@@ -20,6 +20,7 @@ ROOT = pathlib.Path(__file__).parents[1]
 TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 # The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
 LONGEST = (
+    "test_several_processes.py",
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
     "test_decoupled_commands.py", "test_workdirs.py", "data/test_loader.py", "test_reflow_commands.py",
     "jax_impl/test_step.py", "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
