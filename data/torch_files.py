@@ -44,7 +44,7 @@ def load(path: pathlib.Path) -> Any:
         ) from error
     except DAMAGE as error:
         advises = "weights_only" in str(error)  # to read it unsafely
-        reason = "it is of an old format; save it again" if advises else first_line(error)
+        reason = "it is of an old format; save it again" if advises else first_line(error).split(". ")[0]
         raise UserError(f"cannot read {path} as a PyTorch file: {reason}") from error
 
 

@@ -7,6 +7,7 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
+from configs import resolve
 from configs.errors import UserError
 from data import weight_files
 
@@ -47,8 +48,9 @@ def map_leaves(function, tree):
 
 def orbax_in(path: pathlib.Path) -> pathlib.Path:
     """Return the directory of the one Orbax checkpoint in `path`.  Raises UserError saying what is there instead."""
-    if path.parent.name in ("jax", "torch") and path.parents[1].name == "checkpoints":
-        raise UserError(f"{path} is one checkpoint of a work directory: name that, {path.parents[2]}")
+    for part in (path, *path.parents[:2]):
+        if part.name == "checkpoints" and (part.parent / resolve.FILE_NAME).is_file():
+            raise UserError(f"{path} is inside of a work directory: name that, {part.parent}")
     level = [path]
     for _ in range(DEPTH + 1):
         found = [d for d in level if any((d / name).is_file() for name in ORBAX)]

@@ -8,6 +8,7 @@ import numpy as np
 
 from configs import base
 from configs.errors import UserError
+from data import canonical
 
 
 def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
@@ -20,6 +21,8 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
     """
     if "unet.emb_fourier.freqs" in weights:
         return inferred_edm2(weights)
+    if "encoder.conv_in.weight" in weights:
+        raise UserError("these are the weights of an autoencoder: --config.latents.vae reads its directory as it is")
     empty = [name for name, a in weights.items() if not a.size]
     if empty:
         raise UserError(f"the weights are damaged: {empty[0]} is empty ({len(empty)} such in all)")
@@ -32,7 +35,10 @@ def check_ranks(weights: dict[str, np.ndarray], ranks: dict[str, int]) -> None:
     """Raise UserError unless the weights have arrays of these names and ranks."""
     for name, rank in ranks.items():
         if name not in weights:
-            raise UserError(f"the weights lack {name}: they are not of a network that this project knows")
+            there = canonical.some(weights) if weights else "no arrays at all"
+            raise UserError(
+                f"the weights lack {name}: they are not of a network that this project knows, but have {there}"
+            )
         if weights[name].ndim != rank:
             raise UserError(f"{name} has shape {weights[name].shape}, where {rank} axes are needed")
 

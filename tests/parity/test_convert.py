@@ -412,3 +412,17 @@ def test_weights_are_written_with_the_computed_table(tmp_path, sit, change):
     run(tmp_path / "a.pt", tmp_path / "b.safetensors")
     expected = {name: tensor.float().numpy() for name, tensor in given.items()} | {"pos_embed": sit["pos_embed"]}
     assert_same(canonical_files.load(tmp_path / "b.safetensors"), expected)
+
+
+@pytest.mark.parametrize(
+    ("weights", "message"),
+    [
+        ({"encoder.conv_in.weight": np.ones((3, 3, 3, 3))}, "weights of an autoencoder: --config.latents.vae reads"),
+        ({"other.weight": np.ones(3)}, r"lack x_embedder\.proj\.weight: .* but have other\.weight \(1 in all\)"),
+        ({}, "but have no arrays at all"),
+    ],
+)
+def test_weights_of_another_network_are_named(tmp_path, weights, message):
+    torch.save(tensors(weights), tmp_path / "a.pt")
+    with pytest.raises(UserError, match=message):
+        run(tmp_path / "a.pt", tmp_path / "b.safetensors")

@@ -51,6 +51,7 @@ def orbax_damaged(path):
 
 def one_checkpoint(path):
     (path / "checkpoints" / "jax" / "5").mkdir(parents=True)
+    (path / "config.json").write_text("{}")
 
 
 CASES = {
@@ -66,7 +67,9 @@ CASES = {
     "no names": (orbax_without_names, "", "Orbax checkpoint, but its content is not a tree|no network|holds no"),
     "damaged": (orbax_damaged, "", "cannot read .*5 as an Orbax checkpoint, it may be damaged"),
     "not saved": (lambda path: (path / "config.json").write_text("{}"), "", "the run has not saved yet"),
-    "one checkpoint": (one_checkpoint, "checkpoints/jax/5", "is one checkpoint of a work directory: name that, "),
+    "one checkpoint": (one_checkpoint, "checkpoints/jax/5", "is inside of a work directory: name that, .*source$"),
+    "checkpoints": (one_checkpoint, "checkpoints/jax", "is inside of a work directory: name that, .*source$"),
+    "all checkpoints": (one_checkpoint, "checkpoints", "is inside of a work directory: name that, .*source$"),
 }  # fmt: skip
 
 
