@@ -218,6 +218,9 @@ def train() -> Config:
     c.evaluate_every = 0  # steps between evaluations; 0: only by the evaluate command
     c.checkpoint_every = 1000  # steps between checkpoints; the last step is always saved
     c.keep_checkpoints = 2  # newest checkpoints kept
+    c.keep_every = 0  # checkpoints at multiples of so many steps are kept for ever besides; 0: none
+    c.checkpoint_at_start = False  # save before the first step too, so that a lack of memory or disk shows at once
+    c.snapshot_every = 0  # steps between snapshots, WORKDIR/snapshots/STEP/ema_DECAY.safetensors; 0: never
     c.load_from = ""  # canonical .safetensors or a work directory to start from; empty: fresh weights
     return c
 

@@ -16,7 +16,8 @@ from configs.versions import flatten, from_json, read_content, read_file, to_jso
 FREE = {
     "name", "sample", "evaluation", "latents.vae",  # what is reported, and how finished weights are used
     "train.log_every", "train.sample_every", "train.evaluate_every",
-    "train.checkpoint_every", "train.keep_checkpoints",  # what is kept
+    "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_at_start",
+    "train.snapshot_every",  # what is kept
     "train.steps", "train.schedule_steps",  # how far it goes; `schedule_length` sees to the rates of steps done
     "data.dir", "data.name", "data.encoder", "method.teacher",  # where things are; `contents` sees to what they hold
     "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # how it is divided

@@ -10,7 +10,7 @@ import pathlib
 import re
 import shutil
 from collections.abc import Callable, Iterable
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from absl import logging
 
@@ -19,6 +19,7 @@ from configs.errors import UserError
 STEP = re.compile("0|[1-9][0-9]*")  # names of checkpoints
 # What a missing file raises; any other OSError is the disk's or the network's, and no damage.
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
+START_AGAIN, CHOOSE_STEP = "to start again, choose another --workdir", "--step chooses another"  # ways out
 Read = TypeVar("Read")
 
 
@@ -38,11 +39,13 @@ def whole_steps(path: pathlib.Path, is_whole: Callable[[pathlib.Path], bool]) ->
     return sorted(int(d.name) for d in found)
 
 
-def newest(steps: Iterable[int], read: Callable[[int], Read], path: pathlib.Path) -> tuple[Read | None, list[int]]:
+def newest(
+    steps: Iterable[int], read: Callable[[int], Read], path: pathlib.Path, way_out: str
+) -> tuple[Read | None, list[int]]:
     """Return `read(step)` of the newest of `steps` that is not damaged, and the damaged ones that are newer.
 
     read: raises `Damaged`.  Each damaged checkpoint is named in a warning.  Returns None if there are no steps; raises
-    UserError if all are damaged.
+    UserError naming the `way_out` if all are damaged.
     """
     damaged = []
     for step in sorted(steps, reverse=True):
@@ -52,8 +55,13 @@ def newest(steps: Iterable[int], read: Callable[[int], Read], path: pathlib.Path
             logging.warning("cannot read checkpoint %s: %s", path / str(step), error)
             damaged.append(step)
     if damaged:
-        raise UserError(f"no checkpoint in {path} could be read; to start again, choose another --workdir")
+        raise UserError(f"no checkpoint in {path} could be read; {way_out}")
     return None, []
+
+
+def expired(steps: list[int], c: Any) -> list[int]:
+    """Return which of the ascending `steps` to delete: all but the newest and the milestones.  c: `config.train`."""
+    return [step for step in steps[: -c.keep_checkpoints] if not (step and c.keep_every and step % c.keep_every == 0)]
 
 
 def set_aside(path: pathlib.Path, steps: Iterable[int]) -> None:

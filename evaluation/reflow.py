@@ -30,7 +30,7 @@ class Model(NamedTuple):
 
 
 Start = Callable[[base.Config], tuple[int, int]]
-Load = Callable[[str, base.Config], dict[str, np.ndarray]]
+Load = Callable[[str, base.Config, int | None], dict[str, np.ndarray]]
 MakeCoupler = Callable[[list[Model], dict[str, Any], float], couplings.Coupler]
 
 
@@ -41,6 +41,7 @@ def define_flags() -> None:
     config_flags.DEFINE_config_file("guide_config", None, "Config of the --guide, if that is a .safetensors.")
     flags.DEFINE_float("guidance", 1.0, "Guidance scale, away from no class or, if given, from --guide; 1: none.")
     flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
+    flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
     flags.DEFINE(paths.WRITTEN, "output", "", "Directory of the dataset: new, or one to go on with.")
     flags.DEFINE_enum("labels", "random", ["random", "dataset"], "Labels: random, or those of the teacher's data.")
     flags.DEFINE_integer("num_samples", None, "Pairs, with random labels.", lower_bound=1)
@@ -60,7 +61,7 @@ def define_flags() -> None:
 def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     """Make the couplings that the command line asks for, and print their directory.
 
-    start: (config) -> (number of this process, how many there are).  load: (path, config) -> canonical weights.
+    start: (config) -> (number of this process, how many there are).  load: (path, config, step) -> canonical weights.
     make_coupler: (models, grid, guidance) -> coupler, see `couplings.make`; of the models, the teacher and perhaps its
     guide.  grid: {flag: value} of `GRID`.  Raises UserError for what cannot be read, made or written.
     """
@@ -71,7 +72,8 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     if f.sigma_max > EDM2_SIGMA_MAX and any(config.model.name == "edm2" for config in configs):
         raise UserError(f"--sigma_max is {f.sigma_max}; a network of EDM2 knows no noise above {EDM2_SIGMA_MAX:g}")
     process, num_processes = start(configs[0])
-    models = [Model(config, load(path, config)) for path, config in zip((f.teacher, f.guide), configs, strict=False)]
+    sources = zip((f.teacher, f.guide), configs, (f.step, None), strict=False)
+    models = [Model(config, load(path, config, step)) for path, config, step in sources]
     plan, grid = make_plan(configs[0]), {name: f[name].value for name in GRID}
     coupler = make_coupler(models, grid, f.guidance)
     settings = {"guidance": f.guidance, **grid, "labels": f.labels}
@@ -105,7 +107,7 @@ def read_configs() -> list[base.Config]:
         raise UserError("--guide has no effect with --guidance=1: set the scale")
     if f.guide_config is not None and not f.guide:
         raise UserError("--guide_config is the config of a --guide, which is missing")
-    teacher = read_config("teacher", f.teacher, "config", config_flag(), f.ema)
+    teacher = read_config("teacher", f.teacher, "config", config_flag(), f.ema, f.step)
     if not f.guide:
         return [teacher]
     guide = read_config("guide", f.guide, "guide_config", f.guide_config, None)
@@ -123,7 +125,9 @@ def read_configs() -> list[base.Config]:
     return [teacher, guide]
 
 
-def read_config(flag: str, path: str, of_config: str, config: Any, ema: int | None) -> base.Config:
+def read_config(
+    flag: str, path: str, of_config: str, config: Any, ema: int | None, step: int | None = None
+) -> base.Config:
     if os.path.isdir(path):
         if config is not None:
             raise UserError(
@@ -133,8 +137,9 @@ def read_config(flag: str, path: str, of_config: str, config: Any, ema: int | No
         config.sample.ema = config.sample.ema if ema is None else ema
     elif config is None:
         raise UserError(f"--{flag} {path} is no work directory, and a .safetensors needs its config: --{of_config}")
-    elif ema is not None:
-        raise UserError(f"--ema chooses weights of a work directory, and --{flag} {path} is none")
+    elif ema is not None or step is not None:
+        option = "step" if ema is None else "ema"
+        raise UserError(f"--{option} chooses weights of a work directory, and --{flag} {path} is none")
     resolve.check(config)
     if config.method.name != "flow":
         raise UserError(f"--{flag} {path} is of config.method.name {config.method.name}: couplings need a flow model")

@@ -55,6 +55,9 @@ def define_flags() -> None:
     flags.DEFINE_float("omega", None, "Guidance scale that the network is told; improved MeanFlow only.")
     flags.DEFINE_list("interval", None, "Start and end of the guidance, e.g. 0.4,0.65.")
     flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
+    flags.DEFINE_integer(
+        "step", None, "Checkpoint or snapshot to read; the newest checkpoint by default.", lower_bound=0
+    )
     flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
     flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
 
@@ -87,6 +90,8 @@ def sample(load: Load, framework: tools.Tools) -> None:
         raise UserError(
             "--config goes with --weights: a work directory has its own, of which flags change the sampling"
         )
+    if f.weights and f.step is not None:
+        raise UserError("--step chooses a checkpoint of a work directory, and --weights is a file: leave one out")
     output, labels = output_directory(), numbers("labels", f.labels, int)
     for name in ("samples.npz", "samples.png"):
         files.check_writable(os.path.join(output, name))
@@ -182,6 +187,11 @@ def override(config: base.Config) -> base.Config:
     config = copy.deepcopy(config)
     config.sample.update(given)
     return resolve.check(config)
+
+
+def step() -> int | None:
+    """Return --step, which checkpoint of the work directory to read; None: the newest."""
+    return flags.FLAGS.step
 
 
 def check_told(config: base.Config, names: Iterable[str]) -> None:

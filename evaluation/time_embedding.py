@@ -33,6 +33,7 @@ def define_flags() -> None:
     """Define the flags of the time-embedding commands, --config aside."""
     flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
     flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
+    flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
     flags.DEFINE(paths.WRITTEN, "output", "", "The .safetensors to write, for --config.train.load_from.")
     flags.DEFINE_enum("fit", "exact", ["exact", "adam"], "exact: least squares; adam: by gradient, as official code.")
     flags.DEFINE_integer("steps", None, f"Steps of adam; default: {ADAM['steps']}.", lower_bound=1)
@@ -43,7 +44,7 @@ def define_flags() -> None:
 
 def time_embedding(
     set_precision: Callable[[base.Config], None],
-    load: Callable[[str, base.Config], Weights],
+    load: Callable[[str, base.Config, int | None], Weights],
     save: Callable[[str, Weights, dict], None],
     fit: Callable[..., tuple[Weights, Any]],
     error: Callable[..., float],
@@ -51,7 +52,7 @@ def time_embedding(
     """Fit as the command line says, write the weights, and print the remaining error and their path.
 
     set_precision: called with the teacher's config before anything is loaded.
-    load: (path, config) -> canonical weights.  save: (path, weights, metadata).
+    load: (path, config, step) -> canonical weights.  save: (path, weights, metadata).
     fit: (config, weights, teacher's config and weights, times, learning rate) -> weights and losses, by Adam.
     error: (config, weights, teacher's config and weights, t, r) -> mean squared error of the embedding.
     Raises UserError for what cannot be read, fitted or written.
@@ -64,9 +65,9 @@ def time_embedding(
         raise UserError(f"--{next(iter(given_options))} is for --fit=adam, and --fit is {f.fit}")
     if f.workdir:
         raise UserError("--workdir is for training and sampling: name the flow model by --teacher")
-    teacher = reflow.read_config("teacher", f.teacher, "config", config_flag(), f.ema)
+    teacher = reflow.read_config("teacher", f.teacher, "config", config_flag(), f.ema, f.step)
     set_precision(teacher)
-    given, config = load(f.teacher, teacher), two_times(teacher)
+    given, config = load(f.teacher, teacher, f.step), two_times(teacher)
     options: dict[str, Any] = {**ADAM, **given_options}
     if ONE not in given:
         raise UserError(f"--teacher {f.teacher} has no {ONE}: it is not of a network of one time")
@@ -79,7 +80,7 @@ def time_embedding(
         times = np.stack([draw_times(rng, options["batch_size"]) for _ in range(options["steps"])])
         weights, _ = fit(config, weights, teacher, given, times, options["learning_rate"])
     save(f.output, weights, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
-    weights = load(f.output, config)  # what the trainer will read
+    weights = load(f.output, config, None)  # what the trainer will read
     left = error(config, weights, teacher, given, *draw_times(rng, NUM_TIMES))
     before = error(config, start(given), teacher, given, *draw_times(rng, NUM_TIMES))
     logging.info("mean squared error of the embedding, whose entries have variance 1: %.4f, before %.4f", left, before)

@@ -7,6 +7,7 @@ and its `_CHECKPOINT_METADATA`; an unfinished one is never read.
 import json
 import os
 import pathlib
+import re
 
 import jax
 import numpy as np
@@ -16,7 +17,7 @@ from jax.experimental import multihost_utils
 
 from configs import resolve
 from configs.errors import UserError
-from evaluation import checkpoints
+from evaluation import checkpoints, snapshots
 from jax_impl import weights
 from jax_impl.devices import local_mesh, with_float64
 from jax_impl.step import TrainState, abstract_net, create_state
@@ -29,13 +30,20 @@ _SAVE_SECONDS = 3600  # after which a save is given up
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
 
+# Parts of a path that Orbax, TensorStore or etils take for a pattern, an escape or the name of a cloud, or cannot take.
+_MISREAD = re.compile(r"[*?\[\\\udc80-\udcff]|:(?=/|$)|^/(gs|s3|az|hf)(?=/|$)")
+
+
 class Checkpoints:
     """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay."""
+        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which of them stay.
+
+        Raises UserError for a path that Orbax would misread.
+        """
         self.config = config
-        self.path = pathlib.Path(workdir).absolute() / DIRECTORY
+        self.path = _path_in(workdir)
         self.damaged: list[int] = []
         handler = ocp.CompositeCheckpointHandler(_STATE, _RUN)
         self.checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_SAVE_SECONDS)
@@ -83,7 +91,9 @@ class Checkpoints:
                 raise checkpoints.Damaged(problem or "another process cannot read it")
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), run
 
-        found, self.damaged = checkpoints.newest(checkpoints.whole_steps(self.path, _is_whole), read, self.path)
+        found, self.damaged = checkpoints.newest(
+            checkpoints.whole_steps(self.path, _is_whole), read, self.path, checkpoints.START_AGAIN
+        )
         return found
 
     def wait(self) -> None:
@@ -94,7 +104,7 @@ class Checkpoints:
             raise checkpoints.cannot_save(self.path, error) from error
         if jax.process_index() == 0:
             steps = checkpoints.whole_steps(self.path, _is_whole)
-            for step in steps[: -self.config.train.keep_checkpoints]:
+            for step in checkpoints.expired(steps, self.config.train):
                 checkpoints.delete(self.path / str(step), MARKER)
 
     def close(self) -> None:
@@ -104,20 +114,25 @@ class Checkpoints:
 
 
 @with_float64
-def read_weights(workdir: str | os.PathLike, ema: int = 0):
+def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = None):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  Nothing else of the checkpoint is read, and nothing
-    in the directory changes.  Raises UserError if there is no such run, checkpoint or EMA.
+    ema: index into train.ema_decays; -1 for the raw parameters.  step: of another checkpoint, or of a snapshot.
+    Nothing else of the checkpoint is read, and nothing in the directory changes.  Raises UserError if there is no such
+    run, step or EMA.
     """
     config = resolve.read_workdir(workdir)
-    path = pathlib.Path(workdir).absolute() / DIRECTORY
-    if not path.is_dir():
+    path = _path_in(workdir)
+    if not path.is_dir() and (path.parent / "torch").is_dir():
         raise UserError(f"{workdir} holds no JAX checkpoint; one of PyTorch is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
         raise UserError(
             f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
         )
+    steps = checkpoints.whole_steps(path, _is_whole)
+    snapshot = snapshots.choose(workdir, None if ema < 0 else config.train.ema_decays[ema], step, steps)
+    if snapshot is not None:
+        return config, weights.load(snapshot)
     graphdef, like = abstract_net(config)
     part = "params" if ema < 0 else f"emas.{ema}"
     wanted = {f"{part}.{name}": jax.ShapeDtypeStruct(a.shape, a.dtype) for name, a in _named(like).items()}
@@ -127,9 +142,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
         arrays = _load(path / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
-    params, _ = checkpoints.newest(checkpoints.whole_steps(path, _is_whole), read, path)
-    if params is None:
-        raise UserError(f"{workdir} holds no checkpoint yet")
+    params, _ = checkpoints.newest(steps if step is None else [step], read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
 
 
@@ -146,6 +159,18 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     writer.save(state, {"loader": "", "window": []})
     writer.close()
     lock.close()
+
+
+def _path_in(workdir):
+    """Return the directory of the checkpoints.  Raises UserError if Orbax would take its name for something else."""
+    path = pathlib.Path(workdir).absolute() / DIRECTORY
+    misread = _MISREAD.search(str(path))
+    if misread:
+        raise UserError(
+            f"{os.fsencode(workdir).decode(errors='replace')}: Orbax, which stores JAX's checkpoints, misreads "
+            f"{misread[0]!r} in a path; rename the directory"
+        )
+    return path
 
 
 def _is_whole(directory):
@@ -172,18 +197,22 @@ def _load(directory, wanted):
 
     Raises `Damaged`, or UserError if the checkpoint is of another network or the disk keeps it from being read.
     """
-    path, handler = directory / _STATE, ocp.PyTreeCheckpointHandler()
+    path, handler = ocp.utils.epath.Path(directory / _STATE), ocp.PyTreeCheckpointHandler()
+    stored = _named_problems(directory, lambda: handler.metadata(path).tree)
+    for name, a in wanted.items():
+        shape = getattr(stored.get(name), "shape", None)
+        if shape != a.shape:
+            there = "missing" if shape is None else f"of shape {shape}"
+            raise UserError(f"{directory}: {name} is {there}, this network wants {a.shape}")
+    restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
+    args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
+    return _named_problems(directory, lambda: handler.restore(path, args=args))
+
+
+def _named_problems(directory, read):
+    """Return `read()`.  What Orbax and TensorStore raise becomes `Damaged`, or UserError if the machine is to blame."""
     try:
-        stored = handler.metadata(ocp.utils.epath.Path(path)).tree
-        for name, a in wanted.items():
-            shape = getattr(stored.get(name), "shape", None)
-            if shape != a.shape:
-                there = "missing" if shape is None else f"of shape {shape}"
-                raise UserError(f"{directory}: {name} is {there}, this network wants {a.shape}")
-        args = ocp.args.PyTreeRestore(
-            item=wanted, restore_args=ocp.checkpoint_utils.construct_restore_args(wanted), partial_restore=True
-        )
-        return handler.restore(ocp.utils.epath.Path(path), args=args)
+        return read()
     except checkpoints.MISSING as error:
         raise checkpoints.Damaged(checkpoints.first_line(error)) from error
     except OSError as error:

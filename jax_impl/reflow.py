@@ -28,8 +28,11 @@ from jax_impl.methods.reflow import Grid, couple, sigmas
 from jax_impl.step import BATCH, abstract_net
 
 
-def load(path, config):
-    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither."""
+def load(path, config, step=None):
+    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
+
+    step: of the work directory's checkpoint; None: the newest.
+    """
     if not os.path.isdir(path):
         return weights.load(path)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
@@ -37,7 +40,7 @@ def load(path, config):
             f"{path} is a work directory, whose checkpoint --distributed processes cannot read one by one: make it a "
             ".safetensors by parity/convert.py, and name that with its --config"
         )
-    return checkpoints.read_weights(path, config.sample.ema)[1]
+    return checkpoints.read_weights(path, config.sample.ema, step)[1]
 
 
 def make_coupler(models, grid, guidance):

@@ -73,7 +73,7 @@ def load(workdir_path, weights_path, config):
         canonical = weights.load(weights_path)
         sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
-        _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
+        _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema, sampling.step())
     config, canonical = sampling.without_v_heads(config, canonical)
     graphdef, params = abstract_net(config)
     params = weights.from_canonical(nnx.merge(graphdef, params), canonical)

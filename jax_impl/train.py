@@ -1,5 +1,6 @@
 """The training loop: batches in, steps, and what happens every so many steps."""
 
+import collections
 import contextlib
 import functools
 import math
@@ -20,7 +21,7 @@ from data import contents, signals
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
-from evaluation import grids
+from evaluation import grids, snapshots
 from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress
 from evaluation.report import evaluate, evaluate_emas
@@ -64,7 +65,7 @@ def train(config, workdir):
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)
     sampler = make_sampler(config, graphdef, mesh)
-    reports = make_reports(config, sampler)
+    reports = [*make_reports(config, sampler), make_snapshots(config, graphdef, workdir)]
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     digests = read_contents(config)
     lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax", digests))
@@ -176,11 +177,17 @@ def loop(parts, train_step, state, mesh):
     c, window = parts.config.train, parts.window
     progress = Progress(c.steps, parts.log)
     step, termination = int(state.step), Termination(mesh)
+    first = step
+    if c.checkpoint_at_start and step == 0:
+        save(parts, state)
+        parts.checkpoints.wait()
     while step < c.steps:
         state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
         step += 1
         window.add(step, metrics)
         progress(step)
+        if step == first + 1:
+            log_peak_memory(metrics)
         stop = termination.requested()
         if step % c.log_every == 0:
             parts.log.write(step, window.close())
@@ -203,6 +210,14 @@ def save(parts, state):
     parts.window.check()
     progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps)}
     parts.checkpoints.save(state, progress)
+
+
+def log_peak_memory(metrics):
+    """Log the most memory that a device has needed so far, if it counts that; the CPU does not."""
+    jax.block_until_ready(metrics)
+    stats = jax.local_devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        logging.info("peak device memory after the first step: %.2f GiB", stats["peak_bytes_in_use"] / 2**30)
 
 
 class Window:
@@ -262,6 +277,19 @@ class Termination:
         """End; the other processes do, too."""
         if self.posted is not None:
             self.read(self.posted)
+
+
+def make_snapshots(config, graphdef, workdir):
+    """Return (every, report) that writes the EMAs as canonical weights, see `snapshots`."""
+
+    def report(step, state, _):
+        emas = (weights.to_canonical(nnx.merge(graphdef, ema), ema) for ema in state.emas)
+        if jax.process_index() == 0:
+            snapshots.write(workdir, config, step, emas, weights.save)
+        else:
+            collections.deque(emas, 0)  # takes part in gathering what is sharded
+
+    return config.train.snapshot_every, report
 
 
 def make_reports(config, sampler):

@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from flax import nnx
+from jax.experimental import multihost_utils
 
 from configs.errors import UserError
 from data import canonical
@@ -27,9 +28,15 @@ def to_canonical(net, params):
     """Return {canonical name: numpy array} of `params` (nnx.State of `net`), with the fixed tables of the net."""
     weights = dict(net.tables())
     for path, leaf in nnx.to_flat_state(params):
-        array = np.asarray(jax.device_get(leaf.get_value()))
+        array = np.asarray(jax.device_get(_whole(leaf.get_value())))
         weights[canonical_name(path)] = array.transpose(to_torch(array)) if path[-1] == "kernel" else array
     return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
+
+
+def _whole(a):
+    """Return an array whole on this host: all processes call it for one whose parts lie with others."""
+    here = not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
+    return a if here else multihost_utils.process_allgather(a, tiled=True)
 
 
 def from_canonical(net, weights):

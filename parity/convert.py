@@ -61,6 +61,7 @@ class Options(NamedTuple):
     config: base.Config | None = None  # of the network, None to take a work directory's own or to infer the sizes
     prefix: str = ""  # of the names to keep
     latents: str = ""  # a name of `latents.CONVENTIONS`; '': as the source says
+    step: int | None = None  # of a work directory's checkpoint or snapshot, None for the newest checkpoint
 
 
 AS_IT_IS = Options()
@@ -70,7 +71,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for mistakes on it and for what cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
-    options = Options(args.to, args.ema, config, args.prefix, args.latents)
+    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step)
     kind, num = convert(args.source, args.dest, options)
     print(f"{args.source} ({kind}) -> {args.dest}: {num} arrays")
 
@@ -85,6 +86,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         "--ema", metavar="N", type=int,
         help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters where there is none)",
     )  # fmt: skip
+    parser.add_argument("--step", metavar="N", type=int, help="of a work directory: which checkpoint (default: newest)")
     parser.add_argument(
         "--config", metavar="FILE",
         help="config of the network: FILE.py[:variant] or a config.json; needed for a work directory as DEST, and for "
@@ -112,7 +114,7 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
-    weights, own_config, kind, arguments = sources.read(source, options.ema, options.prefix)
+    weights, own_config, kind, arguments = sources.read(source, options.ema, options.prefix, options.step)
     metadata = {"format": "canonical", "source": f"{source.name} ({kind})"}
     if IN_INCEPTION in weights:
         weights = checked_inception(weights, options)

@@ -30,16 +30,18 @@ class Source(NamedTuple):
     arguments: Any = None  # that the trainer kept in the file
 
 
-def read(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+def read(path: pathlib.Path, ema: int | None, prefix: str, step: int | None = None) -> Source:
     """Read any source that `convert.py` lists.  Raises UserError for one that is none, damaged or unsafe.
 
     ema: which EMA, -1 for the raw parameters; None: the first EMA, or what there is.  prefix: keep only the names below
-    it; '' finds the weights.
+    it; '' finds the weights.  step: of a work directory, see its `read_weights`.
     """
     if not path.exists():
         raise UserError(f"there is no {path}")
     if path.is_dir():
-        return read_directory(path, ema, prefix)
+        return read_directory(path, ema, prefix, step)
+    if step is not None:
+        raise UserError(f"--step chooses a checkpoint of a work directory, and {path} is a file")
     kind = weight_files.kind_of(path)
     if kind == "pickle":
         weights, label = pickles.read_network(path, ema)
@@ -61,11 +63,11 @@ def named(kind: str, label: str) -> str:
     return f"{kind}, its {label}" if label else kind
 
 
-def read_directory(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+def read_directory(path: pathlib.Path, ema: int | None, prefix: str, step: int | None = None) -> Source:
     """Read a work directory of either trainer, or an Orbax checkpoint of official JAX code."""
     for checkpoints, framework in ((torch_checkpoints, "PyTorch"), (jax_checkpoints, "JAX")):
         if (path / checkpoints.DIRECTORY).is_dir():
-            config, weights = checkpoints.read_weights(path, ema or 0)
+            config, weights = checkpoints.read_weights(path, ema or 0, step)
             which = "raw parameters" if ema == -1 else f"EMA {ema or 0} of decay {config.train.ema_decays[ema or 0]}"
             return Source(weights, config, f"{framework} work directory, its {which}")
     return from_flax(directories.read_orbax(path), ema, prefix, path, "Orbax checkpoint")

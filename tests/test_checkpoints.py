@@ -1,13 +1,24 @@
 """Checkpoints of both frameworks: which directories count as one, who reads what of them, and who may change them."""
 
 import shutil
+from types import SimpleNamespace
+from unittest import mock
 
+import jax
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 import torch
+import torch.distributed as dist
+import torch.distributed.checkpoint as dcp
 from flax import nnx
+from torch.distributed.checkpoint.staging import DefaultStager
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.tensor import DTensor, Replicate, Shard
 
+from configs import resolve
 from configs.errors import UserError
+from evaluation import checkpoints, sampling, snapshots
 from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import step as jax_step
 from jax_impl import train as jax_train
@@ -20,6 +31,7 @@ from torch_impl import weights as torch_weights
 MODULES = {"jax": jax_checkpoints, "torch": torch_checkpoints}
 FRAMEWORKS = pytest.mark.parametrize("framework", MODULES)
 NAME = "final_layer.linear.bias"
+PROGRESS = {"loader": "", "window": []}
 
 
 @pytest.fixture(scope="module")
@@ -64,14 +76,14 @@ def path_of(framework, step):
 
 def start(framework, config, workdir):
     """Start a run there, as its trainer does.  Returns the last bias, and whether it was resumed."""
-    checkpoints = MODULES[framework].Checkpoints(workdir, config)
+    saver = MODULES[framework].Checkpoints(workdir, config)
     if framework == "jax":
-        graphdef, state, progress = jax_train.start_state(config, jax_step.make_mesh(config), checkpoints)
+        graphdef, state, progress = jax_train.start_state(config, jax_step.make_mesh(config), saver)
         weights = jax_weights.to_canonical(nnx.merge(graphdef, state.params), state.params)
     else:
-        state, progress = torch_train.start_state(config, None, torch.device("cpu"), checkpoints)
+        state, progress = torch_train.start_state(config, None, torch.device("cpu"), saver)
         weights = torch_weights.to_canonical(state.net, dict(state.net.named_parameters()))
-    checkpoints.open()
+    saver.open()
     return weights[NAME].ravel()[0], progress is not None
 
 
@@ -150,9 +162,9 @@ def test_only_a_trainer_sets_a_damaged_checkpoint_aside(framework, config, run_o
     DAMAGES["no_arrays"](framework, workdir / path_of(framework, 6))
     assert start(framework, config, workdir) == (1, True)
     assert "cannot read checkpoint" in caplog.text
-    checkpoints = workdir / MODULES[framework].DIRECTORY
-    assert {p.name for p in checkpoints.iterdir()} == {"3"}
-    assert (checkpoints.parent / f"{framework}_damaged_6").is_dir()
+    directory = workdir / MODULES[framework].DIRECTORY
+    assert {p.name for p in directory.iterdir()} == {"3"}
+    assert (directory.parent / f"{framework}_damaged_6").is_dir()
 
 
 def listing(directory):
@@ -176,3 +188,210 @@ def test_readers_change_nothing(framework, run_of, caplog):
     assert "cannot read checkpoint" in caplog.text and "/6" in caplog.text
     for path in [workdir, *workdir.rglob("*")]:
         path.chmod(path.stat().st_mode | 0o200)
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize("ema", [-1, 0])
+def test_readers_read_the_weights_that_they_use_and_nothing_else(framework, ema, config, run_of, monkeypatch):
+    """Not the optimizer, not the other EMA: a third or a fifth of a state of Adam with two EMAs."""
+    module, asked = MODULES[framework], []
+    load = module._load
+    monkeypatch.setattr(
+        module, "_load", lambda path, wanted, *rest: (asked.append(wanted), load(path, wanted, *rest))[1]
+    )
+    module.read_weights(run_of(framework, 3), ema)
+    names = set(asked[0]) if framework == "jax" else set(module._flat(asked[0]))
+    part = "params." if ema < 0 else f"emas.{ema}."
+    net = torch_step.build_net(config)
+    assert len(names) == len(dict(net.named_parameters())) and all(name.startswith(part) for name in names)
+
+
+@FRAMEWORKS
+def test_a_step_is_chosen(framework, config, run_of):
+    read, workdir = MODULES[framework].read_weights, run_of(framework, 3, 6, 9)
+    DAMAGES["no_arrays"](framework, workdir / path_of(framework, 6))
+    snapshots.write(workdir, config, 4, (canonical(config, v) for v in (4, 5)), torch_weights.save)
+    assert read(workdir, 0, 3)[1][NAME].ravel()[0] == 1
+    assert read(workdir, 1, 4)[1][NAME].ravel()[0] == 5
+    with pytest.raises(UserError, match="no step 5, only checkpoints of steps 3, 6, 9, snapshots of steps 4"):
+        read(workdir, 0, 5)
+    with pytest.raises(UserError, match="no step 4, only checkpoints of steps 3, 6, 9$"):
+        read(workdir, -1, 4)  # snapshots hold EMAs alone
+    with pytest.raises(UserError, match="could be read; --step chooses another"):
+        read(workdir, 0, 6)
+    shutil.rmtree(workdir / "checkpoints")
+    with pytest.raises(UserError, match="no checkpoint, snapshots of steps 4; choose one by --step"):
+        read(workdir)
+    assert read(workdir, 0, 4)[1][NAME].ravel()[0] == 4
+
+
+def test_snapshots_say_what_they_are(config, tmp_path):
+    config = config.copy_and_resolve_references()
+    config.latents.update(shift=(0.0,), scale=(0.18215,))
+    snapshots.write(tmp_path, config, 40, (canonical(config, v) for v in (1, 2)), torch_weights.save)
+    path = tmp_path / "snapshots" / "40"
+    assert sorted(p.name for p in path.iterdir()) == ["ema_0.9.safetensors", "ema_0.99.safetensors"]
+    for metadata in (torch_weights.metadata, jax_weights.metadata):
+        said = metadata(path / "ema_0.99.safetensors")
+        assert (said["step"], said["ema"], said["format"]) == ("40", "0.99", "canonical")
+        sampling.check_latents(config, "it", said)
+        assert resolve.from_json(said["config"]) == config
+
+
+def test_a_snapshot_that_cannot_be_written_leaves_nothing(config, tmp_path):
+    def save(path, *_):
+        path.write_text("half of it")
+        raise OSError(28, "No space left on device")
+
+    with pytest.raises(UserError, match="cannot write .*ema_0.9.safetensors: No space left"):
+        snapshots.write(tmp_path, config, 40, iter([{}, {}]), save)
+    assert not list((tmp_path / "snapshots" / "40").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "every", "expected"),
+    [(2, 0, [0, 10, 20, 30, 40]), (1, 20, [0, 10, 30, 50]), (9, 20, []), (2, 50, [0, 10, 20, 30, 40])],
+)
+def test_milestones_stay_besides_the_newest(keep, every, expected):
+    c = SimpleNamespace(keep_checkpoints=keep, keep_every=every)
+    assert checkpoints.expired([0, 10, 20, 30, 40, 50, 60], c) == expected
+
+
+@FRAMEWORKS
+def test_failures_of_the_machine_are_no_damage(framework, config, run_of, monkeypatch):
+    """Nothing is passed over and nothing set aside: another try may succeed."""
+    module, workdir = MODULES[framework], run_of(framework, 3, 6)
+    before = listing(workdir)
+    failures = [(PermissionError(13, "Permission denied"), UserError), (OSError(5, "Input/output error"), UserError)]
+    failures += [(MemoryError(), MemoryError)]
+    if framework == "jax":
+        target, name = ocp.PyTreeCheckpointHandler, "restore"
+        failures += [(ValueError("RESOURCE_EXHAUSTED: Out of memory"), UserError)]
+        failures += [(jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Out of memory"), jax.errors.JaxRuntimeError)]
+    else:
+        target, name = dcp.FileSystemReader, "read_data"
+        failures += [(torch.OutOfMemoryError("CUDA out of memory"), torch.OutOfMemoryError)]
+        failures += [(RuntimeError("CUDA error: unknown error"), RuntimeError)]
+    for failure, expected in failures:
+        monkeypatch.setattr(target, name, mock.Mock(side_effect=failure))
+        for act in (lambda: module.read_weights(workdir), lambda: start(framework, config, workdir)):
+            with pytest.raises(expected) as raised:
+                act()
+            assert "could be read" not in str(raised.value)
+    assert listing(workdir) == before
+
+
+@FRAMEWORKS
+def test_a_checkpoint_of_another_network_is_no_damage(framework, config, run_of):
+    workdir, other = run_of(framework, 3, 6), config.copy_and_resolve_references()
+    other.model.width = 32
+    with pytest.raises(UserError, match="this network wants"):
+        start(framework, other, workdir)
+    assert {p.name for p in (workdir / path_of(framework, 3)).parent.iterdir()} == {"3", "6"}
+
+
+@FRAMEWORKS
+def test_what_is_saved_is_the_state_when_it_was_saved(framework, config, tmp_path):
+    """Training goes on, in place in PyTorch, while it is written."""
+    saver = MODULES[framework].Checkpoints(tmp_path, config)
+    saver.open()
+    if framework == "jax":
+        mesh = jax_step.make_mesh(config)
+        _, state = jax_step.create_state(config, mesh)
+        saver.save(state, PROGRESS)
+        before = [np.array(a) for a in jax.tree.leaves(state)]
+        jax.tree.map(lambda a: a.delete(), state)  # as the step does that is given it
+        saver.close()
+        found, _ = saver.restore(jax_step.abstract_state(config, mesh)[1])
+        after = jax.tree.leaves(found)
+    else:
+        state = torch_step.create_state(config, None, torch.device("cpu"))
+        tensors = torch_checkpoints._flat(torch_checkpoints._named(state)).values()
+        before = [a.clone() for a in tensors]
+        saver.save(state, PROGRESS)
+        for a in tensors:
+            a.fill_(7)
+        saver.close()
+        saver.restore(state)
+        after = list(tensors)
+    assert all(np.array_equal(a, b) for a, b in zip(before, after, strict=True))
+
+
+def test_pytorch_stages_the_states_own_tensors_once(config, tmp_path, monkeypatch):
+    """No copy on the device before the one in host memory."""
+    staged = []
+    stage = DefaultStager.stage
+    monkeypatch.setattr(DefaultStager, "stage", lambda self, s: (staged.append(s), stage(self, s))[1])
+    state = torch_step.create_state(config, None, torch.device("cpu"))
+    saver = torch_checkpoints.Checkpoints(tmp_path, config)
+    saver.save(state, PROGRESS)
+    saver.close()
+    own = {a.data_ptr() for a in torch_checkpoints._flat(torch_checkpoints._named(state)).values()}
+    assert len(staged) == 1 and {a.data_ptr() for a in staged[0].values()} == own
+
+
+@pytest.fixture
+def process(monkeypatch):
+    """Return a function (rank, world) that makes this process one of many that do not exist, with a mesh if it asks."""
+    from torch.testing._internal.distributed.fake_pg import FakeStore
+
+    def become(rank, world):
+        if dist.is_initialized():
+            dist.destroy_process_group()
+        dist.init_process_group("fake", store=FakeStore(), rank=rank, world_size=world)
+
+    yield become
+    dist.destroy_process_group()
+
+
+def test_processes_share_what_they_write(config, process):
+    """Of a replicated state each stages half, and all of it is staged."""
+    tensors = torch_checkpoints._flat(
+        torch_checkpoints._named(torch_step.create_state(config, None, torch.device("cpu")))
+    )
+    total = sum(a.nbytes for a in tensors.values())
+    shares = []
+    for rank in range(2):
+        process(rank, 2)
+        shares.append(torch_checkpoints._own(tensors))
+    assert not shares[0].keys() & shares[1].keys() and shares[0].keys() | shares[1].keys() == tensors.keys()
+    for share in shares:
+        assert sum(a.nbytes for a in share.values()) == pytest.approx(total / 2, rel=0.02)
+
+
+def test_one_replica_of_a_sharded_state_is_written(process):
+    """On a mesh of 2 replicas of 2 shards: the processes of a replica write the same names."""
+    shares = []
+    for rank in range(4):
+        process(rank, 4)
+        mesh = init_device_mesh("cpu", (2, 2), mesh_dim_names=("data", "fsdp"))
+        sharded = {
+            name: DTensor.from_local(torch.zeros(size), mesh, (Replicate(), Shard(0)))
+            for name, size in (("a", 4), ("b", 2), ("c", 2))
+        }
+        shares.append(set(torch_checkpoints._own(sharded | {"step": torch.zeros(())})) - {"step"})
+    assert shares == [{"a"}, {"a"}, {"b", "c"}, {"b", "c"}]
+
+
+@pytest.mark.parametrize(
+    "name", ["x[1]", "a*b", "a?b", "a\\b", "gs:", "bags:/x", b"\xe4".decode(errors="surrogateescape")]
+)
+def test_orbax_is_given_no_path_that_it_misreads(name, config, tmp_path):
+    """Before anything is written."""
+    with pytest.raises(UserError, match="misreads .* rename the directory"):
+        jax_checkpoints.Checkpoints(tmp_path / name, config)
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("path", ["/gs/runs/x", "/s3", "/az/x", "/hf/x"])
+def test_orbax_takes_these_for_clouds(path, config):
+    with pytest.raises(UserError, match="misreads"):
+        jax_checkpoints.Checkpoints(path, config)
+
+
+@pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "ünï", "it's", "a:b", "{a}", "$a", "a]b", "gsx", "a,b=c"])
+def test_unusual_names_of_work_directories(name, config, tmp_path):
+    for module in MODULES.values():
+        workdir = tmp_path / module.__name__ / name
+        module.write_weights(workdir, config, canonical(config, 1))
+        assert module.read_weights(workdir)[1][NAME].ravel()[0] == 1

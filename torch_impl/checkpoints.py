@@ -4,6 +4,7 @@ Each holds parameters, EMAs, optimizer, step, the loader's state and the config.
 is there, which is written last; an unfinished one is never read.
 """
 
+import collections
 import json
 import os
 import pathlib
@@ -16,10 +17,11 @@ import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
+from torch.distributed.tensor import DTensor
 
 from configs import resolve
 from configs.errors import UserError
-from evaluation import checkpoints, files
+from evaluation import checkpoints, files, snapshots
 from torch_impl import weights
 from torch_impl.step import TrainState, build_net, create_state
 
@@ -35,7 +37,7 @@ class Checkpoints:
     """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; its `train.keep_checkpoints` newest ones stay."""
+        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which of them stay."""
         self.config = config
         self.path = pathlib.Path(workdir).absolute() / DIRECTORY
         self.saving: Any = None
@@ -61,7 +63,7 @@ class Checkpoints:
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies to host memory before it returns
         try:
             self.saving = dcp.async_save(
-                _named(state), storage_writer=writer, async_stager=stager, process_group=self.group
+                _own(_flat(_named(state))), storage_writer=writer, async_stager=stager, process_group=self.group
             )
         except (OSError, CheckpointException) as error:
             raise checkpoints.cannot_save(self.path, _cause(error)) from error
@@ -84,7 +86,7 @@ class Checkpoints:
             return like._replace(step=step), run
 
         steps = self._from_first(lambda: checkpoints.whole_steps(self.path, _is_whole))
-        found, self.damaged = checkpoints.newest(steps, read, self.path)
+        found, self.damaged = checkpoints.newest(steps, read, self.path, checkpoints.START_AGAIN)
         return found
 
     def wait(self) -> None:
@@ -98,7 +100,7 @@ class Checkpoints:
             raise checkpoints.cannot_save(self.path, _cause(error)) from error
         if _rank() == 0:
             steps = checkpoints.whole_steps(self.path, _is_whole)
-            for step in steps[: -self.config.train.keep_checkpoints]:
+            for step in checkpoints.expired(steps, self.config.train):
                 checkpoints.delete(self.path / str(step), MARKER)
 
     def close(self) -> None:
@@ -113,20 +115,25 @@ class Checkpoints:
         return shared[0]
 
 
-def read_weights(workdir: str | os.PathLike, ema: int = 0):
+def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = None):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  Nothing else of the checkpoint is read, and nothing
-    in the directory changes.  Raises UserError if there is no such run, checkpoint or EMA.
+    ema: index into train.ema_decays; -1 for the raw parameters.  step: of another checkpoint, or of a snapshot.
+    Nothing else of the checkpoint is read, and nothing in the directory changes.  Raises UserError if there is no such
+    run, step or EMA.
     """
     config = resolve.read_workdir(workdir)
     path = pathlib.Path(workdir).absolute() / DIRECTORY
-    if not path.is_dir():
+    if not path.is_dir() and (path.parent / "jax").is_dir():
         raise UserError(f"{workdir} holds no PyTorch checkpoint; one of JAX is converted by parity/convert.py")
     if not -1 <= ema < len(config.train.ema_decays):
         raise UserError(
             f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
         )
+    steps = checkpoints.whole_steps(path, _is_whole)
+    snapshot = snapshots.choose(workdir, None if ema < 0 else config.train.ema_decays[ema], step, steps)
+    if snapshot is not None:
+        return config, weights.load(snapshot)
     with torch.device("meta"):
         net = build_net(config)
 
@@ -138,9 +145,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0):
         _load(path / str(step), {"params": params} if ema < 0 else {"emas": {str(ema): params}})
         return params
 
-    params, _ = checkpoints.newest(checkpoints.whole_steps(path, _is_whole), read, path)
-    if params is None:
-        raise UserError(f"{workdir} holds no checkpoint yet")
+    params, _ = checkpoints.newest(steps if step is None else [step], read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(net, params)
 
 
@@ -244,6 +249,34 @@ def _named(state):
         "optimizer": optimizer,
         "emas": {str(i): ema for i, ema in enumerate(state.emas)},
     }
+
+
+def _own(tensors):
+    """Return those of the tensors {name: tensor} that this process writes: of replicas, one, and as many bytes each.
+
+    A sharded tensor is written by all processes that hold a part of one replica.
+    """
+    loads: dict[tuple[int, int], int] = collections.Counter()  # bytes, by how many replicas there are and which it is
+    own = {}
+    for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
+        replica, num = _replica(tensor)
+        writer = min(range(num), key=lambda i: loads[num, i])
+        loads[num, writer] += tensor.numel() * tensor.element_size()
+        if writer == replica:
+            own[name] = tensor
+    return own
+
+
+def _replica(tensor):
+    """Return which of the replicas of a tensor this process holds, or a part of, and how many there are."""
+    if not isinstance(tensor, DTensor):
+        return _rank(), dist.get_world_size() if dist.is_initialized() else 1
+    replica, num = 0, 1
+    for axis, placement in enumerate(tensor.placements):
+        if placement.is_replicate():
+            replica = replica * tensor.device_mesh.size(axis) + tensor.device_mesh.get_local_rank(axis)
+            num *= tensor.device_mesh.size(axis)
+    return replica, num
 
 
 def _flat(tree):

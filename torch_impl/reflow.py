@@ -22,9 +22,12 @@ from torch_impl.methods.reflow import Grid, couple, sigmas
 from torch_impl.step import build_net, put_batch
 
 
-def load(path, config):
-    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither."""
-    return checkpoints.read_weights(path, config.sample.ema)[1] if os.path.isdir(path) else weights.load(path)
+def load(path, config, step=None):
+    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
+
+    step: of the work directory's checkpoint; None: the newest.
+    """
+    return checkpoints.read_weights(path, config.sample.ema, step)[1] if os.path.isdir(path) else weights.load(path)
 
 
 def make_coupler(models, grid, guidance):

@@ -62,7 +62,7 @@ def load(workdir_path, weights_path, config):
         canonical = weights.load(weights_path)
         sampling.check_latents(config, weights_path, weights.metadata(weights_path))
     else:
-        _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema)
+        _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema, sampling.step())
     config, canonical = sampling.without_v_heads(config, canonical)
     return config, make_sampler(config, choose_device()), canonical
 

@@ -6,6 +6,7 @@
 Run again with the same arguments to resume.
 """
 
+import collections
 import contextlib
 import functools
 import math
@@ -25,7 +26,7 @@ from data import contents, signals
 from data.ahead import Ahead
 from data.examples import with_latents
 from data.loader import make_loader
-from evaluation import grids
+from evaluation import grids, snapshots
 from evaluation.judge import Judge
 from evaluation.logs import MetricLog, Progress, setup_logging
 from evaluation.processes import ending_together
@@ -67,7 +68,7 @@ def train(config, workdir, device):
     loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
     checkpoints = Checkpoints(workdir, config)
     state, progress = start_state(config, mesh, device, checkpoints)
-    reports = make_reports(config, make_sampler(config, device))
+    reports = [*make_reports(config, make_sampler(config, device)), make_snapshots(config, workdir)]
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     digests = read_contents(config)
     lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch", digests))
@@ -178,11 +179,17 @@ def loop(parts, train_step, state):
     c, window = parts.config.train, parts.window
     progress = Progress(c.steps, parts.log)
     step, termination = state.step, Termination()
+    first = step
+    if c.checkpoint_at_start and step == 0:
+        save(parts, state)
+        parts.checkpoints.wait()
     while step < c.steps:
         state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
         step += 1
         window.add(step, metrics)
         progress(step)
+        if step == first + 1:
+            log_peak_memory(metrics)
         stop = termination.requested()
         if step % c.log_every == 0:
             parts.log.write(step, window.close())
@@ -205,6 +212,15 @@ def save(parts, state):
     parts.window.check()
     progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps)}
     parts.checkpoints.save(state, progress)
+
+
+def log_peak_memory(metrics):
+    """Log the most memory that a device has needed so far, if it counts that; the CPU does not."""
+    device = metrics["loss"].device
+    if device.type == "cuda":
+        logging.info(
+            "peak device memory after the first step: %.2f GiB", torch.cuda.max_memory_allocated(device) / 2**30
+        )
 
 
 class Window:
@@ -269,6 +285,19 @@ class Termination:
         """End; the other processes do, too."""
         if self.posted:
             self.read(self.posted)
+
+
+def make_snapshots(config, workdir):
+    """Return (every, report) that writes the EMAs as canonical weights, see `snapshots`."""
+
+    def report(step, state, _):
+        emas = (weights.to_canonical(state.net, ema) for ema in state.emas)
+        if dist.get_rank() == 0:
+            snapshots.write(workdir, config, step, emas, weights.save)
+        else:
+            collections.deque(emas, 0)  # takes part in gathering what is sharded
+
+    return config.train.snapshot_every, report
 
 
 def make_reports(config, sampler):
