@@ -179,7 +179,7 @@ def command(parse_flags, monkeypatch, teacher):
             heard["errors"].append((weights, t))
             return 0.25
 
-        def load(path, config):
+        def load(path, config, step):
             return heard["saved"] if path == "b.safetensors" else dict(teacher)  # what was written is read again
 
         time_embedding.time_embedding(lambda config: None, load, save, fit, error)

@@ -118,5 +118,6 @@ def test_errs_in_second_order():
 def test_weights_of_a_work_directory(tmp_path, monkeypatch):
     config = base.get_config()
     config.sample.ema = 2
-    monkeypatch.setattr(command.checkpoints, "read_weights", lambda path, ema: (config, (path, ema)))
-    assert command.load(str(tmp_path), config) == (str(tmp_path), 2)
+    monkeypatch.setattr(command.checkpoints, "read_weights", lambda path, ema, step: (config, (path, ema, step)))
+    assert command.load(str(tmp_path), config) == (str(tmp_path), 2, None)
+    assert command.load(str(tmp_path), config, 40) == (str(tmp_path), 2, 40)
