@@ -395,3 +395,43 @@ def test_unusual_names_of_work_directories(name, config, tmp_path):
         workdir = tmp_path / module.__name__ / name
         module.write_weights(workdir, config, canonical(config, 1))
         assert module.read_weights(workdir)[1][NAME].ravel()[0] == 1
+
+
+KEEPING = {
+    "train.steps": 7, "train.checkpoint_every": 1, "train.keep_checkpoints": 2, "train.keep_every": 3,
+    "train.snapshot_every": 2, "train.checkpoint_at_start": True, "data.num_workers": 0,
+}  # fmt: skip
+
+
+def test_what_a_run_keeps_is_there_for_every_command(in_both, launcher, options, tmp_path):
+    """A start, milestones, the newest and snapshots; `sample`, `train.load_from` and `convert` read them."""
+    trainers = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
+    samplers = {"jax": "jax_impl.sample", "torch": "torch_impl/sample.py"}
+
+    def scenario(framework):
+        workdir, small = tmp_path / framework, tmp_path / f"{framework}.safetensors"
+        command = launcher.run(trainers[framework], *options(KEEPING), f"--workdir={workdir}")
+        assert command.wait() == 0, command.stderr
+        steps = {p.name for p in (workdir / MODULES[framework].DIRECTORY).iterdir()}
+        assert steps == {"3", "6", "7"}  # 0 too, until there were two newer ones
+        assert {p.name for p in (workdir / "snapshots").iterdir()} == {"2", "4", "6"}
+        for step in (3, 4):
+            output = f"--output={tmp_path / f'{framework}{step}'}"
+            command = launcher.run(samplers[framework], f"--workdir={workdir}", f"--step={step}", output)
+            assert command.wait() == 0, command.stderr
+        command = launcher.run("parity/convert.py", workdir, small, "--step", "6", "--ema", "1")
+        assert command.wait() == 0, command.stderr
+        snapshot = workdir / "snapshots" / "6" / "ema_0.99.safetensors"
+        (a, b) = torch_weights.load(small), torch_weights.load(snapshot)
+        assert a.keys() == b.keys() and all(np.array_equal(a[name], b[name]) for name in a)
+        changes = KEEPING | {"train.load_from": snapshot, "train.steps": 1}
+        command = launcher.run(trainers[framework], *options(changes), f"--workdir={workdir}_next")
+        assert command.wait() == 0, command.stderr
+        first = MODULES[framework].read_weights(f"{workdir}_next", -1, 0)[1]  # saved before the first step
+        assert all(np.array_equal(first[name], b[name]) for name in b)
+        command = launcher.run(samplers[framework], f"--workdir={workdir}", "--step=5")
+        assert (
+            command.wait() == 2 and "has no step 5, only checkpoints of steps 3, 6, 7, snapshots of" in command.stderr
+        )
+
+    in_both(scenario)
