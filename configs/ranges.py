@@ -85,6 +85,8 @@ RANGES = {
     "train.evaluate_every": "[0, inf)",
     "train.checkpoint_every": "[1, inf)",
     "train.keep_checkpoints": "[1, inf)",
+    "train.keep_every": "[0, inf)",
+    "train.snapshot_every": "[0, inf)",
     "sample.steps": "[1, inf)",
     "sample.shift": "(0, inf)",
     "sample.gamma": "[0, 1]",
