@@ -24,7 +24,7 @@ def own_handlers():
 def child():
     """Start a process and wait until it runs."""
     process = subprocess.Popen(SLEEP, stdin=subprocess.PIPE, stdout=subprocess.PIPE)
-    process.stdout.readline()
+    process.stdout.readline()  # pyright: ignore
     return process
 
 
