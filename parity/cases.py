@@ -14,7 +14,7 @@ BOUND = 1e-10  # relative: both sum the same terms in another order, which costs
 # The central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
 # 1e-16/h, both relative to values of order 1: 1e-10 or so at h = 1e-5, and a few orders of margin for the derivative.
 DIFFERENCE_BOUND, DIFFERENCE_STEP = 1e-7, 1e-5
-BATCH_SIZE, STEPS = 12, 10
+BATCH_SIZE, STEPS, PART = 12, 10, 4  # PART: rows of a micro-batch
 COMMON = {"input_size": 8, "channels": 3, "num_classes": 7, "compute_dtype": "float64"}
 UNET = COMMON | {
     "name": "unet", "width": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.3,
@@ -119,6 +119,10 @@ NETWORK_SETTINGS = {
     "dit/remeanflow_uniform": RE2 | DRAWN_SCALES | {"time_sampler": "uniform", "weighting": "adaptive_squared"},
     "dit/remeanflow_unweighted": RE2 | DRAWN_SCALES | {"weighting": "uniform", "omega_max": 2.0},
 }
+# Of these the batch is also computed in parts.
+DIVIDED = (
+    "split/kappa", "front/kappa", "coin/kappa", "imf/front", "dmf/uniform", "dmf_sit/repa", "dit/remeanflow_clip",
+)  # fmt: skip
 SAMPLERS = {
     "steps1": {"steps": 1},
     "steps2": {"steps": 2},
@@ -169,6 +173,10 @@ def all_cases() -> list[Case]:
     cases += [Case(f"float64/{name}", functools.partial(loss, "dit", setting)) for name, setting in SETTINGS.items()]
     for name, setting in NETWORK_SETTINGS.items():
         cases.append(Case(f"float64/{name}", functools.partial(loss, name.split("/")[0], setting)))
+    for name in DIVIDED:
+        network = name.split("/")[0] if name in NETWORK_SETTINGS else "dit"
+        setting = (SETTINGS | NETWORK_SETTINGS)[name]
+        cases.append(Case(f"float64/parts/{name}", functools.partial(parts, network, setting)))
     for name, options in TRAINING.items():
         cases.append(Case(f"float64/train/{name}", functools.partial(train, "dit", {"method": GUIDED}, options)))
     periodic = TRAINING["adam_constant"] | {"ema_every": 4}
@@ -259,6 +267,23 @@ def loss(network: str, setting: dict, measure: Measure) -> None:
     for quantity in sorted(aux.keys() - {"y"}):
         measure.compare("jax-torch", quantity, aux[quantity], torch_aux[quantity], BOUND)
     measure.compare_worst("jax-torch", "grad", grads, torch_grads, BOUND)
+
+
+def parts(network: str, setting: dict, measure: Measure) -> None:
+    """The loss of a batch and what becomes of each row, against those of its parts."""
+    cfg = config(network, method=setting)
+    rows, draws = batch(cfg)
+    slices = [slice(i, i + PART) for i in range(0, BATCH_SIZE, PART)]
+    for name, f, net in nets(cfg):
+        value, aux, grads = f.loss(net, rows, draws, cfg.method)
+        values, auxes, trees = zip(*(f.loss(net, rows, draws, cfg.method, part) for part in slices), strict=True)
+        measure.compare(name, "loss (mean of parts)", np.mean(values), value, BOUND)
+        for quantity, a in sorted(aux.items()):
+            found = [part[quantity] for part in auxes]
+            found = np.concatenate(found) if a.ndim else np.mean(found)
+            measure.compare(name, f"{quantity} (of parts)", found, a, BOUND)
+        means = {key: np.mean([tree[key] for tree in trees], axis=0) for key in grads}
+        measure.compare_worst(name, "grad (mean of parts)", means, grads, BOUND)
 
 
 def against_formula(measure, framework, result, plain, plain_grads):

@@ -148,13 +148,14 @@ def log_variance(net, t, r):
     return _to_numpy(net.log_variance(*_arrays(net, (t, r))))
 
 
-def loss(net, batch, draws, cfg):
+def loss(net, batch, draws, cfg, part=slice(None)):
     """Return the loss, its aux, and its gradients by canonical name.
 
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
+    part: the rows of a micro-batch.
     """
     method = METHODS[cfg.name]
-    batch, draws = _by_name(net, batch), _draws(net, method, draws, cfg)
+    batch, draws = jax.tree.map(lambda a: a[part], (_by_name(net, batch), _draws(net, method, draws, cfg)))
     given = {"teacher": net.teacher} if net.teacher else {}
 
     def loss_of(params):

@@ -137,13 +137,16 @@ def log_variance(net, t, r):
     return _to_numpy(net.log_variance(*_arrays(net, (t, r))))
 
 
-def loss(net, batch, draws, cfg):
+def loss(net, batch, draws, cfg, part=slice(None)):
     """Return the loss, its aux, and its gradients by canonical name.
 
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
+    part: the rows of a micro-batch.
     """
     method, given = METHODS[cfg.name], {"teacher": net.teacher} if net.teacher else {}
-    value, aux = method.loss(net, _by_name(net, batch), _draws(net, method, draws, cfg), cfg, **given)
+    batch = {name: a[part] for name, a in _by_name(net, batch).items()}
+    draws = method.Draws(*(None if a is None else a[part] for a in _draws(net, method, draws, cfg)))
+    value, aux = method.loss(net, batch, draws, cfg, **given)
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
