@@ -236,7 +236,8 @@ def sample() -> Config:
     c.gamma = 0.5  # ctm: 0 is euler, 1 is restart, in between a part of the noise is drawn anew
     c.diffusion = "sigma"  # sde: 2 sigma(t) | elbo, 2 sigma (sigma' - sigma alpha'/alpha), infinite at t = 1
     c.diffusion_scale = 1.0  # sde: factor of the coefficient; 0 is euler
-    c.official = False  # official mistakes: flow models take no step where unguided; ctm adds other noise than exact
+    c.official = False  # official mistakes: flow models take no step where unguided; ctm adds too little noise,
+    # on the cosine path as if it were linear
     c.cfg_scale = 1.0  # all but improved: guidance at sampling, for models trained without it; 1: none
     c.omega = 1.0  # improved: guidance scale, at least 1, which the network is told
     c.interval = (0.0, 1.0)  # times between which cfg_scale guides; improved: which the network is told

@@ -138,7 +138,7 @@ NETWORK_SAMPLERS = {
     "dmf/restart": {"steps": 3, "sampler": "restart", "path": "cosine"},
     "dmf/ctm": {"steps": 4, "sampler": "ctm", "gamma": 0.7, "shift": 2.0} | INSIDE,
     "dmf/ctm_cosine": {"times": (1.0, 0.7, 0.4, 0.0), "sampler": "ctm", "path": "cosine"},
-    "dmf/ctm_official": {"steps": 3, "sampler": "ctm", "official": True},
+    "dmf/ctm_official": {"steps": 3, "sampler": "ctm", "official": True, "path": "cosine"},
     "dmf_sit/euler": {"steps": 5, "shift": 1.5} | INSIDE,
     "dmf_sit/euler_official": {"steps": 5, "official": True} | INSIDE,
     "dmf_sit/heun": {"steps": 4} | INSIDE,
@@ -245,10 +245,13 @@ def difference(network: str, measure: Measure) -> None:
         measure.compare(name, "du_dt (central difference)", du_dt, (ahead - behind) / (2 * h), DIFFERENCE_BOUND)
 
 
-def loss(network: str, setting: dict, measure: Measure) -> None:
-    """Every quantity and gradient of the loss, between the frameworks and against the plain formula."""
+def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
+    """Every quantity and gradient of the loss, between the frameworks and against the plain formula.
+
+    inputs: (config) -> rows and draws by name; None: those of `batch`.
+    """
     cfg = config(network, method=setting)
-    rows, draws = batch(cfg)
+    rows, draws = (inputs or batch)(cfg)
     result = {}
     for name, f, net in nets(cfg):
         net = net._replace(teacher=f.build(teacher_config(), random_weights(teacher_config())))

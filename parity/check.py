@@ -18,7 +18,7 @@ from typing import NamedTuple
 
 from configs import paths
 from configs.errors import UserError, exit_on_user_error
-from parity import cases, frameworks, golden, networks, precision
+from parity import cases, extremes, frameworks, golden, networks, precision
 from parity.checks import Case, Check, Measure
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
@@ -86,7 +86,8 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -
     except re.error as error:
         raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
     fixtures = golden.plan(golden_directory or GOLDEN)
-    every = [*cases.all_cases(), *precision.all_cases(), *networks.all_cases(), *fixtures.cases]
+    own = [case for module in (cases, extremes, precision, networks) for case in module.all_cases()]
+    every = own + fixtures.cases
     selected = [case for case in every if pattern.search(case.name)]
     not_covered = [name for name in fixtures.not_covered if pattern.search(name)]
     if not selected and not not_covered:

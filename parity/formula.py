@@ -52,7 +52,8 @@ def meanflow(net, batch, given, draws, cfg):
     v_guided = w * v + k * u_cond + (1 - w - k) * u_null
     v_g = np.where(guided[:, None, None, None], v_guided, v)
     u, du_dt = net.jvp(z, t, r, y, v_g, given)
-    target = v_g - (t - r)[:, None, None, None] * du_dt
+    interval = np.clip(t - r, 0, 1) if cfg.clip_interval else t - r
+    target = v_g - interval[:, None, None, None] * du_dt
     err = np.square(u - target).sum((1, 2, 3))
     weight, row_loss, scale = weigh(err, cfg)
     result = {

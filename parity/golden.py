@@ -46,7 +46,10 @@ class MissingKey(UserError):
 
 
 class Settings(dict):
-    """A JSON object whose missing keys are named."""
+    """A JSON object whose missing keys are named, those of a union too."""
+
+    def __or__(self, other):
+        return Settings(super().__or__(other))
 
     def __missing__(self, key):
         raise MissingKey(f"the fixture's config has no {key!r}")

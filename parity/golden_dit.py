@@ -65,10 +65,10 @@ def jvp(fixture, measure: Measure) -> None:
 def loss(fixture, case: str, measure: Measure) -> None:
     """Every intermediate of the loss, and its gradients where the fixture has them."""
     config, built = nets(fixture)
-    config.method.update(method_of(fixture.config["base"], fixture.config["cases"][case]))
-    x, y, noise, n_t, n_r, drop = (fixture.get(f"in/loss/{key}") for key in ("x", "y", "e", "n_t", "n_r", "drop_u"))
+    config.method.update(method_of(fixture.config["base"] | fixture.config["cases"][case]))
+    x, y, noise, drop = (fixture.get(f"in/loss/{key}") for key in ("x", "y", "e", "drop_u"))
     batch = {"image": x, "label": y}
-    draws = {"noise": noise, "times": np.stack([n_t, n_r], axis=1), "coin": drop, "drop": drop}
+    draws = {"noise": noise, "times": drawn(fixture, "loss", config.method), "coin": drop, "drop": drop}
     prefix = f"out/loss/{case}/"
     for name, f, net in built:
         value, aux, grads = f.loss(net, batch, draws, config.method)
@@ -84,16 +84,23 @@ def loss(fixture, case: str, measure: Measure) -> None:
             golden_network.compare_gradients(measure, name, grads, flax_tree_to_canonical(want))
 
 
-def method_of(common: dict, settings: dict) -> dict:
-    """Return our options of config.method for the official ones."""
+def drawn(fixture, group: str, method) -> np.ndarray:
+    """Return the draws of both times [b 2] of a group: normals or, for the uniform sampler, uniforms."""
+    letter = "u" if method.time_sampler == "uniform" else "n"
+    return np.stack([fixture.get(f"in/{group}/{letter}_{key}") for key in ("t", "r")], axis=1)
+
+
+def method_of(settings: dict) -> dict:
+    """Return our options of config.method for the official ones, of which a negative kappa means no guidance."""
+    guidance = settings["guidance_eq"] == "cfg" and settings["kappa"] >= 0
     return {
-        "path": "linear", "time_sampler": "logit_normal", "time_mean": (common["P_mean"],) * 2,
-        "time_std": (common["P_std"],) * 2,
-        "flow_rows": "front", "flow_fraction": common["data_proportion"], "label_drop": "front",
-        "label_drop_prob": common["class_dropout_prob"], "guidance": bool(settings["guidance_eq"]),
-        "omega": settings["omega"], "kappa": settings["kappa"], "guidance_start": settings["t_start"],
-        "guidance_end": settings["t_end"], "clip_interval": True, "weighting": "adaptive",
-        "adaptive_power": settings["norm_p"], "adaptive_eps": settings["norm_eps"],
+        "path": "linear", "time_sampler": settings.get("noise_dist", "logit_normal"),
+        "time_mean": (settings["P_mean"],) * 2, "time_std": (settings["P_std"],) * 2, "flow_rows": "front",
+        "flow_fraction": settings["data_proportion"], "label_drop": "front",
+        "label_drop_prob": settings["class_dropout_prob"], "guidance": guidance, "omega": settings["omega"],
+        "kappa": settings["kappa"], "guidance_start": settings["t_start"], "guidance_end": settings["t_end"],
+        "clip_interval": True, "weighting": "adaptive", "adaptive_power": settings["norm_p"],
+        "adaptive_eps": settings["norm_eps"],
     }  # fmt: skip
 
 
@@ -120,10 +127,9 @@ def times(fixture, case: str, measure: Measure) -> None:
     common = fixture.config["base"]
     config.method.update(time_sampler=match[1], time_mean=(common["P_mean"],) * 2, time_std=(common["P_std"],) * 2)
     config.method.update(flow_rows="front", flow_fraction=int(match[2]) / 100)
-    letter = "u" if match[1] == "uniform" else "n"
-    drawn = np.stack([fixture.get(f"in/time/{letter}_{key}") for key in ("t", "r")], axis=1)
+    times = drawn(fixture, "time", config.method)
     for name, f, net in built:
-        got = f.sample_times(net, {"times": drawn, "coin": drawn[:, 0]}, config.method)
+        got = f.sample_times(net, {"times": times, "coin": times[:, 0]}, config.method)
         for key, ours in zip(("t", "r"), got, strict=True):
             measure.compare(name, key, ours, fixture.get(f"out/time/{case}/{key}"), BOUND)
 

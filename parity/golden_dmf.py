@@ -15,6 +15,7 @@ from parity import golden_network
 from parity.checks import Measure
 from parity.golden_network import BOUND, nhwc
 
+EPS = 0.01  # a constant of the official loss.py
 DIFFUSION_TIMES = np.array([0.05, 0.3, 0.5, 0.9])  # of the fixture's results, by its README
 # Settings of sampling cases that only the fixture's README states.
 GAMMA, GAMMA_GUIDED = 0.9, 0.5  # of ctm
@@ -172,10 +173,10 @@ def method_of(fixture, guidance: str) -> dict:
     """Return our options of config.method for the official ones."""
     c, g = fixture.config["times"], fixture.config["g"][guidance]
     return {
-        "guidance_type": guidance, "omega": g.get("omega", 0.0), "guidance_start": g.get("g_min", 0.0),
+        "guidance_type": g.get("g_type", guidance), "omega": g.get("omega", 0.0), "guidance_start": g.get("g_min", 0.0),
         "guidance_end": g.get("g_max", 1.0), "label_drop_prob": fixture.config["cfg_prob"],
         "flow_time_mean": c["P_mean"], "flow_time_std": c["P_std"], "time_mean": (c["P_mean_t"], c["P_mean_r"]),
-        "time_std": (c["P_std_t"], c["P_std_r"]),
+        "time_std": (c["P_std_t"], c["P_std_r"]), "adaptive_eps": EPS,
     }  # fmt: skip
 
 
@@ -207,7 +208,8 @@ def sample(fixture, case: str, measure: Measure) -> None:
     if kind == "cosine":
         c.update(SDE_COSINE if sampler == "sde" else {"path": "cosine"})
     elif kind in ("cfg", "cfgall"):
-        c.update(cfg_scale=float(g["cfg_scale"]), interval=(g["g_min"], g["g_max"]) if kind == "cfg" else (0.0, 1.0))
+        scale = max(float(g["cfg_scale"]), 1.0)  # the official samplers guide only if it is above 1
+        c.update(cfg_scale=scale, interval=(g["g_min"], g["g_max"]) if kind == "cfg" else (0.0, 1.0))
     noise, y = images(fixture, "in/sample/noise", "in/sample/y")
     fresh = None
     if sampler in ("restart", "ctm", "sde") and int(steps) > 1:

@@ -20,6 +20,11 @@ TWO_TIMES = ("unet.emb_noise_t.", "unet.emb_noise_r.")
 ONE_TIME = "unet.emb_noise."
 ONE_WEIGHT, TWO_WEIGHTS = f"{ONE_TIME}weight", tuple(f"{name}weight" for name in TWO_TIMES)
 FIT_TIMES, FIT_RATE = (1 / 501, 80 / 81), 1e-3  # of the fit of the time embeddings, by the fixture's README
+# Arguments of the official network whose defaults are constants of ours.
+CONSTANTS = {
+    "res_balance": 0.3, "attn_balance": 0.3, "label_balance": 0.5, "concat_balance": 0.5, "clip_act": 256,
+    "resample_filter": [1, 1],
+}  # fmt: skip
 OMEGA_MAX = 2.5  # of the published command; the fixture gives the scales themselves
 # What the cases of sampling fix without saying so in the fixture.
 CFG_TIME, CFG_SCALE = 0.3, 1.5
@@ -57,8 +62,7 @@ def config_of(net: dict, two_times: bool) -> base.Config:
         head_width=net["channels_per_head"], logvar_channels=net["logvar_channels"], sigma_data=net["sigma_data"],
         interval_embedder=two_times, compute_dtype="float32",
     )  # fmt: skip
-    if net.get("dropout"):
-        raise UserError(f"the official network has dropout {net['dropout']}, which ours has not")
+    golden_network.expect(net, dropout=0.0, **CONSTANTS)
     config.method.name = "rectified" if two_times else "flow"
     return config
 
@@ -136,7 +140,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     settings = fixture.config["cases"][fixture.config["gradcase"] if training else case]
     config, built = nets(fixture, True)
     draws, omega = loss_draws(fixture, settings)
-    config.method.update(method_of(fixture) | omega)
+    config.method.update(method_of(fixture, settings) | omega)
     x, noise, y = images(fixture, "loss", "x", "n", "y")
     want = fixture.under(f"out/loss/{case}/")
     # Official weights are normalised in place by every forward: two of guidance, one of the loss.
@@ -167,16 +171,28 @@ def loss_draws(fixture, settings: dict) -> tuple[dict, dict]:
 
     Scales that the trainer can draw, w = max(1, w_pi - 1), are drawn; others are given by omega and kappa.
     """
-    raw, perm, interval, mask, drop = images(fixture, "loss", "t_raw", "perm", "interval_n", "mask_u", "drop_u")
-    times, second = u_shaped(raw, perm)
-    draws = {"times": times, "second": second, "interval": interval, "coin": mask, "drop": drop}
+    draws = time_draws(fixture, "loss", method_of(fixture, settings)["time_sampler"])
+    draws["drop"] = fixture.get("in/loss/drop_u")
     w, w_pi = settings["w"], settings["w_pi"]
     if w_pi <= 1:
         return draws, {"guidance": False}
     if np.isclose(w, max(1, w_pi - 1)):
-        draws["omega"] = np.full(len(raw), (w_pi - 1) / (OMEGA_MAX - 1))
+        draws["omega"] = np.full_like(draws["drop"], (w_pi - 1) / (OMEGA_MAX - 1))
         return draws, {"omega_sampler": "uniform", "omega_max": OMEGA_MAX}
     return draws, {"omega_sampler": "constant", "omega": float(w), "kappa": 1 - w / w_pi}
+
+
+def time_draws(fixture, group: str, sampler: str) -> dict[str, np.ndarray]:
+    """Return our draws of the times of a group.  Raises UserError for a sampler that the official code has not."""
+    if sampler not in ("re2_truncate", "uniform"):
+        raise UserError(f"the times {sampler} are neither re2_truncate nor uniform")
+    coin = fixture.get(f"in/{group}/mask_u")
+    if sampler == "uniform":
+        first, second = images(fixture, group, "u1", "u2")
+        return {"times": first, "second": second, "interval": np.zeros_like(first), "coin": coin}
+    raw, perm, interval = images(fixture, group, "t_raw", "perm", "interval_n")
+    times, second = u_shaped(raw, perm)
+    return {"times": times, "second": second, "interval": interval, "coin": coin}
 
 
 def u_shaped(raw: np.ndarray, perm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
@@ -186,11 +202,13 @@ def u_shaped(raw: np.ndarray, perm: np.ndarray) -> tuple[np.ndarray, np.ndarray]
     return np.expm1(4 * exponential) / np.expm1(4), np.where(chosen < len(raw), 0.25, 0.75)
 
 
-def method_of(fixture) -> dict:
-    """Return our options of config.method for the official ones."""
-    c = fixture.config["mf"]
+def method_of(fixture, settings: dict | None = None) -> dict:
+    """Return our options of config.method for the official ones, `settings` those of a case."""
+    c = fixture.config["mf"] | (settings or {})
+    golden_network.expect(c, loss_type="adaptive_loss_weight")
     return {
-        "time_sampler": "re2_truncate", "flow_rows": "coin", "flow_fraction": 1 - c["consistency_ratio"],
+        "time_sampler": c.get("t_r_schedule", "re2_truncate"), "flow_rows": "coin",
+        "flow_fraction": 1 - c["consistency_ratio"],
         "interval_mean": c["p_mean"], "interval_std": c["p_std"], "label_drop": "coin",
         "label_drop_prob": c["class_dropout"], "weighting": "adaptive", "adaptive_power": c["p"],
         "adaptive_eps": c["pc"],
@@ -201,14 +219,7 @@ def times(fixture, case: str, measure: Measure) -> None:
     """t and r of many rows, and which are flow rows."""
     config, built = nets(fixture, True)
     config.method.update(method_of(fixture) | {"time_sampler": case})
-    raw, perm, interval, mask, u1, u2 = images(fixture, "time", "t_raw", "perm", "interval_n", "mask_u", "u1", "u2")
-    if case == "re2_truncate":
-        times, second = u_shaped(raw, perm)
-    elif case == "uniform":
-        times, second = u1, u2
-    else:
-        raise UserError(f"the time case {case} is neither re2_truncate nor uniform")
-    draws = {"times": times, "second": second, "interval": interval, "coin": mask}
+    draws = time_draws(fixture, "time", case)
     want = fixture.under(f"out/time/{case}/")
     for name, f, net in built:
         t, r = f.sample_times(net, draws, config.method)

@@ -142,11 +142,11 @@ def loss(fixture, case: str, measure: Measure) -> None:
 
 def method_of(fixture, settings: dict) -> dict:
     """Return our options of config.method for the official ones."""
-    common = fixture.config["base"]
+    settings = fixture.config["base"] | settings
     return {
-        "path": "linear", "time_sampler": "logit_normal", "time_mean": (common["P_mean"],) * 2,
-        "time_std": (common["P_std"],) * 2, "flow_rows": "front", "flow_fraction": common["data_proportion"],
-        "label_drop": "front", "label_drop_prob": common["class_dropout_prob"], "guidance": True,
+        "path": "linear", "time_sampler": "logit_normal", "time_mean": (settings["P_mean"],) * 2,
+        "time_std": (settings["P_std"],) * 2, "flow_rows": "front", "flow_fraction": settings["data_proportion"],
+        "label_drop": "front", "label_drop_prob": settings["class_dropout_prob"], "guidance": True,
         "omega_max": 1 + fixture.config["s_max"], "omega_power": settings["cfg_beta"], "weighting": "adaptive",
         "adaptive_power": settings["norm_p"], "adaptive_eps": settings["norm_eps"],
     }  # fmt: skip

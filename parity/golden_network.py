@@ -3,6 +3,7 @@
 import numpy as np
 
 from configs import base
+from configs.errors import UserError
 from parity.checks import Measure
 from parity.frameworks import FRAMEWORKS
 
@@ -24,6 +25,13 @@ def config_of(net: dict):
         mlp_ratio=float(net["mlp_ratio"]), compute_dtype="float32",
     )  # fmt: skip
     return config
+
+
+def expect(settings: dict, **fixed) -> None:
+    """Raise UserError for a setting of a fixture, if it has it at all, of which ours has the value in `fixed` alone."""
+    for name, value in fixed.items():
+        if settings.get(name, value) != value:
+            raise UserError(f"the fixture has {name} = {settings[name]!r}, but ours has only {value!r}")
 
 
 def nets(config, weights: dict) -> list[tuple]:

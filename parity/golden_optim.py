@@ -47,8 +47,10 @@ def learning_rates(fixture, case: str, measure: Measure) -> None:
     c = base.get_config().train
     match = re.fullmatch(r"imf_warmup_(const|cosine)(_nowarm)?", case)
     if match:
-        c.update(learning_rate=settings["lr"], final_factor=settings["fac"], steps=settings["ep"] * settings["spe"])
-        c.update(warmup_steps=0 if match[2] else settings["warm"] * settings["spe"], cosine_end="early")
+        c.update(
+            learning_rate=settings["lr"], final_factor=settings["fac"], steps=int(settings["ep"] * settings["spe"])
+        )
+        c.update(warmup_steps=0 if match[2] else int(settings["warm"] * settings["spe"]), cosine_end="early")
         c.schedule = "cosine" if match[1] == "cosine" else "constant"
     elif case == "pymf":
         c.update(learning_rate=settings["pylr"], warmup_steps=settings["pyw"], warmup_from=PYMF_WARMUP_FROM)
@@ -78,7 +80,7 @@ def optimizer_settings(key, start_at, rows):
         raise UserError(f"{key} is not LIBRARY_RULE_BETA2 or LIBRARY_RULE_BETA2_clipNORM")
     c = base.get_config().train
     # The file does not state the learning rate, but Adam's first step is the rate times the gradient's sign.
-    rate = float(f"{np.abs(rows[0] - start_at).max():.2g}")
+    rate = float(f"{np.abs(rows[0] - start_at).max():.3g}")
     c.update(optimizer=match[1], beta2=float(f"0.{match[2]}"), learning_rate=rate, clip_norm=float(match[3] or 0))
     return c
 

@@ -23,6 +23,7 @@ def groups(fixture) -> list[str]:
 
 def nets(fixture) -> tuple:
     """Return the config and the networks with the fixture's weights, whose names are the canonical ones."""
+    golden_network.expect(fixture.config["net"], qk_norm=False)  # timm's is a LayerNorm
     config = golden_network.config_of(fixture.config["net"])
     return config, golden_network.nets(config, fixture.under("param/"))
 
@@ -85,7 +86,7 @@ def compare_loss(fixture, prefix, measure, name, aux, guided):
 
 def method_of(settings: dict) -> dict:
     """Return our options of config.method for the official ones."""
-    adaptive = settings["weighting"] == "adaptive"
+    weighting = "adaptive_squared" if settings["weighting"] == "adaptive" else "uniform"
     return {
         "path": settings["path_type"], "time_sampler": settings["time_sampler"],
         "time_mean": (settings["time_mu"],) * 2, "time_std": (settings["time_sigma"],) * 2,
@@ -93,8 +94,7 @@ def method_of(settings: dict) -> dict:
         "label_drop": "coin", "label_drop_prob": settings["label_dropout_prob"], "guidance": True,
         "omega": settings["cfg_omega"], "kappa": settings["cfg_kappa"], "guidance_start": settings["cfg_min_t"],
         "guidance_end": settings["cfg_max_t"], "clip_interval": False,
-        "weighting": "adaptive_squared" if adaptive else settings["weighting"],
-        "adaptive_power": settings["adaptive_p"], "adaptive_eps": ADAPTIVE_EPS,
+        "weighting": weighting, "adaptive_power": settings["adaptive_p"], "adaptive_eps": ADAPTIVE_EPS,
     }  # fmt: skip
 
 

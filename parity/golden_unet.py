@@ -39,6 +39,9 @@ def loss_cases(fixture) -> dict:
 def config_of(fixture):
     """Return our config of the fixture's network.  Raises UserError if it has other channels out than in."""
     net, config = fixture.config["net"], base.get_config()
+    golden_network.expect(net, dropout=0.0, label_dim=0, label_dropout=0, s_embed=True)
+    if fixture.system == "sit_cifar_unet_torch":
+        golden_network.expect(net, embedding_type="positional")  # its Fourier features have frequencies for each time
     if net["out_channels"] != net["in_channels"]:
         raise UserError(f"the official network maps {net['in_channels']} channels to {net['out_channels']}")
     config.model.update(
@@ -129,7 +132,8 @@ def method_of(settings: dict) -> dict:
         return {"weighting": "adaptive"} | power | time_options(settings["tr_sampler"], settings)
     options = {
         "time_sampler": settings["time_sampler"], "flow_fraction": 1 - settings["ratio_r_not_equal_t"],
-        "path": settings.get("path_type", "linear"), "weighting": settings["weighting"],
+        "path": settings.get("path_type", "linear"),
+        "weighting": "adaptive" if settings["weighting"] == "adaptive" else "uniform",
         "adaptive_power": settings["adaptive_p"], "adaptive_eps": ADAPTIVE_EPS,
     }  # fmt: skip
     if settings["time_sampler"] == "logit_normal":

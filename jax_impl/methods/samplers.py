@@ -50,8 +50,9 @@ def flow_map_steps(cfg):
 
     `euler`: from time to time.  `restart`: to 0, then noise anew up to the next time.  `ctm`: to a time between 0 and
     the next, sqrt(1 - gamma^2) of it, then noise anew; gamma 0 is euler, 1 is restart.  The noise is what the path
-    holds at the next time; cfg.official: 1 - keep, which is less.  The last step is euler's.  `velocity`: euler's, by
-    the velocity at the time before the step, of which u(z, t, t) is the model's own.
+    holds at the next time; cfg.official, of ctm: 1 - keep, which is less, with the keep of the linear path whatever
+    the path is.  The last step is euler's.  `velocity`: euler's, by the velocity at the time before the step, of which
+    u(z, t, t) is the model's own.
     """
     steps, times = [], sampling_times(cfg)
     share = {"restart": 0.0, "ctm": math.sqrt(1 - cfg.gamma**2)}.get(cfg.sampler, 1.0)
@@ -60,8 +61,9 @@ def flow_map_steps(cfg):
             steps.append(Step(t, t, end, 1.0, t - end, 0.0, is_guided(t, cfg)))
             continue
         to = end if end == times[-1] else end * share
-        keep, add = renoise(to, end, cfg.path)
-        add = 1 - keep if cfg.official and cfg.sampler == "ctm" else add
+        official = cfg.official and cfg.sampler == "ctm"
+        keep, add = renoise(to, end, "linear" if official else cfg.path)
+        add = 1 - keep if official else add
         steps.append(Step(t, to, end, keep, keep * (t - to), add, is_guided(t, cfg)))
     return steps
 

@@ -127,11 +127,19 @@ def test_samplers_of_the_exact_flow_map_are_exact(path, sampler, steps):
     assert found == pytest.approx((MEAN, STD), rel=1e-10)
 
 
-@PATHS
-def test_the_official_ctm_adds_too_little_noise(path):
-    cfg = settings(path=path, sampler="ctm", steps=3, gamma=0.6, official=True)
-    mean, std = moments(Gaussian(path, average=True), cfg, samplers.flow_map_steps(cfg))
+def test_the_official_ctm_adds_too_little_noise():
+    cfg = settings(sampler="ctm", steps=3, gamma=0.6, official=True)
+    mean, std = moments(Gaussian("linear", average=True), cfg, samplers.flow_map_steps(cfg))
     assert mean == pytest.approx(MEAN) and std < 0.99 * STD
+
+
+@PATHS
+def test_the_official_ctm_knows_the_linear_path_alone(path):
+    """keep is (1 - end) / (1 - to), and add 1 - keep; the last step keeps all."""
+    steps = samplers.flow_map_steps(settings(path=path, sampler="ctm", steps=3, gamma=0.6, official=True))
+    assert [step.keep for step in steps] == pytest.approx([(1 - s.end) / (1 - s.to) for s in steps])
+    assert [step.add for step in steps] == pytest.approx([1 - step.keep for step in steps])
+    assert steps[-1].keep == 1 and 0 < steps[0].keep < 1
 
 
 @PATHS

@@ -320,6 +320,31 @@ def test_an_interval_that_stops_short_of_the_data(framework, monkeypatch, capsys
     assert f"FAILED: {case} {framework} r" in out and f"FAILED: {case} {framework} t:" not in out
 
 
+def test_uniform_times_that_are_clamped_too(framework, monkeypatch, capsys):
+    original = RECTIFIED[framework].sample_times
+
+    def clamped(draws, cfg):
+        return original(draws._replace(times=draws.times.clip(max=80 / 81)), cfg)
+
+    monkeypatch.setattr(RECTIFIED[framework], "sample_times", clamped)
+    case = "float64/extreme/rectified_uniform"
+    out = expect_failure(capsys, f"{case}$", case)
+    assert f"FAILED: {case} {framework} t (formula)" in out and f"{framework} r (formula)" in out
+
+
+def test_a_coin_that_shows_its_share_itself(framework, monkeypatch, capsys):
+    monkeypatch.setattr(COMMON[framework], "is_flow", lambda draws, cfg: draws.coin <= cfg.flow_fraction)
+    case = "float64/extreme/meanflow_one_row"
+    assert f"FAILED: {case} {framework} r (formula)" in expect_failure(capsys, f"{case}$", case)
+
+
+def test_an_interval_longer_than_1(framework, monkeypatch, capsys):
+    monkeypatch.setattr(METHODS[framework], "interval", lambda t, r, cfg: t - r)
+    case = "float64/extreme/meanflow_clipped"
+    out = expect_failure(capsys, f"{case}$", case)
+    assert f"FAILED: {case} {framework} target (formula)" in out and f"{framework} du_dt (formula)" not in out
+
+
 def test_far_couplings_that_are_learnt(framework, monkeypatch, capsys):
     near = RECTIFIED[framework].is_near
     monkeypatch.setattr(RECTIFIED[framework], "is_near", lambda x, noise, cfg: near(x, noise, cfg) | True)
