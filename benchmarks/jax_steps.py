@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl import step
-from jax_impl.devices import set_precision
+from jax_impl.devices import local_mesh, set_precision
 from jax_impl.methods import METHODS
 
 MATMULS = 8  # in one run
@@ -61,13 +61,13 @@ def count_step(config, batch):
     """Return the FLOPs of a training step: what XLA counts in its program before it optimises.
 
     A loop counts once, so there must be no micro-batches.  Attention is counted in its plain form.  Everything counts,
-    element-wise work, optimizer and EMA too.
+    element-wise work, optimizer and EMA too.  The program is that of a CPU: XLA counts in no other before compiling.
     """
-    config = countable(config)
-    mesh = step.make_mesh(config)
+    config, mesh = countable(config), local_mesh(jax.devices("cpu")[:1])
     graphdef, state = jax.eval_shape(lambda: step.create_state(config, mesh))
     train_step: Any = step.make_train_step(config, graphdef, mesh)
-    return train_step.lower(state, batch).cost_analysis()["flops"]
+    with jax.default_device(mesh.devices.flat[0]):
+        return train_step.lower(state, batch).cost_analysis()["flops"]
 
 
 def count_forward(config, batch):
@@ -80,7 +80,8 @@ def count_forward(config, batch):
         draws = method.draw(jax.random.key(0), batch["image"].shape, config.method)
         return method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]
 
-    cost: Any = jax.jit(loss).lower(params, batch).cost_analysis()
+    with jax.default_device(jax.devices("cpu")[0]):  # as in `count_step`
+        cost: Any = jax.jit(loss).lower(params, batch).cost_analysis()
     return cost["flops"]
 
 

@@ -43,6 +43,8 @@ def main():
     setup_logging()
     with contextlib.ExitStack() as stack:
         sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+    if dist.is_initialized():  # NCCL warns of a group that is left open
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

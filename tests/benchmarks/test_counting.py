@@ -47,6 +47,26 @@ def test_a_step_of_flow_matching_is_three_forwards(framework):
     assert 3 * steps.count_forward(flow.config, batch) == pytest.approx(steps.count_step(flow.config, batch), rel=0.03)
 
 
+def test_jax_counts_in_the_program_of_a_cpu(monkeypatch):
+    """XLA counts in no program of a GPU before compiling it.  The default device stands in for one."""
+    import jax
+    from jax._src import xla_bridge
+    from jax._src.interpreters import pxla
+
+    from benchmarks import jax_steps
+
+    asked = []
+    monkeypatch.setattr(jax_steps.step, "make_mesh", lambda config: pytest.fail("a mesh of the devices of the step"))
+    monkeypatch.setattr(xla_bridge, "using_pjrt_c_api", lambda backend: asked.append(backend.platform))
+    assert pxla.xb is xla_bridge
+    config = cases.override(cases.system_config("meanflow", "S", 8), SMALL)
+    [flow] = cases.make_cases(config, [0.25], [])
+    batch = cases.make_batch(flow.config)
+    with jax.default_device("gpu"):  # which this machine may not have: whoever computes there fails
+        assert jax_steps.count_step(flow.config, batch) > 2 * jax_steps.count_forward(flow.config, batch) > 0
+    assert asked == ["cpu", "cpu"]
+
+
 @pytest.mark.parametrize("framework", FRAMEWORKS)
 def test_attention_counts_in_its_plain_form_and_micro_batches_as_one(framework):
     steps = importlib.import_module(f"benchmarks.{framework}_steps")
