@@ -18,5 +18,6 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr, flush=True)
+        lines = (line.strip() for line in str(error).splitlines())  # libraries that are quoted write several
+        print("error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -50,8 +50,9 @@ def check(config: base.Config) -> base.Config:
     convention = latents.of(config)
     if convention:
         latents.check(convention, config.model.channels)
-    if not config.train.ema_decays or not all(0 <= d < 1 for d in config.train.ema_decays):
-        raise UserError(f"config.train.ema_decays is {config.train.ema_decays}; name at least one decay in [0, 1)")
+    decays = config.train.ema_decays
+    if not decays or not all(rules.is_number(d) and 0 <= d < 1 for d in decays):
+        raise UserError(f"config.train.ema_decays is {decays}; name at least one decay in [0, 1)")
     if not -1 <= config.sample.ema < len(config.train.ema_decays):
         raise UserError(f"config.sample.ema is {config.sample.ema}, but there are {len(config.train.ema_decays)} EMAs")
     return config

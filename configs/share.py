@@ -87,14 +87,15 @@ def ways_out(config: base.Config, devices: int) -> str:
 
     num = batch if config.method.flow_rows == "front" else max(batch // parts, 1)
     below = int(exact(fraction) * num)
-    sizes = nearest(batch, max(4 * batch, 4096), lambda size: fits(batch=size))
     ways = {
-        "train.batch_size": sizes or nearest(batch, 2 * parts + batch, lambda size: size % parts == 0),
+        "train.batch_size": nearest(batch, max(4 * batch, 4096), lambda size: fits(batch=size)),
         "train.accumulate": nearest(accumulate, batch // devices, lambda number: fits(accumulate=number)),
         "method.flow_fraction": [share for share in (below / num, (below + 1) / num) if fits(fraction=share)],
     }
     if batch % parts == 0:
         ways["method.flow_rows"] = ["coin, by chance"]
+    elif not any(ways.values()):  # the share fits no size near; at least the batch can be divided
+        ways["train.batch_size"] = nearest(batch, 2 * parts + batch, lambda size: size % parts == 0)
     return "set " + "; or ".join(f"--config.{name}={' or '.join(map(str, ways[name]))}" for name in ways if ways[name])
 
 

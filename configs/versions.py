@@ -102,7 +102,7 @@ def _read(path: pathlib.Path) -> str:
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
         reason = str(error) if text.strip("\0 \n") else "it is empty"
         raise UserError(f"{where} is damaged: {reason}.  {_way_out(where)}") from error
     if not isinstance(content, dict):

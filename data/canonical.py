@@ -74,7 +74,7 @@ def prefixed(given: Shapes, expected: Shapes) -> str:
     last = next(iter(expected), "")
     for name in given:
         prefix = name.removesuffix(last)
-        if prefix != name and all(other.startswith(prefix) for other in given):
+        if prefix and prefix != name and all(other.startswith(prefix) for other in given):
             return f": their names begin with {prefix!r}; parity/convert.py SOURCE DEST writes canonical ones"
     return ""
 

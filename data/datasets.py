@@ -147,6 +147,8 @@ def _find_builder(name: str, directory: str) -> tfds.core.DatasetBuilder:
             "imports its module."
         ) from error
     except (ValueError, AssertionError) as error:  # TFDS's own words on a malformed name, a wrong config or version
+        if os.sep in name and not name.partition(os.sep)[0].isidentifier():
+            raise NoDatasetError(f"{name} (config.data.name) is not the directory of a dataset.") from error
         raise UserError(f"cannot open dataset {name!r} (config.data.name): {error}") from error
 
 

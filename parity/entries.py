@@ -22,7 +22,7 @@ MARKS = (
 )  # fmt: skip
 # What DDP, torch.compile, FSDP, rematerialisation and DeepSpeed put around a network or a part of one.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
-AVERAGED = re.compile(r"(?:^|[^a-z])(?:ema|swa|shadow)(?:s|[^a-z]|$)", re.IGNORECASE)
+AVERAGED = re.compile(r"(?:^|[^a-z])(?:ema|swa|shadow|avg|averaged?|polyak)(?:s|[^a-z]|$)", re.IGNORECASE)
 OPTIMIZER = re.compile(r"^(opt|grad|exp_avg|momentum|trace$|mu$|nu$|lr_)", re.IGNORECASE)
 # Entries of raw parameters, the first that is there before any other.
 RAW = ("model", "net", "state_dict", "params", "network", "online_model", "")

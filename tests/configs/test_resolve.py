@@ -14,6 +14,7 @@ from configs.errors import UserError
         ("train.steps", 0, "config.train.steps is 0"),
         ("train.ema_decays", (), "at least one decay"),
         ("train.ema_decays", (1.5,), "at least one decay"),
+        ("train.ema_decays", ("0.9",), "at least one decay"),
         ("model.patch_size", 3, "does not divide config.model.input_size"),
         ("model.num_heads", 3, "multiple of model.num_heads"),
         ("sample.ema", 1, "there are 1 EMAs"),

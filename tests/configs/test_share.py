@@ -84,6 +84,12 @@ def test_a_share_that_a_division_would_change_is_refused(fraction, batch, device
     assert f"{devices} devices" in str(error.value)
 
 
+def test_sizes_that_would_be_refused_again_are_not_advised():
+    config = config_of(30, flow_fraction=0.3333)  # whole in multiples of 10,000 only
+    with pytest.raises(UserError, match="rows, not a whole number: set --config.method.flow_fraction=0.3 or 0.33333"):
+        resolve.check_divisible(config, 1, "devices")
+
+
 @pytest.mark.parametrize("flow_rows", ["split", "front"])
 @pytest.mark.parametrize("name", ["meanflow", "improved", "rectified"])
 def test_what_a_refusal_advises_is_accepted(name, flow_rows):

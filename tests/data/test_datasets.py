@@ -165,6 +165,7 @@ def test_a_read_only_copy_is_enough(directory, monkeypatch):
         ("colour_patchs", "train", ["colour_patchs", "did you mean colour_patches"]),
         ("qqqqzzzz", "train", ["qqqqzzzz", "catalog", "imports its module"]),
         ("not a name!", "train", ["not a name!", "config.data.name"]),
+        ("/no/such-folder", "train", ["/no/such-folder (config.data.name) is not the directory of a dataset"]),
         ("colour_patches:9.9.9", "train", ["colour_patches:9.9.9", "1.0.0"]),
         ("colour_patches", "trian", ["'trian'", "config.data.split", "train, validation"]),
         ("colour_patches", "train[:0]", ["'train[:0]'", "is empty"]),

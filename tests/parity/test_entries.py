@@ -41,6 +41,8 @@ TREES = {
     "the same of DDP": {"ema": net(2, "module."), "model": net(1, "module.")},
     "model_ema": {"model_ema": net(2), "model": net(1), "epoch": 3},
     "net": {"net": net(1), "ema": net(2)},
+    "AveragedModel": {"model": net(1), "averaged_model": net(2, "module.") | {"n_averaged": np.array(3)}},
+    "moving average": {"model": net(1), "model_avg": net(2)},
     "several": {"ema": net(2), "ema2": net(3), "model": net(1)},
     "by decay": {"model": net(1), "ema_0.9999": net(2), "ema_0.9995": net(3)},
     "a list": {"model": net(1), "emas": [net(2), net(3)]},

@@ -126,6 +126,12 @@ def test_names_with_a_prefix_name_the_converter(net_and_weights):
         weights.from_canonical(net, {f"module.{name}": a for name, a in given.items()})
 
 
+def test_one_unknown_name_is_no_prefix(net_and_weights):
+    net, given = net_and_weights
+    with pytest.raises(UserError, match=r"the weights hold the unknown extra \(1 in all\); does the config fit them\?"):
+        weights.from_canonical(net, given | {"extra": np.zeros(3)})
+
+
 def test_integers_are_refused(net_and_weights):
     net, given = net_and_weights
     name = "final_layer.linear.bias"
