@@ -5,6 +5,7 @@ else is a save that a kill cut short, and counts as no checkpoint.
 """
 
 import itertools
+import json
 import os
 import pathlib
 import re
@@ -57,6 +58,19 @@ def newest(
     if damaged:
         raise UserError(f"no checkpoint in {path} could be read; {way_out}")
     return None, []
+
+
+def can_resume(run: Any) -> bool:
+    """Return whether what a checkpoint keeps beside its arrays, parsed JSON, is all that resuming needs.
+
+    These are `loader`, its state as JSON text or "", and `window`, [step, {name: value}] for each step not logged yet.
+    """
+    try:
+        places = [json.loads(run["loader"])["step"]] if run["loader"] else []
+        steps, metrics = [step for step, _ in run["window"]], [scalars for _, scalars in run["window"]]
+    except (LookupError, TypeError, ValueError):
+        return False
+    return all(type(step) is int for step in places + steps) and all(isinstance(scalars, dict) for scalars in metrics)
 
 
 def expired(steps: list[int], c: Any) -> list[int]:

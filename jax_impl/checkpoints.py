@@ -181,7 +181,7 @@ def _inspect(directory):
     """Return what else resuming needs.  Raises `Damaged`, or UserError if the disk keeps it from being read."""
     try:
         run = json.loads((directory / _RUN / "metadata").read_text())
-        if not {"loader", "window"} <= set(run):
+        if not checkpoints.can_resume(run):
             raise checkpoints.Damaged(f"{_RUN} lacks what resuming needs")
     except checkpoints.MISSING as error:
         raise checkpoints.Damaged(str(error)) from error

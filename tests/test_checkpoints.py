@@ -117,6 +117,36 @@ DAMAGES = {
 }
 
 
+@pytest.mark.parametrize(
+    ("change", "fits"),
+    [
+        ({}, True),
+        ({"loader": '{"step": 3, "seed": 0}', "window": [[2, {"loss": 1.0}], [3, {"loss": 0.5}]]}, True),
+        ({"loader": 3}, False),
+        ({"loader": "zz"}, False),
+        ({"loader": "[3]"}, False),
+        ({"loader": '{"step": "3"}'}, False),
+        ({"window": 5}, False),
+        ({"window": [5]}, False),
+        ({"window": [["2", {}]]}, False),
+        ({"window": [[2, 0.5]]}, False),
+    ],
+)
+def test_what_resuming_needs(change, fits):
+    assert checkpoints.can_resume(PROGRESS | change) == fits
+    assert not any(checkpoints.can_resume(run) for run in (None, [], {}, "text", {"loader": ""}))
+
+
+@FRAMEWORKS
+@pytest.mark.parametrize("damage", [b"null", b'{"loader": 3, "window": []}', b'{"loader": "", "window": [5]}', b"\xff"])
+def test_what_is_kept_beside_the_arrays_may_be_damaged(framework, damage, config, run_of):
+    workdir = run_of(framework, 3)
+    run = workdir / path_of(framework, 3) / files_of(framework, "run")
+    (run / "metadata" if run.is_dir() else run).write_bytes(damage)
+    with pytest.raises(UserError, match=r"no checkpoint in .* could be read"):
+        start(framework, config, workdir)
+
+
 @FRAMEWORKS
 @pytest.mark.parametrize("cut", CUTS)
 def test_an_unfinished_first_save_is_no_checkpoint(framework, cut, config, run_of, tmp_path):

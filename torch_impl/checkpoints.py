@@ -191,7 +191,7 @@ def _inspect(directory):
     """
     try:
         run = json.loads((directory / _RUN).read_text())
-        if not {"loader", "window"} <= set(run):
+        if not checkpoints.can_resume(run):
             return None, f"{_RUN} lacks what resuming needs"
         metadata = dcp.FileSystemReader(directory).read_metadata()
         ends: dict[str, int] = {}
