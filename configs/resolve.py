@@ -247,5 +247,8 @@ def read_workdir(workdir: str | os.PathLike) -> base.Config:
     """Return the config that a run left in its work directory.  Raises UserError if there is none."""
     path = pathlib.Path(workdir) / FILE_NAME
     if not path.exists():
-        raise UserError(f"{workdir} is not the work directory of a run: there is no {path}")
+        raise UserError(
+            f"{workdir} is not the work directory of a run: there is no {path}.  If it holds other weights, "
+            "parity/convert.py reads them"
+        )
     return read_file(path)

@@ -16,8 +16,10 @@ from typing import Any, TypeVar
 from absl import logging
 
 from configs.errors import UserError
+from evaluation import files
 
 STEP = re.compile("0|[1-9][0-9]*")  # names of checkpoints
+UNFINISHED = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # or of saves under way
 # What a missing file raises; any other OSError is the disk's or the network's, and no damage.
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 START_AGAIN, CHOOSE_STEP = "to start again, choose another --workdir", "--step chooses another"  # ways out
@@ -92,6 +94,30 @@ def delete(path: pathlib.Path, marker: str) -> None:
         (path / marker).unlink(missing_ok=True)
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
+
+
+def delete_unfinished(path: pathlib.Path, marker: str, is_whole: Callable[[pathlib.Path], bool]) -> None:
+    """Delete the saves in the directory `path` that a kill cut short, if there are whole ones besides.
+
+    marker, is_whole: as in `delete` and `whole_steps`.  Raises UserError if they cannot be deleted.
+    """
+    whole = {str(step) for step in whole_steps(path, is_whole)}
+    try:
+        others = [d for d in path.iterdir() if UNFINISHED.fullmatch(d.name) and d.name not in whole]
+        for entry in others if whole else []:
+            delete(entry, marker)
+            logging.info("deleted %s, a save that was cut short", entry)
+    except OSError as error:
+        raise files.cannot_write(path, error) from error
+
+
+def amend(path: pathlib.Path, changes: dict[str, Any]) -> None:
+    """Change entries of a file that holds a JSON object, atomically.  Raises UserError if it cannot be done."""
+    try:
+        content = json.loads(path.read_text())
+    except OSError as error:
+        raise cannot_read(path, error) from error
+    files.replace_text(path, json.dumps(content | changes))
 
 
 def make_directory(path: pathlib.Path) -> None:

@@ -40,6 +40,11 @@ def setup_logging() -> None:
     sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
 
 
+def show_only_warnings() -> None:
+    """Show no INFO lines from here on: for every process but the first, whose lines are the same."""
+    logging.set_verbosity(logging.WARNING)
+
+
 def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:
     """Show an error that nothing can catch, but none of TensorStore's, which reports to Orbax after that gave up."""
     if str(unraisable.exc_value) != "Event loop is closed":
@@ -85,9 +90,10 @@ class MetricLog:
         if self.active:
             self.tensorboard.write_images(step, {name: grid[None]})
 
-    def rewind(self, step: int) -> None:
+    def rewind(self, step: int, wanted: str = "") -> None:
         """Drop the lines of metrics.jsonl after `step`, so that a resumed run leaves the file of an unbroken one.
 
+        wanted: lines of `step` itself without this name are dropped too, since they will be written again.
         Also drops a last line that was cut short by a kill, and the zeros that a power loss may leave behind it.
         TensorBoard's files stay as they are, and hold the steps done again twice.  Raises UserError for any other line
         that is no line of a log, or if the file cannot be read.
@@ -102,7 +108,12 @@ class MetricLog:
             lines.append(last)
         elif last:
             logging.warning("%s: dropped an unfinished last line of %d bytes", self._path, len(last))
-        kept = [line + b"\n" for number, line in enumerate(lines, 1) if self._step_of(line, number) <= step]
+        steps = [self._step_of(line, number) for number, line in enumerate(lines, 1)]
+        kept = [
+            line + b"\n"
+            for line, own in zip(lines, steps, strict=True)
+            if own < step or (own == step and (not wanted or wanted in json.loads(line)))
+        ]
         files.replace_bytes(self._path, b"".join(kept))
 
     def flush(self) -> None:

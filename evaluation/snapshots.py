@@ -3,6 +3,7 @@
 They are small beside a checkpoint, and every command that takes canonical weights reads them.
 """
 
+import contextlib
 import json
 import os
 import pathlib
@@ -49,7 +50,8 @@ def write(workdir: str | os.PathLike, config: base.Config, step: int, emas: Iter
         except OSError as error:
             raise files.cannot_write(path, error) from error
         finally:
-            unfinished.unlink(missing_ok=True)
+            with contextlib.suppress(OSError):  # it is gone, or was never there
+                unfinished.unlink()
 
 
 def metadata(config: base.Config, step: int, decay: float) -> dict[str, str]:

@@ -9,9 +9,11 @@ import msgpack
 import numpy as np
 import torch
 
+from configs import resolve
 from configs.errors import UserError
 from data import torch_files, weight_files
 from data.pickles import Array, Scalar
+from evaluation import snapshots
 from jax_impl import checkpoints as jax_checkpoints
 from parity import directories, entries, pickles
 from parity.names import flax_tree_to_canonical
@@ -65,11 +67,17 @@ def named(kind: str, label: str) -> str:
 
 def read_directory(path: pathlib.Path, ema: int | None, prefix: str, step: int | None = None) -> Source:
     """Read a work directory of either trainer, or an Orbax checkpoint of official JAX code."""
-    for checkpoints, framework in ((torch_checkpoints, "PyTorch"), (jax_checkpoints, "JAX")):
-        if (path / checkpoints.DIRECTORY).is_dir():
+    kinds = [
+        (torch_checkpoints.DIRECTORY, torch_checkpoints, "PyTorch work directory"),
+        (jax_checkpoints.DIRECTORY, jax_checkpoints, "JAX work directory"),
+    ]
+    if (path / resolve.FILE_NAME).is_file():  # snapshots alone are of no framework
+        kinds.append((snapshots.DIRECTORY, torch_checkpoints, "work directory"))
+    for directory, checkpoints, kind in kinds:
+        if (path / directory).is_dir():
             config, weights = checkpoints.read_weights(path, ema or 0, step)
             which = "raw parameters" if ema == -1 else f"EMA {ema or 0} of decay {config.train.ema_decays[ema or 0]}"
-            return Source(weights, config, f"{framework} work directory, its {which}")
+            return Source(weights, config, f"{kind}, its {which}")
     return from_flax(directories.read_orbax(path), ema, prefix, path, "Orbax checkpoint")
 
 

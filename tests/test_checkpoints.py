@@ -197,6 +197,31 @@ def test_only_a_trainer_sets_a_damaged_checkpoint_aside(framework, config, run_o
     assert (directory.parent / f"{framework}_damaged_6").is_dir()
 
 
+@FRAMEWORKS
+@pytest.mark.parametrize("cut", CUTS)
+def test_a_trainer_that_resumes_deletes_unfinished_saves(framework, cut, config, run_of):
+    """They would stay for ever where no later run saves the same step; each is as large as a whole one."""
+    workdir = run_of(framework, 3, 6)
+    CUTS[cut](framework, workdir / path_of(framework, 6))
+    directory = workdir / MODULES[framework].DIRECTORY
+    (directory / "notes").mkdir()
+    assert start(framework, config, workdir) == (1, True)
+    assert {p.name for p in directory.iterdir()} == {"3", "notes"}
+
+
+@FRAMEWORKS
+def test_an_entry_of_the_progress_is_changed(framework, config, run_of):
+    saver = MODULES[framework].Checkpoints(run_of(framework, 3), config)
+    saver.note(3, pending=True)
+    like = (
+        jax_step.create_state(config, jax_step.make_mesh(config))[1]
+        if framework == "jax"
+        else torch_step.create_state(config, None, torch.device("cpu"))
+    )
+    _, progress = saver.restore(like)
+    assert progress["pending"] is True and progress["window"] == []
+
+
 def listing(directory):
     """Return {path: when it changed} of everything in a directory."""
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in [directory, *directory.rglob("*")]}

@@ -46,16 +46,21 @@ class Checkpoints:
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def open(self) -> None:
-        """Make the directory, and set aside what `restore` found damaged.  Raises UserError if it cannot be written."""
+        """Make the directory, set aside what `restore` found damaged, and delete what killed saves left.
+
+        Raises UserError if it cannot be written.
+        """
         checkpoints.make_directory(self.path)
-        if self.damaged and _rank() == 0:
+        if _rank() == 0:
             checkpoints.set_aside(self.path, self.damaged)
+            checkpoints.delete_unfinished(self.path, MARKER, _is_whole)
         self.damaged = []
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
 
-        progress: what else resuming needs, in terms of JSON: `loader`, its state, and `window`, steps not logged yet.
+        progress: what else resuming needs, in terms of JSON: `loader`, its state, `window`, steps not logged yet, and
+        `pending`, whether reports of this step are still to be made.
         """
         self.wait()
         run = {"step": state.step} | progress | {"config": resolve.to_json(self.config)}
@@ -102,6 +107,11 @@ class Checkpoints:
             steps = checkpoints.whole_steps(self.path, _is_whole)
             for step in checkpoints.expired(steps, self.config.train):
                 checkpoints.delete(self.path / str(step), MARKER)
+
+    def note(self, step: int, **changes) -> None:
+        """Change entries of the progress of a step that is on disk.  Raises UserError if that cannot be written."""
+        if _rank() == 0:
+            checkpoints.amend(self.path / str(step) / _RUN, changes)
 
     def close(self) -> None:
         """Finish the last save and end."""

@@ -48,8 +48,10 @@ def start_torch(config, num_threads=0):
         torch.cuda.set_device(device)
         cluster.warn_of_idle_gpus(os.environ, torch.cuda.device_count())
     group: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
-    if device.type == "cuda":
-        group |= {"backend": "cpu:gloo,cuda:nccl", "device_id": device}
+    if (
+        device.type == "cuda"
+    ):  # without a device_id: PyTorch would split this pair for the mesh, gloo with NCCL's options
+        group |= {"backend": "cpu:gloo,cuda:nccl"}
     if "RANK" not in os.environ:  # asynchronous checkpoints want a group even for one process
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:

@@ -28,7 +28,7 @@ from data.examples import with_latents
 from data.loader import make_loader
 from evaluation import grids, snapshots
 from evaluation.judge import Judge
-from evaluation.logs import MetricLog, Progress, setup_logging
+from evaluation.logs import MetricLog, Progress, setup_logging, show_only_warnings
 from evaluation.processes import ending_together
 from evaluation.report import evaluate, evaluate_emas
 from evaluation.sampling import check_latents, generate
@@ -57,13 +57,16 @@ def train(config, workdir, device):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
+    first = dist.get_rank() == 0
+    if not first:
+        show_only_warnings()
     resolve.check_trainable(config)
     check_kernels(config.model, device)
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
     resolve.check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
     resolve.check_divisible(config, dist.get_world_size(), "processes")
-    mesh, first = make_mesh(config, device), dist.get_rank() == 0
+    mesh = make_mesh(config, device)
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
     checkpoints = Checkpoints(workdir, config)
@@ -81,8 +84,9 @@ def train(config, workdir, device):
         if progress["loader"]:
             loader.set_state(progress["loader"])
         logging.info("resuming from step %d", state.step)
-    log.rewind(state.step)
-    parts = Parts(config, loader, checkpoints, log, window, reports, lock)
+    pending = bool(progress) and progress.get("pending", False)
+    log.rewind(state.step, "learning_rate" if pending else "")
+    parts = Parts(config, loader, checkpoints, log, window, reports, pending, lock)
     with closing(parts):
         return loop(parts, make_train_step(config), state)
 
@@ -96,6 +100,7 @@ class Parts(NamedTuple):
     log: MetricLog
     window: "Window"
     reports: list  # of (every, report), see `make_reports`
+    pending: bool  # whether those of the step to go on from are still to be made
     lock: Any  # of the work directory, in the first process
 
 
@@ -175,7 +180,12 @@ def load_teacher(config, device):
 
 
 def loop(parts, train_step, state):
-    """Run the steps; log, report and save when due.  Returns the last state."""
+    """Run the steps; log, save and report when due.  Returns the last state.
+
+    A step is on disk before its reports begin, so a report that fails or is killed costs no checkpoint.  The
+    checkpoint says that they are pending until they are done, and a run that goes on from there makes them first.  A
+    run that is asked to stop leaves them, for there may be no time.
+    """
     c, window = parts.config.train, parts.window
     progress = Progress(c.steps, parts.log)
     step, termination = state.step, Termination()
@@ -183,6 +193,9 @@ def loop(parts, train_step, state):
     if c.checkpoint_at_start and step == 0:
         save(parts, state)
         parts.checkpoints.wait()
+    if parts.pending:
+        make_due(parts, step, state)
+        parts.checkpoints.note(step, pending=False)
     while step < c.steps:
         state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
         step += 1
@@ -193,25 +206,37 @@ def loop(parts, train_step, state):
         stop = termination.requested()
         if step % c.log_every == 0:
             parts.log.write(step, window.close())
-        if stop:  # before the reports, for which there may be no time
-            save(parts, state)
-            logging.info("asked to stop: saved step %d", step)
-        for every, report in parts.reports:
-            if every and step % every == 0:
-                report(step, state, parts.log)
+        due = any(every and step % every == 0 for every, _ in parts.reports)
+        saved = stop or step % c.checkpoint_every == 0 or step == c.steps
+        if saved:
+            save(parts, state, pending=due)
         if stop:
+            logging.info("asked to stop: saved step %d", step)
             break
-        if step % c.checkpoint_every == 0 or step == c.steps:
-            save(parts, state)
+        if saved and due:
+            parts.checkpoints.wait()
+        make_due(parts, step, state)
+        if saved and due:
+            parts.checkpoints.note(step, pending=False)
     termination.close()
     return state
 
 
-def save(parts, state):
-    """Begin to save the state.  Raises UserError if a loss since the last log line is not finite."""
+def save(parts, state, pending=False):
+    """Begin to save the state.  Raises UserError if a loss since the last log line is not finite.
+
+    pending: whether reports of its step are still to be made.
+    """
     parts.window.check()
-    progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps)}
+    progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps), "pending": pending}
     parts.checkpoints.save(state, progress)
+
+
+def make_due(parts, step, state):
+    """Make the reports that are due at a step."""
+    for every, report in parts.reports:
+        if every and step % every == 0:
+            report(step, state, parts.log)
 
 
 def log_peak_memory(metrics):
@@ -323,6 +348,7 @@ def make_reports(config, sampler):
         if not config.evaluation.every_ema or config.sample.ema < 0:
             result |= (judge or evaluate)(config, sampler, sampled_weights(state))[0]
         log.write(step, result)
+        wait_for_all()  # here, as long as the first process judges: in a step, groups of a mesh wait ten minutes only
 
     return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]
 

@@ -69,6 +69,14 @@ def test_rewind_leaves_the_file_of_an_unbroken_run(tmp_path, log):
     assert (tmp_path / "metrics.jsonl").read_text() == unbroken
 
 
+def test_rewind_drops_the_lines_of_a_step_that_will_be_written_again(tmp_path, log):
+    for step in (1, 2):
+        log.write(step, {"loss": step})
+        log.write(step, {"fid": step})
+    log.rewind(2, "loss")
+    assert lines(tmp_path) == [{"step": 1, "loss": 1}, {"step": 1, "fid": 1}, {"step": 2, "loss": 2}]
+
+
 def test_rewind_names_a_damaged_line(tmp_path, log):
     (tmp_path / "metrics.jsonl").write_text('{"step": 1}\nnonsense\n')
     with pytest.raises(UserError, match="metrics.jsonl, line 2"):

@@ -8,8 +8,12 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
+from configs import resolve
 from configs.errors import UserError
+from evaluation import snapshots
 from parity import convert
+from torch_impl import weights
+from torch_impl.step import build_net
 
 
 def diffusers(path):
@@ -83,3 +87,16 @@ def test_what_a_directory_is(tmp_path, name):
     with pytest.raises(UserError, match=message) as error:
         convert.main([str(source / below), str(tmp_path / "w.safetensors")])
     assert "\n" not in str(error.value)
+
+
+def test_a_work_directory_of_snapshots_alone(tiny, tmp_path):
+    """Its checkpoints may have been deleted, or left behind in a copy: the steps are listed, or one is read."""
+    config, source, written = tiny(), tmp_path / "source", tmp_path / "w.safetensors"
+    resolve.open_workdir(source, config, "jax").close()
+    net = build_net(config)
+    emas = [weights.to_canonical(net, dict(net.named_parameters()))] * 2
+    snapshots.write(source, config, 40, emas, weights.save)
+    with pytest.raises(UserError, match="has no checkpoint, snapshots of steps 40; choose one by --step"):
+        convert.main([str(source), str(written)])
+    convert.main([str(source), str(written), "--step=40"])
+    assert weights.load(written).keys() == emas[0].keys()

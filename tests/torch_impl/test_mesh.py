@@ -1,10 +1,12 @@
 """Processes on several hosts, which torchrun numbers host by host: their mesh, and the GPU of each."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 
 from configs.errors import UserError
-from torch_impl import devices, step
+from torch_impl import devices, step, train
 
 CPU = torch.device("cpu")
 
@@ -64,7 +66,8 @@ def started(monkeypatch, tiny):
 def test_each_process_has_its_own_gpu(started, caplog):
     caplog.set_level("INFO")
     device, found = started(8, RANK="5", LOCAL_RANK="5", LOCAL_WORLD_SIZE="8")
-    assert device == found["set"] == found["device_id"] == torch.device("cuda", 5)
+    assert device == found["set"] == torch.device("cuda", 5)
+    assert "device_id" not in found  # with it, a mesh would split gloo's group by NCCL's options
     assert (found["backend"], found["timeout"]) == ("cpu:gloo,cuda:nccl", devices.TIMEOUT)
     assert "process 5 of 16 on " in caplog.text and ": cuda:5, of 8 GPUs" in caplog.text
     assert started(1, RANK="5", LOCAL_RANK="5")[0] == torch.device("cuda", 0)  # srun --gpus-per-task=1
@@ -96,3 +99,15 @@ def test_processes_that_cannot_be_joined(started, tiny, monkeypatch):
     monkeypatch.setattr(devices.dist, "init_process_group", refuse)
     with pytest.raises(UserError, match="cannot join the other processes: .* WORLD_SIZE expected"):
         devices.start_torch(tiny())
+
+
+def test_processes_wait_for_the_one_that_judges(tiny, monkeypatch):
+    """Not in the next step, whose groups of a sharded state give up sooner."""
+    order = []
+    monkeypatch.setattr(train, "dist", SimpleNamespace(get_rank=lambda: 1, get_world_size=lambda: 2))
+    monkeypatch.setattr(train, "evaluate", lambda *_: (order.append("judged"), ({}, None))[1])
+    monkeypatch.setattr(train.weights, "to_canonical", lambda *_: {})
+    monkeypatch.setattr(train, "wait_for_all", lambda: order.append("waited"))
+    _, (_, evaluation) = train.make_reports(tiny({"train.evaluate_every": 1, "evaluation.every_ema": False}), None)
+    evaluation(1, SimpleNamespace(net=torch.nn.Identity(), emas=({}, {})), SimpleNamespace(write=lambda *_: None))
+    assert order == ["judged", "waited"]
