@@ -82,6 +82,6 @@ def _leave(text, code, wait=False):
     """Print and end, without what Python does at exit, which may wait for other processes."""
     print(text.rstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if wait:  # until the others have seen the note
-        threading.Event().wait(GRACE_SECONDS)
+    if wait:  # until the others, who see the note at their next look and then wait too, have ended
+        threading.Event().wait(2 * GRACE_SECONDS)
     os._exit(code)
