@@ -151,11 +151,18 @@ def _to_array(tensor: Any) -> np.ndarray:
 def open_edm2(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
     """Open a folder or .zip of .npy with its dataset.json; null for labels makes them 0.
 
-    Raises UserError if that is missing, or holds no labels.
+    Files without a label are left out with a warning.  Raises UserError if there are no labels to read.
     """
     files = folders.Folder(str(source)) if source.is_dir() else folders.Zip(str(source))
     labels = folders.read_index(files) if labels is None else labels
-    if labels is None:
+    if labels is not None:
+        arrays = {name for name in files.list()[0] if name.endswith(".npy")}
+        unlabelled = arrays - {f"{folders.plain_path(name)}.npy" for name in labels}
+        if unlabelled:
+            logging.warning(
+                "%s: %d .npy files have no label and are left out, %s for one", source, len(unlabelled), min(unlabelled)
+            )
+    else:
         logging.warning("%s/%s has null for labels: the label of all files is 0", source, folders.INDEX)
         names = folders.with_suffix(files.list()[0], ("npy",), str(source))
         labels = dict.fromkeys((name.removesuffix(".npy") for name in names), 0)

@@ -355,6 +355,17 @@ def test_edm2_of_unlabelled_images(tmp_path):
     assert len(records) == 7 and {record["label"] for record in records} == {0}
 
 
+def test_edm2_with_files_that_have_no_label(write, tmp_path, monkeypatch):
+    warnings, source = [], write("edm2")
+    monkeypatch.setattr(formats.logging, "warning", lambda text, *values: warnings.append(text % values))
+    run("edm2", source, tmp_path / "all")
+    assert not warnings
+    np.save(source / "00000" / "more.npy", moments(0))
+    run("edm2", source, tmp_path / "some")
+    assert len(read(tmp_path / "some")) == NUM
+    assert warnings == [f"{source}: 1 .npy files have no label and are left out, 00000/more.npy for one"]
+
+
 @pytest.mark.parametrize("index", [{}, {"labels": []}])
 def test_edm2_without_labels(index, tmp_path):
     with pytest.raises(UserError, match="dataset.json holds no labels"):
