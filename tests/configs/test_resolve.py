@@ -232,3 +232,9 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match="cannot write"):
         resolve.open_workdir(tmp_path / "file" / "run", digits.get_config(), "jax")
+
+
+def test_a_directory_that_is_no_work_directory(tmp_path):
+    """Such as one of an official code's checkpoints that train.load_from names."""
+    with pytest.raises(UserError, match=r"is not the work directory of a run: .*\.  .*parity/convert.py reads them"):
+        resolve.read_workdir(tmp_path)
