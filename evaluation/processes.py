@@ -4,6 +4,7 @@ import contextlib
 import os
 import sys
 import threading
+import time
 import traceback
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
@@ -12,15 +13,21 @@ from configs.errors import UserError
 
 POLL_SECONDS = 0.5  # between looks at the board
 GRACE_SECONDS = 2.0  # that the one that failed has to end first, so that launchers name it
+KEEPER_SECONDS = 60.0  # that the keeper of the board waits for the others to end; one that compiles sees a note late
 
 
 class Board(NamedTuple):
-    """Where a process that fails leaves a note for the others.  Neither function waits for another process."""
+    """Where a process that fails leaves a note for the others.  No function waits for another process.
+
+    All raise OSError or RuntimeError if the board is gone.
+    """
 
     process: int  # number of this process
     post: Callable[[str], None]
-    read: Callable[[], str]  # the note, empty if there is none; OSError or RuntimeError if the board is gone
-    keeper: bool  # the board goes with this process
+    read: Callable[[], str]  # the note, empty if there is none
+    end: Callable[[], None]  # tells that this process ends
+    all_end: Callable[[], bool]  # whether every process has told so
+    keeper: bool  # the board goes with this process, so it ends last
 
 
 @contextlib.contextmanager
@@ -41,6 +48,8 @@ def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator
         yield
         finish()
     except BaseException as error:  # whatever it is, the others must not wait for this process
+        if over.is_set():
+            watch.join()  # it is ending this process
         over.set()
         _end(board, error)
     over.set()
@@ -52,7 +61,8 @@ def _watch(board, over):
     while not over.wait(POLL_SECONDS):
         note = _look(board)
         if note and not over.wait(GRACE_SECONDS):
-            _leave(f"error: {note}", 1)
+            over.set()
+            _leave(board, f"error: {note}", 1)
 
 
 def _look(board):
@@ -67,7 +77,7 @@ def _end(board, error):
     """End this process after an error of its own, or one that another process caused by failing."""
     note = _look(board)
     if note and not isinstance(error, UserError):  # a collective broke because its partner is gone
-        _leave(f"error: {note}", 1, wait=board.keeper)
+        _leave(board, f"error: {note}", 1)
     code, text = 1, "".join(traceback.format_exception(error))
     if isinstance(error, UserError):
         code, text = 2, f"error: {error}"
@@ -75,13 +85,18 @@ def _end(board, error):
         code, text = error.code if isinstance(error.code, int) else 1, str(error.code)
     with contextlib.suppress(OSError, RuntimeError):
         board.post(f"process {board.process} failed, see its message; this one ends too")
-    _leave(text, code, wait=board.keeper)
+    _leave(board, text, code)
 
 
-def _leave(text, code, wait=False):
-    """Print and end, without what Python does at exit, which may wait for other processes."""
+def _leave(board, text, code):
+    """Print and end, the keeper last, without what Python does at exit, which may wait for other processes."""
     print(text.rstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
-    if wait:  # until the others, who see the note at their next look and then wait too, have ended
-        threading.Event().wait(2 * GRACE_SECONDS)
+    deadline = time.monotonic() + KEEPER_SECONDS
+    with contextlib.suppress(OSError, RuntimeError):
+        board.end()
+        while board.keeper and time.monotonic() < deadline and not board.all_end():
+            time.sleep(POLL_SECONDS)
+    if board.keeper:
+        time.sleep(POLL_SECONDS)  # from telling to ending
     os._exit(code)

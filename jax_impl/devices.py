@@ -170,7 +170,13 @@ def make_board():
     def read():
         return "".join(note for _, note in client.key_value_dir_get("failed/")[:1])
 
-    return Board(process, lambda note: client.key_value_set(f"failed/{process}", note), read, process == 0)
+    def all_end():
+        return len(client.key_value_dir_get("ends/")) == jax.process_count()
+
+    return Board(
+        process, lambda note: client.key_value_set(f"failed/{process}", note), read,
+        lambda: client.key_value_set(f"ends/{process}", "yes", allow_overwrite=True), all_end, process == 0,
+    )  # fmt: skip
 
 
 def wait_for_all():

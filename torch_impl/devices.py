@@ -105,7 +105,11 @@ def make_board():
     def read():
         return store.get("failed").decode() if store.check(["failed"]) else ""
 
-    return Board(rank, lambda note: store.set("failed", note), read, keeper)
+    ends = [f"ends/{i}" for i in range(dist.get_world_size())]
+    return Board(
+        rank, lambda note: store.set("failed", note), read, lambda: store.set(ends[rank], "yes"),
+        lambda: store.check(ends), keeper,
+    )  # fmt: skip
 
 
 def wait_for_all():
