@@ -133,8 +133,8 @@ def test_unknown_system(golden, monkeypatch):
     assert check.run(directory, "ema_lr_optim/lr/pymf").ok
     # Without either flag it is listed only.
     monkeypatch.setattr(check, "GOLDEN", directory)
-    monkeypatch.setattr(cases, "all_cases", list)
-    monkeypatch.setattr(check.precision, "all_cases", list)
+    for module in (cases, check.extremes, check.precision, check.networks):
+        monkeypatch.setattr(module, "all_cases", list)
     result = check.run()
     assert result.not_covered == ["golden/another"] and result.ok
 
