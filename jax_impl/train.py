@@ -52,11 +52,11 @@ def train(config, workdir):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
+    resolve.check_trainable(config)
+    check_kernels(config.model)
     first = jax.process_index() == 0
     if not first:
         show_only_warnings()
-    resolve.check_trainable(config)
-    check_kernels(config.model)
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
     resolve.check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())

@@ -57,11 +57,11 @@ def train(config, workdir, device):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
+    resolve.check_trainable(config)
+    check_kernels(config.model, device)
     first = dist.get_rank() == 0
     if not first:
         show_only_warnings()
-    resolve.check_trainable(config)
-    check_kernels(config.model, device)
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
     resolve.check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
