@@ -9,8 +9,10 @@ setup(
     license="MIT",
     python_requires=">=3.11",
     packages=[
-        "benchmarks", "configs", "data", "evaluation", "jax_impl", "jax_impl.models", "jax_impl.methods", "parity",
-        "torch_impl", "torch_impl.models", "torch_impl.methods",
+        "meanflow", "meanflow.commands", "meanflow.config", "meanflow.data", "meanflow.data.images",
+        "meanflow.data.latents", "meanflow.metrics", "meanflow.sampling", "meanflow.weights", "jax_impl",
+        "jax_impl.models", "jax_impl.methods", "torch_impl", "torch_impl.models", "torch_impl.methods", "parity",
+        "parity.adapters", "parity.cases", "parity.golden",
     ],
     install_requires=[
         "clu>=0.0.12",

@@ -7,8 +7,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from configs import base, resolve
-from configs.errors import UserError
+from meanflow.config import options as base
+from meanflow.config import resolve
+from meanflow.errors import UserError
 
 FLOW_MATCHING = "flow matching"
 SYSTEMS = ("meanflow", "improved", "decoupled", "rectified")
@@ -52,7 +53,9 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
     for setting in settings:
         name, equals, text = setting.partition("=")
         if not equals or name not in resolve.flatten(config):
-            raise UserError(f"--set {setting}: there is no option {name}; write OPTION=VALUE, see configs/base.py")
+            raise UserError(
+                f"--set {setting}: there is no option {name}; write OPTION=VALUE, see meanflow/config/options.py"
+            )
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):

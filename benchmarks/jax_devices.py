@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import cases, jax_steps
-from configs import resolve
+from meanflow.config import resolve
 
 FIRST = 3  # steps whose metrics are kept, before the measured ones
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"

@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from benchmarks import cases
-from configs import resolve
+from meanflow.config import resolve
 
 WARM_UP = 2  # steps before the measured one
 

@@ -34,7 +34,8 @@ import numpy as np
 from tqdm import tqdm
 
 from benchmarks import precision_report as report
-from configs import digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet, paths
+from configs import digits, imf_imagenet, meanflow_cifar10, meanflow_imagenet
+from meanflow.config import paths
 
 
 class Mode(NamedTuple):

@@ -20,8 +20,8 @@ from tqdm import tqdm
 
 from benchmarks import table
 from benchmarks.step import add_common, describe, make_config
-from configs import resolve
-from configs.errors import exit_on_user_error
+from meanflow.config import resolve
+from meanflow.errors import exit_on_user_error
 
 COLUMNS = {
     "sampler": ("case", "{}"),

@@ -21,8 +21,8 @@ from tqdm import tqdm
 
 from benchmarks import cases, table
 from benchmarks.step import add_common, describe, make_config
-from configs import resolve
-from configs.errors import exit_on_user_error
+from meanflow.config import resolve
+from meanflow.errors import exit_on_user_error
 
 COMPARED = ("loss", "raw_error", "grad_norm")
 COLUMNS = {

@@ -17,8 +17,8 @@ would be if all beyond flow matching ran at that rate.
 import argparse
 
 from benchmarks import cases, measure, table
-from configs import base, paths, resolve
-from configs.errors import UserError, exit_on_user_error
+from meanflow.config import options, paths, resolve
+from meanflow.errors import UserError, exit_on_user_error
 
 
 def parse(argv=None):
@@ -41,7 +41,7 @@ def add_common(parser):
     parser.add_argument("--framework", choices=("jax", "torch"), required=True)
     parser.add_argument("--config", metavar="FILE", help="a preset instead, FILE.py[:variant]")
     parser.add_argument("--system", choices=cases.SYSTEMS, default="meanflow", help="a transformer on 32x32x4 latents")
-    parser.add_argument("--size", choices=tuple(base.DIT_SIZES), default="S", help="DiT size")
+    parser.add_argument("--size", choices=tuple(options.DIT_SIZES), default="S", help="DiT size")
     parser.add_argument("--head_depth", type=int, default=8, help="improved: blocks of a head, of those of the size")
     parser.add_argument("--patch", type=int, help="side of a patch; by default 4, or the preset's")
     parser.add_argument("--set", nargs="+", default=(), metavar="OPTION=VALUE", help="options of the config")

@@ -13,7 +13,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import cases, torch_steps
-from configs import resolve
+from meanflow.config import resolve
 from torch_impl import step as training
 from torch_impl.devices import start_torch
 

@@ -19,14 +19,14 @@ remeanflow    Re-MeanFlow of the same network, from couplings of the teacher and
               step: class accuracy 0.99 and a Fréchet distance near 2.3, in four steps 1.2
 """
 
-from configs import base
+from meanflow.config import options
 
 
-def get_config(variant: str = "") -> base.Config:
+def get_config(variant: str = "") -> options.Config:
     """Return the config of the demo, or of a variant.  Raises ValueError for one that does not exist."""
     if variant not in ("", *VARIANTS):
         raise ValueError(f"no variant {variant!r} of digits; there are {', '.join(VARIANTS)}, and the demo without one")
-    config = base.get_config()
+    config = options.get_config()
     config.name = f"digits:{variant}" if variant else "digits"
     config.train.steps = 1200
     config.train.batch_size = 64
@@ -44,7 +44,7 @@ def get_config(variant: str = "") -> base.Config:
     return config
 
 
-def unet(config: base.Config) -> None:
+def unet(config: options.Config) -> None:
     """Make it the CIFAR-10 system, small."""
     config.data.augment.prob = 0.12
     config.model.name = "unet"
@@ -63,7 +63,7 @@ def unet(config: base.Config) -> None:
     config.evaluation.classifier = False
 
 
-def imf(config: base.Config) -> None:
+def imf(config: options.Config) -> None:
     """Make it improved MeanFlow, small."""
     config.model.name = "imf_dit"
     config.model.update(depth=3, head_depth=1, width=64, mlp_ratio=8 / 3)
@@ -77,7 +77,7 @@ def imf(config: base.Config) -> None:
     config.sample.omega = 1.5
 
 
-def flow(config: base.Config) -> None:
+def flow(config: options.Config) -> None:
     """Make it a flow model, from which `dmf` starts."""
     config.model.update(interval_embedder=False, depth=4, width=96)
     config.method.name = "flow"
@@ -85,14 +85,14 @@ def flow(config: base.Config) -> None:
     config.sample.update(steps=50, cfg_scale=1.5)
 
 
-def dmf(config: base.Config) -> None:
+def dmf(config: options.Config) -> None:
     """Make it decoupled MeanFlow, of the same network as `flow`."""
     config.model.update(name="dmf_dit", depth=4, width=96, dmf_depth=3)
     config.method.update(name="decoupled", time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.2)
     config.train.steps = 500
 
 
-def edm2(config: base.Config) -> None:
+def edm2(config: options.Config) -> None:
     """Make its network a small one of EDM2."""
     config.model.name = "edm2"
     config.model.update(width=24, channel_mult=(1, 2), channel_mult_noise=1, channel_mult_emb=2, num_blocks=1)
@@ -100,7 +100,7 @@ def edm2(config: base.Config) -> None:
     config.train.compile_backend = "aot_eager"  # see `unet`
 
 
-def edm2_flow(config: base.Config) -> None:
+def edm2_flow(config: options.Config) -> None:
     """Make it a flow model of EDM2's network, the teacher of `remeanflow`."""
     edm2(config)
     config.model.interval_embedder = False
@@ -110,7 +110,7 @@ def edm2_flow(config: base.Config) -> None:
     config.sample.update(steps=16, sampler="heun")
 
 
-def remeanflow(config: base.Config) -> None:
+def remeanflow(config: options.Config) -> None:
     """Make it Re-MeanFlow, from couplings of `edm2_flow`."""
     edm2(config)
     config.data.name = "runs/couplings"

@@ -6,8 +6,8 @@ FID-50k of samples at the guidance scale and interval of the variant: official J
 On less memory than a batch of 1024 takes, add --config.train.accumulate=N: the same result from N smaller batches.
 """
 
-from configs import base
-from configs.latents import CONVENTIONS
+from meanflow.config import options
+from meanflow.config.latents import CONVENTIONS
 
 STEPS_PER_EPOCH = 1_281_167 // 1024  # ImageNet's training images at batch 1024, the last partial batch dropped
 EPOCHS, WARMUP_EPOCHS = 640, 10
@@ -29,12 +29,12 @@ VARIANTS = {
 }  # fmt: skip
 
 
-def get_config(variant: str = "b2") -> base.Config:
+def get_config(variant: str = "b2") -> options.Config:
     """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for another."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of imf_imagenet; there are {', '.join(VARIANTS)}")
     size, steps, omega, interval = VARIANTS[variant]
-    config = base.get_config()
+    config = options.get_config()
     config.name = f"imf_imagenet:{variant}"
     config.data.name = "imagenet_latents"  # the directory that an encode command wrote, with --convention=imf
     config.latents.update(CONVENTIONS["imf"]._asdict(), vae="stabilityai/sd-vae-ft-mse")

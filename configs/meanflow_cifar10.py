@@ -10,16 +10,16 @@ reproduction  zhuyu-cs/MeanFlow, branch cifar10, its own variant of the U-Net: 6
 On less memory than a batch of 1024 takes, add --config.train.accumulate=N: the same result from N smaller batches.
 """
 
-from configs import base
+from meanflow.config import options
 
 STEPS_PER_EPOCH = 50  # rounded, as published: 16 000 epochs, 800 000 steps
 
 
-def get_config(variant: str = "v1") -> base.Config:
+def get_config(variant: str = "v1") -> options.Config:
     """Return a published run: `v0`, `v1` or `reproduction`.  Raises ValueError for another."""
     if variant not in ("v0", "v1", "reproduction"):
         raise ValueError(f"no variant {variant!r} of meanflow_cifar10; there are v0, v1, reproduction")
-    config = base.get_config()
+    config = options.get_config()
     config.name = f"meanflow_cifar10:{variant}"
     config.data.name = "cifar10"
     config.data.flip = True

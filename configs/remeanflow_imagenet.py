@@ -11,8 +11,8 @@
         --config.train.load_from=start.safetensors --workdir=runs/remeanflow_512
 
 Latents are EDM2's: of the Stable Diffusion VAE on images in [0, 1], normalised a channel (the convention `edm2` of
-configs/latents.py): an encode command makes them with --convention=edm2 --image_size=512.  Labels count the sorted
-synsets; TFDS's own imagenet_resized counts them in another order, so that its labels are not those of released
+meanflow/config/latents.py): an encode command makes them with --convention=edm2 --image_size=512.  Labels count the
+sorted synsets; TFDS's own imagenet_resized counts them in another order, so that its labels are not those of released
 networks.
 
 64, 512              the student: published FID in one step 2.87, 3.03
@@ -20,8 +20,8 @@ teacher_64, _512     EDM2-S as released, a flow model
 guide_64, _512       EDM2-XS as released, its autoguidance network
 """
 
-from configs import base
-from configs.latents import CONVENTIONS
+from meanflow.config import options
+from meanflow.config.latents import CONVENTIONS
 
 #        input channels
 DATA = {"64": (64, 3), "512": (64, 4)}
@@ -31,13 +31,13 @@ VARIANTS = (*DATA, *(f"{kind}_{size}" for kind in WIDTHS for size in DATA))
 STAGE1_STEPS = 50_000  # half of the run: where the published one changes its stage is in none of our sources
 
 
-def get_config(variant: str = "512") -> base.Config:
+def get_config(variant: str = "512") -> options.Config:
     """Return a published run, or a model that it needs, of `VARIANTS`.  Raises ValueError for another variant."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of remeanflow_imagenet; there are {', '.join(VARIANTS)}")
     kind, _, size = variant.rpartition("_")
     input_size, channels = DATA[size]
-    config = base.get_config()
+    config = options.get_config()
     config.name = f"remeanflow_imagenet:{variant}"
     config.data.num_workers = 8
     if channels == 4:
@@ -56,7 +56,7 @@ def get_config(variant: str = "512") -> base.Config:
     return config
 
 
-def released(config: base.Config, size: str) -> None:
+def released(config: options.Config, size: str) -> None:
     """Make it a released network of EDM2: of one time, with its log-variance."""
     config.data.name = REAL[size]
     config.model.update(interval_embedder=False, logvar_channels=128)
@@ -65,7 +65,7 @@ def released(config: base.Config, size: str) -> None:
     config.sample.update(steps=32, sampler="heun")
 
 
-def student(config: base.Config, size: str) -> None:
+def student(config: options.Config, size: str) -> None:
     """Make it Re-MeanFlow, from couplings and from fitted time embeddings."""
     config.data.name = "couplings"  # their directory
     config.evaluation.dataset = REAL[size]

@@ -15,12 +15,12 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from configs import resolve
-from configs.errors import UserError
-from evaluation import checkpoints, snapshots
 from jax_impl import weights
 from jax_impl.devices import local_mesh, with_float64
 from jax_impl.step import TrainState, abstract_net, create_state
+from meanflow.commands import checkpoints, snapshots
+from meanflow.config import resolve
+from meanflow.errors import UserError
 
 DIRECTORY = "checkpoints/jax"
 MARKER = "_CHECKPOINT_METADATA"  # the file that Orbax writes last, before it gives the directory its name

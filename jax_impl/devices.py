@@ -13,9 +13,9 @@ from jax._src import distributed  # JAX has no public way to its store of keys a
 from jax.experimental import mesh_utils, multihost_utils
 from jax.sharding import AxisType, Mesh
 
-from configs import cluster
-from configs.errors import UserError
-from evaluation.processes import Board
+from meanflow.commands import cluster
+from meanflow.commands.processes import Board
+from meanflow.errors import UserError
 
 AXES = ("data", "fsdp")
 _TEXT = 2**12  # bytes of an error message between processes

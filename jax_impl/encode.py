@@ -8,11 +8,11 @@ Several processes share the work, each on its own shards.  On SLURM or TPU pods 
 --distributed, elsewhere --coordinator=HOST:PORT --num_processes=N --process=I to each.
 """
 
-from configs.flags import run
-from data import encode
-from evaluation.logs import setup_logging
 from jax_impl.autoencoder import make_encoder
 from jax_impl.devices import define_flags, start_alone
+from meanflow.commands import encode
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
 
 
 def main():

@@ -20,13 +20,13 @@ import functools
 
 import jax
 
-from configs.flags import run
-from evaluation import sweep
-from evaluation.logs import setup_logging
-from evaluation.processes import ending_together
-from evaluation.tools import Place
 from jax_impl.devices import define_flags, gather, make_board, start_jax, wait_for_all
 from jax_impl.sample import TOOLS, load
+from meanflow.commands import guidance_sweep
+from meanflow.commands.framework import Place
+from meanflow.commands.logs import setup_logging
+from meanflow.commands.processes import ending_together
+from meanflow.config.flags import run
 
 
 def start(config, stack):
@@ -43,10 +43,10 @@ def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        guidance_sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
 
 
 if __name__ == "__main__":
-    sweep.define_flags()
+    guidance_sweep.define_flags()
     define_flags()
     run(main)

@@ -1,9 +1,10 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-from evaluation import conventions, tools
 from jax_impl import weights
 from jax_impl.batches import in_batches
 from jax_impl.models.inception import Inception, resized
+from meanflow.commands import framework
+from meanflow.metrics import preprocessing
 
 
 def make_inception(weights_path, convention, batch_size=64):
@@ -11,11 +12,11 @@ def make_inception(weights_path, convention, batch_size=64):
 
     The logits are without the bias of the last layer.
     weights_path: a .safetensors with the names of torch-fidelity, which parity/convert.py makes of its .pth.
-    convention: a name of `evaluation.conventions`.  At most `batch_size` images are computed at once; each size of
+    convention: a name of `preprocessing`.  At most `batch_size` images are computed at once; each size of
     images compiles once.
     Raises UserError for an unknown convention, for weights that are not Inception's, and for other images.
     """
-    convention = conventions.get(convention)
+    convention = preprocessing.get(convention)
 
     def features(net, images):
         out = net(resized(images, convention))
@@ -24,7 +25,7 @@ def make_inception(weights_path, convention, batch_size=64):
     run = in_batches(Inception, weights.load(weights_path), features, batch_size)
 
     def extract(images):
-        conventions.check_images(images)
+        preprocessing.check_images(images)
         return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return tools.Extractor(extract, conventions.WIDTHS)
+    return framework.Extractor(extract, preprocessing.WIDTHS)

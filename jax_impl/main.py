@@ -6,13 +6,13 @@ Run again with the same arguments to resume.  Several processes: on SLURM or TPU
 --coordinator=HOST:PORT --num_processes=N --process=I to each.
 """
 
-from configs import resolve
-from configs.flags import config, run, workdir
-from data import signals
-from evaluation.logs import setup_logging
-from evaluation.processes import ending_together
 from jax_impl.devices import define_flags, make_board, start_jax, wait_for_all
 from jax_impl.train import train
+from meanflow import signals
+from meanflow.commands.logs import setup_logging
+from meanflow.commands.processes import ending_together
+from meanflow.config import resolve
+from meanflow.config.flags import config, run, workdir
 
 
 def main():

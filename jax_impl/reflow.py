@@ -17,15 +17,15 @@ from absl import flags
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.errors import UserError
-from configs.flags import run
-from data.noise import in_dtype_of
-from evaluation import reflow
-from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
 from jax_impl.devices import define_flags, local_mesh, start_alone
 from jax_impl.methods.reflow import Grid, couple, sigmas
 from jax_impl.step import BATCH, abstract_net
+from meanflow.commands import reflow
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
+from meanflow.errors import UserError
+from meanflow.sampling.noise import in_dtype_of
 
 
 def load(path, config, step=None):

@@ -11,19 +11,20 @@ import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import resolve
-from configs.flags import run
-from data.noise import in_dtype_of
-from evaluation import sampling, tools
-from evaluation.logs import setup_logging
 from jax_impl import checkpoints, weights
 from jax_impl.autoencoder import make_decoder
 from jax_impl.devices import local_mesh, set_precision
 from jax_impl.features import make_inception
 from jax_impl.methods import METHODS
 from jax_impl.step import BATCH, abstract_net
+from meanflow.commands import framework
+from meanflow.commands import sample as sampling
+from meanflow.commands.logs import setup_logging
+from meanflow.config import resolve
+from meanflow.config.flags import run
+from meanflow.sampling.noise import in_dtype_of
 
-TOOLS = tools.Tools(make_decoder, make_inception)
+TOOLS = framework.Tools(make_decoder, make_inception)
 
 
 def make_sampler(config, graphdef, mesh=None):

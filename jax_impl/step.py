@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs.stages import stages
 from jax_impl.devices import AXES, device_mesh
 from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
 from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
+from meanflow.config.stages import stages
 
 BATCH = PartitionSpec(AXES)  # rows of a batch over all devices
 

@@ -12,14 +12,14 @@ import numpy as np
 import optax
 from flax import nnx
 
-from configs.flags import run
-from evaluation import time_embedding
-from evaluation.logs import setup_logging
 from jax_impl import weights
 from jax_impl.devices import set_precision
 from jax_impl.models.edm2 import log_sigma
 from jax_impl.reflow import load
 from jax_impl.step import abstract_net
+from meanflow.commands import time_embedding
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
 
 BETAS = (0.9, 0.99)  # of Adam, as in the official code
 

@@ -14,19 +14,6 @@ from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import latents, resolve
-from configs.errors import UserError
-from configs.stages import stage_at
-from data import contents, signals
-from data.ahead import Ahead
-from data.examples import with_latents
-from data.loader import make_loader
-from evaluation import grids, snapshots
-from evaluation.judge import Judge
-from evaluation.logs import MetricLog, Progress, show_only_warnings
-from evaluation.report import evaluate, evaluate_emas
-from evaluation.sampling import check_latents, generate
-from evaluation.tools import Place, try_decoder
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, read_weights
 from jax_impl.devices import first_does, gather
@@ -42,6 +29,21 @@ from jax_impl.step import (
     put_batch,
     state_shardings,
 )
+from meanflow import signals
+from meanflow.commands import snapshots
+from meanflow.commands.data_metrics import evaluate, evaluate_emas
+from meanflow.commands.framework import Place, try_decoder
+from meanflow.commands.image_metrics import Judge
+from meanflow.commands.logs import MetricLog, Progress, show_only_warnings
+from meanflow.commands.sample import check_latents, generate
+from meanflow.config import latents, resolve
+from meanflow.config.stages import stage_at
+from meanflow.data import digests as contents
+from meanflow.data.examples import with_latents
+from meanflow.data.loader import make_loader
+from meanflow.data.prefetch import Ahead
+from meanflow.errors import UserError
+from meanflow.sampling import grids
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 

@@ -16,10 +16,12 @@ import sys
 import time
 from typing import NamedTuple
 
-from configs import paths
-from configs.errors import UserError, exit_on_user_error
-from parity import cases, extremes, frameworks, golden, networks, precision
+from meanflow.config import paths
+from meanflow.errors import UserError, exit_on_user_error
+from parity.adapters import frameworks, frozen_networks
+from parity.cases import extremes, objectives, precision
 from parity.checks import Case, Check, Measure
+from parity.golden import fixtures as golden
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FORGET_EVERY = 32  # cases, then compiled programs are dropped: neighbours share some, but a process cannot hold all
@@ -86,7 +88,7 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -
     except re.error as error:
         raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
     fixtures = golden.plan(golden_directory or GOLDEN)
-    own = [case for module in (cases, extremes, precision, networks) for case in module.all_cases()]
+    own = [case for module in (objectives, extremes, precision, frozen_networks) for case in module.all_cases()]
     every = own + fixtures.cases
     selected = [case for case in every if pattern.search(case.name)]
     not_covered = [name for name in fixtures.not_covered if pattern.search(name)]

@@ -8,8 +8,8 @@ import sys
 
 import numpy as np
 
-from configs import paths
-from configs.errors import UserError, exit_on_user_error
+from meanflow.config import paths
+from meanflow.errors import UserError, exit_on_user_error
 
 
 def read(path):

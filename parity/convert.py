@@ -31,13 +31,14 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from configs import base, latents, paths, resolve
-from configs.errors import UserError, exit_on_user_error
-from data import torch_files, weight_files
 from jax_impl import checkpoints as jax_checkpoints
-from parity import sources, time_direction
-from parity.infer import inferred_config
-from parity.names import canonical_to_flax_tree, flax_tree_to_canonical
+from meanflow.config import latents, paths, resolve
+from meanflow.config import options as base
+from meanflow.errors import UserError, exit_on_user_error
+from meanflow.weights import files, time_direction, torch_files
+from meanflow.weights.infer import inferred_config
+from meanflow.weights.names import canonical_to_flax_tree, flax_tree_to_canonical
+from parity import sources
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
@@ -98,7 +99,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     )  # fmt: skip
     parser.add_argument(
         "--latents", choices=tuple(latents.CONVENTIONS), default="",
-        help="the convention of the latents that the model was trained on (configs/latents.py): sd (official MeanFlow, "
+        help="the convention of the latents that the model was trained on (config/latents.py): sd (official MeanFlow, "
         "decoupled MeanFlow), imm (its PyTorch reproduction), imf (improved MeanFlow), edm2 (EDM2, Re-MeanFlow)",
     )  # fmt: skip
     return parser.parse_args(argv)
@@ -160,7 +161,7 @@ def convention_of(source: pathlib.Path, config: base.Config | None, name: str) -
     """
     found = {"--latents": latents.CONVENTIONS.get(name)}
     found["the config"] = None if config is None else latents.of(config)
-    if source.is_file() and weight_files.kind_of(source) == "safetensors":
+    if source.is_file() and files.kind_of(source) == "safetensors":
         text = canonical_files.metadata(source).get("latents")
         found[str(source)] = None if text is None else from_metadata(source, text)
     known = [(where, convention) for where, convention in found.items() if convention is not None]

@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 import orbax.checkpoint as ocp
 
-from configs import resolve
-from configs.errors import UserError
-from data import weight_files
+from meanflow.config import resolve
+from meanflow.errors import UserError
+from meanflow.weights import files
 
 ORBAX = ("_METADATA", "manifest.ocdbt")  # a file in a tree that Orbax saved, of today and of old
 DEPTH = 2  # of the items of a step, in a directory of steps
@@ -97,7 +97,7 @@ def class_of(path: pathlib.Path) -> str:
 def holds_weights(path: pathlib.Path) -> bool:
     """Return whether a file is one that `convert.py` reads, by its content."""
     try:
-        return bool(weight_files.kind_of(path))
+        return bool(files.kind_of(path))
     except UserError:
         return False
 

@@ -19,14 +19,14 @@ import numpy as np
 import torch
 from flax import nnx
 
-from configs.errors import UserError, exit_on_user_error
 from jax_impl import devices as jax_devices
 from jax_impl import step as jax_step
 from jax_impl import weights as jax_weights
 from jax_impl.methods import METHODS as JAX_METHODS
+from meanflow.errors import UserError, exit_on_user_error
+from parity.adapters.frameworks import FRAMEWORKS
 from parity.checks import Measure, relative_error
 from parity.convert import load_config
-from parity.frameworks import FRAMEWORKS
 from torch_impl import devices as torch_devices
 from torch_impl import step as torch_step
 from torch_impl import weights as torch_weights

@@ -7,11 +7,11 @@ import matplotlib
 import numpy as np
 from matplotlib.figure import Figure
 
-from evaluation import grids
-from evaluation.plots import image
-from parity import cases
+from meanflow.sampling import grids
+from meanflow.sampling.plots import image
+from parity.adapters.frameworks import FRAMEWORKS, full_precision
+from parity.cases import objectives
 from parity.checks import Check
-from parity.frameworks import FRAMEWORKS, full_precision
 
 matplotlib.use("Agg")
 COLOURS = {"jax": "tab:blue", "torch": "tab:orange", "jax-torch": "tab:green"}
@@ -95,9 +95,11 @@ def quantity(check: Check) -> str:
 @full_precision()
 def samples() -> Figure:
     """Draw the images that both frameworks make of the same noise, and how far they are apart."""
-    config = cases.config(model={"compute_dtype": "float32"}, sample={"steps": 2})
-    rows, draws = cases.batch(config)
-    images = {name: f.sample(net, draws["noise"], rows["label"], config.sample) for name, f, net in cases.nets(config)}
+    config = objectives.config(model={"compute_dtype": "float32"}, sample={"steps": 2})
+    rows, draws = objectives.batch(config)
+    images = {
+        name: f.sample(net, draws["noise"], rows["label"], config.sample) for name, f, net in objectives.nets(config)
+    }
     difference = np.abs(images["jax"] - images["torch"])
     scale = max(difference.max(), FLOOR)
     shown = {name: a / np.abs(a).max() for name, a in images.items()}

@@ -9,14 +9,14 @@ import msgpack
 import numpy as np
 import torch
 
-from configs import resolve
-from configs.errors import UserError
-from data import torch_files, weight_files
-from data.pickles import Array, Scalar
-from evaluation import snapshots
 from jax_impl import checkpoints as jax_checkpoints
-from parity import directories, entries, pickles
-from parity.names import flax_tree_to_canonical
+from meanflow.commands import snapshots
+from meanflow.config import resolve
+from meanflow.errors import UserError
+from meanflow.weights import edm2_pickles, entries, files, torch_files
+from meanflow.weights.names import flax_tree_to_canonical
+from meanflow.weights.pickles import Array, Scalar
+from parity import directories
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl.weights import SCALARS
 
@@ -44,14 +44,14 @@ def read(path: pathlib.Path, ema: int | None, prefix: str, step: int | None = No
         return read_directory(path, ema, prefix, step)
     if step is not None:
         raise UserError(f"--step chooses a checkpoint of a work directory, and {path} is a file")
-    kind = weight_files.kind_of(path)
+    kind = files.kind_of(path)
     if kind == "pickle":
-        weights, label = pickles.read_network(path, ema)
+        weights, label = edm2_pickles.read_network(path, ema)
         return Source(below(weights, prefix), None, named("EDM2 pickle", label))
     if kind == "msgpack":
         return from_flax(read_msgpack(path), ema, prefix, path, "Flax msgpack")
     tree, kind = (
-        (weight_files.load(path), CANONICAL if "source" in weight_files.metadata(path) else "safetensors")
+        (files.load(path), CANONICAL if "source" in files.metadata(path) else "safetensors")
         if kind == "safetensors"
         else (read_torch(path), "PyTorch state dict")
     )

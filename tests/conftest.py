@@ -22,8 +22,8 @@ TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 LONGEST = (
     "test_several_processes.py",
     "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
-    "test_decoupled_commands.py", "test_workdirs.py", "data/test_loader.py", "test_reflow_commands.py",
-    "jax_impl/test_step.py", "parity/test_mutations.py", "test_latents_commands.py", "parity/test_golden_inception.py",
+    "test_decoupled_commands.py", "test_workdirs.py", "meanflow/data/test_loader.py", "test_reflow_commands.py",
+    "jax_impl/test_step.py", "parity/test_mutations.py", "test_latents_commands.py", "parity/golden/test_inception.py",
     "benchmarks/test_benchmark_commands.py", "jax_impl/test_tape.py", "benchmarks/test_precision.py",
 )  # fmt: skip
 TINY = {
@@ -183,10 +183,10 @@ class Launcher:
 @pytest.fixture(scope="session")
 def datasets_dir(tmp_path_factory):
     """Return a directory with the digits, prepared."""
-    from data import datasets
+    from meanflow.data.images import tfds_images
 
     directory = str(tmp_path_factory.mktemp("datasets"))
-    datasets.open_source("digits", "train", directory)
+    tfds_images.open_source("digits", "train", directory)
     return directory
 
 
@@ -235,7 +235,7 @@ def tiny_rectified(tmp_path_factory):
     """Return the changes that make the tiny run one of Re-MeanFlow in two stages, from couplings of no real teacher."""
     import numpy as np
 
-    from data import couplings
+    from meanflow.data import couplings
 
     directory = tmp_path_factory.mktemp("couplings") / "data"
     plan = couplings.Plan((8, 8, 1), 64, 10, 0, shard_size=32, batch_size=32)
@@ -259,7 +259,7 @@ def parse_flags():
     """Return a function (define, *argv) that has `define()` define flags and parses them, for one test."""
     from absl import flags
 
-    import configs.flags  # noqa: F401  it defines flags once, which must not go with those of a test
+    import meanflow.config.flags  # noqa: F401  it defines flags once, which must not go with those of a test
 
     before = set(flags.FLAGS)
 

@@ -7,8 +7,8 @@ import sys
 
 from absl import flags
 
-from configs.errors import UserError
-from configs.flags import run
+from meanflow.config.flags import run
+from meanflow.errors import UserError
 
 framework, process, batch, kind = sys.argv[1], int(sys.argv[2]), int(sys.argv[3]), sys.argv[4]
 sys.argv[1:] = sys.argv[5:]

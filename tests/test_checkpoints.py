@@ -16,13 +16,13 @@ from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
 
-from configs import resolve
-from configs.errors import UserError
-from evaluation import checkpoints, sampling, snapshots
 from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
+from meanflow.commands import checkpoints, sample, snapshots
+from meanflow.config import resolve
+from meanflow.errors import UserError
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import train as torch_train
@@ -289,7 +289,7 @@ def test_snapshots_say_what_they_are(config, tmp_path):
     for metadata in (torch_weights.metadata, jax_weights.metadata):
         said = metadata(path / "ema_0.99.safetensors")
         assert (said["step"], said["ema"], said["format"]) == ("40", "0.99", "canonical")
-        sampling.check_latents(config, "it", said)
+        sample.check_latents(config, "it", said)
         assert resolve.from_json(said["config"]) == config
 
 

@@ -8,8 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from configs import latents, resolve
-from data.latents import read_metadata
+from meanflow.config import latents, resolve
+from meanflow.data.latents.dataset import read_metadata
 
 ENCODE = {"jax": "jax_impl.encode", "torch": "torch_impl/encode.py"}
 TRAIN = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}

@@ -1,4 +1,4 @@
-"""The twins have the same files, public names in the same order, and arguments; imports point one way."""
+"""The twins have the same files, public names in the same order, and arguments."""
 
 import ast
 import pathlib
@@ -64,8 +64,6 @@ ONE_SIDED = {
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
 OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",
                    "models/layers.py", "models/attention.py"}  # fmt: skip
-ORDER = {"configs": 0, "data": 1, "evaluation": 1, "jax_impl": 2, "torch_impl": 2, "parity": 3}
-NOT_TO_COMPUTE_WITH = {"tensorflow", "tensorflow_datasets", "clu", "diffusers"}
 
 
 def files(package):
@@ -106,28 +104,3 @@ def test_the_same_arguments(file):
     for name in jax.keys() & torch.keys():
         if jax[name] is not None:  # a class, or in JAX a constant that is called, such as an initialiser
             assert jax[name] == torch[name], name
-
-
-def imports(path):
-    """Yield the modules that a file imports, wherever in it."""
-    for node in ast.walk(ast.parse(path.read_text())):
-        if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
-        elif isinstance(node, ast.ImportFrom) and node.module:
-            yield node.module
-
-
-@pytest.mark.parametrize("package", ORDER)
-def test_imports_point_one_way(package):
-    for file in files(package):
-        for module in imports(ROOT / package / file):
-            there = module.split(".")[0]
-            if there in ORDER and there != package:
-                assert ORDER[there] < ORDER[package] or {there, package} == {"data", "evaluation"}, (file, module)
-
-
-@pytest.mark.parametrize("package", ["jax_impl", "torch_impl"])
-def test_what_computes_starts_fast(package):
-    for file in files(package):
-        if file == "step.py" or file.startswith(("models/", "methods/")):
-            assert not {module.split(".")[0] for module in imports(ROOT / package / file)} & NOT_TO_COMPUTE_WITH, file

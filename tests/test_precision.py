@@ -13,9 +13,9 @@ import torch
 from absl import flags
 from safetensors.numpy import load_file
 
-from configs import resolve
-from data import float32
-from parity import frameworks
+from meanflow import float32
+from meanflow.config import resolve
+from parity.adapters import frameworks
 
 ROOT = pathlib.Path(__file__).parents[1]
 BOTH = ("jax", "torch")
@@ -49,8 +49,8 @@ WITHOUT = {
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",
     "parity/convert.py": "computes nothing; float64 is tested below",
-    "data/couplings.py": "moves files",
-    "data/stores.py": "moves files",
+    "meanflow/data/couplings.py": "moves files",
+    "meanflow/data/latents/importers.py": "moves files",
 }
 
 

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.resolve import read_workdir
 from jax_impl import checkpoints as jax_checkpoints
+from meanflow.config.resolve import read_workdir
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as torch_weights

@@ -5,8 +5,8 @@ import signal
 
 import pytest
 
-from configs.resolve import read_workdir
-from data import couplings
+from meanflow.config.resolve import read_workdir
+from meanflow.data import couplings
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 

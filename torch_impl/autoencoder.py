@@ -8,8 +8,8 @@ import functools
 import numpy as np
 import torch
 
-from configs import latents as conventions
-from data import autoencoder, latents
+from meanflow.config import latents as conventions
+from meanflow.data.latents import autoencoder, dataset
 from torch_impl.batches import in_batches
 from torch_impl.models.vae import AutoencoderKL
 
@@ -18,7 +18,8 @@ def make_encoder(files, pixels, batch_size=8):
     """Return encode(images uint8 [b H W c]) -> moments float32 [b h w 2c], numpy.
 
     Moments are the means, then the standard deviations, of raw latents.
-    files: `data.autoencoder.Files`.  pixels: what the encoder reads, symmetric (x / 127.5 - 1) or unit (x / 255).
+    files: what `autoencoder.read` returns.  pixels: what the encoder reads, symmetric (x / 127.5 - 1) or unit
+    (x / 255).
     At most `batch_size` images are encoded at once.
     Raises UserError for weights that do not fit, and, when it is called, for images that it cannot take.
     """
@@ -44,7 +45,7 @@ def make_decoder(files, convention, batch_size=8):
     """Return decode(latents float32 [b h w c] in data units) -> images float32 [b H W c] in [-1, 1], numpy.
 
     Images are not clipped.
-    files: `data.autoencoder.Files`.  convention: of the data units, `configs.latents.Convention`; what the decoder
+    files: what `autoencoder.read` returns.  convention: of the data units, a `latents.Convention`; what the decoder
     writes in [0, 1] (pixels unit) becomes 2x - 1.  At most `batch_size` images are decoded at once.
     Raises UserError for weights or a convention that do not fit, and, when it is called, for latents that do not.
     """
@@ -58,6 +59,6 @@ def make_decoder(files, convention, batch_size=8):
 
     def decode(z):
         autoencoder.check_latents(files, z)
-        return run(np.asarray(latents.to_raw(z, convention), np.float32))[0]
+        return run(np.asarray(dataset.to_raw(z, convention), np.float32))[0]
 
     return decode

@@ -19,9 +19,10 @@ from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.tensor import DTensor
 
-from configs import resolve
-from configs.errors import UserError
-from evaluation import checkpoints, files, snapshots
+from meanflow import files
+from meanflow.commands import checkpoints, snapshots
+from meanflow.config import resolve
+from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.step import TrainState, build_net, create_state
 

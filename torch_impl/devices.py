@@ -9,10 +9,10 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from configs import cluster
-from configs.errors import UserError
-from data import float32
-from evaluation.processes import Board
+from meanflow import float32
+from meanflow.commands import cluster
+from meanflow.commands.processes import Board
+from meanflow.errors import UserError
 
 TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process judges or writes
 

@@ -8,9 +8,9 @@ Run again with the same arguments to go on after a kill.  Then --config.data.nam
 Several processes share the work, each on its own shards.
 """
 
-from configs.flags import run
-from data import encode
-from evaluation.logs import setup_logging
+from meanflow.commands import encode
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
 from torch_impl.autoencoder import make_encoder
 from torch_impl.devices import start_alone
 

@@ -19,11 +19,11 @@ import functools
 
 import torch.distributed as dist
 
-from configs.flags import run
-from evaluation import sweep
-from evaluation.logs import setup_logging
-from evaluation.processes import ending_together
-from evaluation.tools import Place
+from meanflow.commands import guidance_sweep
+from meanflow.commands.framework import Place
+from meanflow.commands.logs import setup_logging
+from meanflow.commands.processes import ending_together
+from meanflow.config.flags import run
 from torch_impl.devices import gather, make_board, start_torch, wait_for_all
 from torch_impl.sample import TOOLS, load
 
@@ -42,11 +42,11 @@ def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        guidance_sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
     if dist.is_initialized():  # NCCL warns of a group that is left open
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    sweep.define_flags()
+    guidance_sweep.define_flags()
     run(main)

@@ -1,7 +1,8 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-from data.float32 import full_float32
-from evaluation import conventions, tools
+from meanflow.commands import framework
+from meanflow.float32 import full_float32
+from meanflow.metrics import preprocessing
 from torch_impl import weights
 from torch_impl.batches import in_batches
 from torch_impl.models.inception import Inception, resized
@@ -12,10 +13,10 @@ def make_inception(weights_path, convention, batch_size=64):
 
     The logits are without the bias of the last layer.
     weights_path: a .safetensors with the names of torch-fidelity, which parity/convert.py makes of its .pth.
-    convention: a name of `evaluation.conventions`.  At most `batch_size` images are computed at once.
+    convention: a name of `preprocessing`.  At most `batch_size` images are computed at once.
     Raises UserError for an unknown convention, for weights that are not Inception's, and for other images.
     """
-    convention = conventions.get(convention)
+    convention = preprocessing.get(convention)
 
     def features(net, images):
         out = net(resized(images.permute(0, 3, 1, 2), convention))
@@ -24,8 +25,8 @@ def make_inception(weights_path, convention, batch_size=64):
     run = in_batches(Inception, weights.load(weights_path), features, batch_size)
 
     def extract(images):
-        conventions.check_images(images)
+        preprocessing.check_images(images)
         with full_float32():
             return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return tools.Extractor(extract, conventions.WIDTHS)
+    return framework.Extractor(extract, preprocessing.WIDTHS)

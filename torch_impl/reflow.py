@@ -12,10 +12,10 @@ import os
 
 import torch
 
-from configs.flags import run
-from data.noise import in_dtype_of
-from evaluation import reflow
-from evaluation.logs import setup_logging
+from meanflow.commands import reflow
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
+from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
 from torch_impl.devices import choose_device, start_alone
 from torch_impl.methods.reflow import Grid, couple, sigmas

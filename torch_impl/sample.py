@@ -6,11 +6,12 @@ python torch_impl/sample.py --weights=weights.safetensors --config=configs/digit
 
 import torch
 
-from configs import resolve
-from configs.flags import run
-from data.noise import in_dtype_of
-from evaluation import sampling, tools
-from evaluation.logs import setup_logging
+from meanflow.commands import framework
+from meanflow.commands import sample as sampling
+from meanflow.commands.logs import setup_logging
+from meanflow.config import resolve
+from meanflow.config.flags import run
+from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
 from torch_impl.autoencoder import make_decoder
 from torch_impl.devices import choose_device, set_precision
@@ -18,7 +19,7 @@ from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
 
-TOOLS = tools.Tools(make_decoder, make_inception)
+TOOLS = framework.Tools(make_decoder, make_inception)
 
 
 def make_sampler(config, device):

@@ -16,8 +16,8 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.tensor import DTensor, distribute_tensor
 from torch.nn.parallel import DistributedDataParallel
 
-from configs import cluster
-from configs.stages import stages
+from meanflow.commands import cluster
+from meanflow.config.stages import stages
 from torch_impl.measures import measure, of_kinds
 from torch_impl.methods import METHODS
 from torch_impl.methods.common import arrange

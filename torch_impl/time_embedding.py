@@ -9,9 +9,9 @@ Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam (--fit=ada
 import numpy as np
 import torch
 
-from configs.flags import run
-from evaluation import time_embedding
-from evaluation.logs import setup_logging
+from meanflow.commands import time_embedding
+from meanflow.commands.logs import setup_logging
+from meanflow.config.flags import run
 from torch_impl import weights
 from torch_impl.devices import set_precision
 from torch_impl.models.edm2 import log_sigma

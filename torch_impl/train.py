@@ -17,22 +17,24 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from configs import latents, resolve
-from configs.errors import UserError
-from configs.flags import config as config_flag
-from configs.flags import run, workdir
-from configs.stages import stage_at
-from data import contents, signals
-from data.ahead import Ahead
-from data.examples import with_latents
-from data.loader import make_loader
-from evaluation import grids, snapshots
-from evaluation.judge import Judge
-from evaluation.logs import MetricLog, Progress, setup_logging, show_only_warnings
-from evaluation.processes import ending_together
-from evaluation.report import evaluate, evaluate_emas
-from evaluation.sampling import check_latents, generate
-from evaluation.tools import Place, try_decoder
+from meanflow import signals
+from meanflow.commands import snapshots
+from meanflow.commands.data_metrics import evaluate, evaluate_emas
+from meanflow.commands.framework import Place, try_decoder
+from meanflow.commands.image_metrics import Judge
+from meanflow.commands.logs import MetricLog, Progress, setup_logging, show_only_warnings
+from meanflow.commands.processes import ending_together
+from meanflow.commands.sample import check_latents, generate
+from meanflow.config import latents, resolve
+from meanflow.config.flags import config as config_flag
+from meanflow.config.flags import run, workdir
+from meanflow.config.stages import stage_at
+from meanflow.data import digests as contents
+from meanflow.data.examples import with_latents
+from meanflow.data.loader import make_loader
+from meanflow.data.prefetch import Ahead
+from meanflow.errors import UserError
+from meanflow.sampling import grids
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
 from torch_impl.devices import first_does, gather, make_board, start_torch, wait_for_all

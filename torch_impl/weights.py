@@ -9,9 +9,9 @@ import torch
 from absl import logging
 from torch.distributed.tensor import DTensor
 
-from configs.errors import UserError
-from data import canonical
-from data.weight_files import load, metadata, save
+from meanflow.errors import UserError
+from meanflow.weights import canonical
+from meanflow.weights.files import load, metadata, save
 
 __all__ = ["adopt", "from_canonical", "load", "metadata", "save", "to_canonical"]
 

@@ -7,8 +7,8 @@ import jax
 import jax.numpy as jnp
 from jax.lax import stop_gradient
 
-from configs import share
 from jax_impl.models.tape import Tape, recording, replaying
+from meanflow.config import division
 
 
 class Rows(NamedTuple):
@@ -92,7 +92,7 @@ def split_rows(batch_size, cfg):
 
     Raises UserError if flow_fraction of the batch is not a whole number of rows.
     """
-    return Rows(*share.split(batch_size, cfg.flow_fraction if cfg.flow_rows == "split" else 0.0))
+    return Rows(*division.split(batch_size, cfg.flow_fraction if cfg.flow_rows == "split" else 0.0))
 
 
 def path(x, e, t, cfg):

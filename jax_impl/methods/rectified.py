@@ -1,7 +1,7 @@
 """Re-MeanFlow: MeanFlow on the straightened trajectories of a teacher, between its noise and its samples.
 
 Source: Re-MeanFlow, 2025 (Rectified MeanFlow); Xinxi-Zhang/Re-MeanFlow, meanflow.py and train.py.  The couplings come
-from `reflow`; `configs/stages.py` says in which steps the velocity is guided.
+from `reflow`; `meanflow/config/stages.py` says in which steps the velocity is guided.
 """
 
 import math

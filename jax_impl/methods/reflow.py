@@ -11,8 +11,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from configs.errors import UserError
 from jax_impl.methods.common import expand, interleave, separate
+from meanflow.errors import UserError
 
 
 class Grid(NamedTuple):

@@ -4,8 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from configs.errors import UserError
 from jax_impl.models.layers import linear, rms_norm
+from meanflow.errors import UserError
 
 
 class HeadNorm(nnx.Module):

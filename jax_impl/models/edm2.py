@@ -19,9 +19,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from configs.errors import UserError
 from jax_impl.models.layers import convolve, matmul
 from jax_impl.models.tape import rematerialised
+from meanflow.errors import UserError
 
 TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: as which a network of one time is told t = 1, of infinite sigma
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes

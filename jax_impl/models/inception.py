@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from evaluation.conventions import Convention, resize_matrix
+from meanflow.metrics.preprocessing import Convention, resize_matrix
 
 EPS = 1e-3  # of all batch norms
 NUM_CLASSES = 1008

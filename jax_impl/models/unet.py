@@ -14,9 +14,9 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from configs.errors import UserError
 from jax_impl.models.layers import convolve, linear, xavier_uniform
 from jax_impl.models.tape import rematerialised
+from meanflow.errors import UserError
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5

@@ -10,9 +10,9 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from configs.errors import UserError
 from jax_impl.models.layers import zeros
 from jax_impl.models.unet import add, attend
+from meanflow.errors import UserError
 
 EPS = 1e-6  # of all group norms
 LOG_VARIANCE = (-30.0, 20.0)  # range that log-variances are clipped to

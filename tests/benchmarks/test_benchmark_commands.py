@@ -5,7 +5,7 @@ import json
 import pytest
 
 from benchmarks import memory, sample, scaling, step, table
-from configs.errors import UserError
+from meanflow.errors import UserError
 
 SET = ["--set", "model.depth=1", "model.width=16", "model.num_heads=2", "train.compile=False"]
 TINY = ["--batch=8", "--patch=8", "--runs=2", *SET]

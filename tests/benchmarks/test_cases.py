@@ -3,8 +3,8 @@
 import pytest
 
 from benchmarks import cases
-from configs import resolve
-from configs.errors import UserError
+from meanflow.config import resolve
+from meanflow.errors import UserError
 
 
 def make(system="meanflow", shares=(), batch=16, **more):

@@ -5,7 +5,7 @@ import functools
 import threading
 from concurrent import futures
 
-from evaluation.tools import Place
+from meanflow.commands.framework import Place
 
 TIMEOUT = 30.0  # seconds for one process to wait for the others
 

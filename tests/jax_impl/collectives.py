@@ -13,8 +13,8 @@ import sys
 import jax
 import numpy as np
 
-from configs import resolve
 from jax_impl import step
+from meanflow.config import resolve
 
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 

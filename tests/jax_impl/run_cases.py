@@ -8,8 +8,9 @@ import sys
 
 import jax
 
-from configs import digits, resolve
+from configs import digits
 from jax_impl import train
+from meanflow.config import resolve
 
 
 def main():

@@ -10,12 +10,12 @@ import jax
 import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 
-from configs import resolve
-from data import noise
 from jax_impl import sample
 from jax_impl.devices import local_mesh
 from jax_impl.methods import METHODS
 from jax_impl.step import build_net
+from meanflow.config import resolve
+from meanflow.sampling import noise
 
 
 def samples(config, num_rows, num_devices):

@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs.resolve import flatten, read_workdir, to_json
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints
 from jax_impl.step import build_net, create_state, make_mesh
+from meanflow.config.resolve import flatten, read_workdir, to_json
 
 HERE = pathlib.Path(__file__).parent
 BOUND = 1e-6  # absolute, on every parameter and EMA after five steps

@@ -6,9 +6,9 @@ import numpy as np
 import optax
 import pytest
 
-from configs import share
 from jax_impl import measures, step
 from jax_impl.methods import METHODS, common
+from meanflow.config import division
 
 COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6, "method.time_order": "truncated"}
 FRONT = {"method.label_drop": "front", "method.label_drop_prob": 0.4}
@@ -47,7 +47,7 @@ def rows_of(config):
 def taken(config, accumulate):
     """Return {name: array}: the gradients of a step from random weights, its EMA, and its metrics."""
     config.train.accumulate = accumulate
-    share.check(config, 1, "devices")
+    division.check(config, 1, "devices")
     mesh, rng = step.make_mesh(config), np.random.RandomState(1)
     graphdef, fresh = step.build_net(config)
     params = jax.tree.map(lambda a: jnp.asarray(0.3 * rng.randn(*a.shape)), fresh)

@@ -6,11 +6,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
 from jax_impl import weights
 from jax_impl.models import attention
 from jax_impl.models.layers import timestep_features
 from jax_impl.step import build_net
+from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
@@ -30,7 +30,7 @@ def float64():
 
 def graph(**changes):
     """Return the graph definition and the parameters' shapes of a network of the tiny sizes, in float64."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
     return jax.eval_shape(lambda: build_net(config))
 
@@ -107,7 +107,7 @@ def test_new_are_the_parameters_of_the_log_variance_alone():
 
 
 def test_the_log_variance_is_zero_at_first_and_then_a_function_of_both_times():
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES)
     graphdef, shapes = graph()
     _, t, r, _ = inputs()

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
-from configs.errors import UserError
 from jax_impl import weights
 from jax_impl.models import edm2
 from jax_impl.step import abstract_net
+from meanflow.config import options
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
@@ -33,7 +33,7 @@ def float64():
 
 def graph(**changes):
     """Return the graph definition and the parameters' shapes of a network of the tiny sizes."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | changes)
     return abstract_net(config)
 

@@ -4,18 +4,18 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs.errors import UserError
 from jax_impl import weights
 from jax_impl.features import make_inception
 from jax_impl.models.inception import average_pool, max_pool
-from parity import networks
+from meanflow.errors import UserError
+from parity.adapters import frozen_networks
 
 
 @pytest.fixture(scope="module")
 def path(tmp_path_factory):
     """Return a file of random weights."""
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
-    weights.save(path, networks.inception_weights(3), {})
+    weights.save(path, frozen_networks.inception_weights(3), {})
     return path
 
 
@@ -25,8 +25,8 @@ def test_features_in_parts(path):
     assert {name: (a.shape, a.dtype) for name, a in got.items()} == {
         "pool": ((3, 2048), np.float32), "logits": ((3, 1008), np.float32),
     }  # fmt: skip
-    convention = networks.conventions.get("torch_fidelity")
-    want = networks.inception("torch", networks.inception_weights(3))(grey.repeat(3, axis=3), convention)
+    convention = frozen_networks.conventions.get("torch_fidelity")
+    want = frozen_networks.inception("torch", frozen_networks.inception_weights(3))(grey.repeat(3, axis=3), convention)
     np.testing.assert_allclose(got["pool"], want["2048"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)
 

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base
 from jax_impl.models import imf_dit
 from jax_impl.step import build_net
+from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
@@ -25,7 +25,7 @@ def inputs(dtype=jnp.float32):
 
 def build(**changes):
     """Return the graph definition and fresh parameters of a network of the tiny sizes."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | changes)
     graphdef, _ = jax.eval_shape(lambda: build_net(config))
     return graphdef, jax.jit(lambda: build_net(config)[1])()

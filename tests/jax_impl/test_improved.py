@@ -7,14 +7,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from jax_impl.methods import common, improved
+from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
     return cfg
 
@@ -129,7 +129,7 @@ def test_the_network_is_told_the_drawn_interval_but_guidance_the_whole_one():
 
 
 def test_sampling_tells_the_network_its_guidance():
-    c, seen = base.get_config().sample, []
+    c, seen = options.get_config().sample, []
     c.update(steps=2, omega=3.5, interval=(0.25, 0.75))
 
     def net(z, t, r, y, omega, t_min, t_max):

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 from jax.sharding import NamedSharding
 
-from configs.errors import UserError
 from jax_impl import devices, step
+from meanflow.errors import UserError
 
 
 @dataclasses.dataclass(frozen=True)

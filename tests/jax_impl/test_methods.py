@@ -5,14 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
 from jax_impl.methods import common, meanflow
+from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update(changes)
     return cfg
 

@@ -5,10 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from configs.errors import UserError
 from jax_impl import reflow as command
 from jax_impl.methods import reflow
+from meanflow.config import options
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 MEAN, STD = 2.0, 0.5  # of the data
@@ -125,7 +125,7 @@ def test_errs_in_second_order():
 
 
 def test_weights_of_a_work_directory(tmp_path, monkeypatch):
-    config = base.get_config()
+    config = options.get_config()
     config.sample.ema = 2
     monkeypatch.setattr(command.checkpoints, "read_weights", lambda path, ema, step: (config, (path, ema, step)))
     assert command.load(str(tmp_path), config) == (str(tmp_path), 2, None)

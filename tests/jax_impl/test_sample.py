@@ -8,13 +8,13 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import latents
-from configs.errors import UserError
-from configs.resolve import to_json
-from evaluation import sampling
 from jax_impl import sample, weights
 from jax_impl.methods import improved
 from jax_impl.step import build_net
+from meanflow.commands import sample as sampling
+from meanflow.config import latents
+from meanflow.config.resolve import to_json
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 NOISE = np.random.RandomState(0).randn(3, 8, 8, 1).astype(np.float32)

@@ -8,9 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from configs import base
-from configs.errors import UserError
 from jax_impl.methods import samplers
+from meanflow.config import options
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 MEAN, STD = 2.0, 0.5  # of the data
@@ -25,7 +25,7 @@ def float64():
 
 
 def settings(**changes):
-    cfg = base.get_config().sample
+    cfg = options.get_config().sample
     cfg.update(changes)
     return cfg
 
@@ -288,7 +288,7 @@ def test_noise_anew_must_be_given(sampler, make_steps):
 
 @pytest.mark.parametrize("sampler", ["restart", "ctm"])
 def test_the_last_step_is_euler_s_wherever_it_ends(sampler):
-    c = base.get_config().sample
+    c = options.get_config().sample
     c.update(sampler=sampler, times=(1.0, 0.6, 0.3))
     last = samplers.flow_map_steps(c)[-1]
     assert (last.t, last.to, last.end, last.keep, last.move, last.add) == (0.6, 0.3, 0.3, 1.0, pytest.approx(0.3), 0.0)

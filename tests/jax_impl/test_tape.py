@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 from flax import nnx
 
-from configs import base, resolve
 from jax_impl import step
 from jax_impl.methods import METHODS, common
 from jax_impl.models import tape
+from meanflow.config import options as base
+from meanflow.config import resolve
 
 NETWORKS = {
     "dit": {"method.name": "meanflow"},

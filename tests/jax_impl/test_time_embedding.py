@@ -8,10 +8,10 @@ from absl import flags
 from flax import nnx
 
 from configs import digits
-from configs.errors import UserError
-from evaluation import time_embedding as shared
 from jax_impl import time_embedding, weights
 from jax_impl.step import abstract_net
+from meanflow.commands import time_embedding as shared
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {

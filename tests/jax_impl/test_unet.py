@@ -8,10 +8,10 @@ import torch
 import torch.nn.functional as F
 from flax import nnx
 
-from configs import base
-from configs.errors import UserError
 from jax_impl import step, weights
 from jax_impl.models import unet
+from meanflow.config import options as base
+from meanflow.errors import UserError
 
 SIZES = {
     "name": "unet", "input_size": 8, "channels": 3, "num_classes": 5, "width": 8, "channel_mult": (1,), "num_blocks": 1,

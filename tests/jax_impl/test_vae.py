@@ -8,12 +8,12 @@ import pytest
 import torch
 from flax import nnx
 
-from configs.errors import UserError
-from configs.latents import CONVENTIONS
-from data import autoencoder
 from jax_impl import weights
 from jax_impl.autoencoder import make_decoder, make_encoder
 from jax_impl.models.vae import AutoencoderKL, Conv, GroupNorm, MidBlock
+from meanflow.config.latents import CONVENTIONS
+from meanflow.data.latents import autoencoder
+from meanflow.errors import UserError
 
 
 def official():

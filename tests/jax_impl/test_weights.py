@@ -9,9 +9,9 @@ import pytest
 from flax import nnx
 
 from configs import digits
-from configs.errors import UserError
 from jax_impl import weights
 from jax_impl.step import abstract_net, build_net
+from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {"depth": 1, "width": 16, "num_heads": 2, "dmf_depth": 1, "projector_dim": 8, "repa_depth": 1}

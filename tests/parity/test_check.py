@@ -7,9 +7,10 @@ import shutil
 import numpy as np
 import pytest
 
-from configs import base
-from configs.errors import UserError
-from parity import cases, check, formula
+from meanflow.config import options
+from meanflow.errors import UserError
+from parity import check, oracle
+from parity.cases import objectives
 
 OPTIM = check.GOLDEN / "ema_lr_optim.npz"
 QUICK = "golden/ema_lr_optim/(lr|ema)"
@@ -57,7 +58,7 @@ def test_programs_of_many_cases_do_not_pile_up(monkeypatch):
 
     program = jax.jit(lambda x: x + 1)
     monkeypatch.setattr(check, "FORGET_EVERY", 2)
-    monkeypatch.setattr(cases, "all_cases", lambda: [check.Case(f"many/{n}", remembering) for n in range(5)])
+    monkeypatch.setattr(objectives, "all_cases", lambda: [check.Case(f"many/{n}", remembering) for n in range(5)])
     check.run(only="many/")
     assert before == [0, 1, 0, 1, 0]
 
@@ -133,26 +134,26 @@ def test_unknown_system(golden, monkeypatch):
     assert check.run(directory, "ema_lr_optim/lr/pymf").ok
     # Without either flag it is listed only.
     monkeypatch.setattr(check, "GOLDEN", directory)
-    for module in (cases, check.extremes, check.precision, check.networks):
+    for module in (objectives, check.extremes, check.precision, check.networks):
         monkeypatch.setattr(module, "all_cases", list)
     result = check.run()
     assert result.not_covered == ["golden/another"] and result.ok
 
 
 def test_every_option_of_the_method_is_varied():
-    defaults, settings = base.get_config().method, cases.SETTINGS | cases.NETWORK_SETTINGS
+    defaults, settings = options.get_config().method, objectives.SETTINGS | objectives.NETWORK_SETTINGS
     for option in defaults:
         values = {str(setting.get(option, defaults[option])) for setting in settings.values()}
         assert len(values) > 1 or option in ("name", "stage1_steps", "stage_order"), option  # stages are the trainers'
 
 
-@pytest.mark.parametrize("name", [name for name, s in cases.SETTINGS.items() if s.get("guidance", True)])
+@pytest.mark.parametrize("name", [name for name, s in objectives.SETTINGS.items() if s.get("guidance", True)])
 def test_guidance_intervals_exclude_some_rows(name):
-    config = cases.config(method=cases.SETTINGS[name])
-    (rows, draws), cfg = cases.batch(config), config.method
+    config = objectives.config(method=objectives.SETTINGS[name])
+    (rows, draws), cfg = objectives.batch(config), config.method
     x, zeros = rows["image"], lambda *args: np.zeros_like(rows["image"])
-    bare = formula.Bare(zeros, lambda *args: (x, x))
-    t = formula.meanflow(bare, rows | {"null": 7}, {}, draws, cfg)["t"]
+    bare = oracle.Bare(zeros, lambda *args: (x, x))
+    t = oracle.meanflow(bare, rows | {"null": 7}, {}, draws, cfg)["t"]
     inside = (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
     assert inside.any() and not inside.all()
 

@@ -13,13 +13,19 @@ import pytest
 import torch
 from flax import nnx
 
-from configs import digits, resolve
-from configs.errors import UserError
+from configs import digits
 from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
-from parity import cases, check, convert, frameworks, golden, golden_dmf, golden_imf, infer, names
+from meanflow.config import resolve
+from meanflow.errors import UserError
+from meanflow.weights import infer, names
+from parity import check, convert
+from parity.adapters import frameworks
+from parity.cases import objectives
+from parity.golden import dmf, fixtures
+from parity.golden import imf as golden_imf
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import train as torch_train
@@ -29,19 +35,19 @@ from torch_impl import weights as canonical_files
 @pytest.fixture(scope="module")
 def sit():
     """Return canonical weights: a small official PyTorch state dict."""
-    return golden.Fixture(check.GOLDEN / "sit_torch.npz").under("param/")
+    return fixtures.Fixture(check.GOLDEN / "sit_torch.npz").under("param/")
 
 
 @pytest.fixture(scope="module")
 def dit():
     """Return a small official Flax tree, flat."""
-    return golden.Fixture(check.GOLDEN / "meanflow_dit_flax.npz").under("param/")
+    return fixtures.Fixture(check.GOLDEN / "meanflow_dit_flax.npz").under("param/")
 
 
 @pytest.fixture(scope="module")
 def imf():
     """Return a small official Flax tree of improved MeanFlow, flat."""
-    return golden.Fixture(check.GOLDEN / "imf_dit_flax.npz").under("param/")
+    return fixtures.Fixture(check.GOLDEN / "imf_dit_flax.npz").under("param/")
 
 
 @pytest.fixture
@@ -125,8 +131,8 @@ def test_prefix_chooses_an_entry(tmp_path, sit):
 @pytest.fixture(scope="module")
 def unet():
     """Return the config of a tiny U-Net in float32, and its canonical weights."""
-    config = cases.config("unet", model={"compute_dtype": "float32", "channel_mult": (1,)})
-    return config, {name: a.astype(np.float32) for name, a in cases.random_weights(config).items()}
+    config = objectives.config("unet", model={"compute_dtype": "float32", "channel_mult": (1,)})
+    return config, {name: a.astype(np.float32) for name, a in objectives.random_weights(config).items()}
 
 
 @pytest.fixture
@@ -160,8 +166,8 @@ def test_both_frameworks_compute_the_same_from_a_converted_checkpoint(tmp_path, 
     run(several[0], tmp_path / "b.safetensors", "--ema", 1)
     converted = canonical_files.load(tmp_path / "b.safetensors")
     with frameworks.full_precision():
-        outputs = [f.forward(f.build(config, converted), *cases.jvp_inputs(config)[:4], {"augment": a})
-                   for a in [cases.given(config)["augment"]] for f in frameworks.FRAMEWORKS.values()]  # fmt: skip
+        outputs = [f.forward(f.build(config, converted), *objectives.jvp_inputs(config)[:4], {"augment": a})
+                   for a in [objectives.given(config)["augment"]] for f in frameworks.FRAMEWORKS.values()]  # fmt: skip
     assert np.linalg.norm(outputs[0] - outputs[1]) <= 2e-5 * np.linalg.norm(outputs[1])
 
 
@@ -191,7 +197,7 @@ def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
     (tmp_path / "flax.msgpack").write_bytes(flax.serialization.msgpack_serialize({"ema_params": nested}))
     canonical = convert.flax_tree_to_canonical(tree)
     torch.save({"ema": {f"net.{name}": a for name, a in tensors(canonical).items()}}, tmp_path / "torch.pth")
-    config = golden_imf.config_of(golden.Fixture(check.GOLDEN / "imf_dit_flax.npz"))
+    config = golden_imf.config_of(fixtures.Fixture(check.GOLDEN / "imf_dit_flax.npz"))
     (tmp_path / "config.json").write_text(resolve.to_json(config))
     for source in ("flax.msgpack", "torch.pth"):
         for flags in ((), ("--config", tmp_path / "config.json")):
@@ -210,13 +216,13 @@ def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
 @pytest.mark.parametrize("projectors", [True, False])
 def test_an_official_flow_model_becomes_a_flow_map_with_the_same_velocity(tmp_path, projectors, caplog):
     """A SiT checkpoint, with REPA's projectors or without, as each trainer loads it: the same at r = t as before."""
-    fixture = golden.Fixture(check.GOLDEN / "dmf_sit_torch.npz")
+    fixture = fixtures.Fixture(check.GOLDEN / "dmf_sit_torch.npz")
     official = {n: a for n, a in fixture.under("param/").items() if projectors or not n.startswith("projectors.")}
     torch.save({"ema": tensors(official), "args": argparse.Namespace(lr=1e-4)}, tmp_path / "sit.pt")
     run(tmp_path / "sit.pt", tmp_path / "sit.safetensors")
-    config = golden_dmf.config_of(fixture.config["net"] | {"dmf_depth": 2})
+    config = dmf.config_of(fixture.config["net"] | {"dmf_depth": 2})
     config.train.load_from = str(tmp_path / "sit.safetensors")
-    x, t, y, want = golden_dmf.images(fixture, "in/fwd/x", "in/fwd/t", "in/fwd/y", "out/fwd/v")
+    x, t, y, want = dmf.images(fixture, "in/fwd/x", "in/fwd/t", "in/fwd/y", "out/fwd/v")
     with frameworks.full_precision():
         caplog.set_level("INFO")
         graphdef, state, _ = jax_train.start_state(config, jax_step.make_mesh(config))
@@ -239,23 +245,23 @@ def test_an_official_flow_model_becomes_a_flow_map_with_the_same_velocity(tmp_pa
 
 WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype", "dmf_depth", "repa_depth"}
 OTHER_NETWORKS = {
-    "unet_16": cases.UNET | {
+    "unet_16": objectives.UNET | {
         "input_size": 16, "channel_mult": (1, 2, 3), "channel_mult_emb": 2, "channel_mult_noise": 3, "num_blocks": 2,
         "attn_resolutions": (16, 4), "resample_filter": (1.0, 2.0, 3.0, 2.0), "encoder_type": "residual",
     },
-    "dmf_shallow": cases.DMF | {"depth": 1, "dmf_depth": 1},
-    "unet_separate_wide": cases.NETWORKS["unet_separate"] | {"channel_mult_noise": 3},
+    "dmf_shallow": objectives.DMF | {"depth": 1, "dmf_depth": 1},
+    "unet_separate_wide": objectives.NETWORKS["unet_separate"] | {"channel_mult_noise": 3},
 }  # fmt: skip
 
 
 @pytest.mark.parametrize("order", ["as built", "sorted"])
-@pytest.mark.parametrize("network", [*cases.NETWORKS, *OTHER_NETWORKS])
+@pytest.mark.parametrize("network", [*objectives.NETWORKS, *OTHER_NETWORKS])
 def test_the_options_of_a_network_are_found_in_its_weights(network, order, monkeypatch):
     """Sorted, as in a safetensors file, the level 4x4 comes before 8x8."""
-    monkeypatch.setattr(cases, "NETWORKS", cases.NETWORKS | OTHER_NETWORKS)
-    expected = cases.config(network).model
+    monkeypatch.setattr(objectives, "NETWORKS", objectives.NETWORKS | OTHER_NETWORKS)
+    expected = objectives.config(network).model
     with torch.device("meta"):
-        net = torch_step.build_net(cases.config(network))
+        net = torch_step.build_net(objectives.config(network))
     shapes = {name: () if name.endswith(canonical_files.SCALARS) else t.shape for name, t in net.state_dict().items()}
     weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     weights = dict(sorted(weights.items()) if order == "sorted" else weights) | net.tables()

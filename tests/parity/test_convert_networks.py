@@ -7,10 +7,13 @@ import numpy as np
 import pytest
 import torch
 
-from configs import digits, latents
-from configs.errors import UserError
+from configs import digits
 from jax_impl import weights as jax_weights
-from parity import check, convert, golden, networks
+from meanflow.config import latents
+from meanflow.errors import UserError
+from parity import check, convert
+from parity.adapters import frozen_networks
+from parity.golden import fixtures
 from torch_impl import checkpoints
 from torch_impl import weights as torch_weights
 
@@ -20,14 +23,14 @@ SD = latents.CONVENTIONS["sd"]
 @pytest.fixture(scope="module")
 def inception():
     """Return a state dict as torch-fidelity keeps it."""
-    state = {name: torch.from_numpy(a) for name, a in networks.inception_weights(1).items()}
+    state = {name: torch.from_numpy(a) for name, a in frozen_networks.inception_weights(1).items()}
     return state | {"Mixed_5b.branch1x1.bn.num_batches_tracked": torch.tensor(0)}
 
 
 @pytest.fixture
 def sit(tmp_path):
     """Return a file of canonical weights of a model of latents."""
-    weights = golden.Fixture(check.GOLDEN / "sit_torch.npz").under("param/")
+    weights = fixtures.Fixture(check.GOLDEN / "sit_torch.npz").under("param/")
     torch_weights.save(tmp_path / "sit.safetensors", weights, {})
     return tmp_path / "sit.safetensors"
 
@@ -50,7 +53,7 @@ def test_inception(inception, tmp_path, capsys):
     convert.main([str(tmp_path / "official.pth"), str(tmp_path / "inception.safetensors")])
     assert "(PyTorch state dict of Inception)" in capsys.readouterr().out
     loaded = jax_weights.load(tmp_path / "inception.safetensors")
-    want = networks.inception_weights(1)
+    want = frozen_networks.inception_weights(1)
     assert loaded.keys() == want.keys() and all(np.array_equal(loaded[name], a) for name, a in want.items())
 
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 
-from configs import resolve
-from configs.errors import UserError
-from evaluation import snapshots
+from meanflow.commands import snapshots
+from meanflow.config import resolve
+from meanflow.errors import UserError
 from parity import convert
 from torch_impl import weights
 from torch_impl.step import build_net

@@ -21,7 +21,8 @@ from jax_impl.models import dmf_dit as jax_dmf_dit
 from jax_impl.models import edm2 as jax_edm2
 from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
-from parity import cases, check
+from parity import check
+from parity.cases import objectives
 from torch_impl import step as torch_step
 from torch_impl.methods import common as torch_common
 from torch_impl.methods import decoupled as torch_decoupled
@@ -114,7 +115,7 @@ def test_sines_and_cosines_that_keep_their_places_in_both_frameworks(monkeypatch
 
 
 def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
-    monkeypatch.setitem(cases.NETWORKS, "unet", cases.UNET | {"channel_mult": (1,)})
+    monkeypatch.setitem(objectives.NETWORKS, "unet", objectives.UNET | {"channel_mult": (1,)})
     common = COMMON[framework]
     original = common.rate
 

@@ -8,7 +8,8 @@ import sys
 
 import torch.distributed as dist
 
-from configs import digits, resolve
+from configs import digits
+from meanflow.config import resolve
 from torch_impl import train
 from torch_impl.devices import start_torch
 

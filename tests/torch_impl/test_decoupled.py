@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.methods import common, decoupled
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update({"name": "decoupled", "omega": 0.5} | changes)
     return cfg
 

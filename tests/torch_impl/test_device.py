@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
-from configs.stages import stages
+from meanflow.config.stages import stages
 from torch_impl import step, weights
 from torch_impl.measures import SHARE
 from torch_impl.methods import METHODS

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import share
+from meanflow.config import division
 from torch_impl import measures, step
 from torch_impl.methods import METHODS, common
 
@@ -53,7 +53,7 @@ def rows_of(config):
 def taken(config, accumulate):
     """Return {name: array}: the gradients of a step from random weights, its EMA, and its metrics."""
     config.train.accumulate = accumulate
-    share.check(config, 1, "devices")
+    division.check(config, 1, "devices")
     state, rng = step.create_state(config, None, torch.device("cpu")), np.random.RandomState(1)
     with torch.no_grad():
         for p in state.net.parameters():

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.models import attention
 from torch_impl.models.layers import timestep_features
 from torch_impl.step import build_net
@@ -21,7 +21,7 @@ REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
 
 def fresh(**changes):
     """Return a network of the tiny sizes, in float64."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
     return build_net(config)
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
-from configs.errors import UserError
+from meanflow.config import options
+from meanflow.errors import UserError
 from torch_impl.models import edm2
 from torch_impl.step import build_net
 
@@ -23,7 +23,7 @@ TIME_MAX = 80 / 81
 
 def fresh(**changes):
     """Return a network of the tiny sizes."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | changes)
     return build_net(config)
 

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
-from parity import networks
+from meanflow.errors import UserError
+from parity.adapters import frozen_networks
 from torch_impl import weights
 from torch_impl.features import make_inception
 from torch_impl.models.inception import average_pool, max_pool
@@ -15,7 +15,7 @@ from torch_impl.models.inception import average_pool, max_pool
 def path(tmp_path_factory):
     """Return a file of random weights."""
     path = tmp_path_factory.mktemp("inception") / "inception.safetensors"
-    weights.save(path, networks.inception_weights(3), {})
+    weights.save(path, frozen_networks.inception_weights(3), {})
     return path
 
 
@@ -27,8 +27,8 @@ def test_features_in_parts(path):
     }  # fmt: skip
     alone = make_inception(path, "torch_fidelity")(images[2:])
     np.testing.assert_allclose(got["pool"][2:], alone["pool"], rtol=1e-5, atol=1e-6)
-    want = networks.inception("torch", networks.inception_weights(3))(
-        images, networks.conventions.get("torch_fidelity")
+    want = frozen_networks.inception("torch", frozen_networks.inception_weights(3))(
+        images, frozen_networks.conventions.get("torch_fidelity")
     )
     np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)
 

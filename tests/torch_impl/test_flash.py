@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from configs import digits
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl.methods import METHODS
 from torch_impl.models import flash
 from torch_impl.models.attention import attend, check_kernels

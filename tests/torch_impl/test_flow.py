@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.methods import common, flow
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update({"name": "flow"} | changes)
     return cfg
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.models import imf_dit
 from torch_impl.step import build_net
 
@@ -26,7 +26,7 @@ def inputs(dtype=torch.float32):
 
 def build(**changes):
     """Return a network of the tiny sizes."""
-    config = base.get_config()
+    config = options.get_config()
     config.model.update(SIZES | changes)
     return build_net(config)
 

@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.methods import common, improved
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
     return cfg
 
@@ -130,7 +130,7 @@ def test_the_network_is_told_the_drawn_interval_but_guidance_the_whole_one():
 
 
 def test_sampling_tells_the_network_its_guidance():
-    c, seen = base.get_config().sample, []
+    c, seen = options.get_config().sample, []
     c.update(steps=2, omega=3.5, interval=(0.25, 0.75))
 
     def net(z, t, r, y, omega, t_min, t_max):

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl import devices, step, train
 
 CPU = torch.device("cpu")

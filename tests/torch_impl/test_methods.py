@@ -4,13 +4,14 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base, digits
+from configs import digits
+from meanflow.config import options
 from torch_impl.methods import common, meanflow
 from torch_impl.step import build_net
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update(changes)
     return cfg
 

@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
+from meanflow.config import options
 from torch_impl.methods import common, rectified
 
 TIME_MAX = 80 / 81
@@ -12,7 +12,7 @@ SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
 
 
 def settings(**changes):
-    cfg = base.get_config().method
+    cfg = options.get_config().method
     cfg.update({"name": "rectified", "time_sampler": "re2_truncate", "flow_fraction": 0.5} | changes)
     return cfg
 
@@ -266,7 +266,7 @@ def test_the_split_changes_nothing():
 
 def test_no_sampler_tells_a_time_beyond_the_largest():
     """From 1, so that one step is n - u(n, 80/81, 0), as in the official code."""
-    c = base.get_config().sample
+    c = options.get_config().sample
     for sampler, tos in (("euler", [0.0]), ("velocity", [80 / 81])):
         c.update(sampler=sampler, steps=1)
         [step] = rectified.sampling_steps(c)

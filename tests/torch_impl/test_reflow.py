@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
-from configs.errors import UserError
+from meanflow.config import options
+from meanflow.errors import UserError
 from torch_impl import reflow as command
 from torch_impl.methods import reflow
 
@@ -116,7 +116,7 @@ def test_errs_in_second_order():
 
 
 def test_weights_of_a_work_directory(tmp_path, monkeypatch):
-    config = base.get_config()
+    config = options.get_config()
     config.sample.ema = 2
     monkeypatch.setattr(command.checkpoints, "read_weights", lambda path, ema, step: (config, (path, ema, step)))
     assert command.load(str(tmp_path), config) == (str(tmp_path), 2, None)

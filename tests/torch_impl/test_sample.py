@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
-from configs import latents
-from configs.errors import UserError
-from evaluation import sampling
+from meanflow.commands import sample as sampling
+from meanflow.config import latents
+from meanflow.errors import UserError
 from torch_impl import sample, weights
 from torch_impl.methods import improved
 from torch_impl.step import build_net

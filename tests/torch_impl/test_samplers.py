@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base
-from configs.errors import UserError
+from meanflow.config import options
+from meanflow.errors import UserError
 from torch_impl.methods import samplers
 
 MEAN, STD = 2.0, 0.5  # of the data
@@ -16,7 +16,7 @@ PATHS = pytest.mark.parametrize("path", ["linear", "cosine"])
 
 
 def settings(**changes):
-    cfg = base.get_config().sample
+    cfg = options.get_config().sample
     cfg.update(changes)
     return cfg
 
@@ -278,7 +278,7 @@ def test_noise_anew_must_be_given(sampler, make_steps):
 
 @pytest.mark.parametrize("sampler", ["restart", "ctm"])
 def test_the_last_step_is_euler_s_wherever_it_ends(sampler):
-    c = base.get_config().sample
+    c = options.get_config().sample
     c.update(sampler=sampler, times=(1.0, 0.6, 0.3))
     last = samplers.flow_map_steps(c)[-1]
     assert (last.t, last.to, last.end, last.keep, last.move, last.add) == (0.6, 0.3, 0.3, 1.0, pytest.approx(0.3), 0.0)

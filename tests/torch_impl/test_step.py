@@ -4,7 +4,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base, digits
+from configs import digits
+from meanflow.config import options
 from torch_impl import step
 from torch_impl.methods import rectified
 from torch_impl.models import edm2
@@ -76,7 +77,7 @@ def after(params, config):
 
 
 def test_an_ema_every_four_steps_is_the_closed_form():
-    config, params = base.get_config().train, np.random.RandomState(0).randn(10, 3)
+    config, params = options.get_config().train, np.random.RandomState(0).randn(10, 3)
     config.ema_decays, config.ema_every = (0.9, 0.99995), 4
     for decay, found in zip(config.ema_decays, after(torch.tensor(params), config), strict=True):
         d = decay**4
@@ -88,7 +89,7 @@ def test_an_ema_every_four_steps_is_the_closed_form():
 
 @pytest.mark.parametrize("every", [1, 16])
 def test_a_constant_parameter_is_a_fixed_point_of_an_ema_in_float32(every):
-    config, values = base.get_config().train, np.random.RandomState(0).randn(100).astype(np.float32)
+    config, values = options.get_config().train, np.random.RandomState(0).randn(100).astype(np.float32)
     config.ema_decays, config.ema_every = (0.99995, 0.9999), every
     last = after(torch.from_numpy(values).expand(34, 100), config)[:, -1]
     assert last.dtype == np.float32
@@ -96,7 +97,7 @@ def test_a_constant_parameter_is_a_fixed_point_of_an_ema_in_float32(every):
 
 
 def test_clipping_scales_the_gradients_to_the_norm():
-    config = base.get_config().train
+    config = options.get_config().train
     config.clip_norm, config.ema_decays = 1.0, (0.5,)
     net = torch.nn.Linear(2, 1, bias=False)
     state = step.TrainState(0, net, step.make_optimizer(net, config), ({"weight": net.weight.detach().clone()},), net)
@@ -116,7 +117,7 @@ def test_clipping_scales_the_gradients_to_the_norm():
     ],
 )  # fmt: skip
 def test_learning_rates(schedule, end, at, expected):
-    c = base.get_config().train
+    c = options.get_config().train
     c.update(learning_rate=1.0, schedule=schedule, cosine_end=end, steps=100, warmup_steps=10, warmup_from=0.1)
     c.final_factor = 0.2
     assert float(step.learning_rate(at, c)) == pytest.approx(expected, abs=1e-6)

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from configs import base, resolve
+from meanflow.config import options as base
+from meanflow.config import resolve
 from torch_impl import step
 from torch_impl.methods import METHODS, common
 from torch_impl.models import tape

@@ -5,8 +5,8 @@ import pytest
 from absl import flags
 
 from configs import digits
-from configs.errors import UserError
-from evaluation import time_embedding as shared
+from meanflow.commands import time_embedding as shared
+from meanflow.errors import UserError
 from torch_impl import time_embedding, weights
 from torch_impl.step import build_net
 

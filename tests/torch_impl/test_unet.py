@@ -5,8 +5,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from configs import base
-from configs.errors import UserError
+from meanflow.config import options as base
+from meanflow.errors import UserError
 from torch_impl import step, weights
 from torch_impl.models import unet
 

@@ -5,9 +5,9 @@ import numpy as np
 import pytest
 import torch
 
-from configs.errors import UserError
-from configs.latents import CONVENTIONS
-from data import autoencoder
+from meanflow.config.latents import CONVENTIONS
+from meanflow.data.latents import autoencoder
+from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.autoencoder import make_decoder, make_encoder
 from torch_impl.models.vae import AutoencoderKL, GroupNorm

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 from configs import digits
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.step import build_net
 

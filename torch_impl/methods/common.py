@@ -5,7 +5,7 @@ from typing import NamedTuple
 
 import torch
 
-from configs import share
+from meanflow.config import division
 from torch_impl.models.tape import Tape, recording, replaying
 
 
@@ -90,7 +90,7 @@ def split_rows(batch_size, cfg):
 
     Raises UserError if flow_fraction of the batch is not a whole number of rows.
     """
-    return Rows(*share.split(batch_size, cfg.flow_fraction if cfg.flow_rows == "split" else 0.0))
+    return Rows(*division.split(batch_size, cfg.flow_fraction if cfg.flow_rows == "split" else 0.0))
 
 
 def path(x, e, t, cfg):

@@ -137,7 +137,7 @@ def log_loss(err, log_variance, cfg):
 
     err: [b] mean squared errors.  log_variance: [b].  For log_variance_pairs = all, as the official code has it by a
     broadcasting accident, [b b]: the log-variance of row i with the error of row j.  The batch must then be whole,
-    on one device: `configs/share.py` refuses a run that divides it.
+    on one device: `meanflow/config/division.py` refuses a run that divides it.
     """
     if cfg.log_variance_pairs == "all":
         log_variance = log_variance[:, None]

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl.methods.common import expand, interleave, separate
 
 

@@ -11,7 +11,7 @@ from typing import NamedTuple
 
 import torch
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 
 SDE_END = 1e-4  # time from which sde takes its last step, without noise: at 0 the score is infinite
 

@@ -8,7 +8,7 @@ import torch.autograd.forward_ad as forward_ad
 import torch.nn.functional as F
 from torch import Tensor
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 
 # The package accepts heads of 16 channels too, but its kernel's blocks of keys may not be longer than a head is wide.
 WIDTHS = (32, 64, 128, 256)

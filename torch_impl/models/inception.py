@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from evaluation.conventions import Convention, resize_matrix
+from meanflow.metrics.preprocessing import Convention, resize_matrix
 
 EPS = 1e-3  # of all batch norms
 NUM_CLASSES = 1008

@@ -15,7 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl.models.layers import Linear
 from torch_impl.models.tape import affine, rematerialised
 

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from configs.errors import UserError
+from meanflow.errors import UserError
 from torch_impl.models.layers import Linear, zeros
 from torch_impl.models.unet import add, attend
 

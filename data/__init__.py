@@ -1,1 +1,0 @@
-"""What to learn: datasets stored by TFDS in ArrayRecord, loaded by Grain.  numpy only, for both trainers."""

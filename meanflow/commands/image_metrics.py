@@ -1,0 +1,178 @@
+"""Judges a model by images: samples, decoded, into features, into metrics, over all devices and processes."""
+
+import pathlib
+import types
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from absl import logging
+
+from meanflow import files
+from meanflow.commands import framework as tools
+from meanflow.commands import sample
+from meanflow.config import options
+from meanflow.errors import UserError
+from meanflow.metrics import accumulate, dino, preprocessing, references
+from meanflow.sampling import grids, saving
+
+SHOWN = 64  # samples of the grid
+INCEPTION, DINO = {"pool", "logits"}, {"dino"}  # features, by what makes them
+
+
+class Judge:
+    """The metrics of config.evaluation.metrics; made once for many models of one config."""
+
+    def __init__(
+        self,
+        config: options.Config,
+        framework: tools.Tools,
+        place: tools.Place = tools.ALONE,
+        output: pathlib.Path | None = None,
+        save: str | None = None,
+    ):
+        """save: of `saving.KINDS`: writes all images into the directory `output`; None: nothing is written.
+
+        Raises UserError for an autoencoder, weights or statistics that cannot be read or do not belong together, for
+        too few samples, and for an output that cannot be written.
+        """
+        c = config.evaluation
+        self.metrics, self.place, self.output, self.save = tuple(c.metrics), place, output, save
+        self.convention = preprocessing.get(c.convention)
+        self.references = read_references(c)
+        accumulate.check_numbers(self.metrics, c.num_samples, self.references)
+        if self.references:
+            side = tools.image_side(config)
+            check_sizes(c, self.references, (side, side))
+        if output and save:
+            files.check_writable(output / saving.INDEX)
+        self.extract = extractor(self.metrics, c, framework, self.references)
+        self.decode = tools.decoder(config, framework)
+        self.unsaved: UserError | None = None
+        self._check_channels(config)
+
+    def __call__(self, config: options.Config, sampler: sample.Sampler, weights: Any) -> tuple[dict, np.ndarray]:
+        """Return {metric: value} of config.evaluation.num_samples samples, and the first of them, [n h w c].
+
+        config: one of the same data and evaluation, with another guidance, say.  sampler, weights: see `sampling`.
+        Every process calls it; all but the first get no metrics, and the first of their own samples.  If images cannot
+        be saved, there are metrics all the same, and `self.unsaved` is the error.
+        """
+        num = config.evaluation.num_samples
+        saver = saving.Saver(self.output, self.save) if self.save and self.output else None
+        collector, shown = accumulate.Collector(self.metrics), []
+        for batch in sample.batches(config, sampler, weights, num, place=self.place):
+            own = slice(self.place.process, None, self.place.num_processes) if self.place.together else slice(None)
+            indices, samples, labels = (rows[own] for rows in batch)
+            if not len(indices):
+                continue
+            images = self._decoded(samples)
+            pixels = grids.to_uint8(images, self.convention.rounding)
+            collector.add(self.extract(pixels), indices)
+            if sum(map(len, shown)) < SHOWN:
+                shown.append(images[: SHOWN - sum(map(len, shown))].copy())  # a view would keep the whole batch
+            if saver and not self.unsaved:
+                self._save(saver.add, indices, pixels, labels)
+        if saver:  # every process takes part in this
+            self._save(saver.finish, self.place)
+        parts = self.place.gather(collector.to_bytes())
+        shown = np.concatenate(shown) if shown else np.empty((0, 1, 1, 3), np.float32)
+        if self.place.process:
+            return {}, shown
+        values = accumulate.results(
+            accumulate.Collector.merge(parts, self.metrics), self.references, config.evaluation.convention
+        )
+        return {"num_samples": num} | values, shown
+
+    def _save(self, function: Callable[..., Any], *args: Any) -> None:
+        try:
+            function(*args)
+        except UserError as error:
+            logging.error("%s  The images are judged all the same", error)
+            self.unsaved = error
+
+    def _decoded(self, samples: np.ndarray) -> np.ndarray:
+        images = samples if self.decode is None else self.decode(samples)
+        if not np.isfinite(images).all():
+            raise UserError(
+                "some samples have values that are not finite: the model has diverged; evaluate an earlier checkpoint"
+            )
+        return images
+
+    def _check_channels(self, config: options.Config) -> None:
+        if self.decode is None and config.model.channels not in (1, 3):
+            raise UserError(
+                f"the samples have {config.model.channels} channels, and config.evaluation.metrics are of images: name "
+                "the autoencoder that decodes them by --vae or config.latents.vae, with config.latents.scale"
+            )
+
+
+def read_references(c: options.Config) -> dict[str, references.Reference]:
+    """Return {metric: statistics of real images} as far as the metrics of `config.evaluation` need them.
+
+    Raises UserError if they cannot be read, are of another convention, or lack what a metric compares with.
+    """
+    found = {metric: references.read(c.reference, metric) for metric in c.metrics if metric != "is"}
+    for metric, reference in found.items():
+        if metric != "fd_dinov2" and reference.convention not in ("", c.convention):
+            raise UserError(
+                f"{c.reference} (config.evaluation.reference) holds statistics of the convention "
+                f"{reference.convention}, but config.evaluation.convention is {c.convention}: make others, or set it"
+            )
+        if metric in accumulate.BY_ROWS and reference.features is None:
+            raise UserError(
+                f"{metric} compares with the features of real images, and {c.reference} has only their mean and "
+                f"covariance: make one with --make_reference and {metric} among the --metrics"
+            )
+    return found
+
+
+def check_sizes(c: options.Config, found: dict[str, references.Reference], size: tuple[int, int]) -> None:
+    """Raise UserError if statistics are of images of another height and width; log that they do not tell.
+
+    c: `config.evaluation`.  size: (h, w) of the images to be judged.
+    """
+    for metric, reference in found.items():
+        accumulate.check_size(metric, reference, size)
+    silent = [metric for metric, reference in found.items() if reference.image_size is None]
+    if silent:
+        logging.info(
+            "%s does not tell the size of its images: %s is meaningful only if they are of %d x %d pixels, as those "
+            "judged", c.reference, " and ".join(silent), *size,
+        )  # fmt: skip
+
+
+def extractor(
+    metrics: tuple[str, ...],
+    c: options.Config,
+    framework: tools.Tools,
+    found: Mapping[str, references.Reference] = types.MappingProxyType({}),
+) -> tools.Extract:
+    """Return what makes the features of images uint8 [b h w c] that the metrics of `config.evaluation` need.
+
+    Raises UserError if `found`, statistics by metric, are of features of another width.
+    """
+    needed, parts = accumulate.needs(metrics), []
+    if needed & INCEPTION:
+        parts.append(framework.make_inception(c.inception, c.convention))
+    if needed & DINO:
+        parts.append(dino.load(c.dino))
+    widths: dict[str, int] = {}
+    for part in parts:
+        widths |= part.widths if isinstance(part, tools.Extractor) else {}
+    for metric, reference in found.items():
+        if accumulate.FEATURES[metric] in widths:
+            accumulate.check_width(metric, reference, widths[accumulate.FEATURES[metric]])
+
+    def extract(images: np.ndarray) -> dict[str, np.ndarray]:
+        features: dict[str, np.ndarray] = {}
+        for part in parts:
+            features |= part(images)
+        return {name: features[name] for name in needed}
+
+    return extract
+
+
+def provenance(c: options.Config) -> dict[str, str]:
+    """Return what metrics depend on beside the images, from `config.evaluation`; nothing without such metrics."""
+    return {"convention": c.convention, "reference": c.reference} if c.metrics else {}

@@ -1,0 +1,165 @@
+"""Logs of a run, the same from both trainers: TensorBoard, the console and metrics.jsonl.
+
+clu and TensorFlow take seconds to import, so they are imported only where a log is opened.
+"""
+
+import functools
+import json
+import operator
+import os
+import pathlib
+import sys
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+from absl import flags, logging
+
+from meanflow import files, tensorflow_logging
+from meanflow.errors import UserError
+
+FILE_NAME = "metrics.jsonl"
+TENSORBOARD = "tensorboard"
+PROGRESS_SECONDS = 30.0
+SHOWN = 80  # bytes of a damaged line
+TALKATIVE = ("orbax", "jax/_src")  # in the paths of their sources
+
+
+def setup_logging() -> None:
+    """Show absl's INFO lines on stderr, whether the program runs under absl's app or not.  Call first in main.
+
+    Orbax and JAX tell of their inner steps at that level; only their warnings are shown, and no traceback of Orbax's,
+    which raises the same error, too.
+    """
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()  # else absl warns that its flags were not parsed
+    logging.use_absl_handler()
+    logging.set_verbosity(logging.INFO)
+    logging.get_absl_handler().addFilter(_worth_showing)
+    sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
+
+
+def show_only_warnings() -> None:
+    """Show no INFO lines from here on: for every process but the first, whose lines are the same."""
+    logging.set_verbosity(logging.WARNING)
+
+
+def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:
+    """Show an error that nothing can catch, but none of TensorStore's, which reports to Orbax after that gave up."""
+    if str(unraisable.exc_value) != "Event loop is closed":
+        show(unraisable)
+
+
+def _worth_showing(record: Any) -> bool:
+    if "orbax" in record.pathname and record.exc_info:
+        return False
+    return record.levelname != "INFO" or not any(name in record.pathname for name in TALKATIVE)
+
+
+class MetricLog:
+    """The log of one run in its work directory.
+
+    Scalars go to WORKDIR/metrics.jsonl (one object a line, {"step": 100, "loss": ...}), to TensorBoard event files in
+    WORKDIR/tensorboard and to the console.  With active=False (every rank but the first) all methods do nothing.
+    Raises UserError if the directory cannot be written.
+    """
+
+    def __init__(self, workdir: str | os.PathLike, active: bool = True):
+        self.active = active
+        self.tensorboard: Any = None  # clu's writer, or None if inactive
+        self._path = pathlib.Path(workdir) / FILE_NAME
+        if active:
+            self._open(pathlib.Path(workdir) / TENSORBOARD)
+
+    def write(self, step: int, values: dict[str, float]) -> None:
+        """Log scalars (anything that `float` takes) at `step`.  The line is on disk when this returns."""
+        if not self.active:
+            return
+        values = {name: float(value) for name, value in values.items()}
+        try:
+            with open(self._path, "a") as file:
+                file.write(json.dumps({"step": int(step)} | values) + "\n")
+        except OSError as error:
+            raise files.cannot_write(self._path, error) from error
+        self.tensorboard.write_scalars(step, values)
+        self._console.write_scalars(step, values)
+
+    def image(self, step: int, name: str, grid: np.ndarray) -> None:
+        """Show a picture, uint8 [H W 1] or [H W 3], in TensorBoard."""
+        if self.active:
+            self.tensorboard.write_images(step, {name: grid[None]})
+
+    def rewind(self, step: int, wanted: str = "") -> None:
+        """Drop the lines of metrics.jsonl after `step`, so that a resumed run leaves the file of an unbroken one.
+
+        wanted: lines of `step` itself without this name are dropped too, since they will be written again.
+        Also drops a last line that was cut short by a kill, and the zeros that a power loss may leave behind it.
+        TensorBoard's files stay as they are, and hold the steps done again twice.  Raises UserError for any other line
+        that is no line of a log, or if the file cannot be read.
+        """
+        if not self.active or not self._path.exists():
+            return
+        try:
+            *lines, last = self._path.read_bytes().rstrip(b"\0").split(b"\n")
+        except OSError as error:
+            raise UserError(f"cannot read {self._path}: {error.strerror}; move it away") from error
+        if last.endswith(b"}"):  # whole but for its end of line
+            lines.append(last)
+        elif last:
+            logging.warning("%s: dropped an unfinished last line of %d bytes", self._path, len(last))
+        steps = [self._step_of(line, number) for number, line in enumerate(lines, 1)]
+        kept = [
+            line + b"\n"
+            for line, own in zip(lines, steps, strict=True)
+            if own < step or (own == step and (not wanted or wanted in json.loads(line)))
+        ]
+        files.replace_bytes(self._path, b"".join(kept))
+
+    def flush(self) -> None:
+        """Bring TensorBoard's files up to date."""
+        if self.active:
+            self.tensorboard.flush()
+
+    def close(self) -> None:
+        """Flush and end the log."""
+        if self.active:
+            self.tensorboard.close()
+
+    def _open(self, directory: pathlib.Path) -> None:
+        tensorflow_logging.silence_tensorflow()
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.cannot_write(directory, error) from error
+        from clu import metric_writers
+
+        self.tensorboard = metric_writers.SummaryWriter(str(directory))
+        self._console = metric_writers.LoggingWriter()
+
+    def _step_of(self, line: bytes, number: int) -> int:
+        try:
+            return operator.index(json.loads(line)["step"])
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: neither text nor JSON
+            shown = repr(line if len(line) <= SHOWN else line[:SHOWN] + b"...").removeprefix("b")
+            raise UserError(
+                f"{self._path}, line {number} is not a log line: {shown}; delete that line, or move the file away"
+            ) from error
+
+
+class Progress:
+    """Tells on the console how far a run is: steps/s, percentage, ETA; the rate goes to TensorBoard too."""
+
+    def __init__(self, num_steps: int, log: MetricLog):
+        """num_steps: optimizer steps of the whole run.  log: an inactive one keeps this silent."""
+        self._report = None
+        if log.active:
+            from clu import periodic_actions
+
+            self._report = periodic_actions.ReportProgress(
+                num_train_steps=num_steps, writer=log.tensorboard, every_secs=PROGRESS_SECONDS
+            )
+
+    def __call__(self, step: int) -> None:
+        """Call after every step with the number of steps done; reports every `PROGRESS_SECONDS` and at the end."""
+        if self._report is not None:
+            self._report(step)

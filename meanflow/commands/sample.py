@@ -1,0 +1,266 @@
+"""Generates images from a trained model of either framework, and what both sample commands do beside that.
+
+A sampler is a function (weights, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units, numpy in and
+out, of weights as its framework holds them.  c is a `config.sample`, of which it reads the guidance that the network is
+told (omega, interval); the rest is fixed when the sampler is made.  fresh is the noise that it draws anew, [k b h w c],
+None for samplers that draw none.
+"""
+
+import copy
+import json
+import os
+import pathlib
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from absl import flags
+from tqdm import tqdm
+
+from meanflow import files
+from meanflow.commands import framework as tools
+from meanflow.config import latents, options, paths, resolve, rules
+from meanflow.config.flags import config as config_flag
+from meanflow.config.flags import workdir
+from meanflow.errors import UserError
+from meanflow.sampling import grids, saving
+from meanflow.sampling import noise as noise_and_labels
+
+NUM_SAMPLES = 100  # images that the sample commands generate unless told otherwise
+# Flags of config.sample.
+OPTIONS = (
+    "steps", "times", "shift", "sampler", "gamma", "diffusion", "diffusion_scale", "official", "cfg_scale", "omega",
+    "interval", "ema", "batch_size", "seed",
+)  # fmt: skip
+V_HEADS = "v_heads."  # canonical names of the blocks of the head of v begin so
+Sampler = Callable[[Any, np.ndarray, np.ndarray, options.Config, np.ndarray | None], np.ndarray]
+Load = Callable[[str | None, str, options.Config | None], tuple[options.Config, Sampler, Any]]
+
+flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+
+
+def define_flags() -> None:
+    """Define the flags of all commands that sample: those of `OPTIONS` and the number of images."""
+    flags.DEFINE_integer(
+        "num_samples", None, f"Images; {NUM_SAMPLES} to look at, config.evaluation.num_samples to judge.", lower_bound=1
+    )
+    flags.DEFINE_integer("steps", None, "Steps of sampling; config.sample.steps by default.", lower_bound=1)
+    flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")
+    flags.DEFINE_float("shift", None, "Shift of uniform steps towards noise; 1: none.")
+    samplers = dict.fromkeys(rules.FLOW_MAP_SAMPLERS + rules.FLOW_SAMPLERS)
+    flags.DEFINE_enum("sampler", None, list(samplers), "How to sample; config.sample.sampler by default.")
+    flags.DEFINE_float("gamma", None, "Share of the noise that the sampler ctm draws anew, in [0, 1].")
+    flags.DEFINE_enum("diffusion", None, ["sigma", "elbo"], "Coefficient of the sampler sde.")
+    flags.DEFINE_float("diffusion_scale", None, "Factor of that coefficient.")
+    flags.DEFINE_bool("official", None, "Sample with the mistakes of the official code; docs/differences.md.")
+    flags.DEFINE_float("cfg_scale", None, "Guidance at sampling, for models trained without it; 1: none.")
+    flags.DEFINE_float("omega", None, "Guidance scale that the network is told; improved MeanFlow only.")
+    flags.DEFINE_list("interval", None, "Start and end of the guidance, e.g. 0.4,0.65.")
+    flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
+    flags.DEFINE_integer(
+        "step", None, "Checkpoint or snapshot to read; the newest checkpoint by default.", lower_bound=0
+    )
+    flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
+    flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
+
+
+def define_saving_flags() -> None:
+    """Define the flags of what is written beside the grid."""
+    flags.DEFINE_enum("save", None, saving.KINDS, "Also write every image: as PNG, or all as one .npz of uint8.")
+    flags.DEFINE(paths.READ, "vae", None, "Autoencoder that decodes latents, directory or hub name; empty: leave them.")
+
+
+def define_sample_flags() -> None:
+    """Define the flags of the sample commands."""
+    define_flags()
+    flags.DEFINE(
+        paths.READ, "weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir."
+    )
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
+    define_saving_flags()
+    flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
+
+
+def sample(load: Load, framework: tools.Tools) -> None:
+    """Load, generate, decode and write as the command line says, and print the PNG's path.
+
+    load: (work directory, path of weights, config) -> config, sampler, its weights; either the first is given or the
+    others are.  Raises UserError for what cannot be read, sampled or written.
+    """
+    f = flags.FLAGS
+    if config_flag() is not None and not f.weights:
+        raise UserError(
+            "--config goes with --weights: a work directory has its own, of which flags change the sampling"
+        )
+    if f.weights and f.step is not None:
+        raise UserError("--step chooses a checkpoint of a work directory, and --weights is a file: leave one out")
+    output, labels = output_directory(), numbers("labels", f.labels, int)
+    for name in ("samples.npz", "samples.png"):
+        files.check_writable(os.path.join(output, name))
+    config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
+    if labels and config.model.name == "unet":
+        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
+    decode = tools.decoder(config, framework)
+    if f.save and decode is None and config.model.channels not in (1, 3):
+        raise UserError(
+            f"--save writes images, and the samples have {config.model.channels} channels: name the autoencoder that "
+            "decodes them by --vae or config.latents.vae, with config.latents.scale"
+        )
+    samples, labels = generate(config, sampler, weights, f.num_samples or NUM_SAMPLES, labels)
+    images = samples if decode is None else decode(samples)
+    path = write(output, images, labels, None if decode is None else samples)
+    if f.save:
+        saver = saving.Saver(pathlib.Path(output), f.save)
+        saver.add(np.arange(len(images)), grids.to_uint8(images), labels)
+        saver.finish(tools.ALONE)
+    print(path)
+
+
+def generate(
+    config: options.Config,
+    sampler: Sampler,
+    weights: Any,
+    num_samples: int,
+    labels: Sequence[int] = (),
+    place: tools.Place = tools.ALONE,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
+
+    Several processes share the work; all but the first get arrays of no images.  Arguments and errors as `batches`.
+    """
+    assert not place.together, "each process has all batches then: call `batches`"
+    parts = batches(config, sampler, weights, num_samples, labels, place)
+    rows = tools.gather_rows([{"indices": i, "images": x, "labels": y} for i, x, y in parts], place)
+    none = np.empty((0, 1, 1, 1), np.float32), np.empty(0, np.int32)
+    return (rows["images"], rows["labels"]) if rows else none
+
+
+def batches(
+    config: options.Config,
+    sampler: Sampler,
+    weights: Any,
+    num_samples: int,
+    labels: Sequence[int] = (),
+    place: tools.Place = tools.ALONE,
+) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
+    """Yield the indices [b], images float32 [b h w c] in data units and labels int32 [b] of this process's batches.
+
+    Sample i depends on (config.sample.seed, i) alone, and the batches are the same for any number of processes, which
+    take them in turn, or each all of them (place.together).  labels: classes repeated in turn; empty: drawn at random.
+    Raises UserError for a label outside the classes.
+    """
+    c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
+    check_labels(labels, config.model.num_classes)
+    num_fresh, size = noise_and_labels.num_fresh(c), min(c.batch_size, num_samples)
+    starts = range(0, num_samples, size)
+    if not place.together:
+        starts = starts[place.process :: place.num_processes]
+    disable = True if place.process else None  # None: unless stderr is a terminal
+    for start in tqdm(starts, "sampling", unit="batch", disable=disable, leave=None):
+        indices = np.arange(start, min(start + size, num_samples))
+        noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)
+        y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
+        missing = size - len(indices)  # fill up the last batch: one compilation serves all
+        noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
+        if fresh is not None and missing:
+            fresh = np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * len(shape))
+        yield indices, sampler(weights, noise, padded, c, fresh)[: len(indices)], y
+
+
+def check_labels(labels: Sequence[int], num_classes: int) -> None:
+    """Raise UserError for a label outside [0, num_classes]; num_classes itself asks for no class."""
+    for label in labels:
+        if not 0 <= label <= num_classes:
+            raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1} ({num_classes}: no class)")
+
+
+def override(config: options.Config) -> options.Config:
+    """Return a copy of the config with the sampling flags that were given.
+
+    Raises UserError for times or an interval that are no numbers, for guidance that the network cannot be told, and as
+    `resolve.check`.
+    """
+    given = {name: flags.FLAGS[name].value for name in OPTIONS}
+    given = {name: value for name, value in given.items() if value is not None}
+    check_told(config, given.keys() & {"omega"})
+    given |= {name: numbers(name, given[name]) for name in ("times", "interval") if name in given}
+    if "steps" in given:
+        given.setdefault("times", ())
+    config = copy.deepcopy(config)
+    config.sample.update(given)
+    return resolve.check(config)
+
+
+def step() -> int | None:
+    """Return --step, which checkpoint of the work directory to read; None: the newest."""
+    return flags.FLAGS.step
+
+
+def check_told(config: options.Config, names: Iterable[str]) -> None:
+    """Raise UserError if flags of these names are given for a network that is not told its guidance."""
+    names = sorted(names)
+    if names and config.method.name != "improved":
+        raise UserError(
+            f"--{names[0]} is for networks that are told their guidance, and config.method.name is "
+            f"{config.method.name}: one trained without guidance takes --cfg_scale"
+        )
+
+
+def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
+    """Return the numbers, as a tuple, that the list flag --`flag` gives as texts.  Raises UserError for another."""
+    try:
+        return tuple(kind(text) for text in texts)
+    except ValueError as error:
+        raise UserError(f"--{flag}: {error}") from error
+
+
+def check_latents(config: options.Config, path: str, metadata: dict[str, str]) -> None:
+    """Raise UserError naming both if the weights of `path` were trained on latents of another convention.
+
+    metadata: of the .safetensors, in which parity/convert.py keeps the convention.
+    """
+    if "latents" not in metadata:
+        return
+    try:
+        theirs = latents.from_dict(json.loads(metadata["latents"]))
+    except (json.JSONDecodeError, UserError) as error:
+        raise UserError(f"{path} has damaged metadata of its latents ({error}): convert it again") from error
+    latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
+
+
+def without_v_heads(
+    config: options.Config, weights: dict[str, np.ndarray]
+) -> tuple[options.Config, dict[str, np.ndarray]]:
+    """Return the config and the canonical weights {name: array} of the network that samples.
+
+    That of improved MeanFlow needs no head of v, and released weights have none: its blocks are left out of both, so
+    that weights with and without them load alike.  Any other network is left as it is.
+    """
+    if config.model.name != "imf_dit":
+        return config, weights
+    config = copy.deepcopy(config)
+    config.model.v_heads = False
+    return config, {name: a for name, a in weights.items() if not name.startswith(V_HEADS)}
+
+
+def output_directory() -> str:
+    """Return the directory for the samples.  Raises UserError if no flag names one."""
+    if flags.FLAGS.output:
+        return flags.FLAGS.output
+    if flags.FLAGS.weights and not flags.FLAGS.workdir:
+        raise UserError("--output is missing: name the directory for the samples")
+    return os.path.join(workdir(), "samples")
+
+
+def write(
+    output: str | os.PathLike, images: np.ndarray, labels: np.ndarray, undecoded: np.ndarray | None = None
+) -> pathlib.Path:
+    """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path.
+
+    undecoded: what the images were decoded from, [n h w c]; kept in samples.npz too.
+    """
+    output = pathlib.Path(output)
+    kept = {"images": images, "labels": labels} | ({} if undecoded is None else {"latents": undecoded})
+    files.replace_bytes(output / "samples.npz", tools.pack(kept))
+    grids.save_png(output / "samples.png", images)
+    return output / "samples.png"

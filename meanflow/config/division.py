@@ -1,0 +1,106 @@
+"""How a batch is divided: the whole number of rows that a device computes at once, and the share of flow rows in them.
+
+A step trains one objective, whatever divides its batch.  What would change with the division is refused.
+"""
+
+import fractions
+from collections.abc import Iterable, Iterator
+
+from meanflow.config import options
+from meanflow.errors import UserError
+
+LARGEST = 10**6  # denominator of a share; rounding to float64 never moves a fraction of this size to another
+CLOSE = 1e-9  # between a share and the fraction that it stands for
+WITH_FLOW_ROWS = ("meanflow", "improved", "rectified")  # methods, of which all others ignore flow_rows
+
+
+def exact(share: float) -> fractions.Fraction:
+    """Return the fraction that a share stands for: 3/10 for 0.3, and for 0.1 + 0.2 too."""
+    fraction = fractions.Fraction(share)
+    simple = fraction.limit_denominator(LARGEST)
+    return simple if abs(simple - fraction) < CLOSE else fraction
+
+
+def split(num_rows: int, share: float) -> tuple[int, int, int]:
+    """Return (groups, flow, rest): rows fall into groups, each of `flow` flow rows and then `rest` others.
+
+    A group is as small as the share allows, so a row's part in it follows from its place in the batch, and any division
+    of the batch into whole groups leaves it there.  Raises UserError if `num_rows` are not whole groups.
+    """
+    fraction = exact(share)
+    groups, left = divmod(num_rows, fraction.denominator)
+    if left:
+        raise UserError(f"{share} of {num_rows} rows is {num_rows * share} rows, not a whole number")
+    return groups, fraction.numerator, fraction.denominator - fraction.numerator
+
+
+def check(config: options.Config, devices: int, kind: str) -> None:
+    """Raise UserError unless a step over `devices` is the step of the whole batch; kind: what they are called.
+
+    Every device gets whole rows, of which whole ones are flow rows, and log-variances are paired within the batch.
+    """
+    batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
+    parts = devices * accumulate
+    if batch % parts:
+        raise UserError(
+            f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times "
+            f"config.train.accumulate {accumulate}): {ways_out(config, devices)}"
+        )
+    if not whole_share(config, batch, parts, c.flow_fraction):
+        num = batch if c.flow_rows == "front" else batch // parts
+        rows = f"{batch} rows of a batch" if c.flow_rows == "front" else f"{num} rows that each device computes at once"
+        raise UserError(
+            f"config.method.flow_fraction {c.flow_fraction} of the {rows} (config.train.batch_size {batch}, {devices} "
+            f"{kind}, config.train.accumulate {accumulate}) is {num * c.flow_fraction} rows, not a whole number: "
+            f"{ways_out(config, devices)}"
+        )
+    if c.name == "decoupled" and c.log_variance_pairs == "all" and parts > 1:
+        raise UserError(
+            "config.method.log_variance_pairs is all, which pairs every row of a batch with every other, but "
+            f"{devices} {kind} times config.train.accumulate {accumulate} divide the batch: set "
+            "--config.method.log_variance_pairs=row, or train on one device with --config.train.accumulate=1"
+        )
+
+
+def whole_share(config: options.Config, batch: int, parts: int, fraction: float) -> bool:
+    """Return whether `fraction` of each of the equal `parts` of a batch is whole; for flow_rows = front, of the batch.
+
+    True for methods without flow rows, and where they are drawn.
+    """
+    c = config.method
+    if c.name not in WITH_FLOW_ROWS or c.flow_rows == "coin":
+        return True
+    if c.flow_rows == "front":  # counted as the official code counts them
+        return int(batch * fraction) == batch * exact(fraction)
+    return batch // parts % exact(fraction).denominator == 0
+
+
+def ways_out(config: options.Config, devices: int) -> str:
+    """Return the options that would divide the batch, the nearest values of each."""
+    batch, accumulate, fraction = config.train.batch_size, config.train.accumulate, config.method.flow_fraction
+
+    parts = devices * accumulate
+
+    def fits(batch: int = batch, accumulate: int = accumulate, fraction: float = fraction) -> bool:
+        parts = devices * accumulate
+        return batch % parts == 0 and whole_share(config, batch, parts, fraction)
+
+    num = batch if config.method.flow_rows == "front" else max(batch // parts, 1)
+    below = int(exact(fraction) * num)
+    ways = {
+        "train.batch_size": nearest(batch, max(4 * batch, 4096), lambda size: fits(batch=size)),
+        "train.accumulate": nearest(accumulate, batch // devices, lambda number: fits(accumulate=number)),
+        "method.flow_fraction": [share for share in (below / num, (below + 1) / num) if fits(fraction=share)],
+    }
+    if batch % parts == 0:
+        ways["method.flow_rows"] = ["coin, by chance"]
+    elif not any(ways.values()):  # the share fits no size near; at least the batch can be divided
+        ways["train.batch_size"] = nearest(batch, 2 * parts + batch, lambda size: size % parts == 0)
+    return "set " + "; or ".join(f"--config.{name}={' or '.join(map(str, ways[name]))}" for name in ways if ways[name])
+
+
+def nearest(value: int, most: int, fits) -> list[int]:
+    """Return the largest number below `value` and the smallest above it, up to `most`, that fit: two, one or none."""
+    searches: tuple[Iterable[int], ...] = range(value - 1, 0, -1), range(value + 1, most + 1)
+    found: Iterator[int | None] = (next((n for n in numbers if fits(n)), None) for numbers in searches)
+    return [n for n in found if n is not None]

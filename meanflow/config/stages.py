@@ -1,0 +1,32 @@
+"""The stages of a run: what holds in which step.  Only Re-MeanFlow has more than one."""
+
+import copy
+
+from meanflow.config import options
+
+
+def stages(config: options.Config) -> tuple[options.Config, ...]:
+    """Return the config of each stage of a run, in order: `config` itself, or Re-MeanFlow's plain and guided one.
+
+    With train.clip_stage = guided, a stage that is not guided does not clip.
+    """
+    c = config.method
+    if c.name != "rectified":
+        return (config,)
+    guided = (c.stage_order == "guided_first", c.stage_order == "plain_first") if c.stage1_steps else (c.guidance,)
+    return tuple(stage(config, guidance) for guidance in guided)
+
+
+def stage(config: options.Config, guidance: bool) -> options.Config:
+    """Return the config of a stage with guidance or without it."""
+    config = copy.deepcopy(config)
+    config.method.guidance = guidance
+    if config.train.clip_stage == "guided" and not guidance:
+        config.train.clip_norm = 0.0
+    return config
+
+
+def stage_at(config: options.Config, step: int) -> int:
+    """Return the number of the stage to which the step after `step` steps belongs."""
+    c = config.method
+    return int(c.name == "rectified" and 0 < c.stage1_steps <= step)

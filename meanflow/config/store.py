@@ -1,0 +1,149 @@
+"""Configs as JSON, in work directories, checkpoints and snapshots, and how those of other versions are read.
+
+A stored config is the nested options and beside them a `version`.  Options this code added later take the value in
+`CHANGES` for older runs or else their default; unknown ones are refused.
+"""
+
+import functools
+import json
+import pathlib
+from typing import Any, NamedTuple
+
+import ml_collections
+from absl import logging
+
+from meanflow.config import options, paths
+from meanflow.errors import UserError
+
+VERSION = 1
+VERSION_KEY, CONTENT_KEY = "version", "content"  # beside the options
+SECTIONS = ("data", "model", "method", "train", "sample", "evaluation")  # that every version has
+
+
+class Change(NamedTuple):
+    """What a version changed.  One that only adds options whose defaults do what was done before needs no entry."""
+
+    version: int  # the first with the change
+    renamed: dict[str, str] = {}  # noqa: RUF012  dotted options: {old: new}
+    before: dict[str, Any] = {}  # noqa: RUF012  {new option: what runs before it did, if that is not its default}
+
+
+CHANGES: tuple[Change, ...] = ()  # oldest first
+
+
+def to_json(config: options.Config, content: dict[str, str] | None = None) -> str:
+    """Return a config as indented JSON.  content: {option: digest} of what its paths hold; see `read_content`."""
+    beside = {VERSION_KEY: VERSION} | ({CONTENT_KEY: content} if content else {})
+    return json.dumps(beside | config.to_dict(), indent=2) + "\n"
+
+
+def from_json(text: str, where: str = "the stored config") -> options.Config:
+    """Return the config of a JSON text of this or another version, with every option of `meanflow/config/options.py`.
+
+    where: what messages call it.  Options it lacks are named in a log line.  Raises UserError for text that is not
+    JSON, unknown options, missing sections and values of another type than the default's.
+    """
+    given = _parse(text, where)
+    version = given.pop(VERSION_KEY, 0)
+    given.pop(CONTENT_KEY, None)
+    if type(version) is not int:
+        raise UserError(f"{where} is damaged: its version is {version!r}.  {_way_out(where)}")
+    config = options.get_config()
+    known = flatten(config)
+    flat = _upgrade(flatten(given), version)
+    for name in SECTIONS:
+        if not isinstance(given.get(name), dict):
+            raise UserError(f"{where} is damaged: it lacks the section {name}.  {_way_out(where)}")
+    unknown, missing = [key for key in flat if key not in known], [key for key in known if key not in flat]
+    if version > VERSION and (unknown or missing):
+        raise UserError(f"{where} is of version {version} of the config, this code knows {VERSION} at most: update it")
+    if unknown:
+        raise UserError(
+            f"{where} has options that this code does not know: {', '.join(unknown)}.  Use the code that wrote it"
+        )
+    if missing:
+        shown = ", ".join(f"{key}={known[key]!r}" for key in missing)
+        _say_once(f"{where} lacks options that were added since; it is read with {shown}")
+    for key, value in flat.items():
+        config.update_from_flattened_dict({key: _converted(key, value, known[key], where)})
+    paths.expand_options(config)
+    return config
+
+
+def read_file(path: pathlib.Path) -> options.Config:
+    """Return the config of a JSON file.  Raises UserError if it cannot be read, or as `from_json`."""
+    return from_json(_read(path), str(path))
+
+
+def read_content(path: pathlib.Path) -> dict[str, str]:
+    """Return the {option: digest} stored in a JSON file, empty if it is from before they were."""
+    content = _parse(_read(path), str(path)).get(CONTENT_KEY, {})
+    return content if isinstance(content, dict) else {}
+
+
+def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
+    """Return {dotted option: value} of a config or of nested dicts."""
+    flat = {}
+    for key, value in config.items():
+        nested = isinstance(value, (dict, ml_collections.ConfigDict))
+        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
+    return flat
+
+
+def _read(path: pathlib.Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path} is damaged: it is no text.  {_way_out(str(path))}") from error
+
+
+def _parse(text: str, where: str) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+        reason = str(error) if text.strip("\0 \n") else "it is empty"
+        raise UserError(f"{where} is damaged: {reason}.  {_way_out(where)}") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{where} is damaged: it is a {type(content).__name__}, not a config.  {_way_out(where)}")
+    return content
+
+
+def _upgrade(flat: dict[str, Any], version: int) -> dict[str, Any]:
+    """Return the options under the names that they have now."""
+    for change in CHANGES:
+        if change.version > version:
+            flat = {change.renamed.get(key, key): value for key, value in flat.items()}
+            flat = change.before | flat
+    return flat
+
+
+def _converted(key: str, value: Any, default: Any, where: str) -> Any:
+    """Return a JSON value as the type of the option's default.  Raises UserError if it is another."""
+    if isinstance(default, tuple):
+        fits = isinstance(value, list)
+        value = _tuple(value)
+    elif isinstance(default, float) and type(value) in (int, float):
+        fits, value = True, float(value)
+    elif type(default) is int and type(value) is float and value.is_integer():
+        fits, value = True, int(value)  # as other tools write it
+    else:
+        fits = type(value) is type(default)
+    if not fits:
+        raise UserError(f"{where} is damaged: {key} is {value!r}, not a {type(default).__name__}.  {_way_out(where)}")
+    return value
+
+
+def _tuple(value: Any) -> Any:
+    return tuple(map(_tuple, value)) if isinstance(value, list) else value
+
+
+def _way_out(where: str) -> str:
+    again = where.endswith("config.json")
+    return "Delete it, and the run's own training command writes it again" if again else "Put back a copy"
+
+
+@functools.cache
+def _say_once(text: str) -> None:
+    logging.info("%s", text)

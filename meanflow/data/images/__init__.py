@@ -1,0 +1,1 @@
+"""Images with labels: TFDS datasets, folders and .zip files.  Imports what `meanflow.data` may."""

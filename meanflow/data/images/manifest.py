@@ -1,0 +1,105 @@
+"""The list of images that a dataset is made of, kept while it is made: those removed on the way are left out."""
+
+import gzip
+import json
+import os
+import pathlib
+import uuid
+import zlib
+
+import numpy as np
+from absl import logging
+
+from meanflow.data.images.pictures import BrokenImageError, FilePictures, Pictures
+from meanflow.errors import UserError
+
+PREFIX, SUFFIX = "images-", ".json.gz"  # of the file; between them the digest of the list
+
+
+class GoneImageError(BrokenImageError):
+    """An image that was removed since the dataset was begun."""
+
+
+class Begun(Pictures):
+    """The images of a list, of which some are gone."""
+
+    def __init__(self, now: Pictures, names: list[str], labels: list[int], digest: str):
+        """now: those that are left.  names, labels, digest: of the list."""
+        self.classes = now.classes
+        self._now, self._names, self._labels, self._digest = now, names, labels, digest
+        self._places = {now.name(i): i for i in range(len(now))}
+
+    def __len__(self) -> int:
+        return len(self._names)
+
+    def name(self, i: int) -> str:
+        """Return the path of image i within its source."""
+        return self._names[i]
+
+    def label(self, i: int) -> int:
+        """Return the label of image i."""
+        return self._labels[i]
+
+    def read(self, i: int) -> np.ndarray:
+        """Return image i, uint8 [h w 3].  Raises GoneImageError if it was removed, and as those that are left."""
+        place = self._places.get(self._names[i])
+        if place is None:
+            raise GoneImageError(f"{self._names[i]} was removed")
+        return self._now.read(place)
+
+    def digest(self) -> str:
+        """Return that of the list."""
+        return self._digest
+
+
+def recall(directory: pathlib.Path, pictures: Pictures) -> Pictures:
+    """Return the images of the list that `keep` has left in a directory; without one, `pictures`.
+
+    Raises UserError if `pictures` has images that are not on it, or have another label there, or if it is damaged.
+    """
+    path = next(iter(sorted(directory.glob(f"{PREFIX}*{SUFFIX}"))), None)
+    if path is None or path == _path(directory, pictures):
+        return pictures
+    try:
+        names, labels = json.loads(gzip.decompress(path.read_bytes()))
+    except (OSError, EOFError, ValueError, zlib.error) as error:
+        raise UserError(f"cannot read {path}: {error}.  Delete {directory.parent}, and begin anew") from error
+    known = dict(zip(names, labels, strict=True))
+    for i in range(len(pictures)):
+        name, label = pictures.name(i), pictures.label(i)
+        if known.get(name) != label:
+            told = "which is new" if name not in known else f"now of label {label}, {known[name]} before"
+            raise UserError(
+                f"{directory.parent} was begun with other images: there is {name}, {told}.  Set them back, or name a "
+                "new directory"
+            )
+    begun = Begun(pictures, names, labels, path.name.removeprefix(PREFIX).removesuffix(SUFFIX))
+    gone = known.keys() - {pictures.name(i) for i in range(len(pictures))}
+    logging.warning(
+        "%d images were removed since %s was begun, %s for one: those not yet in it are left out",
+        len(gone), directory.parent, min(gone),
+    )  # fmt: skip
+    return begun
+
+
+def keep(directory: pathlib.Path, pictures: Pictures) -> None:
+    """Keep the list of the images of a folder or zip in a directory, atomically, unless there is one.
+
+    Raises UserError if it cannot be written.
+    """
+    path = _path(directory, pictures)
+    if not isinstance(pictures, FilePictures) or path.exists():
+        return
+    indices = range(len(pictures))
+    content = json.dumps([[pictures.name(i) for i in indices], [pictures.label(i) for i in indices]])
+    unfinished = path.with_name(f".{uuid.uuid4().hex}")
+    try:
+        directory.mkdir(exist_ok=True)
+        unfinished.write_bytes(gzip.compress(content.encode(), mtime=0))
+        os.replace(unfinished, path)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error}.  Free the disk") from error
+
+
+def _path(directory: pathlib.Path, pictures: Pictures) -> pathlib.Path:
+    return directory / f"{PREFIX}{pictures.digest()}{SUFFIX}"

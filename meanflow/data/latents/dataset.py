@@ -1,0 +1,314 @@
+"""Latents as a dataset: of each image the moments of its posterior by an autoencoder, its label and its name.
+
+    moments        float32 [h w 2c]: the mean, then the standard deviation (not the logarithm of the variance)
+    moments_flip   the same of the mirrored image, if asked for
+    pixels         uint8 [s s 3], the image that was encoded, if asked for
+    label, name    int64, and the path within the source
+
+metadata.json has the autoencoder, the convention of its latents, their statistics and the names of the classes.
+`python -m jax_impl.encode` and `torchrun torch_impl/encode.py` make such datasets of images, `python -m
+meanflow.data.latents.importers` of
+other people's latents.
+"""
+
+import json
+import math
+import pathlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+import tensorflow_datasets as tfds
+from absl import logging
+from tqdm import tqdm
+
+from meanflow.config import latents as conventions
+from meanflow.data import records
+from meanflow.data.images import manifest, tfds_images
+from meanflow.data.images.pictures import BrokenImageError, Pictures, crop, read_ahead
+from meanflow.errors import UserError
+
+NAME = "latents"
+SHARD_SIZE = 2048  # images: of ImageNet at 256, 64 MiB
+RAW = conventions.Convention((0.0,), (1.0,))  # latents as the autoencoder makes them
+Encode = Callable[[np.ndarray], np.ndarray]
+
+
+class Plan(NamedTuple):
+    """Which latents to make of images."""
+
+    image_size: int
+    latent_shape: tuple[int, int, int]  # h w c
+    crop: str = "centre"  # of `meanflow.data.images.pictures.CROPS`
+    batch_size: int = 32
+    shard_size: int = SHARD_SIZE
+    flip: bool = False  # keep moments_flip
+    pixels: bool = False  # keep the images
+    skip_broken: bool = False  # leave out images that cannot be read
+
+
+class Job(NamedTuple):
+    """A dataset of latents to write, whatever it is made of."""
+
+    directory: pathlib.Path
+    features: tfds.features.FeaturesDict
+    shards: Sequence[range]  # the indices of the images of each
+    settings: Mapping[str, Any]  # what the records depend on
+    facts: Mapping[str, Any]  # for the metadata: vae, convention, latent_shape and others
+
+
+class Tally:
+    """Sums over the images of a shard, in float64, of which the statistics of the dataset are made."""
+
+    def __init__(self, num_channels: int):
+        self.num_images, self.num_positions, self.skipped = 0, 0, []
+        self._sum, self._squares = np.zeros(num_channels), np.zeros(num_channels)
+
+    def add(self, moments: np.ndarray) -> None:
+        """Add the moments [h w 2c] of an image."""
+        mean, std = np.split(moments.astype(np.float64), 2, axis=-1)
+        self.num_images += 1
+        self.num_positions += mean[..., 0].size
+        self._sum += mean.sum((0, 1))
+        self._squares += (mean**2 + std**2).sum((0, 1))
+
+    def note(self) -> dict[str, Any]:
+        """Return the sums as JSON values, which keep every bit."""
+        images, positions = self.num_images, self.num_positions
+        sums = {"sum": self._sum.tolist(), "squares": self._squares.tolist()}
+        return {"num_images": images, "num_positions": positions, **sums, "skipped": self.skipped}
+
+
+def features(shape: tuple[int, int, int], flip: bool, pixels: int = 0) -> tfds.features.FeaturesDict:
+    """Return the features of a dataset of latents of a shape (h w c); pixels: the side of the images, 0: not kept."""
+    tensor = {"shape": (*shape[:2], 2 * shape[2]), "dtype": np.float32, "encoding": "bytes"}
+    known: dict[str, Any] = {"moments": tfds.features.Tensor(**tensor)}
+    if flip:
+        known["moments_flip"] = tfds.features.Tensor(**tensor)
+    if pixels:
+        known["pixels"] = tfds.features.Image(shape=(pixels, pixels, 3), encoding_format="png")
+    return tfds.features.FeaturesDict({**known, "label": tfds.features.Scalar(np.int64), "name": tfds.features.Text()})
+
+
+def make(
+    directory: pathlib.Path,
+    pictures: Pictures,
+    encode: Encode,
+    plan: Plan,
+    settings: Mapping[str, Any],
+    process: int = 0,
+    num_processes: int = 1,
+) -> list[int]:
+    """Write this process's share of the latents of `pictures`, or what is missing of it.
+
+    encode: images uint8 [b s s 3] -> moments float32 [b h w 2c], see the module; always of plan.batch_size rows.
+    settings: JSON values, what `encode` depends on: `vae` (a name, which may change), `convention`
+    (`meanflow.config.latents.to_dict`) and any others; with `normalised` true, the convention becomes the one that
+    `normalising` makes of the data.
+    Batches begin with each shard: the number of processes, and kills, change nothing.  Images that are removed while
+    the dataset is not whole are left out.
+    Returns and raises as `records.begin` and `records.write`; raises UserError, too, naming an image that is of a wrong
+    size or whose moments are not finite, and BrokenImageError for one that cannot be read, unless plan.skip_broken.
+    """
+    kept = features(plan.latent_shape, plan.flip, plan.image_size if plan.pixels else 0)
+    notes = records.Layout(directory, NAME, kept, 0).note(0).parent
+    pictures = manifest.recall(notes, pictures)
+    shards = records.split_into_shards(len(pictures), plan.shard_size)
+    own = {name: getattr(plan, name) for name in ("image_size", "latent_shape", "crop", "flip", "pixels")}
+    about = {"images": pictures.digest(), "num_images": len(pictures), "shard_size": plan.shard_size}
+    depends = {name: value for name, value in settings.items() if name != "vae"}  # of which a digest is the content
+    facts = {**settings, **own, "classes": list(pictures.classes)}
+    job = Job(directory, kept, shards, {**depends, **own, **about}, facts)
+
+    def of_shard(indices: range, skipped: list[str]) -> Iterator[dict[str, Any]]:
+        manifest.keep(notes, pictures)
+        return _encode(pictures, encode, plan, indices, skipped)
+
+    return write(job, of_shard, process, num_processes)
+
+
+def write(
+    job: Job,
+    of_shard: Callable[[range, list[str]], Iterator[dict[str, Any]]],
+    process: int = 0,
+    num_processes: int = 1,
+) -> list[int]:
+    """Write this process's share of the dataset of a job, or what is missing of it, and its statistics with the last.
+
+    of_shard: from the indices of the images of a shard to its records; it adds the names that it leaves out to a list.
+    Returns and raises as `records.begin` and `records.write`; raises UserError, too, for facts without a convention, or
+    one of another number of channels.
+    """
+    layout = records.Layout(job.directory, NAME, job.features, len(job.shards))
+    num_channels = job.facts["latent_shape"][2]
+    conventions.check(conventions.from_dict(job.facts["convention"]), num_channels)
+    records.begin(layout, {"kind": NAME, **job.settings})
+    pending = sum(len(job.shards[number]) for number in records.own_shards(layout, process, num_processes))
+    disable = True if process else None  # None: unless stderr is a terminal
+    with tqdm(total=pending, desc="latents", unit="image", disable=disable) as bar:
+
+        def tallied(number: int) -> Iterator[dict[str, Any]]:
+            tally = Tally(num_channels)
+            for record in of_shard(job.shards[number], tally.skipped):
+                tally.add(record["moments"])
+                yield record
+                bar.update()
+            bar.update(len(tally.skipped))
+            records.keep_note(layout, number, tally.note())
+
+        return records.write(
+            layout, tallied, process, num_processes, lambda: _metadata(job, records.read_notes(layout))
+        )
+
+
+def _metadata(job: Job, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """Return the metadata of a dataset of the notes of its shards.
+
+    mean: of the posterior means over images and positions.  std: of samples, sqrt(Var[mean] + E[std^2]).  Mirrored
+    images do not count.
+    """
+    num_positions = sum(note["num_positions"] for note in notes)
+    mean, square = (np.sum([note[key] for note in notes], axis=0) / num_positions for key in ("sum", "squares"))
+    metadata = {
+        "kind": NAME,
+        **job.facts,
+        "num_images": sum(note["num_images"] for note in notes),
+        "skipped": [name for note in notes for name in note["skipped"]],
+        "mean": mean.tolist(),
+        "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
+    }
+    own = {"convention": conventions.to_dict(normalising(metadata))} if job.facts.get("normalised") else {}
+    return metadata | own
+
+
+def _encode(
+    pictures: Pictures, encode: Encode, plan: Plan, indices: range, skipped: list[str]
+) -> Iterator[dict[str, Any]]:
+    """Yield the records of the images of a shard that can be read."""
+    for batch in _batches(pictures, plan, indices, skipped):
+        images = np.stack([record["pixels"] for record in batch])
+        names = [record["name"] for record in batch]
+        moments = _moments(encode, images, plan, names)
+        flipped = _moments(encode, images[:, :, ::-1], plan, names) if plan.flip else None
+        for row, record in enumerate(batch):
+            record["moments"] = moments[row]
+            if flipped is not None:
+                record["moments_flip"] = flipped[row]
+            if not plan.pixels:
+                del record["pixels"]
+            yield record
+
+
+def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str]) -> Iterator[list[dict[str, Any]]]:
+    """Yield {'pixels', 'label', 'name'} of the images that can be read, plan.batch_size of them at a time."""
+
+    def read(i: int) -> dict[str, Any] | BrokenImageError:
+        try:
+            image = crop(pictures.read(i), plan.image_size, plan.crop, pictures.name(i))
+        except BrokenImageError as error:
+            return error
+        name = pictures.name(i).encode(errors="backslashreplace").decode()  # a file's need not be UTF-8
+        return {"pixels": image, "label": pictures.label(i), "name": name}
+
+    batch = []
+    for i, read_one in zip(indices, read_ahead(read, indices, 2 * plan.batch_size), strict=True):
+        if isinstance(read_one, dict):
+            batch.append(read_one)
+        elif plan.skip_broken or isinstance(read_one, manifest.GoneImageError):
+            logging.warning("left out: %s", read_one)
+            skipped.append(pictures.name(i))
+        else:
+            raise BrokenImageError(f"{read_one}, or leave out such images with --skip_broken") from read_one
+        if len(batch) == plan.batch_size:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def _moments(encode: Encode, images: np.ndarray, plan: Plan, names: Sequence[str]) -> np.ndarray:
+    """Return the moments float32 [n h w 2c] of up to a batch of images."""
+    missing = plan.batch_size - len(images)  # fill up the last batch: one compilation serves all
+    padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
+    moments = np.asarray(encode(padded), np.float32)[: len(images)]
+    h, w, c = plan.latent_shape
+    if moments.shape[1:] != (h, w, 2 * c):
+        raise UserError(
+            f"the autoencoder makes moments of shape {moments.shape[1:]} of images of {plan.image_size} pixels, not "
+            f"{(h, w, 2 * c)}: set the shape of its latents"
+        )
+    for name, of_image in zip(names, moments, strict=True):
+        check_moments(of_image, name, "encode in float32, or remove the image")
+    return moments
+
+
+def check_moments(moments: np.ndarray, name: str, way_out: str) -> None:
+    """Raise UserError, with the name and the way out, for moments not finite or a standard deviation below 0."""
+    if not np.isfinite(moments).all():
+        raise UserError(f"the moments of {name} are not finite: {way_out}")
+    if moments[..., moments.shape[-1] // 2 :].min() < 0:
+        raise UserError(f"the moments of {name} have a standard deviation below 0: {way_out}")
+
+
+def read_metadata(name_or_directory: str) -> dict[str, Any] | None:
+    """Return the metadata of a dataset of latents, as `write` leaves it; None for any other dataset.
+
+    Raises UserError for one that is not complete yet, or whose files are damaged.
+    """
+    directory = pathlib.Path(name_or_directory)
+    settings = _read_json(directory / tfds_images.SETTINGS)
+    if settings is None or settings.get("kind") != NAME:
+        return None
+    metadata = _read_json(directory / records.METADATA)
+    if metadata is None or not (directory / records.FEATURES).exists():
+        raise UserError(f"dataset {directory} is not whole: run the command that writes it until it misses no shard")
+    return metadata
+
+
+def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
+    """Return the object of a JSON file; None without one."""
+    if not path.is_file():
+        return None
+    try:
+        content = json.loads(path.read_text())
+    except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
+        raise UserError(f"cannot read {path}: {error}.  Make the dataset anew") from error
+    return content if isinstance(content, dict) else None
+
+
+def sample_posterior(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
+    """Return raw latents [... c], mean + std * noise, of moments [... 2c] and unit normal noise [... c]."""
+    mean, std = np.split(moments, 2, axis=-1)
+    return mean + std * noise
+
+
+def to_data_units(raw: np.ndarray, convention: conventions.Convention) -> np.ndarray:
+    """Return raw latents [... c] in data units, (raw - shift) * scale, in their own precision.
+
+    Raises UserError for a convention of another number of channels.
+    """
+    shift, scale = _numbers(raw, convention)
+    return (raw - shift) * scale
+
+
+def to_raw(z: np.ndarray, convention: conventions.Convention) -> np.ndarray:
+    """Return latents [... c] in data units as the autoencoder decodes them.  Inverse of `to_data_units`."""
+    shift, scale = _numbers(z, convention)
+    return z / scale + shift
+
+
+def _numbers(latents: np.ndarray, convention: conventions.Convention) -> tuple[np.ndarray, np.ndarray]:
+    conventions.check(convention, latents.shape[-1])
+    return np.asarray(convention.shift, latents.dtype), np.asarray(convention.scale, latents.dtype)
+
+
+def normalising(statistics: Mapping[str, Any], std: float = 1.0) -> conventions.Convention:
+    """Return the convention in which the data have mean 0 and this standard deviation in each channel.
+
+    statistics: metadata of a dataset of latents.  Raises UserError for a channel that is constant.
+    """
+    if not all(number > 0 and math.isfinite(number) for number in statistics["std"]):
+        raise UserError(f"latents of standard deviation {statistics['std']} cannot be normalised: name a convention")
+    pixels = conventions.from_dict(statistics["convention"]).pixels
+    scale = tuple(std / number for number in statistics["std"])
+    return conventions.Convention(tuple(statistics["mean"]), scale, pixels)

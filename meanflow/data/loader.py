@@ -1,0 +1,278 @@
+"""Loads batches for training, and whole splits for evaluation.
+
+The order of the examples is one function of config.seed: neither the number of processes nor that of loader workers
+changes it, so both trainers, on any number of devices, see the same global batches.
+"""
+
+import functools
+import json
+import math
+import re
+from collections.abc import Callable, Iterator
+
+import grain
+import numpy as np
+from absl import flags, logging
+
+from meanflow import signals
+from meanflow.config import options as base
+from meanflow.data import augment
+from meanflow.data.examples import open_examples, posterior, shape_of
+from meanflow.data.images import tfds_images
+from meanflow.errors import UserError
+
+FLIP_PROB = 0.5
+# Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
+READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
+BATCHES_PER_WORKER = 2
+ENDLESS = 2**53  # rows of all epochs; Grain computes the number of batches in floating point
+LOST = re.compile(r"Worker process was terminated unexpectedly with exit code (-?\d+)")  # Grain's message
+
+
+class Loader(Iterator):
+    """Endless batches of one process; made by `make_loader`.
+
+    Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}, and with config.data.augment
+    'augment': float32 [b k], the labels of the augmentation.  With config.model.repa_dims there is 'features' too:
+    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders joined along d.  With
+    config.method.name=rectified there is 'noise', float32 [b h w c], of which a flow model made the images.
+    """
+
+    def __init__(
+        self,
+        batches: grain.MapDataset,
+        identity: dict[str, int | str],
+        num_workers: int,
+        encode: Callable[[np.ndarray], np.ndarray] | None = None,
+    ):
+        """batches: those of this process, by step.  identity: what the order depends on, kept in the state; the
+            path of the data does not count, since they may move.
+
+        encode: makes the features of `pixels` or else of `image`; None: as the batches are.
+        """
+        self._batches = batches
+        self._identity = identity
+        self._num_workers = num_workers
+        self._encode = encode
+        self._step = 0
+        self._iterator = None
+
+    def __next__(self) -> dict[str, np.ndarray]:
+        """Return the next batch.  Raises UserError for a record that does not fit, and if a worker process has died."""
+        try:
+            batch = self._read()
+        except RuntimeError as error:
+            lost = LOST.search(str(error))
+            if not lost:
+                raise
+            self._do_without(int(lost[1]))
+            batch = self._read()
+        self._step += 1
+        # Worker processes hand over Grain's own subclass; a plain view of it keeps the shared memory alive.
+        batch = {key: np.asarray(value) for key, value in batch.items()}
+        if self._encode:
+            batch["features"] = self._encode(batch.pop("pixels", batch["image"]))
+        return batch
+
+    def get_state(self) -> str:
+        """Return the position after the last batch returned, as JSON text; the same in every process."""
+        return json.dumps({"step": self._step} | self._identity)
+
+    def set_state(self, state: str) -> None:
+        """Continue exactly after the batch at which `state` was taken, whatever the number of processes or workers.
+
+        Raises UserError if `state` is of another split, length, seed or global batch size.
+        """
+        saved = json.loads(state)
+        for key, value in self._identity.items():
+            if saved.get(key, value) != value:  # a checkpoint of an older version may lack one
+                raise UserError(
+                    f"the checkpoint's loader had {key} {saved[key]!r}, this run has {value!r}: set it back, or start "
+                    "a new work directory"
+                )
+        self.close()
+        self._step = saved["step"]
+
+    def close(self) -> None:
+        """Stop the threads and worker processes; the next batch would start them again."""
+        if self._iterator is not None:
+            self._iterator.close()
+            self._iterator = None
+
+    def _read(self) -> dict[str, np.ndarray]:
+        if self._iterator is not None:
+            return next(self._iterator)
+        with signals.sheltered():
+            self._iterator = self._start()
+            return next(self._iterator)
+
+    def _do_without(self, code: int) -> None:
+        """Read in this process from now on, if the run is to end anyway.  code: exit code of a worker that died."""
+        if not signals.asked() and -code not in signals.STOP:
+            reason = f"signal {-code}" if code < 0 else f"exit code {code}"
+            raise UserError(
+                f"a process that loads data died ({reason}); if memory ran out, use fewer: --config.data.num_workers="
+                f"{self._num_workers // 2}"
+            )
+        logging.warning("a process that loads data died of the signal to stop; reading without it")
+        self.close()
+        self._num_workers = 0
+
+    def _start(self) -> grain.DatasetIterator:
+        # A batch is a function of its step alone, so that resuming is slicing and needs no state of Grain's.
+        batches = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
+        if self._num_workers > 0:
+            if not flags.FLAGS.is_parsed():
+                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they have their defaults
+            options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
+            batches = batches.mp_prefetch(options, signals.end_with_parent)
+        return iter(batches)
+
+
+def make_loader(config: base.Config, batch_size: int, process: int = 0, num_processes: int = 1) -> Loader:
+    """Return the training batches of process `process` of `num_processes`.
+
+    batch_size: global; each process receives batch_size / num_processes rows.
+    With b rows a process, the batch of process p at step k is rows [p b, (p+1) b) of global batch k: concatenated over
+    the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
+    and batches run across the ends of epochs, so that no example is dropped.
+    Latents are drawn anew from their moments each time.  config.data.flip takes the stored moments of the mirrored
+    image where there are any, and else mirrors arrays as they are; the mirror image of a latent is only nearly the
+    latent of the mirror image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and
+    is for pixels.
+    With config.model.repa_dims the dataset has `features` beside the images, or config.data.encoder makes them, of the
+    images that the network sees or, if these are neither grey nor RGB, of the `pixels` beside them.  It runs in this
+    process on the rows of this process: their number changes its features by rounding.  With
+    config.method.name=rectified the dataset has `noise` beside the images, and both are mirrored together.
+    Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
+    data.augment, empty split, whatever `open_source` and `encoder.load` raise, data.augment with what is stored beside
+    the images; while iterating, for a record that does not fit config.model, or channels that it cannot change.
+    """
+    if batch_size <= 0 or batch_size % num_processes:
+        raise UserError(
+            f"a batch of {batch_size} (config.train.batch_size) cannot be divided among {num_processes} processes: "
+            "set a multiple"
+        )
+    if not 0 <= config.seed < 2**32:
+        raise UserError(f"config.seed is {config.seed}; it must be in [0, 2^32)")
+    num_labels = augment.num_labels(config.data.augment)
+    if config.data.augment.prob > 0 and config.model.augment_dim not in (0, num_labels):
+        raise UserError(
+            f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
+            f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not told of them"
+        )
+    extra, encode = _extra(config), _load_encoder(config)
+    examples = open_examples(config, config.data.split, extra)
+    identity = {
+        "split": config.data.split,
+        "num_examples": len(examples),
+        "seed": config.seed,
+        "batch_size": batch_size,
+    }
+    rows = grain.MapDataset.source(examples).seed(config.seed).shuffle().repeat(ENDLESS // len(examples))
+    if config.data.flip:
+        rows = rows.random_map(_flip)
+    if examples.convention:
+        rows = rows.random_map(functools.partial(posterior, convention=examples.convention))
+    if config.data.augment.prob > 0:
+        rows = rows.random_map(functools.partial(_augment, c=config.data.augment))
+    batches = rows.batch(batch_size // num_processes)[process::num_processes]
+    return Loader(batches, identity, config.data.num_workers, encode)
+
+
+def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
+    """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
+
+    They are neither flipped nor augmented, and have no features.  Latents are drawn from their moments, by
+    (config.seed, index).
+    Raises UserError as `make_loader` does.
+    """
+    examples = open_examples(config, split)
+    images = np.empty((len(examples), *examples.shape), np.float32)
+    labels = np.empty(len(examples), np.int32)
+    for i in range(len(examples)):
+        rng = np.random.Generator(np.random.Philox(key=[config.seed, i]))
+        example = posterior(examples[i], rng, examples.convention)
+        images[i], labels[i] = example["image"], example["label"]
+    return images, labels
+
+
+def _has_repa(config: base.Config) -> bool:
+    return config.model.name == "dit" and len(config.model.repa_dims) > 0
+
+
+def _extra(config: base.Config) -> tfds_images.Extra | None:
+    """Return what a record is to have beside image and label; None: nothing.
+
+    Raises UserError if it would have to be augmented with the image.
+    """
+    extra = _noise(config) if config.method.name == "rectified" else _of_repa(config)
+    if extra and config.data.augment.prob > 0:
+        way_out = ", or train on pixels with --config.data.encoder" if extra.key != "noise" else ""
+        raise UserError(
+            f"config.data.augment changes the images, but not the `{extra.key}` stored beside them, of which the model "
+            f"learns: set --config.data.augment.prob=0{way_out}"
+        )
+    return extra
+
+
+def _noise(config: base.Config) -> tfds_images.Extra:
+    remedy = (
+        "config.method.name=rectified learns from couplings: make them with `python -m jax_impl.reflow` or `torchrun "
+        "torch_impl/reflow.py`, and set --config.data.name to their directory"
+    )
+    return tfds_images.Extra("noise", shape_of(config), np.floating, remedy)
+
+
+def _of_repa(config: base.Config) -> tfds_images.Extra | None:
+    c = config.model
+    if not _has_repa(config) or (config.data.encoder and c.channels in (1, 3)):
+        return None
+    if config.data.encoder:
+        remedy = (
+            f"config.data.encoder can read images of 1 or 3 channels, and these have {c.channels} "
+            "(config.model.channels): store the images that they are the latents of beside them, as `pixels`, uint8 of "
+            "shape [h w 3]; or store their `features`, and leave config.data.encoder empty"
+        )
+        return tfds_images.Extra("pixels", (None, None, 3), np.uint8, remedy)
+    remedy = (
+        "REPA learns from the features that frozen encoders have of the images: store them beside the images, "
+        "with a row for each token (config.model.input_size / config.model.patch_size, squared) and the encoders "
+        "along the last axis, as wide as config.model.repa_dims; or name one encoder by --config.data.encoder"
+    )
+    shape = ((c.input_size // c.patch_size) ** 2, sum(c.repa_dims))
+    return tfds_images.Extra("features", shape, np.floating, remedy)
+
+
+def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | None:
+    if not (_has_repa(config) and config.data.encoder):
+        return None
+    c = config.model
+    if len(c.repa_dims) > 1:
+        raise UserError(
+            f"config.model.repa_dims is {c.repa_dims}, but config.data.encoder is only one encoder: give one width, or "
+            "store the `features` of all encoders beside the images and leave config.data.encoder empty"
+        )
+    from meanflow import float32
+    from meanflow.data import features  # import PyTorch, which the JAX trainer has no other use for
+
+    float32.set_precision(config.train.matmul_precision)
+    return features.load(config.data.encoder, c.input_size // c.patch_size, sum(c.repa_dims))
+
+
+def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:
+    if rng.random() >= FLIP_PROB:
+        return example
+    mirrored = {key: example[key][:, ::-1] for key in ("image", "moments", "noise", "pixels") if key in example}
+    if "moments_flip" in example:
+        mirrored["moments"] = example["moments_flip"]
+    if "features" in example:
+        tokens = example["features"]
+        grid = math.isqrt(len(tokens))
+        mirrored["features"] = tokens.reshape(grid, grid, -1)[:, ::-1].reshape(tokens.shape)
+    return example | mirrored
+
+
+def _augment(example: dict[str, np.ndarray], rng: np.random.Generator, c: base.Config) -> dict[str, np.ndarray]:
+    images, labels = augment.augment(example["image"][None], augment.draw(rng, 1), c)
+    return example | {"image": images[0], "augment": labels[0]}

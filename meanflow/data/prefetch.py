@@ -1,0 +1,62 @@
+"""Puts batches on the device ahead of their step, so that reading and transfer take no time of it."""
+
+import collections
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from typing import Any
+
+import numpy as np
+
+from meanflow.data.loader import Loader
+
+
+class Ahead(Iterator):
+    """The batches of a loader, in its order, as `put` makes them: read and put by a thread, `depth` ahead.
+
+    An error in the thread, such as the loader's UserError, is raised for the batch at which it happened.  `depth` + 1
+    batches are on the device at once.
+    """
+
+    def __init__(self, loader: Loader, put: Callable[[dict[str, np.ndarray]], Any], depth: int = 2):
+        """depth: 0 reads each batch when it is asked for, without a thread."""
+        self._loader, self._put, self._depth = loader, put, depth
+        self._state = loader.get_state()
+        self._thread = None
+        self._pending = collections.deque()
+
+    def __next__(self) -> Any:
+        if self._depth == 0:
+            batch, self._state = self._read()
+            return batch
+        if self._thread is None:
+            self._thread = futures.ThreadPoolExecutor(1, "ahead")
+        while len(self._pending) <= self._depth:
+            self._pending.append(self._thread.submit(self._read))
+        batch, self._state = self._pending.popleft().result()
+        return batch
+
+    def get_state(self) -> str:
+        """Return the loader's state after the last batch returned, whatever has been read ahead."""
+        return self._state
+
+    def set_state(self, state: str) -> None:
+        """Continue exactly after the batch at which `state` was taken.  Raises what the loader's `set_state` raises."""
+        self.close()
+        self._loader.set_state(state)
+        self._state = self._loader.get_state()
+
+    def close(self) -> None:
+        """Stop the thread, once it has read the batch at hand, and close the loader.
+
+        The next batch would start both again, after the last one returned.
+        """
+        if self._thread is not None:
+            self._thread.shutdown(cancel_futures=True)
+            self._thread = None
+            self._pending.clear()
+            self._loader.set_state(self._state)  # forget what was read ahead
+        self._loader.close()
+
+    def _read(self) -> tuple[Any, str]:
+        batch = self._put(next(self._loader))
+        return batch, self._loader.get_state()

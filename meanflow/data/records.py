@@ -1,0 +1,261 @@
+"""Writes a dataset of ArrayRecord shards in TFDS's layout, by any number of processes, each of which may be killed.
+
+    DIRECTORY/settings.json     what the records depend on, once the first process has started
+    DIRECTORY/NAME-SPLIT.array_record-00000-of-00010 ...     shards, each whole from the moment it is there
+    DIRECTORY/metadata.json, dataset_info.json, features.json     once all shards are there
+    DIRECTORY/.NAME-SPLIT.notes/00000.json ...     notes on shards, for the metadata; gone once these are there
+
+`tfds_images.open_source(DIRECTORY, SPLIT, "")` reads it.  To go on after a kill is to do the same again.
+"""
+
+import contextlib
+import json
+import os
+import pathlib
+import shutil
+import tempfile
+import uuid
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any, NamedTuple
+
+import tensorflow_datasets as tfds
+from absl import logging
+from array_record.python import array_record_module  # pyright: ignore  # compiled, without types
+from tensorflow_datasets.core import example_serializer
+
+from meanflow.data.images import tfds_images
+from meanflow.errors import UserError
+
+METADATA, FEATURES = "metadata.json", "features.json"
+VERSION = "1.0.0"
+OPTIONS = "group_size:1"  # as TFDS writes them: each record can be read alone
+
+
+class Layout(NamedTuple):
+    """The files of a dataset with one split."""
+
+    directory: pathlib.Path
+    name: str  # of the dataset: lower case, digits and underscores
+    features: tfds.features.FeaturesDict
+    num_shards: int
+    split: str = "train"
+
+    def shard(self, number: int) -> pathlib.Path:
+        """Return the path of a shard."""
+        template = _template(self)
+        return self.directory / template.sharded_filepath(shard_index=number, num_shards=self.num_shards).name
+
+    def note(self, number: int) -> pathlib.Path:
+        """Return the path of the note on a shard, see `keep_note`."""
+        return self.directory / f".{self.name}-{self.split}.notes" / f"{number:05}.json"
+
+    def missing(self) -> list[int]:
+        """Return the numbers of the shards that are not there."""
+        return [number for number in range(self.num_shards) if not self.shard(number).exists()]
+
+
+def split_into_shards(num_records: int, shard_size: int) -> list[range]:
+    """Return the indices of the records of each shard, `shard_size` but for the last one."""
+    return [range(start, min(start + shard_size, num_records)) for start in range(0, num_records, shard_size)]
+
+
+def own_shards(layout: Layout, process: int, num_processes: int) -> list[int]:
+    """Return the numbers of the missing shards that process `process` of `num_processes` is to write."""
+    return [number for number in layout.missing() if number % num_processes == process]
+
+
+def begin(layout: Layout, settings: Mapping[str, Any]) -> None:
+    """Make the directory and keep in it what the records depend on (JSON values), or compare with what is there.
+
+    Raises UserError naming the settings that differ, for a directory of other files, or one that cannot be written.
+    """
+    settings = json.loads(json.dumps({**settings, "num_shards": layout.num_shards}))
+    path = layout.directory / tfds_images.SETTINGS
+    with _writing(layout.directory):
+        layout.directory.mkdir(parents=True, exist_ok=True)
+        there = [entry.name for entry in layout.directory.iterdir() if not entry.name.startswith(".")]
+        if there and path.name not in there and not path.exists():
+            raise UserError(f"{layout.directory} holds other files, {min(there)} for one: name a new directory")
+        _create(path, json.dumps(settings, indent=2) + "\n")
+        text = path.read_text()
+    try:
+        old = json.loads(text)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{path} is damaged: {error}.  Put back a copy of it, or name a new directory") from error
+    differing = [key for key in {**settings, **old} if settings.get(key) != old.get(key)]
+    if differing:
+        shown = ", ".join(f"{key} ({old.get(key)!r} there, {settings.get(key)!r} here)" for key in differing)
+        raise UserError(
+            f"{layout.directory} was begun with other settings: {shown}.  Set them back, or name a new directory"
+        )
+
+
+def write(
+    layout: Layout,
+    records: Callable[[int], Iterable[Mapping[str, Any]]],
+    process: int = 0,
+    num_processes: int = 1,
+    metadata: Any = None,
+) -> list[int]:
+    """Write this process's missing shards, and, once there are all shards, what makes them a dataset.
+
+    Call `begin` first.  records: from the number of a shard to its records; the same in whichever process.
+    metadata: JSON value, kept beside the shards, or a function without arguments that returns it once all shards are
+    there.  Returns the numbers of the shards that others have still to write: nobody waits for them, the process that
+    ends last completes the dataset, and if it was killed, any that comes after.
+    Raises UserError for a directory that cannot be written, or if all shards are empty.
+    """
+    for number in own_shards(layout, process, num_processes):
+        num_records = _write_shard(layout, number, records(number))
+        logging.info("%s: %d records", layout.shard(number).name, num_records)
+    missing = layout.missing()
+    if not missing:
+        if not (layout.directory / FEATURES).exists():
+            _complete(layout, metadata)
+        for path in layout.directory.glob(f".{layout.name}-{layout.split}.*"):  # notes, and of processes killed
+            shutil.rmtree(path, ignore_errors=True)
+    return missing
+
+
+def announce(directory: str, missing: list[int]) -> None:
+    """Say what `write` returned: print the directory of a whole dataset, or log what is missing of it."""
+    if missing:
+        logging.info(
+            "%s misses %d shards, the first is %d.  Processes still at work write them; if none is, run the command "
+            "again", directory, len(missing), missing[0],
+        )  # fmt: skip
+    else:
+        print(directory)
+
+
+def keep_note(layout: Layout, number: int, note: Any) -> None:
+    """Keep a JSON value on a shard until the dataset is complete.
+
+    Call it as the last thing that the iterator of the shard's records does: a shard that is there then has its note.
+    Raises UserError for a directory that cannot be written.
+    """
+    path = layout.note(number)
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    with _writing(layout.directory):
+        path.parent.mkdir(exist_ok=True)
+        with open(unfinished, "w") as file:
+            file.write(json.dumps(note) + "\n")
+            file.flush()
+            os.fsync(file.fileno())
+        unfinished.replace(path)
+
+
+def read_notes(layout: Layout) -> list[Any]:
+    """Return the notes on all shards, in their order.  Raises UserError naming a shard whose note is not there."""
+    notes = []
+    for number in range(layout.num_shards):
+        try:
+            notes.append(json.loads(layout.note(number).read_text()))
+        except (OSError, json.JSONDecodeError) as error:
+            raise UserError(
+                f"{layout.shard(number)} has no note in {layout.note(number)}: delete both, and run the command again"
+            ) from error
+    return notes
+
+
+def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any]]) -> int:
+    """Write a shard under a name of its own, and rename it when it is whole.  Returns the number of its records."""
+    specs: Any = layout.features.get_serialized_info()
+    serializer = example_serializer.ExampleSerializer(specs)
+    final, count = layout.shard(number), 0
+    with _unfinished(layout, final.name) as directory:
+        path = directory / final.name
+        with _writing(layout.directory):
+            writer = array_record_module.ArrayRecordWriter(str(path), OPTIONS)
+        for record in records:
+            example = serializer.get_tf_example(layout.features.encode_example(record))
+            with _writing(layout.directory):
+                writer.write(example.SerializeToString(deterministic=True))  # as features.serialize_example is not
+            count += 1
+        with _writing(layout.directory):
+            writer.close()
+            with open(path, "rb") as file:  # on the disk before it is there by name, should the machine stop
+                os.fsync(file.fileno())
+            path.replace(final)
+    return count
+
+
+def _complete(layout: Layout, metadata: Any) -> None:
+    """Write the metadata, features.json last: with it the directory is a dataset."""
+    shards = [layout.shard(number) for number in range(layout.num_shards)]
+    lengths = [_num_records(shard) for shard in shards]
+    if not any(lengths):
+        raise UserError(f"the {len(shards)} shards of {layout.directory} have no record: nothing was kept")
+    try:
+        content = metadata() if callable(metadata) else metadata
+    except UserError:
+        if (layout.directory / FEATURES).exists():  # another process was faster, and has cleared the notes away
+            return
+        raise
+    identity = tfds.core.DatasetIdentity(layout.name, tfds.core.Version(VERSION), str(layout.directory), "")
+    info = tfds.core.DatasetInfo(builder=identity, features=layout.features)
+    num_bytes = sum(shard.stat().st_size for shard in shards)
+    split = tfds.core.SplitInfo(
+        name=layout.split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=_template(layout)
+    )
+    info.set_file_format(tfds_images.FILE_FORMAT)
+    info.set_splits(tfds.core.SplitDict([split]))
+    with _writing(layout.directory), _unfinished(layout, METADATA) as directory:
+        info.write_to_directory(directory)
+        (directory / METADATA).write_text(json.dumps(content, indent=2) + "\n")
+        for path in sorted(directory.iterdir(), key=lambda path: path.name == FEATURES):
+            path.replace(layout.directory / path.name)
+
+
+def _num_records(shard: pathlib.Path) -> int:
+    try:
+        reader = array_record_module.ArrayRecordReader(str(shard))
+        try:
+            return reader.num_records()
+        finally:
+            reader.close()
+    except (RuntimeError, ValueError) as error:
+        raise UserError(f"{shard} is damaged ({error}): delete it, and run the command again") from error
+
+
+def _template(layout: Layout) -> tfds.core.ShardedFileTemplate:
+    return tfds.core.ShardedFileTemplate(
+        data_dir=layout.directory,  # pyright: ignore  # any path will do
+        dataset_name=layout.name,
+        split=layout.split,
+        filetype_suffix=tfds_images.FILE_FORMAT,
+    )
+
+
+def _create(path: pathlib.Path, text: str) -> None:
+    """Write a file, whole at once, unless it is there already; of several processes the first one does."""
+    unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
+    unfinished.write_text(text)
+    try:
+        os.link(unfinished, path)
+    except FileExistsError:
+        pass
+    except OSError:  # a file system without hard links
+        with contextlib.suppress(FileExistsError), open(path, "x") as file:
+            file.write(text)
+    unfinished.unlink()
+
+
+@contextlib.contextmanager
+def _unfinished(layout: Layout, name: str) -> Iterator[pathlib.Path]:
+    """Make a directory, hidden beside the shards, for what is not whole yet; it goes in the end, with what is left."""
+    with _writing(layout.directory):
+        unfinished = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=layout.directory)
+    with unfinished as path:
+        yield pathlib.Path(path)
+
+
+@contextlib.contextmanager
+def _writing(directory: pathlib.Path) -> Iterator[None]:
+    """Turn an error of the disk into one that the user can mend; ArrayRecord raises RuntimeError for it."""
+    try:
+        yield
+    except (OSError, RuntimeError) as error:
+        raise UserError(
+            f"cannot write {directory}: {error}.  Free the disk, or name a directory that you can write"
+        ) from error

@@ -1,0 +1,61 @@
+"""Writes files so that a reader never sees half of one."""
+
+import contextlib
+import errno
+import os
+import pathlib
+import tempfile
+
+from meanflow.errors import UserError
+
+ROOM = 2**16  # bytes: a disk that takes no more is full
+
+
+def check_writable(path: str | os.PathLike) -> None:
+    """Raise UserError if a file could not be written now; call it before the work of which it is the result.
+
+    Leaves nothing behind; a directory that the file needs is not made.
+    """
+    path = pathlib.Path(path)
+    try:
+        if path.is_dir():
+            raise IsADirectoryError(errno.EISDIR, os.strerror(errno.EISDIR))
+        folder = next(folder for folder in path.absolute().parents if folder.exists())
+        with tempfile.TemporaryFile(dir=folder) as file:
+            file.write(bytes(ROOM))
+            file.flush()
+    except OSError as error:
+        raise cannot_write(path, error) from error
+
+
+def replace_text(path: str | os.PathLike, text: str) -> None:
+    """Make `text` the content of `path`, atomically; parent directories are made.
+
+    Raises UserError if the path cannot be written.
+    """
+    replace_bytes(path, text.encode())
+
+
+def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
+    """Make `content` that of `path`, atomically; parent directories are made.
+
+    Raises UserError if the path cannot be written.
+    """
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        with open(unfinished, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())  # else a power loss may leave an empty file
+        os.replace(unfinished, path)
+    except OSError as error:
+        with contextlib.suppress(OSError):
+            unfinished.unlink()
+        raise cannot_write(path, error) from error
+
+
+def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
+    """Return the error to raise where `path` could not be written."""
+    return UserError(f"cannot write {path}: {error.strerror or error}.  Free the disk, or choose a path you can write.")

@@ -1,0 +1,1 @@
+"""What samples are worth: distances, scores and reference statistics.  Imports `config` and `weights`."""

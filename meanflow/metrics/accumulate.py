@@ -1,0 +1,244 @@
+"""From features of generated images, in batches and on any number of processes, to the values of metrics."""
+
+import io
+from collections.abc import Collection, Iterable, Mapping
+
+import numpy as np
+from absl import logging
+
+from meanflow.config.rules import METRICS
+from meanflow.errors import UserError
+from meanflow.metrics import preprocessing
+from meanflow.metrics import scores as measures
+from meanflow.metrics.moments import Moments
+from meanflow.metrics.references import Reference
+
+FEATURES = {"fid": "pool", "is": "logits", "kid": "pool", "pr": "pool", "fd_dinov2": "dino"}
+BY_MOMENTS = ("fid", "fd_dinov2")  # the others need every row
+BY_ROWS = ("kid", "pr")  # compare with every row of the real images, too
+KID_SUBSET = 1000  # rows
+LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images
+UNBIASED = 10_000  # samples from which on the bias of a Fréchet distance is small; papers take 50 000
+
+
+def needs(metrics: Iterable[str]) -> set[str]:
+    """Return which of the features pool, logits (both of Inception) and dino the metrics are made of.
+
+    Raises UserError for a metric that is none of `METRICS`.
+    """
+    unknown = sorted(set(metrics) - set(METRICS))
+    if unknown:
+        raise UserError(f"{', '.join(unknown)}: no metric of that name; there are {', '.join(METRICS)}")
+    return {FEATURES[metric] for metric in metrics}
+
+
+class Collector:
+    """What the metrics need of the samples: moments of their features, and the features where moments do not do."""
+
+    def __init__(self, metrics: Iterable[str], keep: Collection[str] = (), chosen: np.ndarray | None = None):
+        """metrics: some of `METRICS`, else UserError.  keep: features whose rows to hold, needed or not.
+
+        chosen: indices of the samples whose rows are held; None: of all.
+        """
+        self.metrics = tuple(metrics)
+        self.features = needs(self.metrics) | set(keep)
+        with_rows = {FEATURES[metric] for metric in self.metrics if metric not in BY_MOMENTS} | set(keep)
+        self.moments = {name: Moments() for name in sorted(self.features - {"logits"})}
+        self._rows: dict[str, list[np.ndarray]] = {name: [] for name in sorted(with_rows)}
+        self._indices: list[np.ndarray] = []
+        self._chosen = chosen
+        self._row_indices: list[np.ndarray] = []
+
+    @property
+    def count(self) -> int:
+        """The number of samples."""
+        return sum(map(len, self._indices))
+
+    @property
+    def kept(self) -> set[str]:
+        """The features of which it holds the rows."""
+        return set(self._rows)
+
+    def add(self, features: dict[str, np.ndarray], indices: np.ndarray) -> None:
+        """Take in the features of a batch: {name: [b d]}, at least those of `self.features`; others are not read.
+
+        indices [b]: which samples these are, in any order; each sample once.
+        Raises UserError if some are not finite, ValueError for missing features or numbers of rows that differ.
+        """
+        indices = np.asarray(indices, np.int64)
+        for name in sorted(self.features):
+            if name not in features or features[name].shape[:1] != indices.shape or features[name].ndim != 2:
+                shapes = {key: rows.shape for key, rows in features.items()}
+                raise ValueError(f"expected {len(indices)} rows of {name} features, not {shapes}")
+            if not np.isfinite(features[name]).all():
+                raise UserError(
+                    f"some {name} features are not finite: the model has diverged, or the weights of the network that "
+                    "makes the features are damaged"
+                )
+        for name, moments in self.moments.items():
+            moments.add(features[name])
+        held = np.ones(len(indices), bool) if self._chosen is None else np.isin(indices, self._chosen)
+        for name, parts in self._rows.items():
+            parts.append(np.array(features[name][held], np.float32))
+        self._indices.append(indices)
+        self._row_indices.append(indices[held])
+
+    def rows(self, name: str) -> np.ndarray:
+        """Return the features [n d] float32 of the samples in the order of their indices; KeyError if not held."""
+        return self._all_rows(name)[np.argsort(joined(self._row_indices))]
+
+    def to_bytes(self) -> bytes:
+        """Return all that was taken in, as an .npz for `merge` in another process."""
+        arrays = {"indices": joined(self._indices), "row_indices": joined(self._row_indices)}
+        for name, moments in self.moments.items():
+            arrays |= {f"moments/{name}/{key}": array for key, array in moments.to_arrays().items()}
+        arrays |= {f"rows/{name}": self._all_rows(name) for name in self._rows}
+        buffer = io.BytesIO()
+        np.savez(buffer, allow_pickle=False, **arrays)
+        return buffer.getvalue()
+
+    @classmethod
+    def merge(cls, parts: Iterable[bytes], metrics: Iterable[str]) -> "Collector":
+        """Return one collector of what the `to_bytes` of several hold, all made with the same arguments.
+
+        Rows come out the same whatever the number of processes, moments but for rounding.
+        Raises UserError if a sample is in them twice.
+        """
+        merged = cls(metrics)
+        for part in parts:
+            with np.load(io.BytesIO(part), allow_pickle=False) as file:
+                merged._take({key: file[key] for key in file.files})
+        indices = joined(merged._indices)
+        if len(np.unique(indices)) < len(indices):
+            raise UserError(
+                f"{len(indices) - len(np.unique(indices))} of {len(indices)} samples were counted twice: give every "
+                "process samples of its own"
+            )
+        return merged
+
+    def _take(self, arrays: dict[str, np.ndarray]) -> None:
+        self._indices.append(arrays["indices"])
+        self._row_indices.append(arrays["row_indices"])
+        for name in sorted({key.split("/")[1] for key in arrays if key.startswith("moments/")}):
+            prefix = f"moments/{name}/"
+            values = {key.removeprefix(prefix): array for key, array in arrays.items() if key.startswith(prefix)}
+            self.moments.setdefault(name, Moments()).merge(Moments.from_arrays(values))
+        for key in arrays:
+            if key.startswith("rows/"):
+                self._rows.setdefault(key.removeprefix("rows/"), []).append(arrays[key])
+
+    def _all_rows(self, name: str) -> np.ndarray:
+        parts = [part for part in self._rows[name] if len(part)]  # a process without samples knows no width
+        return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
+
+
+def joined(indices: list[np.ndarray]) -> np.ndarray:
+    """Return the indices of all batches; there may be none."""
+    return np.concatenate([np.zeros(0, np.int64), *indices])
+
+
+def results(collector: Collector, references: dict[str, Reference], convention: str) -> dict[str, float]:
+    """Return the values of the collector's metrics.
+
+    fid; is: inception_score, inception_score_std; kid: kid, kid_std; pr: precision, recall; fd_dinov2.
+    references: statistics of the real images by metric; the Inception score needs none.
+    convention: of the images that the features are of (see `conventions`).  KID draws subsets of 1000 rows, or as
+    many as the smaller set has.
+    Raises UserError for a reference that is missing, of other features, or without those that a metric needs.
+    """
+    distances = [metric for metric in collector.metrics if metric in BY_MOMENTS]
+    if distances and collector.count < UNBIASED:
+        logging.warning(
+            "%s of %d samples is biased upwards: compare it only with that of as many; papers take 50000",
+            " and ".join(distances), collector.count,
+        )  # fmt: skip
+    values = {}
+    for metric in collector.metrics:
+        if metric == "is":
+            values |= _inception_score(collector, convention)
+            continue
+        reference = _reference(metric, collector, references)
+        if metric in BY_MOMENTS:
+            values[metric] = _frechet_distance(metric, collector, reference)
+        else:
+            values |= _by_rows(metric, collector, reference)
+    return values
+
+
+def to_reference(
+    collector: Collector, metric: str, convention: str, image_size: tuple[int, int] | None = None
+) -> Reference:
+    """Return the statistics of real images that `metric`, any but `is`, compares with; features if they are kept.
+
+    image_size: height and width of the images, kept in it.  Raises UserError for fewer than two images.
+    """
+    name = FEATURES[metric]
+    moments, rows = collector.moments[name], collector.rows(name) if name in collector.kept else None
+    return Reference(moments.mean, moments.covariance, moments.count, rows, convention, image_size)
+
+
+def _reference(metric: str, collector: Collector, references: dict[str, Reference]) -> Reference:
+    if metric not in references:
+        raise UserError(f"{metric} compares with real images: give their statistics, or make them by --make_reference")
+    reference = references[metric]
+    check_width(metric, reference, len(collector.moments[FEATURES[metric]].mean))
+    return reference
+
+
+def check_width(metric: str, reference: Reference, width: int) -> None:
+    """Raise UserError unless a reference is of as many features as the images have."""
+    if len(reference.mean) != width:
+        raise UserError(
+            f"the reference statistics for {metric} are of {len(reference.mean)} features, but the images have "
+            f"{width} of {FEATURES[metric]}: give those of the same network, or make them by --make_reference"
+        )
+
+
+def check_numbers(metrics: Iterable[str], num: int, references: Mapping[str, Reference]) -> None:
+    """Raise UserError naming a metric that `num` images, or the real ones whose features are kept, are too few for."""
+    for metric in metrics:
+        features = references[metric].features if metric in references else None
+        for what, there in (("samples", num), ("real images", num if features is None else len(features))):
+            if there < LEAST[metric]:
+                raise UserError(
+                    f"{metric} needs {LEAST[metric]} {what} or more, and there are {there}: use more, or leave it out "
+                    "of the --metrics"
+                )
+
+
+def check_size(metric: str, reference: Reference, size: tuple[int, int]) -> None:
+    """Raise UserError if the real images had another height and width than the generated ones, (h, w)."""
+    if reference.image_size not in (None, size):
+        theirs, ours = (" x ".join(map(str, a)) for a in (reference.image_size, size))
+        raise UserError(
+            f"the reference statistics for {metric} are of images of {theirs} pixels, the images have {ours} (h x w): "
+            f"give those of that size, or make them by --make_reference with --image_size={size[0]}"
+        )
+
+
+def _frechet_distance(metric: str, collector: Collector, reference: Reference) -> float:
+    moments = collector.moments[FEATURES[metric]]
+    return measures.frechet_distance_of(moments.mean, moments.covariance, reference.mean, reference.covariance)
+
+
+def _inception_score(collector: Collector, convention: str) -> dict[str, float]:
+    how = preprocessing.get(convention).score
+    mean, std = measures.inception_score(collector.rows("logits"), convention=how)
+    return {"inception_score": mean, "inception_score_std": std}
+
+
+def _by_rows(metric: str, collector: Collector, reference: Reference) -> dict[str, float]:
+    if reference.features is None:
+        raise UserError(
+            f"{metric} needs the features of the real images, and the reference has only their mean and covariance: "
+            f"make one with --make_reference and {metric} among the metrics"
+        )
+    rows = collector.rows(FEATURES[metric])
+    if metric == "pr":
+        precision, recall, _ = measures.precision_recall(rows, reference.features)
+        return {"precision": precision, "recall": recall}
+    size = min(KID_SUBSET, len(rows), len(reference.features))
+    if size < KID_SUBSET:
+        logging.warning("KID is of subsets of %d samples, not %d: there are no more", size, KID_SUBSET)
+    mean, std = measures.kernel_distance(rows, reference.features, subset_size=size)
+    return {"kid": mean, "kid_std": std}

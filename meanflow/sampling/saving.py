@@ -1,0 +1,76 @@
+"""Saves generated images one by one: as PNG files, or as one .npz in the layout of ADM's evaluator."""
+
+import io
+import json
+import pathlib
+import re
+
+import numpy as np
+
+from meanflow import files
+from meanflow.commands.framework import Place, gather_rows, pack
+
+KINDS = ("png", "npz")
+INDEX = "dataset.json"  # labels of the PNG files, in EDM2's layout
+
+
+class Saver:
+    """Takes the images of this process batch by batch; made anew for each set of samples.
+
+    png: DIRECTORY/000123.png for sample 123, and dataset.json with {"labels": [["000123.png", label], ...]}.
+    npz: DIRECTORY/samples_uint8.npz with arr_0 uint8 [n h w c] and arr_1 the labels, all held in memory until then,
+    and those of all processes in that of the first.
+    """
+
+    def __init__(self, directory: pathlib.Path, kind: str):
+        """kind: of `KINDS`.  Raises UserError if the directory cannot be made."""
+        self.directory, self.kind = directory, kind
+        self.parts: list[dict[str, np.ndarray]] = []
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise files.cannot_write(directory, error) from error
+
+    def add(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
+        """Take samples: their indices [b], images uint8 [b h w c], labels [b].  Raises UserError if it cannot write."""
+        part = {"indices": np.asarray(indices), "labels": np.asarray(labels)}
+        if self.kind == "png":
+            for index, image in zip(indices, images, strict=True):
+                files.replace_bytes(self.directory / name(index), png(image))
+        else:
+            part["images"] = images
+        self.parts.append(part)
+
+    def finish(self, place: Place) -> pathlib.Path:
+        """Write what holds all processes' samples; every process calls it, the first one writes.  Returns the path."""
+        rows = gather_rows(self.parts, place)
+        path = self.directory / (INDEX if self.kind == "png" else "samples_uint8.npz")
+        if place.process:
+            return path
+        if self.kind == "png":
+            pairs = [[name(i), int(y)] for i, y in zip(rows["indices"], rows["labels"], strict=True)]
+            files.replace_text(path, json.dumps({"labels": pairs}) + "\n")
+            self._remove_others({file for file, _ in pairs})
+        else:
+            files.replace_bytes(path, pack({"arr_0": rows["images"], "arr_1": rows["labels"]}))
+        return path
+
+    def _remove_others(self, names: set[str]) -> None:
+        """Remove the images of an earlier run that had more of them."""
+        for path in self.directory.glob("*.png"):
+            if re.fullmatch(r"\d{6,}\.png", path.name) and path.name not in names:
+                path.unlink()
+
+
+def name(index: int) -> str:
+    """Return the file name of a sample."""
+    return f"{index:06d}.png"
+
+
+def png(image: np.ndarray) -> bytes:
+    """Return an image uint8 [h w 1 or 3] as the bytes of a PNG."""
+    import PIL.Image  # kept out of the import of this module, which commands need at every start
+
+    buffer = io.BytesIO()
+    PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]).save(buffer, format="PNG")
+    return buffer.getvalue()

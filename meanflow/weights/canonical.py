@@ -1,0 +1,115 @@
+"""Canonical weights as both implementations check them: numpy arrays by the names of the official PyTorch code."""
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+
+import numpy as np
+
+from meanflow.errors import UserError
+
+# How far a stored table may lie from the computed one, relative to the latter's largest entry.  Official trainers
+# average fixed tables along with the parameters, which drifts by up to 1.6e-4 in float32; bfloat16 rounds by 2e-3.
+TABLE_TOLERANCE = 1e-2
+KINDS = {  # of networks, by a parameter that only they have
+    "EDM2's U-Net (edm2)": "unet.emb_fourier.freqs",
+    "a U-Net (unet)": "map_layer0.weight",
+    "improved MeanFlow's transformer (imf_dit)": "omega_tokens",
+    "a DiT (dit, dmf_dit)": "blocks.0.mlp.fc1.weight",
+}
+CLASSES = ("y_embedder.embedding_table.weight", "y_embedder.embedding_table._flax_embedding.weight")
+NOT_FLOATING = "biucOSU"  # kinds of numpy types
+Shapes = Mapping[str, tuple[int, ...]]
+
+
+def check(weights: Mapping[str, np.ndarray], expected: Shapes, tables: Mapping[str, np.ndarray]) -> None:
+    """Check that canonical weights fit a network.
+
+    expected: the shapes of its parameters and tables by name.  tables: the fixed ones, as it computes them.
+    Raises UserError naming what does not fit, and the options of the config that would explain it.
+    """
+    shapes = {name: tuple(np.shape(a)) for name, a in weights.items()}
+    hint = difference(shapes, expected)
+    for problem, names in (
+        ("lack", expected.keys() - shapes.keys()),
+        ("hold the unknown", shapes.keys() - expected.keys()),
+    ):
+        if names:
+            why = hint or prefixed(shapes, expected) or "; does the config fit them?"
+            raise UserError(f"the weights {problem} {some(names)}{why}")
+    for name, table in tables.items():
+        check_table(name, np.asarray(weights[name]), table, hint)
+    for name in sorted(expected.keys() - tables.keys()):
+        if shapes[name] != tuple(expected[name]):
+            wanted = f"{name} has shape {shapes[name]}, the network wants {tuple(expected[name])}"
+            raise UserError(wanted + (hint or "; does the config fit?"))
+        dtype = np.asarray(weights[name]).dtype
+        if dtype.kind in NOT_FLOATING:
+            raise UserError(f"{name} is of type {dtype}: weights must be floating-point numbers, not quantised")
+
+
+def check_table(name: str, given: np.ndarray, table: np.ndarray, hint: str = "") -> None:
+    """Raise UserError if a stored table has another size than the computed one, or other values.
+
+    Axes of length 1, rounding and averaging do not matter, for the network uses the computed table.
+    """
+    if np.squeeze(given).shape != np.squeeze(table).shape:
+        raise UserError(f"the table {name} has shape {given.shape}, this network's has {table.shape}{hint}")
+    error = np.abs(np.squeeze(given).astype(np.float64) - np.squeeze(table)).max()
+    if not error <= TABLE_TOLERANCE * np.abs(table).max():
+        raise UserError(
+            f"the table {name} is not the one this network computes: entries differ by up to {error:.2g}, more than "
+            f"rounding or averaging explains; the weights are damaged or of another network{hint}"
+        )
+
+
+def some(names: Iterable[str]) -> str:
+    """Return up to three names, and how many there are."""
+    names = sorted(names)
+    return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") + f" ({len(names)} in all)"
+
+
+def prefixed(given: Shapes, expected: Shapes) -> str:
+    """Return the end of a message if the names only have a prefix that canonical ones lack, '' otherwise."""
+    last = next(iter(expected), "")
+    for name in given:
+        prefix = name.removesuffix(last)
+        if prefix and prefix != name and all(other.startswith(prefix) for other in given):
+            return f": their names begin with {prefix!r}; parity/convert.py SOURCE DEST writes canonical ones"
+    return ""
+
+
+def difference(given: Shapes, expected: Shapes) -> str:
+    """Return the end of a message that names the options in which two networks differ, '' if none is found."""
+    kinds = [next((kind for kind, mark in KINDS.items() if mark in shapes), "") for shapes in (given, expected)]
+    if all(kinds) and kinds[0] != kinds[1]:
+        return f": they are of {kinds[0]}, and config.model.name is that of {kinds[1]}"
+    theirs, ours = sizes(given), sizes(expected)
+    names = [name for name in ours if name in theirs and theirs[name] != ours[name]]
+    if not names:
+        return ""
+    there, here = (", ".join(f"config.model.{name} {size[name]}" for name in names) for size in (theirs, ours))
+    return f": the weights are of {there}, this network of {here}.  Set what differs, or choose other weights"
+
+
+def sizes(shapes: Shapes) -> dict[str, float]:
+    """Return the options of `config.model` that names and shapes of canonical weights show at a glance."""
+    found: dict[str, float] = {}
+    for name, shape in shapes.items():
+        first = re.fullmatch(r"(?:unet\.)?enc\.(\d+)x\1_conv\.weight", name)
+        if first and len(shape) == 4:
+            found |= {"input_size": int(first[1]), "width": shape[0]}
+        elif name in CLASSES and len(shape) == 2:
+            found["num_classes"] = shape[0] - 1
+        elif name == "unet.emb_label.weight" and len(shape) == 2:
+            found["num_classes"] = shape[1]
+        elif name == "x_embedder.proj.weight" and len(shape) == 4:
+            found |= {"width": shape[0], "channels": shape[1], "patch_size": shape[2]}
+        elif name == "blocks.0.mlp.fc1.weight" and len(shape) == 2 and shape[1]:
+            found["mlp_ratio"] = shape[0] / shape[1]
+    blocks = {m[0] for name in shapes if (m := re.match(r"(blocks|shared_blocks|u_heads)\.\d+\.", name))}
+    if blocks:
+        found["depth"] = len(blocks)
+    if "patch_size" in found and len(shapes.get("pos_embed", ())) > 1:
+        found["input_size"] = math.isqrt(shapes["pos_embed"][-2]) * found["patch_size"]
+    return found

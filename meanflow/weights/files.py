@@ -1,0 +1,162 @@
+"""Files of canonical weights, in safetensors, and what other files are, judged by their first bytes.
+
+Source: the format of safetensors, https://github.com/huggingface/safetensors#format.
+"""
+
+import json
+import os
+import pathlib
+import shlex
+import zipfile
+from typing import Any
+
+import numpy as np
+import safetensors
+from safetensors.numpy import save_file
+
+from meanflow.errors import UserError
+
+# Types, as safetensors names them, that numpy has too.
+AS_THEY_ARE = ("F32", "F64", "I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
+LONGEST_HEADER = 100_000_000  # of safetensors, in bytes
+LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
+MAGIC = {  # kinds of files that hold no weights as they are, and the way out
+    b"\x1f\x8b": "compressed by gzip: unpack it first (gunzip)",
+    b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first (unzstd)",
+    b"BZh": "compressed by bzip2: unpack it first (bunzip2)",
+    b"\xfd7zXZ\0": "compressed by xz: unpack it first (unxz)",
+    b"\x89HDF": "an HDF5 file, which is not read here",
+    b"GGUF": "a GGUF file, which is not read here",
+    b"version https://git-lfs": "the pointer of a file in Git LFS: fetch the file itself (git lfs pull)",
+    b"<": "a web page or XML, and no weights: download the file itself",
+}
+CONVERTED = {  # what parity/convert.py turns into safetensors
+    "torch": "a PyTorch file", "pickle": "a pickle", "msgpack": "a Flax msgpack file",
+}  # fmt: skip
+
+
+def kind_of(path: str | os.PathLike) -> str:
+    """Return what a file is: safetensors | torch | pickle | msgpack.
+
+    Its content decides, not its name.  Raises UserError for anything else, saying what it is if that is known.
+    """
+    try:
+        return _recognised(pathlib.Path(path))
+    except ValueError as error:
+        raise UserError(f"{path} is {error}") from error
+    except OSError as error:
+        raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def _recognised(path: pathlib.Path) -> str:
+    """Return the kind of a file.  Raises ValueError saying what else it is, OSError."""
+    with path.open("rb") as file:
+        head = file.read(512)
+    if not head:
+        raise ValueError("empty: copy it again")
+    if head[8:9] == b"{" and 2 <= int.from_bytes(head[:8], "little") <= LONGEST_HEADER:
+        return "safetensors"
+    if head.startswith(b"PK"):
+        return _kind_of_zip(path)
+    if head.startswith(LEGACY_TORCH):
+        return "torch"
+    if head[0] == 0x80 and head[1:2] in (b"\2", b"\3", b"\4", b"\5"):  # a protocol
+        return "pickle"
+    for magic, what in MAGIC.items():
+        if head.lstrip().startswith(magic):
+            raise ValueError(what)
+    if head[257:262] == b"ustar":
+        raise ValueError("a tar archive: unpack it first (tar -xf), and name the file in it")
+    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a map that is not empty
+        return "msgpack"
+    if path.suffix == ".pkl":  # of protocol 0 or 1, which begin with any opcode
+        return "pickle"
+    raise ValueError("neither safetensors, a PyTorch file, a pickle nor a Flax msgpack file")
+
+
+def _kind_of_zip(path: pathlib.Path) -> str:
+    try:
+        with zipfile.ZipFile(path) as archive:
+            names = archive.namelist()
+    except zipfile.BadZipFile:  # cut off; torch.load will say so
+        return "torch"
+    if any(name.endswith("/constants.pkl") for name in names):
+        raise ValueError("a TorchScript archive, a program: save the state dict of the network alone")
+    if any(name.endswith("data.pkl") for name in names):
+        return "torch"
+    raise ValueError("a zip archive that torch.save did not write; unpack it, and name the file of weights")
+
+
+def save(path: str | os.PathLike, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
+    """Write canonical weights and text metadata as safetensors.  Raises UserError if it cannot."""
+    try:
+        # In C order: safetensors writes an array as it lies in memory, whatever its order, without an error.
+        save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot write {path}: {error}") from error
+
+
+def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
+    """Return the arrays of a safetensors file by name, those of half precision in float32.
+
+    Raises UserError if it is not a whole one, or of a type without meaning here, such as float8.
+    """
+    header, start = _header(path)
+    with _opened(path) as file:
+        return {name: _array(path, file, name, entry, start) for name, entry in header.items()}
+
+
+def metadata(path: str | os.PathLike) -> dict[str, str]:
+    """Return the text metadata of a safetensors file.  Raises UserError if it is not a whole one."""
+    with _opened(path) as file:
+        return file.metadata() or {}
+
+
+def _opened(path: str | os.PathLike) -> Any:
+    """Return the open file, its header and length verified."""
+    if os.path.isdir(path):
+        raise UserError(
+            f"cannot read {path} as safetensors: it is a directory.  Name a .safetensors file; parity/convert.py "
+            "writes one from a work directory or another checkpoint"
+        )
+    try:
+        kind = _recognised(pathlib.Path(path))
+    except (OSError, ValueError) as error:
+        what = error.strerror if isinstance(error, OSError) else f"it is {error}"
+        raise UserError(f"cannot read {path} as safetensors: {what}") from error
+    if kind in CONVERTED:
+        dest = pathlib.Path(path).with_suffix(".safetensors")
+        dest = dest if not dest.exists() else dest.with_name(f"{dest.stem}_canonical.safetensors")
+        raise UserError(
+            f"cannot read {path} as safetensors: it is {CONVERTED[kind]}.  Convert it first:  "
+            f"{shlex.join(['python', 'parity/convert.py', str(path), str(dest)])}"
+        )
+    try:
+        return safetensors.safe_open(path, "numpy")
+    except (OSError, safetensors.SafetensorError) as error:
+        raise UserError(f"cannot read {path} as safetensors: {error}") from error
+
+
+def _header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
+    """Return {name: its dtype, shape and data_offsets} and where in the file the data begin."""
+    with _opened(path), open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        header = json.loads(file.read(length))
+    header.pop("__metadata__", None)
+    return header, 8 + length
+
+
+def _array(path: str | os.PathLike, file: Any, name: str, entry: dict[str, Any], start: int) -> np.ndarray:
+    """Return one array of an open file."""
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        first, last = entry["data_offsets"]
+        halves = np.fromfile(path, "<u2", (last - first) // 2, offset=start + first)
+        return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
+    if entry["dtype"] == "F16":
+        return file.get_tensor(name).astype(np.float32)
+    if entry["dtype"] not in AS_THEY_ARE:
+        raise UserError(
+            f"cannot read {path}: {name} is of type {entry['dtype']}, which needs scales that only the code that wrote "
+            "it knows.  Save it in float32, bfloat16 or float16"
+        )
+    return file.get_tensor(name)

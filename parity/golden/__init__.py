@@ -1,0 +1,1 @@
+"""Outputs of the official code (.npz), and one reader for each system."""

@@ -1,0 +1,235 @@
+"""The fit of two time embeddings: exact least squares, and the command around it without a network."""
+
+import itertools
+
+import numpy as np
+import pytest
+
+from configs import digits
+from meanflow.commands import time_embedding
+from meanflow.config import options, resolve
+from meanflow.errors import UserError
+
+NUM = 6  # Fourier features
+
+
+def problem(n, d, num=50, seed=0):
+    """Return X [num n], of columns of very different lengths, and Y [num d]."""
+    rng = np.random.default_rng(seed)
+    return rng.normal(size=(num, n)) * 10.0 ** -np.arange(n), rng.normal(size=(num, d)) * 3
+
+
+def solved(x, y):
+    return time_embedding.unit_least_squares(x.T @ x, x.T @ y)
+
+
+def squares(x, w, y):
+    """Return |X w - Y|^2 of each column."""
+    return np.square(x @ w - y).sum(0)
+
+
+def test_unit_least_squares_in_the_plane_by_brute_force():
+    x, y = problem(2, 5)
+    angles = np.linspace(0, 2 * np.pi, 100_001)
+    circle = np.stack([np.cos(angles), np.sin(angles)])
+    found = solved(x, y)
+    for column in range(5):
+        best = circle[:, squares(x, circle, y[:, column : column + 1]).argmin()]
+        np.testing.assert_allclose(found[:, column], best, atol=1e-4)
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0, 1e3])
+def test_unit_least_squares_are_stationary_and_below_all_else_of_length_1(scale):
+    """(gram + l) w = moment, with no eigenvalue of gram + l below 0: that is the least of all."""
+    x, y = problem(4, 7)
+    w = solved(x, scale * y)
+    np.testing.assert_allclose(np.linalg.norm(w, axis=0), 1, rtol=1e-12)
+    gram, moment = x.T @ x, scale * x.T @ y
+    shift = ((moment - gram @ w) * w).sum(0)
+    np.testing.assert_allclose(gram @ w + shift * w, moment, rtol=0, atol=1e-9 * abs(moment).max())
+    assert (shift > -np.linalg.eigvalsh(gram)[0]).all()
+    others = np.random.default_rng(1).normal(size=(4, 10_000))
+    others /= np.linalg.norm(others, axis=0)
+    for column in range(7):
+        assert squares(x, w, scale * y)[column] <= squares(x, others, scale * y[:, [column]]).min() + 1e-9 * scale**2
+
+
+def test_what_lies_within_reach_is_found():
+    x, _ = problem(3, 1)
+    w = np.array([[0.6], [0.0], [-0.8]])
+    np.testing.assert_allclose(solved(x, x @ w), w, atol=1e-8)
+
+
+def test_a_direction_that_tells_nothing_takes_up_the_length():
+    """Of a length of 0.5 wanted, the rest goes where it changes nothing."""
+    gram, moment = np.diag([1.0, 1e-12]), np.array([[0.5], [0.0]])
+    moment[1] = 1e-14
+    w = time_embedding.unit_least_squares(gram, moment)
+    np.testing.assert_allclose(w[:, 0], [0.5, 0.75**0.5], rtol=1e-5)
+
+
+@pytest.fixture(scope="module")
+def teacher():
+    """Return weights of a teacher: what the fit uses, and others."""
+    rng = np.random.default_rng(0)
+    shapes = {
+        "unet.emb_fourier.freqs": (NUM,), "unet.emb_fourier.phases": (NUM,), "unet.emb_noise.weight": (9, NUM),
+        "unet.emb_label.weight": (9, 3), "logvar_fourier.freqs": (4,), "logvar_linear.weight": (1, 4),
+    }  # fmt: skip
+    weights = {name: rng.normal(size=shape).astype(np.float32) for name, shape in shapes.items()}
+    return weights | {"unet.emb_fourier.freqs": weights["unet.emb_fourier.freqs"] * 3}
+
+
+def mean_squared_error(teacher, of_t, of_r, t, r):
+    """Return that of embeddings, in their own units, by the network's formula without its epsilon."""
+    freqs, phases = (np.float64(teacher[f"unet.emb_fourier.{name}"]) for name in ("freqs", "phases"))
+
+    def embed(weight, a):
+        weight = np.float64(weight) / np.linalg.norm(np.float64(weight), axis=1, keepdims=True)
+        return 2**0.5 * np.cos(np.outer(a, freqs) + phases) @ weight.T
+
+    target = embed(teacher[time_embedding.ONE], np.log(np.float64(t) / (1 - np.float64(t))) / 4)
+    return np.square((embed(of_t, t) + embed(of_r, r)) / 2**0.5 - target).mean()
+
+
+@pytest.fixture(scope="module")
+def fitted(teacher):
+    """Return the times of a fit, and its weights."""
+    times = time_embedding.draw_times(np.random.default_rng(1), 3000)
+    fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
+    return times, time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *times)
+
+
+def test_an_exact_fit_has_fresh_weights_magnitude(fitted):
+    for weight in fitted[1]:
+        assert weight.shape == (9, NUM) and weight.dtype == np.float32
+        np.testing.assert_allclose(np.square(weight).mean(1), 1, rtol=1e-5)
+
+
+def test_an_exact_fit_cannot_be_bettered(teacher, fitted):
+    """By weights nearby, by any that are drawn, or by copies of the teacher's, with which it starts."""
+    times, (of_t, of_r) = fitted
+    error, rng = mean_squared_error(teacher, of_t, of_r, *times), np.random.default_rng(2)
+    one = teacher[time_embedding.ONE]
+    assert error < 0.8 * mean_squared_error(teacher, one, one, *times)
+    for _ in range(100):
+        assert error < mean_squared_error(teacher, *rng.normal(size=(2, 9, NUM)), *times)
+        near = (a + 1e-2 * rng.normal(size=a.shape) for a in (of_t, of_r))
+        assert error < mean_squared_error(teacher, *near, *times)
+
+
+def test_more_rounds_never_raise_the_error(teacher, fitted, monkeypatch):
+    fourier = [teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases")]
+    errors = []
+    for rounds in (1, 2, 4, 8, 50):
+        monkeypatch.setattr(time_embedding, "ROUNDS", rounds)
+        weights = time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *fitted[0])
+        errors.append(mean_squared_error(teacher, *weights, *fitted[0]))
+    assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
+    assert errors[-1] < errors[0]
+
+
+def test_times_are_in_order_and_in_bounds():
+    t, r = time_embedding.draw_times(np.random.default_rng(0), 5000)
+    assert t.dtype == r.dtype == np.float32 and t.shape == r.shape == (5000,)
+    assert (t >= r).all() and r.min() == np.float32(1 / 501) and t.max() == np.float32(80 / 81)
+    assert t.mean() == pytest.approx(2 / 3, abs=0.02) and r.mean() == pytest.approx(1 / 3, abs=0.02)
+
+
+def test_the_config_of_two_times_is_the_teacher_s_but_for_its_embeddings():
+    teacher = digits.get_config("edm2_flow")
+    teacher.model.logvar_channels = 16
+    before = resolve.flatten(teacher)
+    config = resolve.check(time_embedding.two_times(teacher))
+    assert (config.method.name, config.method.time_sampler) == ("rectified", "re2_truncate")
+    differing = {key for key, value in resolve.flatten(config.model).items() if value != teacher.model[key]}
+    assert differing == {"interval_embedder", "logvar_channels"}
+    assert config.model.interval_embedder and config.model.logvar_channels == 0
+    assert resolve.flatten(teacher) == before
+    resolve.check_trainable(config)
+
+
+def test_only_edm2_has_embeddings_to_fit():
+    config = options.get_config()
+    config.update_from_flattened_dict({"method.name": "flow", "model.interval_embedder": False})
+    with pytest.raises(UserError, match="--teacher is of config.model.name dit: only edm2 embeds a time"):
+        time_embedding.two_times(config)
+
+
+@pytest.fixture
+def command(parse_flags, monkeypatch, teacher):
+    """Return a function (*argv, error) that runs the command without networks -> what it saved and gave to `fit`."""
+
+    def run(*argv, changes=()):
+        config = digits.get_config("edm2_flow")
+        config.update_from_flattened_dict(dict(changes))
+        monkeypatch.setattr(time_embedding, "config_flag", lambda: config)
+        monkeypatch.setattr("sys.argv", ["program", *argv])
+        parse_flags(time_embedding.define_flags, "--teacher=a.safetensors", "--output=b.safetensors", *argv)
+        heard = {"errors": []}
+
+        def save(path, weights, metadata):
+            heard.update(path=path, saved=weights, metadata=metadata)
+
+        def fit(config, weights, teacher_config, given, times, learning_rate):
+            heard.update(start=weights, times=times, learning_rate=learning_rate)
+            return weights | {name: 2 * weights[name] for name in time_embedding.TWO}, []
+
+        def error(config, weights, teacher_config, given, t, r):
+            assert config.model.interval_embedder and not teacher_config.model.interval_embedder
+            heard["errors"].append((weights, t))
+            return 0.25
+
+        def load(path, config, step):
+            return heard["saved"] if path == "b.safetensors" else dict(teacher)  # what was written is read again
+
+        time_embedding.time_embedding(lambda config: None, load, save, fit, error)
+        return heard
+
+    return run
+
+
+def test_the_command_fits_exactly_unless_told_otherwise(command, teacher, monkeypatch, capsys):
+    monkeypatch.setattr(time_embedding, "NUM_TIMES", 500)
+    heard = command("--seed=3")
+    saved, two = heard["saved"], set(time_embedding.TWO)
+    assert saved.keys() == two | {name for name in teacher if name != time_embedding.ONE and "logvar" not in name}
+    assert all(np.array_equal(saved[name], teacher[name]) for name in saved.keys() - two)
+    times = time_embedding.draw_times(np.random.default_rng(3), 500)
+    fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
+    for name, expected in zip(
+        time_embedding.TWO, time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *times), strict=True
+    ):
+        np.testing.assert_array_equal(saved[name], expected)
+    (after, t), (before, _) = heard["errors"]
+    assert after is saved and not np.array_equal(t, times[0])  # the error is of times that the fit has not seen
+    assert all(np.array_equal(before[name], teacher[time_embedding.ONE]) for name in two)
+    assert heard["path"] == "b.safetensors" and heard["metadata"]["format"] == "canonical"
+    assert capsys.readouterr().out == "b.safetensors: error 0.2500\n" and "times" not in heard
+
+
+def test_the_command_fits_by_adam_as_the_flags_say(command, teacher, monkeypatch):
+    monkeypatch.setattr(time_embedding, "NUM_TIMES", 10)
+    heard = command("--fit=adam", "--steps=3", "--batch_size=5", "--learning_rate=0.5")
+    assert heard["times"].shape == (3, 2, 5) and heard["times"].dtype == np.float32 and heard["learning_rate"] == 0.5
+    assert (heard["times"][:, 0] >= heard["times"][:, 1]).all() and len(np.unique(heard["times"])) > 20
+    for name in time_embedding.TWO:
+        np.testing.assert_array_equal(heard["start"][name], teacher[time_embedding.ONE])
+        np.testing.assert_array_equal(heard["saved"][name], 2 * teacher[time_embedding.ONE])
+
+
+@pytest.mark.parametrize(
+    ("argv", "changes", "words"),
+    [
+        (["--output=b.npz"], {}, "--output is 'b.npz'; name the .safetensors to write"),
+        (["--steps=7"], {}, "--steps is for --fit=adam, and --fit is exact"),
+        (["--output="], {}, "--output is ''"),
+        ([], {"model.interval_embedder": True, "method.name": "rectified", "method.time_sampler": "re2_truncate",
+              "sample.sampler": "euler"}, "--teacher a.safetensors is of config.method.name rectified"),
+        ([], {"model.name": "dit"}, "--teacher is of config.model.name dit: only edm2 embeds a time"),
+        (["--ema=0"], {}, "--ema chooses weights of a work directory"),
+    ],
+)  # fmt: skip
+def test_what_the_command_refuses(command, argv, changes, words):
+    with pytest.raises(UserError, match=words):
+        command(*argv, changes=changes)
