@@ -103,9 +103,9 @@ def start_alone(config):
         _set_up(config, cluster.visible_gpus(os.environ))
         return f.process, f.num_processes
     start_jax(config)
-    place = jax.process_index(), jax.process_count()
+    group = jax.process_index(), jax.process_count()
     jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
-    return place
+    return group
 
 
 def local_mesh(devices=None):

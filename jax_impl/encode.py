@@ -11,8 +11,8 @@ Several processes share the work, each on its own shards.  On SLURM or TPU pods 
 from jax_impl.autoencoder import make_encoder
 from jax_impl.devices import define_flags, start_alone
 from meanflow.commands import encode
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 
 
 def main():

@@ -22,31 +22,31 @@ import jax
 
 from jax_impl.devices import define_flags, gather, make_board, start_jax, wait_for_all
 from jax_impl.sample import TOOLS, load
-from meanflow.commands import guidance_sweep
-from meanflow.commands.framework import Place
-from meanflow.commands.logs import setup_logging
+from meanflow.commands import evaluate
 from meanflow.commands.processes import ending_together
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
+from meanflow.process_group import ProcessGroup
 
 
 def start(config, stack):
-    """Set up the device, join the other processes if there are any, and return the place of this one.
+    """Set up the device, join the other processes if there are any, and return the process group.
 
     stack: until it closes, a process that fails ends all.
     """
     start_jax(config)
     stack.enter_context(ending_together(make_board(), wait_for_all))
-    return Place(jax.process_index(), jax.process_count(), gather)
+    return ProcessGroup(jax.process_index(), jax.process_count(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        guidance_sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        evaluate.evaluate(load, TOOLS, functools.partial(start, stack=stack))
 
 
 if __name__ == "__main__":
-    guidance_sweep.define_flags()
+    evaluate.define_flags()
     define_flags()
     run(main)

@@ -3,8 +3,8 @@
 from jax_impl import weights
 from jax_impl.batches import in_batches
 from jax_impl.models.inception import Inception, resized
-from meanflow.commands import framework
 from meanflow.metrics import preprocessing
+from meanflow.metrics.extractor import Extractor
 
 
 def make_inception(weights_path, convention, batch_size=64):
@@ -28,4 +28,4 @@ def make_inception(weights_path, convention, batch_size=64):
         preprocessing.check_images(images)
         return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return framework.Extractor(extract, preprocessing.WIDTHS)
+    return Extractor(extract, preprocessing.WIDTHS)

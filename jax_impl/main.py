@@ -9,10 +9,10 @@ Run again with the same arguments to resume.  Several processes: on SLURM or TPU
 from jax_impl.devices import define_flags, make_board, start_jax, wait_for_all
 from jax_impl.train import train
 from meanflow import signals
-from meanflow.commands.logs import setup_logging
 from meanflow.commands.processes import ending_together
 from meanflow.config import resolve
 from meanflow.config.flags import config, run, workdir
+from meanflow.console_log import setup_logging
 
 
 def main():

@@ -22,8 +22,8 @@ from jax_impl.devices import define_flags, local_mesh, start_alone
 from jax_impl.methods.reflow import Grid, couple, sigmas
 from jax_impl.step import BATCH, abstract_net
 from meanflow.commands import reflow
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from meanflow.errors import UserError
 from meanflow.sampling.noise import in_dtype_of
 

@@ -17,14 +17,14 @@ from jax_impl.devices import local_mesh, set_precision
 from jax_impl.features import make_inception
 from jax_impl.methods import METHODS
 from jax_impl.step import BATCH, abstract_net
-from meanflow.commands import framework
 from meanflow.commands import sample as sampling
-from meanflow.commands.logs import setup_logging
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import resolve
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 
-TOOLS = framework.Tools(make_decoder, make_inception)
+TOOLS = FrozenNetworks(make_decoder, make_inception)
 
 
 def make_sampler(config, graphdef, mesh=None):

@@ -18,8 +18,8 @@ from jax_impl.models.edm2 import log_sigma
 from jax_impl.reflow import load
 from jax_impl.step import abstract_net
 from meanflow.commands import time_embedding
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 
 BETAS = (0.9, 0.99)  # of Adam, as in the official code
 

@@ -32,17 +32,19 @@ from jax_impl.step import (
 from meanflow import signals
 from meanflow.commands import snapshots
 from meanflow.commands.data_metrics import evaluate, evaluate_emas
-from meanflow.commands.framework import Place, try_decoder
+from meanflow.commands.frozen_networks import try_decoder
 from meanflow.commands.image_metrics import Judge
-from meanflow.commands.logs import MetricLog, Progress, show_only_warnings
+from meanflow.commands.logs import MetricLog, Progress
 from meanflow.commands.sample import check_latents, generate
 from meanflow.config import latents, resolve
 from meanflow.config.stages import stage_at
+from meanflow.console_log import show_only_warnings
 from meanflow.data import digests as contents
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
 from meanflow.data.prefetch import Ahead
 from meanflow.errors import UserError
+from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
 
 GRID_SAMPLES = 64  # images in the grids shown during training
@@ -325,8 +327,8 @@ def make_reports(config, sampler):
     Raises UserError for what evaluations need and cannot be read.
     """
     decode = try_decoder(config, TOOLS) if config.train.sample_every else None
-    place = Place(jax.process_index(), jax.process_count(), gather, together=True)
-    judge = Judge(config, TOOLS, place) if config.train.evaluate_every and config.evaluation.metrics else None
+    group = ProcessGroup(jax.process_index(), jax.process_count(), gather, together=True)
+    judge = Judge(config, TOOLS, group) if config.train.evaluate_every and config.evaluation.metrics else None
 
     def sampled_params(state):
         return state.params if config.sample.ema < 0 else state.emas[config.sample.ema]

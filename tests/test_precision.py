@@ -19,7 +19,7 @@ from parity.adapters import frameworks
 
 ROOT = pathlib.Path(__file__).parents[1]
 BOTH = ("jax", "torch")
-PACKAGES = ("jax_impl", "torch_impl", "benchmarks", "parity", "data", "evaluation")
+PACKAGES = ("jax_impl", "torch_impl", "benchmarks", "parity", "meanflow")
 FLOW = ("--config=configs/digits.py", "--config.method.name=flow", "--config.model.interval_embedder=False")
 # The commands of both frameworks, and arguments with which they begin.
 FLAGS = {
@@ -115,7 +115,7 @@ def parse_all(imported, parse_flags):
 def test_commands_set_the_precision(path, stop_there, parse_all, tiny, tmp_path, monkeypatch):
     framework, command = PROGRAMS[path]
     module = importlib.import_module(path[:-3].replace("/", "."))
-    shared = [getattr(module, name, None) for name in ("sweep", "encode", "reflow", "time_embedding")]
+    shared = [getattr(module, name, None) for name in ("evaluate", "encode", "reflow", "time_embedding")]
 
     def define():
         for part in filter(inspect.ismodule, shared):

@@ -9,7 +9,7 @@ import torch
 from torch_impl import step
 
 ROOT = pathlib.Path(__file__).parents[1]
-PACKAGES = ("configs", "data", "evaluation", "jax_impl", "torch_impl", "parity", "benchmarks")
+PACKAGES = ("configs", "meanflow", "jax_impl", "torch_impl", "parity", "benchmarks")
 GLOBAL = re.compile(
     r"""
     torch\.(cuda\.)?(manual_seed|seed)\b | manual_seed_all | set_rng_state    # every generator of PyTorch

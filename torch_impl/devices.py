@@ -72,9 +72,9 @@ def start_alone(config):
     processes fewer than one.  What is written does not depend on their number; for more cores start more processes.
     """
     start_torch(config, num_threads=1)
-    place = dist.get_rank(), dist.get_world_size()
+    group = dist.get_rank(), dist.get_world_size()
     dist.destroy_process_group()
-    return place
+    return group
 
 
 def first_does(act):

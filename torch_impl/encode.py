@@ -9,8 +9,8 @@ Several processes share the work, each on its own shards.
 """
 
 from meanflow.commands import encode
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from torch_impl.autoencoder import make_encoder
 from torch_impl.devices import start_alone
 

@@ -19,34 +19,34 @@ import functools
 
 import torch.distributed as dist
 
-from meanflow.commands import guidance_sweep
-from meanflow.commands.framework import Place
-from meanflow.commands.logs import setup_logging
+from meanflow.commands import evaluate
 from meanflow.commands.processes import ending_together
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
+from meanflow.process_group import ProcessGroup
 from torch_impl.devices import gather, make_board, start_torch, wait_for_all
 from torch_impl.sample import TOOLS, load
 
 
 def start(config, stack):
-    """Set up the device, join the other processes if there are any, and return the place of this one.
+    """Set up the device, join the other processes if there are any, and return the process group.
 
     stack: until it closes, a process that fails ends all.
     """
     start_torch(config)
     stack.enter_context(ending_together(make_board(), wait_for_all))
-    return Place(dist.get_rank(), dist.get_world_size(), gather)
+    return ProcessGroup(dist.get_rank(), dist.get_world_size(), gather)
 
 
 def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        guidance_sweep.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        evaluate.evaluate(load, TOOLS, functools.partial(start, stack=stack))
     if dist.is_initialized():  # NCCL warns of a group that is left open
         dist.destroy_process_group()
 
 
 if __name__ == "__main__":
-    guidance_sweep.define_flags()
+    evaluate.define_flags()
     run(main)

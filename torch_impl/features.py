@@ -1,8 +1,8 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-from meanflow.commands import framework
 from meanflow.float32 import full_float32
 from meanflow.metrics import preprocessing
+from meanflow.metrics.extractor import Extractor
 from torch_impl import weights
 from torch_impl.batches import in_batches
 from torch_impl.models.inception import Inception, resized
@@ -29,4 +29,4 @@ def make_inception(weights_path, convention, batch_size=64):
         with full_float32():
             return dict(zip(("pool", "logits"), run(images), strict=True))
 
-    return framework.Extractor(extract, preprocessing.WIDTHS)
+    return Extractor(extract, preprocessing.WIDTHS)

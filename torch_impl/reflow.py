@@ -13,8 +13,8 @@ import os
 import torch
 
 from meanflow.commands import reflow
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
 from torch_impl.devices import choose_device, start_alone

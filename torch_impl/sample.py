@@ -6,11 +6,11 @@ python torch_impl/sample.py --weights=weights.safetensors --config=configs/digit
 
 import torch
 
-from meanflow.commands import framework
 from meanflow.commands import sample as sampling
-from meanflow.commands.logs import setup_logging
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import resolve
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
 from torch_impl.autoencoder import make_decoder
@@ -19,7 +19,7 @@ from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
 
-TOOLS = framework.Tools(make_decoder, make_inception)
+TOOLS = FrozenNetworks(make_decoder, make_inception)
 
 
 def make_sampler(config, device):

@@ -10,8 +10,8 @@ import numpy as np
 import torch
 
 from meanflow.commands import time_embedding
-from meanflow.commands.logs import setup_logging
 from meanflow.config.flags import run
+from meanflow.console_log import setup_logging
 from torch_impl import weights
 from torch_impl.devices import set_precision
 from torch_impl.models.edm2 import log_sigma

@@ -20,20 +20,22 @@ from absl import logging
 from meanflow import signals
 from meanflow.commands import snapshots
 from meanflow.commands.data_metrics import evaluate, evaluate_emas
-from meanflow.commands.framework import Place, try_decoder
+from meanflow.commands.frozen_networks import try_decoder
 from meanflow.commands.image_metrics import Judge
-from meanflow.commands.logs import MetricLog, Progress, setup_logging, show_only_warnings
+from meanflow.commands.logs import MetricLog, Progress
 from meanflow.commands.processes import ending_together
 from meanflow.commands.sample import check_latents, generate
 from meanflow.config import latents, resolve
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import run, workdir
 from meanflow.config.stages import stage_at
+from meanflow.console_log import setup_logging, show_only_warnings
 from meanflow.data import digests as contents
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
 from meanflow.data.prefetch import Ahead
 from meanflow.errors import UserError
+from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
@@ -332,9 +334,9 @@ def make_reports(config, sampler):
 
     Raises UserError for what evaluations need and cannot be read.
     """
-    place = Place(dist.get_rank(), dist.get_world_size(), gather)
+    group = ProcessGroup(dist.get_rank(), dist.get_world_size(), gather)
     decode = try_decoder(config, TOOLS) if config.train.sample_every else None
-    judge = Judge(config, TOOLS, place) if config.train.evaluate_every and config.evaluation.metrics else None
+    judge = Judge(config, TOOLS, group) if config.train.evaluate_every and config.evaluation.metrics else None
 
     def sampled_weights(state):
         params = dict(state.net.named_parameters()) if config.sample.ema < 0 else state.emas[config.sample.ema]

@@ -11,13 +11,13 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meanflow import files
-from meanflow.commands import framework
 from meanflow.commands import sample as sampling
 from meanflow.config import options
 from meanflow.data import loader
 from meanflow.data.images import tfds_images
 from meanflow.errors import UserError
 from meanflow.metrics import scores
+from meanflow.process_group import ALONE, ProcessGroup
 
 FILE_NAME = "evaluation.json"
 TEST_SPLIT = "test"
@@ -53,18 +53,18 @@ def evaluate(
     weights: Any,
     features: Features | None = None,
     real: Real | None = None,
-    place: framework.Place = framework.ALONE,
+    group: ProcessGroup = ALONE,
 ) -> tuple[dict[str, float], np.ndarray]:
     """Return {metric: value} of config.evaluation.num_samples samples, and the samples [n h w c].
 
     sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.  Several processes share the sampling,
     and the first one judges: the others get no metrics.
     """
-    if not place.process:
+    if not group.process:
         real = real or load_real(config)
         check_real(config, real)
-    images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples, place=place)
-    if place.process:
+    images, labels = sampling.generate(config, sampler, weights, config.evaluation.num_samples, group=group)
+    if group.process:
         return {}, images
     return evaluate_samples(images, labels, config, features, real), images
 

@@ -1,153 +1,22 @@
-"""Judges one model under many guidances: the evaluate commands, and their table and page of a sweep.
+"""One model under many guidances: a row for each, and their table.
 
-A row is {"omega": scale, "interval": (start, end), metric: value, ...}, the metrics as of `report.evaluate_samples`.
+A row is {"omega": scale, "interval": (start, end), metric: value, ...}, the metrics as of `data_metrics.evaluate`.
 """
 
-import copy
-import functools
 import json
-import os
-import pathlib
 from collections.abc import Callable
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 from tqdm import tqdm
 
-from meanflow import files
-from meanflow.commands import data_metrics, stored_images
-from meanflow.commands import framework as tools
-from meanflow.commands import image_metrics as judging
-from meanflow.commands import sample as sampling
-from meanflow.config import options, paths, resolve, rules
-from meanflow.config.flags import workdir
-from meanflow.errors import UserError
-from meanflow.sampling import grids
+from meanflow.config import options
 
-JSON_NAME, PAGE_NAME = "sweep.json", "sweep.html"
-GRID_NAME, GRID_SAMPLES = "evaluation.png", 64
-SAVED = "evaluation"  # directory of --save, in the work directory
 SHOWN = 36  # samples of each scale on the page
-OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags of config.evaluation
 # Of the metrics; of any other, such as a distance, lower is better.
 HIGHER_IS_BETTER = ("class_accuracy", "inception_score", "precision", "recall")
 Row = dict
 Judge = Callable[[options.Config], tuple[dict[str, float], np.ndarray]]
-Start = Callable[[options.Config], tools.Place]
-
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
-
-
-def define_flags() -> None:
-    """Define the flags of the evaluate commands."""
-    sampling.define_flags()
-    sampling.define_saving_flags()
-    flags.DEFINE_list("metrics", None, "Of images: fid, is, kid, pr, fd_dinov2; config.evaluation.metrics by default.")
-    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
-    flags.DEFINE(paths.READ, "inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
-    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "How images reach Inception.")
-    flags.DEFINE(paths.READ, "dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
-    flags.DEFINE_list("omegas", None, "Guidance scales to judge, each with each of --intervals, e.g. 1,2,4,8.")
-    flags.DEFINE_list("intervals", None, "Guidance intervals to judge, start:end each, e.g. 0:1,0.4:0.65.")
-    stored_images.define_flags()
-
-
-def evaluate(load: sampling.Load, framework: tools.Tools, start: Start) -> None:
-    """Load and judge as the command line says: once, or every pair of --omegas and --intervals; print and write that.
-
-    load: as of `sampling.sample`.  start: config -> this process's place among all, called before anything is computed.
-    A directory that cannot be written is no error if that shows before the sampling: results are printed.
-    Raises UserError for what cannot be read or sampled, and if writing fails, after the results were printed.
-    """
-    for flag, run in (("make_reference", stored_images.make_reference), ("samples", stored_images.judge_samples)):
-        if flags.FLAGS[flag].value:
-            run(framework, start, overridden(options.get_config()))
-            return
-    place = start(resolve.read_workdir(workdir()))
-    config, sampler, weights = load(workdir(), "", None)
-    config = overridden(config)
-    configs = guided(config)
-    if configs and flags.FLAGS.save:
-        raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
-    judge = make_judge(config, framework, place)
-    writable = not place.process and is_writable(workdir())
-    if configs:
-        rows, images = sweep(configs, lambda config: judge(config, sampler, weights))
-        if not place.process:
-            print(table(rows))
-            print("\n".join(best_lines(rows)), flush=True)
-        if writable:
-            print(write(workdir(), config, rows, images))
-        return
-    result, images = judge(config, sampler, weights)
-    if not place.process:
-        result |= judging.provenance(config.evaluation)
-        print(json.dumps(result), flush=True)  # before it is written, which may fail
-    if writable:
-        data_metrics.write_evaluation(workdir(), result)
-        grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
-    if not place.process and isinstance(judge, judging.Judge) and judge.unsaved:
-        raise judge.unsaved
-
-
-def is_writable(path: str) -> bool:
-    """Return whether results can be written to a directory; a warning says that they are printed only."""
-    try:
-        files.check_writable(pathlib.Path(path) / data_metrics.FILE_NAME)
-    except UserError as error:
-        logging.warning("%s  Results are printed, and not written", error)
-        return False
-    return True
-
-
-def overridden(config: options.Config) -> options.Config:
-    """Return a copy of the config with the flags of evaluation given.  Raises UserError as `resolve.check`."""
-    given = {name: flags.FLAGS[name].value for name in OPTIONS}
-    given = {name: value for name, value in given.items() if value is not None}
-    given |= {"metrics": tuple(given["metrics"])} if "metrics" in given else {}
-    config = copy.deepcopy(config)
-    config.evaluation.update(given)
-    if not flags.FLAGS.make_reference:
-        resolve.check(config)
-    return config
-
-
-def make_judge(config: options.Config, framework: tools.Tools, place: tools.Place) -> Callable:
-    """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c])."""
-    if config.evaluation.metrics:
-        return judging.Judge(config, framework, place, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
-    if flags.FLAGS.save:
-        raise UserError("--save goes with --metrics here; the sample command saves images without judging them")
-    real = data_metrics.load_real(config)
-    data_metrics.check_real(config, real)
-    return functools.partial(data_metrics.evaluate, real=real, place=place)
-
-
-def guided(config: options.Config) -> list[options.Config]:
-    """Return copies of the config for all pairs of --omegas and --intervals, every omega of one interval after another.
-
-    Without one of the flags its pairs have the config's value; without both the list is empty.
-    Raises UserError for values of no sense, and for guidance that the network cannot be told.
-    """
-    f = flags.FLAGS
-    given = [name for name in ("omegas", "intervals") if f[name].value is not None]
-    sampling.check_told(config, given)
-    for name in given:
-        if not f[name].value or f[name.removesuffix("s")].value is not None:
-            raise UserError(f"--{name} must name one value or more, and not stand beside --{name.removesuffix('s')}")
-    omegas, intervals = (config.sample.omega,), (config.sample.interval,)
-    if "omegas" in given:
-        omegas = sampling.numbers("omegas", f.omegas)
-    if "intervals" in given:
-        intervals = [sampling.numbers("intervals", text.split(":")) for text in f.intervals]
-        if any(len(interval) != 2 for interval in intervals):
-            raise UserError(f"--intervals takes start:end each, e.g. 0:1,0.4:0.65, not {','.join(f.intervals)}")
-    configs = []
-    for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas) if given else ():
-        configs.append(copy.deepcopy(config))
-        configs[-1].sample.update(omega=omega, interval=interval)
-        resolve.check(configs[-1])
-    return configs
 
 
 def sweep(configs: list[options.Config], judge: Judge) -> tuple[list[Row], dict[float, np.ndarray]]:
@@ -212,18 +81,3 @@ def table(rows: list[Row]) -> str:
 def interval_text(interval: tuple[float, float]) -> str:
     """Return an interval as --intervals takes it."""
     return f"{interval[0]:g}:{interval[1]:g}"
-
-
-def write(
-    workdir: str | os.PathLike, config: options.Config, rows: list[Row], images: dict[float, np.ndarray]
-) -> pathlib.Path:
-    """Write the rows to sweep.json and the page to sweep.html, each atomically.  Returns the page's path.
-
-    Raises UserError if they cannot be written.
-    """
-    from meanflow.commands import guidance_sweep_page  # matplotlib takes a second to import
-
-    path = pathlib.Path(workdir)
-    files.replace_text(path / JSON_NAME, json.dumps(rows, indent=2) + "\n")
-    files.replace_text(path / PAGE_NAME, guidance_sweep_page.html(config, rows, images))
-    return path / PAGE_NAME

@@ -21,7 +21,7 @@ img { max-width: 100% }
 def html(config: options.Config, rows: list[guidance_sweep.Row], images: dict[float, np.ndarray]) -> str:
     """Return the page: the metrics over omega, the table, and samples of each omega.
 
-    rows, images: as of `sweep.sweep`.  config: of the run, for what all rows share.
+    rows, images: as of `guidance_sweep.sweep`.  config: of the run, for what all rows share.
     """
     c = config.sample
     steps = f"times {c.times}" if c.times else f"{c.steps} step{'s' if c.steps > 1 else ''}"
@@ -41,7 +41,7 @@ def html(config: options.Config, rows: list[guidance_sweep.Row], images: dict[fl
 
 
 def table(rows: list[guidance_sweep.Row]) -> str:
-    """Return the table of `sweep.cells`."""
+    """Return the table of `guidance_sweep.cells`."""
     names, *lines = ("".join(f"<td>{text.escape(cell)}</td>" for cell in line) for line in guidance_sweep.cells(rows))
     return f"<table><tr>{names.replace('td>', 'th>')}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 

@@ -9,11 +9,13 @@ import numpy as np
 from absl import logging
 
 from meanflow import files
-from meanflow.commands import framework as tools
-from meanflow.commands import sample
+from meanflow.commands import frozen_networks, sample
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.errors import UserError
 from meanflow.metrics import accumulate, dino, preprocessing, references
+from meanflow.metrics.extractor import Extract, Extractor
+from meanflow.process_group import ALONE, ProcessGroup
 from meanflow.sampling import grids, saving
 
 SHOWN = 64  # samples of the grid
@@ -26,8 +28,8 @@ class Judge:
     def __init__(
         self,
         config: options.Config,
-        framework: tools.Tools,
-        place: tools.Place = tools.ALONE,
+        framework: FrozenNetworks,
+        group: ProcessGroup = ALONE,
         output: pathlib.Path | None = None,
         save: str | None = None,
     ):
@@ -37,17 +39,17 @@ class Judge:
         too few samples, and for an output that cannot be written.
         """
         c = config.evaluation
-        self.metrics, self.place, self.output, self.save = tuple(c.metrics), place, output, save
+        self.metrics, self.group, self.output, self.save = tuple(c.metrics), group, output, save
         self.convention = preprocessing.get(c.convention)
         self.references = read_references(c)
         accumulate.check_numbers(self.metrics, c.num_samples, self.references)
         if self.references:
-            side = tools.image_side(config)
+            side = frozen_networks.image_side(config)
             check_sizes(c, self.references, (side, side))
         if output and save:
             files.check_writable(output / saving.INDEX)
         self.extract = extractor(self.metrics, c, framework, self.references)
-        self.decode = tools.decoder(config, framework)
+        self.decode = frozen_networks.decoder(config, framework)
         self.unsaved: UserError | None = None
         self._check_channels(config)
 
@@ -61,8 +63,8 @@ class Judge:
         num = config.evaluation.num_samples
         saver = saving.Saver(self.output, self.save) if self.save and self.output else None
         collector, shown = accumulate.Collector(self.metrics), []
-        for batch in sample.batches(config, sampler, weights, num, place=self.place):
-            own = slice(self.place.process, None, self.place.num_processes) if self.place.together else slice(None)
+        for batch in sample.batches(config, sampler, weights, num, group=self.group):
+            own = slice(self.group.process, None, self.group.num_processes) if self.group.together else slice(None)
             indices, samples, labels = (rows[own] for rows in batch)
             if not len(indices):
                 continue
@@ -74,10 +76,10 @@ class Judge:
             if saver and not self.unsaved:
                 self._save(saver.add, indices, pixels, labels)
         if saver:  # every process takes part in this
-            self._save(saver.finish, self.place)
-        parts = self.place.gather(collector.to_bytes())
+            self._save(saver.finish, self.group)
+        parts = self.group.gather(collector.to_bytes())
         shown = np.concatenate(shown) if shown else np.empty((0, 1, 1, 3), np.float32)
-        if self.place.process:
+        if self.group.process:
             return {}, shown
         values = accumulate.results(
             accumulate.Collector.merge(parts, self.metrics), self.references, config.evaluation.convention
@@ -145,9 +147,9 @@ def check_sizes(c: options.Config, found: dict[str, references.Reference], size:
 def extractor(
     metrics: tuple[str, ...],
     c: options.Config,
-    framework: tools.Tools,
+    framework: FrozenNetworks,
     found: Mapping[str, references.Reference] = types.MappingProxyType({}),
-) -> tools.Extract:
+) -> Extract:
     """Return what makes the features of images uint8 [b h w c] that the metrics of `config.evaluation` need.
 
     Raises UserError if `found`, statistics by metric, are of features of another width.
@@ -159,7 +161,7 @@ def extractor(
         parts.append(dino.load(c.dino))
     widths: dict[str, int] = {}
     for part in parts:
-        widths |= part.widths if isinstance(part, tools.Extractor) else {}
+        widths |= part.widths if isinstance(part, Extractor) else {}
     for metric, reference in found.items():
         if accumulate.FEATURES[metric] in widths:
             accumulate.check_width(metric, reference, widths[accumulate.FEATURES[metric]])

@@ -3,17 +3,14 @@
 clu and TensorFlow take seconds to import, so they are imported only where a log is opened.
 """
 
-import functools
 import json
 import operator
 import os
 import pathlib
-import sys
-from collections.abc import Callable
 from typing import Any
 
 import numpy as np
-from absl import flags, logging
+from absl import logging
 
 from meanflow import files, tensorflow_logging
 from meanflow.errors import UserError
@@ -22,38 +19,6 @@ FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 30.0
 SHOWN = 80  # bytes of a damaged line
-TALKATIVE = ("orbax", "jax/_src")  # in the paths of their sources
-
-
-def setup_logging() -> None:
-    """Show absl's INFO lines on stderr, whether the program runs under absl's app or not.  Call first in main.
-
-    Orbax and JAX tell of their inner steps at that level; only their warnings are shown, and no traceback of Orbax's,
-    which raises the same error, too.
-    """
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()  # else absl warns that its flags were not parsed
-    logging.use_absl_handler()
-    logging.set_verbosity(logging.INFO)
-    logging.get_absl_handler().addFilter(_worth_showing)
-    sys.unraisablehook = functools.partial(_show_unless_late, sys.unraisablehook)
-
-
-def show_only_warnings() -> None:
-    """Show no INFO lines from here on: for every process but the first, whose lines are the same."""
-    logging.set_verbosity(logging.WARNING)
-
-
-def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:
-    """Show an error that nothing can catch, but none of TensorStore's, which reports to Orbax after that gave up."""
-    if str(unraisable.exc_value) != "Event loop is closed":
-        show(unraisable)
-
-
-def _worth_showing(record: Any) -> bool:
-    if "orbax" in record.pathname and record.exc_info:
-        return False
-    return record.levelname != "INFO" or not any(name in record.pathname for name in TALKATIVE)
 
 
 class MetricLog:

@@ -18,11 +18,13 @@ from absl import flags
 from tqdm import tqdm
 
 from meanflow import files
-from meanflow.commands import framework as tools
+from meanflow.commands import frozen_networks
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import latents, options, paths, resolve, rules
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
 from meanflow.errors import UserError
+from meanflow.process_group import ALONE, ProcessGroup, gather_rows, pack
 from meanflow.sampling import grids, saving
 from meanflow.sampling import noise as noise_and_labels
 
@@ -81,7 +83,7 @@ def define_sample_flags() -> None:
     flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
 
 
-def sample(load: Load, framework: tools.Tools) -> None:
+def sample(load: Load, framework: FrozenNetworks) -> None:
     """Load, generate, decode and write as the command line says, and print the PNG's path.
 
     load: (work directory, path of weights, config) -> config, sampler, its weights; either the first is given or the
@@ -100,7 +102,7 @@ def sample(load: Load, framework: tools.Tools) -> None:
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
         raise UserError("--labels: this network knows no classes (config.model.name is unet)")
-    decode = tools.decoder(config, framework)
+    decode = frozen_networks.decoder(config, framework)
     if f.save and decode is None and config.model.channels not in (1, 3):
         raise UserError(
             f"--save writes images, and the samples have {config.model.channels} channels: name the autoencoder that "
@@ -112,7 +114,7 @@ def sample(load: Load, framework: tools.Tools) -> None:
     if f.save:
         saver = saving.Saver(pathlib.Path(output), f.save)
         saver.add(np.arange(len(images)), grids.to_uint8(images), labels)
-        saver.finish(tools.ALONE)
+        saver.finish(ALONE)
     print(path)
 
 
@@ -122,15 +124,15 @@ def generate(
     weights: Any,
     num_samples: int,
     labels: Sequence[int] = (),
-    place: tools.Place = tools.ALONE,
+    group: ProcessGroup = ALONE,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
 
     Several processes share the work; all but the first get arrays of no images.  Arguments and errors as `batches`.
     """
-    assert not place.together, "each process has all batches then: call `batches`"
-    parts = batches(config, sampler, weights, num_samples, labels, place)
-    rows = tools.gather_rows([{"indices": i, "images": x, "labels": y} for i, x, y in parts], place)
+    assert not group.together, "each process has all batches then: call `batches`"
+    parts = batches(config, sampler, weights, num_samples, labels, group)
+    rows = gather_rows([{"indices": i, "images": x, "labels": y} for i, x, y in parts], group)
     none = np.empty((0, 1, 1, 1), np.float32), np.empty(0, np.int32)
     return (rows["images"], rows["labels"]) if rows else none
 
@@ -141,21 +143,21 @@ def batches(
     weights: Any,
     num_samples: int,
     labels: Sequence[int] = (),
-    place: tools.Place = tools.ALONE,
+    group: ProcessGroup = ALONE,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the indices [b], images float32 [b h w c] in data units and labels int32 [b] of this process's batches.
 
     Sample i depends on (config.sample.seed, i) alone, and the batches are the same for any number of processes, which
-    take them in turn, or each all of them (place.together).  labels: classes repeated in turn; empty: drawn at random.
+    take them in turn, or each all of them (group.together).  labels: classes repeated in turn; empty: drawn at random.
     Raises UserError for a label outside the classes.
     """
     c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
     check_labels(labels, config.model.num_classes)
     num_fresh, size = noise_and_labels.num_fresh(c), min(c.batch_size, num_samples)
     starts = range(0, num_samples, size)
-    if not place.together:
-        starts = starts[place.process :: place.num_processes]
-    disable = True if place.process else None  # None: unless stderr is a terminal
+    if not group.together:
+        starts = starts[group.process :: group.num_processes]
+    disable = True if group.process else None  # None: unless stderr is a terminal
     for start in tqdm(starts, "sampling", unit="batch", disable=disable, leave=None):
         indices = np.arange(start, min(start + size, num_samples))
         noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)
@@ -261,6 +263,6 @@ def write(
     """
     output = pathlib.Path(output)
     kept = {"images": images, "labels": labels} | ({} if undecoded is None else {"latents": undecoded})
-    files.replace_bytes(output / "samples.npz", tools.pack(kept))
+    files.replace_bytes(output / "samples.npz", pack(kept))
     grids.save_png(output / "samples.png", images)
     return output / "samples.png"

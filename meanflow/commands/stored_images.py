@@ -14,18 +14,19 @@ from absl import flags
 from tqdm import tqdm
 
 from meanflow import files
-from meanflow.commands import framework as tools
 from meanflow.commands import image_metrics, sample
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options, paths
 from meanflow.data.images import pictures
 from meanflow.errors import UserError
 from meanflow.metrics import accumulate, references
+from meanflow.process_group import ProcessGroup
 
 BATCH = 64  # images
 KEPT, SEED = 50_000, 0  # images of a reference whose features kid and pr compare with, drawn from all
 # Flags of sampling and of sweeps, of which stored images know nothing.
 OF_MODELS = (*sample.OPTIONS, "num_samples", "save", "vae", "omegas", "intervals", "workdir")
-Start = Callable[[options.Config], tools.Place]
+Start = Callable[[options.Config], ProcessGroup]
 
 flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
 
@@ -84,7 +85,7 @@ def define_flags() -> None:
     )  # fmt: skip
 
 
-def make_reference(framework: tools.Tools, start: Start, config: options.Config) -> None:
+def make_reference(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
     """Write the statistics of real images that the metrics of `config.evaluation` compare with, and print their path.
 
     Without metrics: those of fid.  kid and pr keep features beside, of at most `KEPT` images.  Raises UserError for
@@ -99,13 +100,13 @@ def make_reference(framework: tools.Tools, start: Start, config: options.Config)
         raise UserError("--make_reference needs --reference=FILE.npz, the file to write")
     if accumulate.needs(c.metrics) & image_metrics.INCEPTION and not c.inception:
         raise UserError("--make_reference needs --inception, the weights that parity/convert.py makes")
-    place = start(config)
-    if not place.process:
+    group = start(config)
+    if not group.process:
         files.check_writable(c.reference)
     source = pictures.open_pictures(f.make_reference, f.split, config.data.dir)
     accumulate.check_numbers(c.metrics, len(source), {})
     size = size_of(source, f.image_size)
-    whole = collect(source, config, framework, f.image_size, place)
+    whole = collect(source, config, framework, f.image_size, group)
     if whole:
         kinds = [kind for kind in references.METRICS if accumulate.FEATURES[kind] in whole.features]
         keep_reference(c.reference, {kind: accumulate.to_reference(whole, kind, c.convention, size) for kind in kinds})
@@ -122,7 +123,7 @@ def keep_reference(path: str, found: dict[str, references.Reference]) -> None:
         raise UserError(f"{error}  The statistics are in {other}") from error
 
 
-def judge_samples(framework: tools.Tools, start: Start, config: options.Config) -> None:
+def judge_samples(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
     """Print the metrics of `config.evaluation`, of all images that --samples names.  Raises UserError for missing ones.
 
     Generated images are uint8 already: of the convention only what Inception does to them is left.
@@ -132,13 +133,13 @@ def judge_samples(framework: tools.Tools, start: Start, config: options.Config) 
     if not c.metrics:
         raise UserError("--samples needs --metrics: say what to measure")
     found = image_metrics.read_references(c)
-    place = start(config)
+    group = start(config)
     is_npz = pathlib.Path(f.samples).suffix == ".npz"
     source = NpzImages(f.samples) if is_npz else pictures.open_pictures(f.samples, f.split, config.data.dir)
     accumulate.check_numbers(c.metrics, len(source), found)
     if found:
         image_metrics.check_sizes(c, found, size_of(source, f.image_size))
-    whole = collect(source, config, framework, f.image_size, place, found)
+    whole = collect(source, config, framework, f.image_size, group, found)
     if whole:
         values = accumulate.results(whole, found, c.convention)
         print(json.dumps({"num_samples": len(source)} | values | image_metrics.provenance(c)))
@@ -160,9 +161,9 @@ def size_of(source: Images, size: int | None) -> tuple[int, int]:
 def collect(
     source: Images,
     config: options.Config,
-    framework: tools.Tools,
+    framework: FrozenNetworks,
     size: int | None,
-    place: tools.Place,
+    group: ProcessGroup,
     found: Mapping[str, references.Reference] = types.MappingProxyType({}),
 ) -> accumulate.Collector | None:
     """Return the features of stored images that config.evaluation.metrics need, of all to the first process.
@@ -176,7 +177,7 @@ def collect(
         chosen = np.random.RandomState(SEED).choice(len(source), KEPT, replace=False)
     extract = image_metrics.extractor(metrics, config.evaluation, framework, found)
     collector, shape = accumulate.Collector(metrics, (), chosen), (*size_of(source, size), 3)
-    for indices, images in read_batches(source, size, place):
+    for indices, images in read_batches(source, size, group):
         for i, image in zip(indices, images, strict=True):
             if image.shape != shape:
                 raise UserError(
@@ -184,15 +185,15 @@ def collect(
                     "size: give --image_size, and all are cropped to it"
                 )
         collector.add(extract(np.stack(images)), np.array(indices))
-    parts = place.gather(collector.to_bytes())
-    return None if place.process else accumulate.Collector.merge(parts, metrics)
+    parts = group.gather(collector.to_bytes())
+    return None if group.process else accumulate.Collector.merge(parts, metrics)
 
 
-def read_batches(source: Images, size: int | None, place: tools.Place) -> Iterator[tuple[range, list[np.ndarray]]]:
+def read_batches(source: Images, size: int | None, group: ProcessGroup) -> Iterator[tuple[range, list[np.ndarray]]]:
     """Yield the indices and the images of this process's batches, read by threads."""
-    starts = range(0, len(source), BATCH)[place.process :: place.num_processes]
+    starts = range(0, len(source), BATCH)[group.process :: group.num_processes]
     with futures.ThreadPoolExecutor() as pool:
-        for begin in tqdm(starts, "images", unit="batch", disable=True if place.process else None):
+        for begin in tqdm(starts, "images", unit="batch", disable=True if group.process else None):
             indices = range(begin, min(begin + BATCH, len(source)))
             yield indices, list(pool.map(lambda i: read(source, i, size), indices))
 

@@ -19,8 +19,8 @@ import tensorflow_datasets as tfds
 from tqdm import tqdm
 
 from meanflow import tensorflow_logging
-from meanflow.commands.logs import setup_logging
 from meanflow.config import paths
+from meanflow.console_log import setup_logging
 from meanflow.data import records
 from meanflow.data.images import tfds_images
 from meanflow.errors import UserError, exit_on_user_error

@@ -1,1 +1,1 @@
-"""What samples are worth: distances, scores and reference statistics.  Imports `config` and `weights`."""
+"""What samples are worth: distances, scores and reference statistics.  Imports `config`, `weights`, `data`."""

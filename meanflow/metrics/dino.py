@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from meanflow.commands.framework import Extract, Extractor
 from meanflow.data import features
+from meanflow.metrics.extractor import Extract, Extractor
 
 SIDE = 224  # pixels
 OFFSET = 0.1  # added by the official network to the grid before its positions are resampled

@@ -8,7 +8,7 @@ import re
 import numpy as np
 
 from meanflow import files
-from meanflow.commands.framework import Place, gather_rows, pack
+from meanflow.process_group import ProcessGroup, gather_rows, pack
 
 KINDS = ("png", "npz")
 INDEX = "dataset.json"  # labels of the PNG files, in EDM2's layout
@@ -41,11 +41,11 @@ class Saver:
             part["images"] = images
         self.parts.append(part)
 
-    def finish(self, place: Place) -> pathlib.Path:
+    def finish(self, group: ProcessGroup) -> pathlib.Path:
         """Write what holds all processes' samples; every process calls it, the first one writes.  Returns the path."""
-        rows = gather_rows(self.parts, place)
+        rows = gather_rows(self.parts, group)
         path = self.directory / (INDEX if self.kind == "png" else "samples_uint8.npz")
-        if place.process:
+        if group.process:
             return path
         if self.kind == "png":
             pairs = [[name(i), int(y)] for i, y in zip(rows["indices"], rows["labels"], strict=True)]

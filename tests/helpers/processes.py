@@ -5,13 +5,13 @@ import functools
 import threading
 from concurrent import futures
 
-from meanflow.commands.framework import Place
+from meanflow.process_group import ProcessGroup
 
 TIMEOUT = 30.0  # seconds for one process to wait for the others
 
 
 def run(num, function, everywhere=False):
-    """Return what function(place) returns in each of `num` processes; an error in one ends them all.
+    """Return what function(group) returns in each of `num` processes; an error in one ends them all.
 
     everywhere: what is gathered reaches all processes, not only the first.
     """
@@ -27,7 +27,7 @@ def run(num, function, everywhere=False):
     def one(process):
         with contextlib.ExitStack() as unless_done:
             unless_done.callback(barrier.abort)
-            result = function(Place(process, num, functools.partial(gather, process)))
+            result = function(ProcessGroup(process, num, functools.partial(gather, process)))
             unless_done.pop_all()
         return result
 

@@ -25,7 +25,7 @@ def test_features_in_parts(path):
     assert {name: (a.shape, a.dtype) for name, a in got.items()} == {
         "pool": ((3, 2048), np.float32), "logits": ((3, 1008), np.float32),
     }  # fmt: skip
-    convention = frozen_networks.conventions.get("torch_fidelity")
+    convention = frozen_networks.preprocessing.get("torch_fidelity")
     want = frozen_networks.inception("torch", frozen_networks.inception_weights(3))(grey.repeat(3, axis=3), convention)
     np.testing.assert_allclose(got["pool"], want["2048"], rtol=1e-5, atol=1e-5)
     np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)

@@ -26,17 +26,17 @@ def test_parts_come_whole_and_in_order(monkeypatch, parts, piece):
     def allgather(array):
         sizes.append(array.nbytes)
         assert jax.dtypes.canonicalize_dtype(array.dtype) == array.dtype, "JAX has no 64 bits here"
-        every = own.place.gather(array.tobytes())
+        every = own.group.gather(array.tobytes())
         assert len(set(map(len, every))) == 1
         return np.stack([np.frombuffer(part, array.dtype).reshape(array.shape) for part in every])
 
-    def process(place):
-        own.place = place
-        return devices.gather(parts[place.process])
+    def process(group):
+        own.group = group
+        return devices.gather(parts[group.process])
 
     monkeypatch.setattr(devices, "PIECE", piece)
     monkeypatch.setattr(jax, "process_count", lambda: len(parts))
-    monkeypatch.setattr(jax, "process_index", lambda: own.place.process)
+    monkeypatch.setattr(jax, "process_index", lambda: own.group.process)
     monkeypatch.setattr(devices.multihost_utils, "process_allgather", allgather)
     assert processes.run(len(parts), process, everywhere=True) == [parts] + [[]] * (len(parts) - 1)
     assert max(sizes) <= max(piece, 8)

@@ -134,7 +134,7 @@ def test_unknown_system(golden, monkeypatch):
     assert check.run(directory, "ema_lr_optim/lr/pymf").ok
     # Without either flag it is listed only.
     monkeypatch.setattr(check, "GOLDEN", directory)
-    for module in (objectives, check.extremes, check.precision, check.networks):
+    for module in (objectives, check.extremes, check.precision, check.frozen_networks):
         monkeypatch.setattr(module, "all_cases", list)
     result = check.run()
     assert result.not_covered == ["golden/another"] and result.ok

@@ -28,7 +28,7 @@ def test_features_in_parts(path):
     alone = make_inception(path, "torch_fidelity")(images[2:])
     np.testing.assert_allclose(got["pool"][2:], alone["pool"], rtol=1e-5, atol=1e-6)
     want = frozen_networks.inception("torch", frozen_networks.inception_weights(3))(
-        images, frozen_networks.conventions.get("torch_fidelity")
+        images, frozen_networks.preprocessing.get("torch_fidelity")
     )
     np.testing.assert_allclose(got["logits"], want["logits_unbiased"], rtol=1e-4, atol=1e-5)
 

@@ -42,10 +42,10 @@ class Begun(Pictures):
 
     def read(self, i: int) -> np.ndarray:
         """Return image i, uint8 [h w 3].  Raises GoneImageError if it was removed, and as those that are left."""
-        place = self._places.get(self._names[i])
-        if place is None:
+        group = self._places.get(self._names[i])
+        if group is None:
             raise GoneImageError(f"{self._names[i]} was removed")
-        return self._now.read(place)
+        return self._now.read(group)
 
     def digest(self) -> str:
         """Return that of the list."""

@@ -24,9 +24,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from meanflow import tensorflow_logging
-from meanflow.commands.logs import setup_logging
 from meanflow.config import latents as conventions
 from meanflow.config import paths
+from meanflow.console_log import setup_logging
 from meanflow.data import couplings, records
 from meanflow.data.latents import dataset, formats
 from meanflow.errors import UserError, exit_on_user_error

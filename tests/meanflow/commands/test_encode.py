@@ -46,10 +46,10 @@ def run(parse_flags, made, monkeypatch, tmp_path):
         made.append((files.digest, pixels, batch_size))
         return moments
 
-    def run(*argv, place=(0, 1), usual=usual):
+    def run(*argv, group=(0, 1), usual=usual):
         started = []
         parse_flags(encode.define_flags, *usual, *argv)
-        encode.encode(lambda config: started.append(config) or place, make_encoder)
+        encode.encode(lambda config: started.append(config) or group, make_encoder)
         assert [config.to_dict() for config in started] == [options.get_config().to_dict()] and len(names) == len(made)
 
     for i in range(NUM):
@@ -118,7 +118,7 @@ def test_a_convention_of_other_channels(run, dest):
 def test_what_is_asked_for(run, dest, monkeypatch):
     """Images as PNG would take TensorFlow, which is slow to import."""
     plans = []
-    monkeypatch.setattr(encode.latents, "make", lambda *args: plans.append(args[3]) or [])
+    monkeypatch.setattr(encode.dataset, "make", lambda *args: plans.append(args[3]) or [])
     run()
     assert plans == [Plan(SIDE, (4, 4, 3), flip=True)]
     run("--noflip", "--pixels", "--crop=none", "--batch_size=3", "--shard_size=5", "--skip_broken")
@@ -143,10 +143,10 @@ def test_images_that_cannot_be_read(run, dest):
 def test_a_share_of_the_shards(run, dest, capsys, caplog):
     """The dataset is there, and is named, once the last process has ended."""
     caplog.set_level(logging.INFO, "absl")
-    run("--shard_size=2", place=(1, 2))
+    run("--shard_size=2", group=(1, 2))
     assert not capsys.readouterr().out and not (dest / "features.json").exists()
     assert f"{dest} misses 2 shards, the first is 0." in caplog.text
-    run("--shard_size=2", place=(0, 2))
+    run("--shard_size=2", group=(0, 2))
     assert capsys.readouterr().out == f"{dest}\n" and len(read(dest)) == NUM
     assert len(list(dest.glob("*array_record*"))) == 4
 

@@ -9,11 +9,12 @@ import pytest
 
 from configs import digits
 from meanflow import files
-from meanflow.commands import data_metrics, guidance_sweep, guidance_sweep_page, stored_images
-from meanflow.commands.framework import Place, Tools
+from meanflow.commands import data_metrics, evaluate, guidance_sweep, guidance_sweep_page, stored_images
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.errors import UserError
 from meanflow.metrics import references
+from meanflow.process_group import ProcessGroup
 from meanflow.sampling.plots import image
 
 ROWS = [
@@ -34,7 +35,7 @@ def config():
 @pytest.fixture
 def parse(parse_flags):
     """Return a function that parses the flags of an evaluation."""
-    return functools.partial(parse_flags, guidance_sweep.define_flags)
+    return functools.partial(parse_flags, evaluate.define_flags)
 
 
 def pairs(configs):
@@ -45,25 +46,25 @@ def test_every_pair_of_both_lists(config, parse):
     parse("--omegas=1,8", "--intervals=0:1,0.4:0.65")
     whole, part = (0.0, 1.0), (0.4, 0.65)
     before = config.to_dict()
-    assert pairs(guidance_sweep.guided(config)) == [(1, whole), (8, whole), (1, part), (8, part)]
+    assert pairs(evaluate.guided(config)) == [(1, whole), (8, whole), (1, part), (8, part)]
     assert config.to_dict() == before
 
 
 def test_one_list_alone_takes_the_other_from_the_config(config, parse):
     config.sample.update(omega=2.0, interval=(0.25, 0.5))
     parse("--omegas=1,8,1")
-    assert pairs(guidance_sweep.guided(config)) == [(1, (0.25, 0.5)), (8, (0.25, 0.5))]
+    assert pairs(evaluate.guided(config)) == [(1, (0.25, 0.5)), (8, (0.25, 0.5))]
 
 
 def test_intervals_alone(config, parse):
     config.sample.update(omega=2.0, interval=(0.25, 0.5))
     parse("--intervals=0:0.5")
-    assert pairs(guidance_sweep.guided(config)) == [(2, (0, 0.5))]
+    assert pairs(evaluate.guided(config)) == [(2, (0, 0.5))]
 
 
 def test_without_the_flags_there_is_no_sweep(config, parse):
     parse("--steps=2")
-    assert guidance_sweep.guided(config) == []
+    assert evaluate.guided(config) == []
 
 
 @pytest.mark.parametrize(
@@ -82,14 +83,14 @@ def test_without_the_flags_there_is_no_sweep(config, parse):
 def test_flags_of_no_sense(config, parse, argv, message):
     parse(*argv)
     with pytest.raises(UserError, match=message):
-        guidance_sweep.guided(config)
+        evaluate.guided(config)
 
 
 @pytest.mark.parametrize("argv", ["--omegas=1,2", "--intervals=0:1"])
 def test_a_network_that_is_told_no_guidance(parse, argv):
     parse(argv)
     with pytest.raises(UserError, match=f"{argv.split('=')[0]} is for .* meanflow: .* --cfg_scale"):
-        guidance_sweep.guided(digits.get_config())
+        evaluate.guided(digits.get_config())
 
 
 def test_each_pair_is_judged_once(config, parse):
@@ -102,7 +103,7 @@ def test_each_pair_is_judged_once(config, parse):
         return {"metric": metric}, np.full((50, 2, 2, 1), metric)
 
     parse("--omegas=1,8", "--intervals=0.25:1,0.5:1")
-    configs = guidance_sweep.guided(config)
+    configs = evaluate.guided(config)
     rows, images = guidance_sweep.sweep(configs, judge)
     assert judged == pairs(configs) and len(judged) == 4
     assert [row["metric"] for row in rows] == [1.25, 8.25, 1.5, 8.5]
@@ -139,7 +140,7 @@ def test_table():
 def test_json_and_page(config, tmp_path):
     images = {omega: np.zeros((5, 8, 8, 1), np.float32) for omega in (1.0, 4.0)}
     config.name = "digits & more"
-    path = guidance_sweep.write(tmp_path / "run", config, [row | REAL for row in ROWS], images)
+    path = evaluate.write(tmp_path / "run", config, [row | REAL for row in ROWS], images)
     assert path == tmp_path / "run" / "sweep.html" and len(list(path.parent.iterdir())) == 2
     rows = json.loads((tmp_path / "run" / "sweep.json").read_text())
     assert rows == [row | REAL | {"interval": list(row["interval"])} for row in ROWS]
@@ -150,7 +151,7 @@ def test_json_and_page(config, tmp_path):
     assert "best class_accuracy: 0.75 with --omega=4 --interval=0,1" in page
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file/sweep.json"):
-        guidance_sweep.write(tmp_path / "file", config, ROWS, images)
+        evaluate.write(tmp_path / "file", config, ROWS, images)
 
 
 def test_curves():
@@ -190,14 +191,14 @@ def run(config, monkeypatch, tmp_path):
     real = data_metrics.Real(np.zeros((9, 8, 8, 1)), np.arange(9), {"real_frechet_distance_pixels": 0.25})
     monkeypatch.setattr(data_metrics, "load_real", lambda config: real)
     monkeypatch.setattr(data_metrics, "evaluate_samples", judge)
-    monkeypatch.setattr(guidance_sweep, "workdir", lambda: str(tmp_path))
-    monkeypatch.setattr(guidance_sweep.resolve, "read_workdir", lambda path: config)
+    monkeypatch.setattr(evaluate, "workdir", lambda: str(tmp_path))
+    monkeypatch.setattr(evaluate.resolve, "read_workdir", lambda path: config)
     return lambda *_: (config, lambda weights, noise, y, c, fresh: 0 * noise + weights / c.omega, 1.0)
 
 
 def test_evaluate_without_a_sweep_prints_one_line(run, parse, tmp_path, capsys):
     parse("--num_samples=6")
-    guidance_sweep.evaluate(run, None, lambda config: Place())
+    evaluate.evaluate(run, None, lambda config: ProcessGroup())
     result = {"num_samples": 6, "frechet_distance_pixels": 1.0, "real_frechet_distance_pixels": 0.25}
     assert json.loads(capsys.readouterr().out) == json.loads((tmp_path / "evaluation.json").read_text()) == result
     assert sorted(path.name for path in tmp_path.iterdir()) == ["evaluation.json", "evaluation.png"]
@@ -205,7 +206,7 @@ def test_evaluate_without_a_sweep_prints_one_line(run, parse, tmp_path, capsys):
 
 def test_evaluate_prints_the_table_and_the_best(run, parse, tmp_path, capsys):
     parse("--num_samples=6", "--omegas=1,4,2")
-    guidance_sweep.evaluate(run, None, lambda config: Place())
+    evaluate.evaluate(run, None, lambda config: ProcessGroup())
     *lines, best, path = capsys.readouterr().out.splitlines()
     assert [line.split("|")[1].strip(" -:") for line in lines] == ["omega", "", "1", "4", "2", "real"]
     assert best == "best frechet_distance_pixels: 0.25 with --omega=4 --interval=0,1"
@@ -217,14 +218,14 @@ def test_evaluate_prints_the_table_and_the_best(run, parse, tmp_path, capsys):
 def read_only(monkeypatch, tmp_path):
     """Make the work directory one that cannot be written."""
     (tmp_path / "file").touch()
-    monkeypatch.setattr(guidance_sweep, "workdir", lambda: str(tmp_path / "file"))
+    monkeypatch.setattr(evaluate, "workdir", lambda: str(tmp_path / "file"))
 
 
 @pytest.mark.parametrize("argv", [(), ("--omegas=1,4,2",)])
 def test_results_are_printed_where_nothing_can_be_written(run, read_only, parse, tmp_path, capsys, caplog, argv):
     """Which a warning tells before the sampling."""
     parse("--num_samples=6", *argv)
-    guidance_sweep.evaluate(run, None, lambda config: Place())
+    evaluate.evaluate(run, None, lambda config: ProcessGroup())
     assert "frechet_distance_pixels" in capsys.readouterr().out
     assert "Results are printed, and not written" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
@@ -238,7 +239,7 @@ def test_results_are_printed_before_the_disk_is_full(run, parse, capsys, monkeyp
     parse("--num_samples=6", *argv)
     monkeypatch.setattr(files, "replace_text", full)
     with pytest.raises(UserError, match="cannot write .*: No space left"):
-        guidance_sweep.evaluate(run, None, lambda config: Place())
+        evaluate.evaluate(run, None, lambda config: ProcessGroup())
     assert "frechet_distance_pixels" in capsys.readouterr().out
 
 
@@ -258,7 +259,7 @@ def test_metrics_survive_images_that_cannot_be_saved(
     monkeypatch.setattr(files, "replace_bytes", full)
     parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", f"--save={kind}")
     with pytest.raises(UserError, match=f"cannot write .*{name}: No space left"):
-        guidance_sweep.evaluate(noisy, FRAMEWORK, lambda config: Place())
+        evaluate.evaluate(noisy, FRAMEWORK, lambda config: ProcessGroup())
     result = json.loads(capsys.readouterr().out)
     assert result["fid"] > 0 and json.loads((tmp_path / "evaluation.json").read_text()) == result
 
@@ -272,7 +273,7 @@ def test_a_sweep_that_fails_leaves_its_rows_in_the_log(run, parse, monkeypatch, 
         return sampler(weights, noise, y, c, fresh) if c.omega < 2 else pytest.fail("a later pair fails")
 
     with pytest.raises(pytest.fail.Exception):
-        guidance_sweep.evaluate(lambda *_: (config, failing, weights), None, lambda config: Place())
+        evaluate.evaluate(lambda *_: (config, failing, weights), None, lambda config: ProcessGroup())
     row = {"omega": 1.0, "interval": [0.0, 1.0], "num_samples": 6, "frechet_distance_pixels": 1.0}
     assert json.dumps(row | {"real_frechet_distance_pixels": 0.25}) in caplog.text
 
@@ -289,22 +290,22 @@ def test_what_cannot_be_compared_is_not_sampled(noisy, sampled, parse, monkeypat
     monkeypatch.setattr(data_metrics, "load_real", lambda config: data_metrics.Real(real, labels, {}))
     parse("--num_samples=9")
     with pytest.raises(UserError, match=message):
-        guidance_sweep.evaluate(noisy, FRAMEWORK, lambda config: Place())
+        evaluate.evaluate(noisy, FRAMEWORK, lambda config: ProcessGroup())
     assert not sampled
 
 
 def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):
     before = config.to_dict()
     parse()
-    assert guidance_sweep.overridden(config).to_dict() == before
+    assert evaluate.overridden(config).to_dict() == before
     parse("--metrics=fid,is", "--reference=r.npz", "--inception=w", "--convention=pytorch_fid", "--dino=d",
           "--num_samples=17")  # fmt: skip
-    c = guidance_sweep.overridden(config).evaluation
+    c = evaluate.overridden(config).evaluation
     assert (c.metrics, c.reference, c.inception, c.convention) == (("fid", "is"), "r.npz", "w", "pytorch_fid")
     assert (c.dino, c.num_samples) == ("d", 17) and config.to_dict() == before
     config.evaluation.update(metrics=("is",), inception="w")
     parse("--metrics=")
-    assert guidance_sweep.overridden(config).evaluation.metrics == ()
+    assert evaluate.overridden(config).evaluation.metrics == ()
 
 
 @pytest.mark.parametrize(
@@ -319,12 +320,12 @@ def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):
 def test_metrics_of_no_sense(config, parse, argv, message):
     parse(*argv)
     with pytest.raises(UserError, match=message):
-        guidance_sweep.overridden(config)
+        evaluate.overridden(config)
 
 
 def test_a_reference_that_is_to_be_made_need_not_be_there(config, parse):
     parse("--metrics=fid,fd_dinov2", "--make_reference=images")
-    assert guidance_sweep.overridden(config).evaluation.metrics == ("fid", "fd_dinov2")
+    assert evaluate.overridden(config).evaluation.metrics == ("fid", "fd_dinov2")
 
 
 @pytest.mark.parametrize(
@@ -335,14 +336,14 @@ def test_stored_images_need_no_model(parse, monkeypatch, flag, function):
     monkeypatch.setattr(stored_images, function, lambda *args: calls.append(args))
     parse(f"--{flag}=images", "--metrics=is", "--inception=w")
     start, framework = object(), object()
-    guidance_sweep.evaluate(lambda *_: pytest.fail("it loads a model"), framework, start)
+    evaluate.evaluate(lambda *_: pytest.fail("it loads a model"), framework, start)
     ((first, second, config),) = calls
     assert first is framework and second is start and config.evaluation.metrics == ("is",)
     config.evaluation.update(metrics=(), inception="")
     assert config.to_dict() == options.get_config().to_dict()
 
 
-FRAMEWORK = Tools(None, lambda *_: lambda images: {"pool": images.reshape(len(images), -1)[:, :2] / 255.0})
+FRAMEWORK = FrozenNetworks(None, lambda *_: lambda images: {"pool": images.reshape(len(images), -1)[:, :2] / 255.0})
 
 
 @pytest.fixture
@@ -375,7 +376,7 @@ def noisy(run, config, sampled):
 def test_metrics_are_printed_with_what_they_depend_on(noisy, sampled, parse, reference, tmp_path, capsys, num):
     """By the first process; all share the samples."""
     parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", "--save=png")
-    processes.run(num, lambda place: guidance_sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    processes.run(num, lambda group: evaluate.evaluate(noisy, FRAMEWORK, lambda config: group))
     assert sampled == [4] * 3
     (line,) = capsys.readouterr().out.splitlines()
     result = json.loads(line)
@@ -388,7 +389,7 @@ def test_metrics_are_printed_with_what_they_depend_on(noisy, sampled, parse, ref
 
 def test_processes_share_the_samples_of_the_data_themselves(noisy, sampled, parse, tmp_path, capsys):
     parse("--num_samples=9")
-    processes.run(2, lambda place: guidance_sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    processes.run(2, lambda group: evaluate.evaluate(noisy, FRAMEWORK, lambda config: group))
     assert sampled == [4] * 3
     (line,) = capsys.readouterr().out.splitlines()
     assert json.loads(line) == json.loads((tmp_path / "evaluation.json").read_text())
@@ -396,7 +397,7 @@ def test_processes_share_the_samples_of_the_data_themselves(noisy, sampled, pars
 
 def test_a_sweep_of_metrics(noisy, parse, reference, tmp_path, capsys):
     parse("--num_samples=9", "--metrics=fid", "--inception=w", f"--reference={reference}", "--omegas=1,4")
-    processes.run(2, lambda place: guidance_sweep.evaluate(noisy, FRAMEWORK, lambda config: place))
+    processes.run(2, lambda group: evaluate.evaluate(noisy, FRAMEWORK, lambda config: group))
     names, _, *lines, best, path = capsys.readouterr().out.splitlines()
     assert [cell.strip() for cell in names.strip("|").split("|")] == ["omega", "interval", "fid"] and len(lines) == 2
     assert best.startswith("best fid: ") and path == str(tmp_path / "sweep.html")
@@ -415,7 +416,7 @@ def test_a_sweep_of_metrics(noisy, parse, reference, tmp_path, capsys):
 def test_what_cannot_be_saved_or_decoded(run, parse, argv, message, tmp_path):
     parse(*argv)
     with pytest.raises(UserError, match=message):
-        guidance_sweep.evaluate(run, FRAMEWORK, lambda config: Place())
+        evaluate.evaluate(run, FRAMEWORK, lambda config: ProcessGroup())
     assert not list(tmp_path.iterdir())
 
 
@@ -427,5 +428,5 @@ def test_the_processes_join_before_anything_is_computed(run, config, parse):
         return run(*args)
 
     parse("--num_samples=2")
-    guidance_sweep.evaluate(load, None, lambda c: order.append(c) or Place())
+    evaluate.evaluate(load, None, lambda c: order.append(c) or ProcessGroup())
     assert order == [config, "load"]

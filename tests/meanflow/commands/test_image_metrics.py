@@ -9,11 +9,12 @@ import processes
 import pytest
 
 from configs import digits
-from meanflow.commands import framework as tools
-from meanflow.commands import image_metrics
+from meanflow.commands import frozen_networks, image_metrics
 from meanflow.commands import sample as sampling
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.errors import UserError
 from meanflow.metrics import dino, references, scores
+from meanflow.metrics.extractor import Extractor
 from meanflow.metrics.references import Reference
 from meanflow.sampling import grids
 
@@ -30,13 +31,13 @@ def features(images):
 
 
 class Framework:
-    """Tools whose features are `features`; keeps what they were made of and the images that they saw."""
+    """FrozenNetworks whose features are `features`; keeps what they were made of and the images that they saw."""
 
     def __init__(self):
         self.made, self.seen, self.decoded = [], [], []
 
     def tools(self):
-        return tools.Tools(self.make_decoder, self.make_inception)
+        return FrozenNetworks(self.make_decoder, self.make_inception)
 
     def make_inception(self, path, convention):
         self.made.append((path, convention))
@@ -113,7 +114,7 @@ def test_processes_share_the_samples_and_the_first_has_the_result(config, framew
     expected, first = image_metrics.Judge(config, framework.tools())(config, sampler, 0.5)
     framework.seen.clear()
     found = processes.run(
-        num, lambda place: image_metrics.Judge(config, framework.tools(), place)(config, sampler, 0.5)
+        num, lambda group: image_metrics.Judge(config, framework.tools(), group)(config, sampler, 0.5)
     )
     assert found[0][0] == pytest.approx(expected, rel=1e-9) and not any(values for values, _ in found[1:])
     assert sum(map(len, framework.seen)) == NUM, "each sample once"
@@ -134,9 +135,9 @@ def test_processes_that_sample_together_share_the_features(config, framework, tm
         asked.append(len(noise))
         return sampler(weights, noise, *args)
 
-    def process(place):
-        place = place._replace(together=True)
-        return image_metrics.Judge(config, framework.tools(), place, tmp_path, "npz")(config, spying, 0.5)
+    def process(group):
+        group = group._replace(together=True)
+        return image_metrics.Judge(config, framework.tools(), group, tmp_path, "npz")(config, spying, 0.5)
 
     found = processes.run(num, process)
     assert found[0][0] == pytest.approx(expected, rel=1e-9) and not any(values for values, _ in found[1:])
@@ -159,7 +160,9 @@ def test_images_are_rounded_by_the_convention(config, framework, convention, lev
 @pytest.fixture
 def latents(config, monkeypatch):
     """Return the config of a model of latents of four channels, with an autoencoder."""
-    monkeypatch.setattr(tools.autoencoder, "read", lambda n: tools.autoencoder.Files({"latent_channels": 4}, {}, n))
+    monkeypatch.setattr(
+        frozen_networks.autoencoder, "read", lambda n: frozen_networks.autoencoder.Files({"latent_channels": 4}, {}, n)
+    )
     config.model.channels = 4
     config.latents.update(shift=(0.0,), scale=(1.0,), vae="some/vae")
     config.evaluation.metrics = ("is",)
@@ -203,7 +206,7 @@ def test_the_first_samples_are_shown_and_no_batch_is_held(config):
 
     config.sample.batch_size = 40
     config.evaluation.update(num_samples=200, metrics=("is",))
-    framework = tools.Tools(None, lambda *_: lambda images: {"logits": features(images)})
+    framework = FrozenNetworks(None, lambda *_: lambda images: {"logits": features(images)})
     _, shown = image_metrics.Judge(config, framework)(config, sampler, None)
     assert len(shown) == image_metrics.SHOWN and len(batches) == 5
     assert max(held) <= 1, "but the one before"
@@ -218,7 +221,7 @@ def test_images_are_saved_as_they_are_measured(config, framework, tmp_path, kind
     expected = grids.to_uint8(images, "floor")
     output = tmp_path / "new"
     processes.run(
-        num, lambda place: image_metrics.Judge(config, framework.tools(), place, output, kind)(config, sampler, 0.5)
+        num, lambda group: image_metrics.Judge(config, framework.tools(), group, output, kind)(config, sampler, 0.5)
     )
     if kind == "npz":
         with np.load(output / "samples_uint8.npz") as file:
@@ -290,7 +293,7 @@ def test_a_reference_of_another_size(config, framework, tmp_path):
 
 
 def test_the_size_of_samples_is_that_of_decoded_ones(latents, framework, tmp_path, monkeypatch):
-    monkeypatch.setattr(tools.autoencoder, "read_factor", lambda name: {"some/vae": 2}[name])
+    monkeypatch.setattr(frozen_networks.autoencoder, "read_factor", lambda name: {"some/vae": 2}[name])
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(16, 16)))
     latents.evaluation.metrics = ("fid",)
     image_metrics.Judge(latents, framework.tools())
@@ -300,7 +303,7 @@ def test_the_size_of_samples_is_that_of_decoded_ones(latents, framework, tmp_pat
 
 
 def test_a_reference_of_other_features(config, framework):
-    extract = tools.Extractor(lambda images: pytest.fail("features are made"), {"pool": 2048, "logits": 1008})
+    extract = Extractor(lambda images: pytest.fail("features are made"), {"pool": 2048, "logits": 1008})
     with pytest.raises(UserError, match="for fid are of 2 features, but the images have 2048 of pool"):
         image_metrics.Judge(config, framework.tools()._replace(make_inception=lambda *_: extract))
 

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from tensorboard.backend.event_processing import event_accumulator
 
+from meanflow import console_log
 from meanflow.commands import logs
 from meanflow.errors import UserError
 
@@ -24,7 +25,7 @@ def console(caplog):
 
 @pytest.fixture
 def log(tmp_path):
-    logs.setup_logging()
+    console_log.setup_logging()
     log = logs.MetricLog(tmp_path)
     yield log
     log.close()

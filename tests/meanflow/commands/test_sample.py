@@ -10,13 +10,15 @@ import processes
 import pytest
 
 from configs import digits
-from meanflow.commands import framework as tools
+from meanflow.commands import frozen_networks
 from meanflow.commands import sample as sampling
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import latents
 from meanflow.errors import UserError
+from meanflow.process_group import ALONE, ProcessGroup
 from meanflow.sampling import grids, noise
 
-TOOLS = tools.Tools(lambda files, convention: None, lambda path, convention: None)
+TOOLS = FrozenNetworks(lambda files, convention: None, lambda path, convention: None)
 
 
 @pytest.fixture
@@ -264,7 +266,11 @@ def test_a_directory_that_cannot_be_written(tmp_path):
 @pytest.fixture
 def of_latents(config, monkeypatch):
     """Return the config of a model of latents, whose autoencoder `quarter` stands for."""
-    monkeypatch.setattr(tools.autoencoder, "read", lambda name: tools.autoencoder.Files({"latent_channels": 4}, {}, ""))
+    monkeypatch.setattr(
+        frozen_networks.autoencoder,
+        "read",
+        lambda name: frozen_networks.autoencoder.Files({"latent_channels": 4}, {}, ""),
+    )
     config.model.channels = 4
     config.latents.update(latents.CONVENTIONS["imm"]._asdict(), vae="some/vae")
     return config
@@ -327,8 +333,8 @@ def test_processes_take_the_same_batches_in_turn(config, num):
     whole, labels = sampling.generate(config, Sampler(), 2.0, 10)
     samplers = [Sampler() for _ in range(num)]
 
-    def share(place):
-        return list(sampling.batches(config, samplers[place.process], 2.0, 10, (), place))
+    def share(group):
+        return list(sampling.batches(config, samplers[group.process], 2.0, 10, (), group))
 
     found = processes.run(num, share)
     assert [[list(i) for i, _, _ in parts] for parts in found] == [
@@ -338,7 +344,7 @@ def test_processes_take_the_same_batches_in_turn(config, num):
     for indices, images, y in itertools.chain(*found):
         np.testing.assert_array_equal(images, whole[indices])
         np.testing.assert_array_equal(y, labels[indices])
-    (images, y), *others = processes.run(num, lambda place: sampling.generate(config, Sampler(), 2.0, 10, (), place))
+    (images, y), *others = processes.run(num, lambda group: sampling.generate(config, Sampler(), 2.0, 10, (), group))
     np.testing.assert_array_equal(images, whole)
     np.testing.assert_array_equal(y, labels)
     assert (images.dtype, y.dtype) == (np.float32, np.int32)
@@ -347,8 +353,8 @@ def test_processes_take_the_same_batches_in_turn(config, num):
 
 def test_processes_that_sample_together_have_all_batches(config):
     config.sample.batch_size = 3
-    together = tools.Place(1, 2, together=True)
-    alone, found = (list(sampling.batches(config, Sampler(), 2.0, 7, (), place)) for place in (tools.ALONE, together))
+    together = ProcessGroup(1, 2, together=True)
+    alone, found = (list(sampling.batches(config, Sampler(), 2.0, 7, (), group)) for group in (ALONE, together))
     assert len(alone) == len(found) == 3
     for expected, part in zip(alone, found, strict=True):
         assert all(np.array_equal(a, b) for a, b in zip(expected, part, strict=True))
@@ -358,7 +364,7 @@ def test_processes_that_sample_together_have_all_batches(config):
 
 def test_labels_in_turn_do_not_depend_on_the_processes(config):
     config.sample.batch_size = 2
-    found = processes.run(2, lambda place: sampling.generate(config, Sampler(), 0.0, 7, (3, 10, 1), place))
+    found = processes.run(2, lambda group: sampling.generate(config, Sampler(), 0.0, 7, (3, 10, 1), group))
     assert found[0][1].tolist() == [3, 10, 1, 3, 10, 1, 3]
 
 

@@ -12,12 +12,14 @@ import processes
 import pytest
 from absl import flags
 
-from meanflow.commands import framework as tools
-from meanflow.commands import guidance_sweep, stored_images
+from meanflow.commands import evaluate, stored_images
+from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.data.images import pictures
 from meanflow.errors import UserError
 from meanflow.metrics import references, scores
+from meanflow.metrics.extractor import Extractor
+from meanflow.process_group import ALONE
 
 NUM, SIDE = 10, 6
 IMAGES = np.random.default_rng(0).integers(0, 256, (NUM, SIDE, SIDE, 3), np.uint8)
@@ -33,7 +35,7 @@ def make_inception(path, convention):
     return lambda images: {"pool": features(images), "logits": 9 * features(images)}
 
 
-FRAMEWORK = tools.Tools(lambda *_: pytest.fail("nothing is decoded"), make_inception)
+FRAMEWORK = FrozenNetworks(lambda *_: pytest.fail("nothing is decoded"), make_inception)
 
 
 @pytest.fixture(autouse=True)
@@ -67,11 +69,11 @@ def config():
 @pytest.fixture
 def parse(parse_flags):
     """Return a function that parses the flags of an evaluation."""
-    return functools.partial(parse_flags, guidance_sweep.define_flags)
+    return functools.partial(parse_flags, evaluate.define_flags)
 
 
 def start(config):
-    return tools.ALONE
+    return ALONE
 
 
 def test_images_of_an_npz(npz):
@@ -133,7 +135,7 @@ def test_files_that_cannot_be_read(tmp_path, content):
 
 def test_features_of_all_images(npz, config):
     config.evaluation.metrics = ("kid",)
-    whole = stored_images.collect(stored_images.NpzImages(str(npz)), config, FRAMEWORK, None, tools.ALONE)
+    whole = stored_images.collect(stored_images.NpzImages(str(npz)), config, FRAMEWORK, None, ALONE)
     assert whole.count == NUM
     np.testing.assert_array_equal(whole.rows("pool"), features(IMAGES))
 
@@ -145,7 +147,7 @@ def test_processes_share_the_images(folder, config, num):
     source, seen = pictures.open_pictures(str(folder)), []
     extract = make_inception("w", "")
     framework = FRAMEWORK._replace(make_inception=lambda *_: lambda images: seen.append(len(images)) or extract(images))
-    whole, *others = processes.run(num, lambda place: stored_images.collect(source, config, framework, None, place))
+    whole, *others = processes.run(num, lambda group: stored_images.collect(source, config, framework, None, group))
     assert sorted(seen) == [1, 3, 3, 3] and others == [None] * (num - 1)
     np.testing.assert_array_equal(whole.rows("pool"), features(IMAGES))
     np.testing.assert_array_equal(whole.rows("logits"), 9 * features(IMAGES))
@@ -158,9 +160,9 @@ def test_images_of_several_sizes(folder, config, name):
     source = pictures.open_pictures(str(folder))
     words = rf"class0/0.png \(6, 6, 3\) and {name} \(9, 12, 3\) \(h w c\) are not of one size: give --image_size"
     with pytest.raises(UserError, match=words):
-        stored_images.collect(source, config, FRAMEWORK, None, tools.ALONE)
+        stored_images.collect(source, config, FRAMEWORK, None, ALONE)
     config.evaluation.metrics = ("kid",)
-    whole = stored_images.collect(source, config, FRAMEWORK, 4, tools.ALONE)
+    whole = stored_images.collect(source, config, FRAMEWORK, 4, ALONE)
     expected = np.stack([pictures.centre_crop(source.read(i), 4) for i in range(NUM)])
     np.testing.assert_array_equal(whole.rows("pool"), features(expected))
 
@@ -172,9 +174,9 @@ def test_images_of_several_sizes_in_several_processes(folder, config, num):
         PIL.Image.fromarray(np.zeros((9, 9, 3), np.uint8)).save(folder / "class0" / f"{i}.png")
     source = pictures.open_pictures(str(folder))
 
-    def process(place):
+    def process(group):
         try:
-            stored_images.collect(source, config, FRAMEWORK, None, place)
+            stored_images.collect(source, config, FRAMEWORK, None, group)
         except UserError as error:
             return str(error)
         except threading.BrokenBarrierError:  # another process has ended
@@ -221,7 +223,7 @@ def test_a_large_reference_keeps_the_features_of_some(folder, config, parse, tmp
     kept, rows = [], features(IMAGES)
     for num in (1, 2):
         config.evaluation.update(metrics=("kid",), reference=str(tmp_path / f"{num}.npz"))
-        processes.run(num, lambda place: stored_images.make_reference(FRAMEWORK, lambda config: place, config))
+        processes.run(num, lambda group: stored_images.make_reference(FRAMEWORK, lambda config: group, config))
         reference = references.read(config.evaluation.reference)
         np.testing.assert_allclose(reference.mean, rows.mean(0), rtol=1e-6)
         assert reference.num_samples == NUM
@@ -249,7 +251,7 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
     monkeypatch.setattr(references, "write", lambda path, kinds: written.append(path) or write(path, kinds))
     config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "real.npz"))
     parse(f"--make_reference={folder}")
-    processes.run(3, lambda place: stored_images.make_reference(FRAMEWORK, lambda config: place, config))
+    processes.run(3, lambda group: stored_images.make_reference(FRAMEWORK, lambda config: group, config))
     assert written == [config.evaluation.reference] and capsys.readouterr().out == f"{tmp_path / 'real.npz'}\n"
     np.testing.assert_allclose(references.read(written[0]).mean, features(IMAGES).mean(0), rtol=1e-6)
 
@@ -326,7 +328,7 @@ def reference(tmp_path, config):
 @pytest.mark.parametrize("num", [1, 2])
 def test_samples_are_judged(kind, num, reference, config, parse, request, capsys):
     parse(f"--samples={request.getfixturevalue(kind)}")
-    processes.run(num, lambda place: stored_images.judge_samples(FRAMEWORK, lambda config: place, config))
+    processes.run(num, lambda group: stored_images.judge_samples(FRAMEWORK, lambda config: group, config))
     kid, kid_std = scores.kernel_distance(features(IMAGES), reference, subset_size=NUM)
     expected = {"num_samples": NUM, "fid": scores.frechet_distance(features(IMAGES), reference), "kid": kid}
     (line,) = capsys.readouterr().out.splitlines()
@@ -350,7 +352,7 @@ def unread(npz, reference, config, parse, monkeypatch):
     def check(metrics, message, *argv, widths=None):
         config.evaluation.metrics = metrics
         parse(f"--samples={npz}", *argv)
-        extract = tools.Extractor(lambda images: pytest.fail("features are made"), widths or {})
+        extract = Extractor(lambda images: pytest.fail("features are made"), widths or {})
         with pytest.raises(UserError, match=message):
             stored_images.judge_samples(FRAMEWORK._replace(make_inception=lambda *_: extract), start, config)
 

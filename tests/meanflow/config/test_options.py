@@ -8,8 +8,11 @@ import pytest
 from configs import digits, dmf_imagenet, imf_imagenet, meanflow_cifar10, meanflow_imagenet, remeanflow_imagenet
 from meanflow.config import options, resolve
 
-ROOT = pathlib.Path(__file__).parents[2]
-SHARED = ("data", "evaluation", "meanflow/config/stages.py", "meanflow/config/latents.py")
+ROOT = pathlib.Path(__file__).parents[3]
+SHARED = (
+    "meanflow/commands", "meanflow/data", "meanflow/metrics", "meanflow/sampling", "meanflow/config/latents.py",
+    "meanflow/config/stages.py",
+)  # fmt: skip
 # Options that one implementation has no use for, and why.
 ONE_SIDED = {
     "train.compile": "JAX always compiles", "train.compile_backend": "the same",

@@ -8,7 +8,7 @@ import pytest
 from absl import flags
 
 from configs import digits
-from meanflow.commands import encode, guidance_sweep, reflow, sample, time_embedding
+from meanflow.commands import encode, evaluate, reflow, sample, time_embedding
 from meanflow.config import options as base
 from meanflow.config import paths, resolve, rules
 from meanflow.config.flags import workdir
@@ -33,7 +33,7 @@ def home(monkeypatch):
         (encode.define_flags, {"source", "data_dir", "dest", "vae"}),
         (reflow.define_flags, {"teacher", "guide", "output"}),
         (sample.define_sample_flags, {"weights", "output", "vae"}),
-        (guidance_sweep.define_flags, {"reference", "inception", "dino", "vae", "make_reference", "samples"}),
+        (evaluate.define_flags, {"reference", "inception", "dino", "vae", "make_reference", "samples"}),
         (time_embedding.define_flags, {"teacher", "output"}),
     ],
 )

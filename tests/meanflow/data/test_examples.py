@@ -49,8 +49,8 @@ def config(dataset):
     return config
 
 
-def take(config, num, batch_size=NUM, **place):
-    batches = loader.make_loader(config, batch_size, **place)
+def take(config, num, batch_size=NUM, **group):
+    batches = loader.make_loader(config, batch_size, **group)
     return [next(batches) for _ in range(num)]
 
 

@@ -13,7 +13,7 @@ import sys
 import numpy as np
 import tensorflow_datasets as tfds
 
-sys.path.insert(0, str(pathlib.Path(__file__).parents[2]))
+sys.path.insert(0, str(pathlib.Path(__file__).parents[3]))
 
 from meanflow.data import records
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 import transformers
 
-from meanflow.commands import framework
 from meanflow.errors import UserError
 from meanflow.metrics import dino
+from meanflow.metrics.extractor import Extractor
 
 PATCH = 56
 GRID = dino.SIDE // PATCH  # 4
@@ -61,7 +61,7 @@ def class_tokens(model, x):
 def test_features_are_class_tokens_of_transformers(path, size):
     x = images(size)
     extract = dino.load(path)
-    assert isinstance(extract, framework.Extractor) and extract.widths == {"dino": WIDTH}
+    assert isinstance(extract, Extractor) and extract.widths == {"dino": WIDTH}
     found = extract(x)
     assert set(found) == {"dino"} and found["dino"].shape == (3, WIDTH) and found["dino"].dtype == np.float32
     expected = class_tokens(transformers.Dinov2Model.from_pretrained(path), prepared(x))

@@ -8,9 +8,10 @@ import PIL.Image
 import processes
 import pytest
 
-from meanflow.commands import framework, stored_images
+from meanflow.commands import stored_images
 from meanflow.data.images import folders, pictures
 from meanflow.errors import UserError
+from meanflow.process_group import ProcessGroup, pack
 from meanflow.sampling import saving
 
 NUM = 7
@@ -21,11 +22,11 @@ LABELS = np.array([3, 1, 0, 3, 2, 1, 0], np.int32)
 def save(directory, kind, parts, images=IMAGES):
     """Save the samples that each process has, in batches; return the paths that they give."""
 
-    def process(place):
+    def process(group):
         saver = saving.Saver(directory, kind)
-        for indices in parts[place.process]:
+        for indices in parts[group.process]:
             saver.add(np.array(indices), images[indices], LABELS[indices])
-        return saver.finish(place)
+        return saver.finish(group)
 
     return processes.run(len(parts), process)
 
@@ -61,7 +62,7 @@ def test_one_file_of_all(tmp_path, parts):
 def test_only_the_first_process_writes_for_all(tmp_path):
     saver = saving.Saver(tmp_path, "npz")
     saver.add(np.arange(NUM), IMAGES, LABELS)
-    path = saver.finish(framework.Place(1, 2, lambda part: [part, framework.pack({})]))
+    path = saver.finish(ProcessGroup(1, 2, lambda part: [part, pack({})]))
     assert path == tmp_path / "samples_uint8.npz" and not list(tmp_path.iterdir())
 
 

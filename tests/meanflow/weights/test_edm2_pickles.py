@@ -293,11 +293,11 @@ ATTACKS = {
     "operator.attrgetter": operator.attrgetter("system"),
     "copyreg._reconstructor": Call(copyreg._reconstructor, Bag, object, None),
     "pathlib.Path.touch": Call(pathlib.Path.touch, MARK),
-    "test_pickles.Bag": Bag(),
+    f"{__name__}.Bag": Bag(),
 }
 # What old protocols have of the names: those of modules are of Python 2, and a name with a dot is a call of getattr.
 OLD_NAMES = {name: name.rpartition(".")[2].replace("touch", "getattr") for name in ATTACKS}
-RUN_BY_PICKLE = ("posix.system", "builtins.eval", "builtins.exec", "test_pickles.Bag")
+RUN_BY_PICKLE = ("posix.system", "builtins.eval", "builtins.exec", f"{__name__}.Bag")
 
 
 def rebuilt(storage, offset=0, size=(2,), stride=(1,), hooks=()):
