@@ -1,6 +1,8 @@
 """Packages and dependencies of the MeanFlow reference implementation."""
 
-from setuptools import setup
+from setuptools import find_packages, setup
+
+PACKAGES = ("meanflow", "jax_impl", "torch_impl", "parity")
 
 setup(
     name="meanflow",
@@ -8,12 +10,11 @@ setup(
     description="The MeanFlow family of one-step generative models, in JAX and PyTorch, proven equal",
     license="MIT",
     python_requires=">=3.11",
-    packages=[
-        "meanflow", "meanflow.commands", "meanflow.config", "meanflow.data", "meanflow.data.images",
-        "meanflow.data.latents", "meanflow.metrics", "meanflow.sampling", "meanflow.weights", "jax_impl",
-        "jax_impl.models", "jax_impl.methods", "torch_impl", "torch_impl.models", "torch_impl.methods", "parity",
-        "parity.adapters", "parity.cases", "parity.golden",
-    ],
+    # Relative to the root, so that an editable install adds the root to the path: benchmarks/ and configs/, which are
+    # for the checkout alone, can then import what is beside them.
+    package_dir={"": "."},
+    packages=find_packages(include=[f"{name}{rest}" for name in PACKAGES for rest in ("", ".*")]),
+    package_data={"parity.golden": ["*.npz"]},
     install_requires=[
         "clu>=0.0.12",
         "flax>=0.12",
