@@ -16,17 +16,17 @@ from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
     Rows,
+    average_velocity,
     draw_times,
     drop_labels,
     expand,
     interleave,
     order_times,
     path,
-    rate,
     separate,
     sum_squares,
     to_time,
-    velocity,
+    total_derivative,
 )
 from jax_impl.methods.samplers import flow_map_steps as sampling_steps
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
@@ -76,13 +76,13 @@ def loss(net, batch, draws, cfg, teacher=None):
     z_flow, v_flow = path(x, draws.noise_flow, t_flow, cfg)
     rows = Rows(1, 0, len(y))  # a term of their own has the flow rows
     u_flow = net(z_flow, t_flow, t_flow, y)
-    u, tape = velocity(net, z, t, r, y, {}, rows)
+    u, tape = average_velocity(net, z, t, r, y, {}, rows)
     states, velocities, times = (z_flow, z), (v_flow, v), (t_flow, t)
     if cfg.guidance_type == "distill":
         v_g_flow, v_g = distill(teacher, states, times, y, cfg)
     else:
         v_g_flow, v_g = guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg)
-    du_dt = rate(net, z, v_g, t, r, y, {}, rows, tape)
+    du_dt = total_derivative(net, z, v_g, t, r, y, {}, rows, tape)
     target = stop_gradient(v_g - expand(t - r, v) * du_dt)
     err, err_flow = sum_squares(u - target), sum_squares(u_flow - v_g_flow)
     log_variance, log_variance_flow = net.log_variance(t, r), net.log_variance(t_flow, t_flow)

@@ -22,18 +22,18 @@ from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
     Rows,
+    average_velocity,
     draw_times,
     drop_labels,
     expand,
     is_flow,
     join,
     path,
-    rate,
     sample_times,
     split_rows,
     sum_squares,
     take,
-    velocity,
+    total_derivative,
     weigh,
 )
 from jax_impl.methods.samplers import flow_map_steps as sampling_steps
@@ -82,9 +82,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, draws.noise, t, cfg)
     dropped_y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    (u, v_head), tape = velocity(functools.partial(net, heads="uv"), z, t, r, dropped_y, given, rows)
+    (u, v_head), tape = average_velocity(functools.partial(net, heads="uv"), z, t, r, dropped_y, given, rows)
     v_c, v_g = guide(net, z, v, t, y, given, kept, take(v_head, rows, "flow"), cfg)
-    du_dt = rate(net, z, v_c, t, r, dropped_y, given, rows, tape)
+    du_dt = total_derivative(net, z, v_c, t, r, dropped_y, given, rows, tape)
     compound = u + expand(t - r, z) * du_dt
     err, err_v = sum_squares(compound - v_g), sum_squares(v_head - v_g)
     (weight, row_loss), (weight_v, row_loss_v) = weigh(err, cfg), weigh(err_v, cfg)

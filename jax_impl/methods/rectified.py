@@ -12,15 +12,15 @@ import jax.numpy as jnp
 from jax.lax import stop_gradient
 
 from jax_impl.methods.common import (
+    average_velocity,
     drop_labels,
     expand,
     is_flow,
     path,
-    rate,
     split_rows,
     sum_squares,
     take,
-    velocity,
+    total_derivative,
     weigh,
 )
 from jax_impl.methods.meanflow import conditional_and_null
@@ -69,9 +69,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, noise, t, cfg)
     y, _ = drop_labels(batch["label"], draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u, tape = velocity(net, z, t, r, y, {}, rows)
+    u, tape = average_velocity(net, z, t, r, y, {}, rows)
     v_g = guide(net, z, v, t, y, take(u, rows, "flow"), rows, draws, cfg)
-    du_dt = rate(net, z, v_g, t, r, y, {}, rows, tape)
+    du_dt = total_derivative(net, z, v_g, t, r, y, {}, rows, tape)
     target = stop_gradient(v_g - expand(t - r, v) * du_dt)
     err = sum_squares(u - target)
     weight, row_loss = weigh(err / x[0].size, cfg)

@@ -129,8 +129,8 @@ def jvp(net, z, t, r, y, tangent, given=None, head="u"):
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
     one = functools.partial(net, heads=head)
-    u, taped = common.velocity(one, z, t, r, y, given, rows)
-    return _to_numpy((u, common.rate(one, z, tangent, t, r, y, given, rows, taped)))
+    u, taped = common.average_velocity(one, z, t, r, y, given, rows)
+    return _to_numpy((u, common.total_derivative(one, z, tangent, t, r, y, given, rows, taped)))
 
 
 def features(net, z, t, y):

@@ -227,7 +227,7 @@ def forward(network: str, measure: Measure) -> None:
 
 
 def jvp(network: str, measure: Measure) -> None:
-    """The bare network's output and total derivative, from the methods' `velocity` and `rate`."""
+    """The bare network's output and total derivative, from `average_velocity` and `total_derivative`."""
     cfg = config(network)
     for head in heads(cfg):
         result = {name: f.jvp(net, *jvp_inputs(cfg), given(cfg), head) for name, f, net in nets(cfg)}

@@ -68,9 +68,9 @@ def test_the_tangent_is_that_of_the_whole_network(name, remat):
 
     @jax.jit
     def both(z, v, t, r):
-        u, taped = common.velocity(net, z, t, r, y, given, rows)
+        u, taped = common.average_velocity(net, z, t, r, y, given, rows)
         expected = jax.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), (v, t * 0 + 1, r * 0))
-        return (u, common.rate(net, z, v, t, r, y, given, rows, taped)), expected
+        return (u, common.total_derivative(net, z, v, t, r, y, given, rows, taped)), expected
 
     (u, du_dt), (expected, slope) = both(z, v, t, r)
     np.testing.assert_allclose(u, expected, rtol=1e-10, atol=1e-12)
@@ -83,9 +83,9 @@ def test_a_tape_of_other_rows_gives_another_tangent():
     config, graphdef, params = build("dit")
     net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, rest=1)
     z, v, t, r, y, given = rows_of(config, net)
-    _, taped = common.velocity(net, z, t, r, y, given, rows)
-    _, wrong = common.velocity(net, z[::-1], t, r, y, given, rows)
-    right, other = (common.rate(net, z, v, t, r, y, given, rows, a) for a in (taped, wrong))
+    _, taped = common.average_velocity(net, z, t, r, y, given, rows)
+    _, wrong = common.average_velocity(net, z[::-1], t, r, y, given, rows)
+    right, other = (common.total_derivative(net, z, v, t, r, y, given, rows, a) for a in (taped, wrong))
     assert float(jnp.abs(right - other).max()) > 1e-3
 
 
@@ -136,5 +136,5 @@ def test_no_tape_is_left_when_a_forward_fails():
     net = nnx.merge(graphdef, params)
     z, _, t, r, y, given = rows_of(config, net)
     with pytest.raises(TypeError):
-        common.velocity(functools.partial(net, unknown=1), z, t, r, y, given, common.Rows(1, 0, 8))
+        common.average_velocity(functools.partial(net, unknown=1), z, t, r, y, given, common.Rows(1, 0, 8))
     assert tape.active() is None

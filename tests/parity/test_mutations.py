@@ -63,8 +63,8 @@ def test_unchanged_passes():
 
 def test_flipped_sign_of_the_jvp(framework, monkeypatch, capsys):
     common = COMMON[framework]
-    original = common.rate
-    monkeypatch.setattr(common, "rate", lambda *args: -original(*args))
+    original = common.total_derivative
+    monkeypatch.setattr(common, "total_derivative", lambda *args: -original(*args))
     out = expect_failure(capsys, "float64/(jvp|difference)", "float64/jvp")
     assert f"FAILED: float64/difference {framework} du_dt" in out
 
@@ -117,12 +117,12 @@ def test_sines_and_cosines_that_keep_their_places_in_both_frameworks(monkeypatch
 def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
     monkeypatch.setitem(objectives.NETWORKS, "unet", objectives.UNET | {"channel_mult": (1,)})
     common = COMMON[framework]
-    original = common.rate
+    original = common.total_derivative
 
     def other_masks(net, z, v, t, r, y, given, rows, tape):
         return original(net, z, v, t, r, y, given | {"dropout": ~given["dropout"]}, rows, tape)
 
-    monkeypatch.setattr(common, "rate", other_masks)
+    monkeypatch.setattr(common, "total_derivative", other_masks)
     out = expect_failure(capsys, "float64/unet/difference", f"float64/unet/difference {framework}")
     assert "1 failed" in out
 

@@ -61,8 +61,8 @@ def test_the_tangent_is_that_of_the_whole_network(name, remat):
     config, net = build(name, **{"train.remat": remat})
     rows = common.Rows(groups=2, flow=3, rest=1)
     z, v, t, r, y, given = rows_of(config, net)
-    u, taped = common.velocity(net, z, t, r, y, given, rows)
-    du_dt = common.rate(net, z, v, t, r, y, given, rows, taped)
+    u, taped = common.average_velocity(net, z, t, r, y, given, rows)
+    du_dt = common.total_derivative(net, z, v, t, r, y, given, rows, taped)
     with torch.no_grad():
         tangents = (v, torch.ones_like(t), torch.zeros_like(r))
         expected, slope = torch.func.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), tangents)
@@ -77,9 +77,9 @@ def test_a_tape_of_other_rows_gives_another_tangent():
     config, net = build("dit")
     rows = common.Rows(groups=2, flow=3, rest=1)
     z, v, t, r, y, given = rows_of(config, net)
-    _, taped = common.velocity(net, z, t, r, y, given, rows)
-    _, wrong = common.velocity(net, z.flip(0), t, r, y, given, rows)
-    right, other = (common.rate(net, z, v, t, r, y, given, rows, a) for a in (taped, wrong))
+    _, taped = common.average_velocity(net, z, t, r, y, given, rows)
+    _, wrong = common.average_velocity(net, z.flip(0), t, r, y, given, rows)
+    right, other = (common.total_derivative(net, z, v, t, r, y, given, rows, a) for a in (taped, wrong))
     assert float((right - other).abs().max()) > 1e-3
 
 
@@ -150,5 +150,5 @@ def test_no_tape_is_left_when_a_forward_fails():
     config, net = build("dit")
     z, _, t, r, y, given = rows_of(config, net)
     with pytest.raises(TypeError):
-        common.velocity(functools.partial(net, unknown=1), z, t, r, y, given, common.Rows(1, 0, 8))
+        common.average_velocity(functools.partial(net, unknown=1), z, t, r, y, given, common.Rows(1, 0, 8))
     assert tape.active() is None

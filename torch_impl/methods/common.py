@@ -127,19 +127,19 @@ def weigh(err, cfg):
     return weight, weight * err
 
 
-def velocity(net, z, t, r, y, given, rows):
-    """Return net(z, t, r, y, given) on all rows, and a tape for `rate` on the rest of them."""
+def average_velocity(net, z, t, r, y, given, rows):
+    """Return u = net(z, t, r, y, **given) on all rows, with gradient, and the tape that `total_derivative` reads."""
     tape = Tape(lambda a: take(a, rows, "rest"))
     with recording(tape):
         return net(z, t, r, y, **given), tape
 
 
 @torch.no_grad()
-def rate(net, z, v, t, r, y, given, rows, tape):
-    """Return du/dt [b c h w], the total derivative of u = net(z, t, r, y, given) along (v, 1, 0); no gradient passes.
+def total_derivative(net, z, v, t, r, y, given, rows, tape):
+    """Return du/dt [b c h w], the total derivative of u = net(z, t, r, y, **given) along (v, 1, 0), without gradient.
 
-    tape: of the forward `velocity`.  The JVP runs on the rest of a static split; on flow rows du/dt = 0, because
-    nothing reads it.
+    tape: from `average_velocity` of the same arguments.  The JVP runs only on rows with r < t of a static split; on
+    flow rows, where nothing reads it, du/dt is 0.
     """
     du_dt = torch.zeros_like(z)
     if not rows.rest:

@@ -13,17 +13,17 @@ import torch
 
 from torch_impl.methods.common import (
     Rows,
+    average_velocity,
     draw_times,
     drop_labels,
     expand,
     join,
     path,
-    rate,
     sample_times,
     split_rows,
     sum_squares,
     take,
-    velocity,
+    total_derivative,
     weigh,
 )
 from torch_impl.methods.samplers import flow_map_steps as sampling_steps
@@ -73,9 +73,9 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, draws.noise, t, cfg)
     y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    u, tape = velocity(net, z, t, r, y, given, rows)
+    u, tape = average_velocity(net, z, t, r, y, given, rows)
     v_g = guide(net, z, v, t, y, given, kept, take(u, rows, "flow"), cfg)
-    du_dt = rate(net, z, v_g, t, r, y, given, rows, tape)
+    du_dt = total_derivative(net, z, v_g, t, r, y, given, rows, tape)
     target = (v_g - expand(interval(t, r, cfg), v) * du_dt).detach()
     err = sum_squares(u - target)
     weight, row_loss = weigh(err, cfg)
