@@ -29,7 +29,7 @@ def test_wheel_holds_the_packages_whole_and_nothing_else(tree, tmp_path):
     [wheel] = tmp_path.glob("*.whl")
     with zipfile.ZipFile(wheel) as archive:
         names = {name for name in archive.namelist() if ".dist-info/" not in name}
-    wanted = [file for package in PACKAGES for suffix in ("py", "npz") for file in (ROOT / package).rglob(f"*.{suffix}")]
+    wanted = [file for name in PACKAGES for suffix in ("py", "npz") for file in (ROOT / name).rglob(f"*.{suffix}")]
     assert names == {str(file.relative_to(ROOT)) for file in wanted} >= {"parity/golden/sit_torch.npz"}
 
 
