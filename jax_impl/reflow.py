@@ -19,7 +19,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import checkpoints, weights
 from jax_impl.devices import define_flags, local_mesh, start_alone
-from jax_impl.methods.reflow import Grid, couple, sigmas
+from jax_impl.methods.reflow import couple
 from jax_impl.step import BATCH, abstract_net
 from meanflow.commands import reflow
 from meanflow.config.flags import run
@@ -43,15 +43,14 @@ def load(path, config, step=None):
     return checkpoints.read_weights(path, config.sample.ema, step)[1]
 
 
-def make_coupler(models, grid, guidance):
+def make_coupler(models, sigmas, guidance):
     """Return the coupler (noise [b h w c], labels [b]) -> images [b h w c] in data units, all numpy.
 
-    models: (config, canonical weights) of the teacher and perhaps of its guide.  grid: the fields of `Grid`.
-    The rows are shared by the devices of this process.  Raises UserError for weights that do not fit, for noise levels
-    that do not fall, and, when it is called, for rows that the devices cannot share.
+    models: (config, canonical weights) of the teacher and, optionally, its guide.  sigmas: noise levels, see `couple`.
+    The devices of this process share the rows.  Raises UserError for weights that do not fit and, when called, for a
+    number of rows that the devices do not divide.
     """
-    grid, mesh = Grid(**grid), local_mesh()
-    sigmas(grid)  # raises before anything is written
+    mesh = local_mesh()
     rows, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
     graphdefs, params = zip(*(_build(*model) for model in models), strict=True)
     params = jax.device_put(params, whole)
@@ -59,7 +58,7 @@ def make_coupler(models, grid, guidance):
     @jax.jit
     def compiled(params, noise, y):
         net, *guide = (nnx.merge(*parts) for parts in zip(graphdefs, params, strict=True))
-        return couple(net, noise, y, grid, guidance, *guide)
+        return couple(net, noise, y, sigmas, guidance, *guide)
 
     def coupler(noise, y):
         noise = in_dtype_of(models[0][0], noise)

@@ -18,7 +18,7 @@ from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
 from torch_impl.devices import choose_device, start_alone
-from torch_impl.methods.reflow import Grid, couple, sigmas
+from torch_impl.methods.reflow import couple
 from torch_impl.step import build_net, put_batch
 
 
@@ -30,21 +30,20 @@ def load(path, config, step=None):
     return checkpoints.read_weights(path, config.sample.ema, step)[1] if os.path.isdir(path) else weights.load(path)
 
 
-def make_coupler(models, grid, guidance):
+def make_coupler(models, sigmas, guidance):
     """Return the coupler (noise [b h w c], labels [b]) -> images [b h w c] in data units, all numpy.
 
-    models: (config, canonical weights) of the teacher and perhaps of its guide.  grid: the fields of `Grid`.
-    Raises UserError for weights that do not fit, and for noise levels that do not fall.
+    models: (config, canonical weights) of the teacher and, optionally, its guide.  sigmas: noise levels, see `couple`.
+    Raises UserError for weights that do not fit.
     """
-    grid, device = Grid(**grid), choose_device()
-    sigmas(grid)  # raises before anything is written
+    device = choose_device()
     net, *guide = (_build(*model).to(device).eval() for model in models)
 
     @torch.no_grad()
     def coupler(noise, y):
         noise = in_dtype_of(models[0][0], noise)
         batch = put_batch({"image": noise, "label": y}, device)
-        images = couple(net, batch["image"], batch["label"], grid, guidance, *guide)
+        images = couple(net, batch["image"], batch["label"], sigmas, guidance, *guide)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
     return coupler

@@ -10,9 +10,9 @@ import jax.numpy as jnp
 import numpy as np
 
 from jax_impl.methods.common import draw_times, drop_labels, path, sum_squares, to_time
-from jax_impl.methods.samplers import flow_steps as sampling_steps
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from jax_impl.methods.samplers import sample_flow as sample
+from meanflow.sampling.steps import flow_steps as sampling_steps
 
 __all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 

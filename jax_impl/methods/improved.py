@@ -36,8 +36,8 @@ from jax_impl.methods.common import (
     total_derivative,
     weigh,
 )
-from jax_impl.methods.samplers import flow_map_steps as sampling_steps
 from jax_impl.methods.samplers import integrate
+from meanflow.sampling.steps import flow_map_steps as sampling_steps
 
 __all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 

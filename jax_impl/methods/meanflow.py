@@ -28,9 +28,9 @@ from jax_impl.methods.common import (
     total_derivative,
     weigh,
 )
-from jax_impl.methods.samplers import flow_map_steps as sampling_steps
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from jax_impl.methods.samplers import sample_flow_map as sample
+from meanflow.sampling.steps import flow_map_steps as sampling_steps
 
 __all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
 

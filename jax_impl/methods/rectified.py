@@ -24,8 +24,9 @@ from jax_impl.methods.common import (
     weigh,
 )
 from jax_impl.methods.meanflow import conditional_and_null
-from jax_impl.methods.samplers import flow_map_steps, integrate
+from jax_impl.methods.samplers import integrate
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
+from meanflow.sampling.steps import flow_map_steps
 
 __all__ = ["Draws", "draw", "loss", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
 

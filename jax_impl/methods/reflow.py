@@ -1,4 +1,4 @@
-"""Couplings of a flow model: the data that its ODE makes of given noise, by EDM's deterministic second-order sampler.
+"""Couplings of a flow model: the data its ODE maps given noise to, by EDM's deterministic second-order sampler.
 
 The sampler steps in sigma, the noise level of EDM's x = data + sigma noise.  A flow model on the linear path has
 z = (1 - t) data + t noise: sigma = t / (1 - t) and x = z / (1 - t).
@@ -6,36 +6,10 @@ Source: arXiv:2206.00364, algorithm 1 (without churn) and eq. 5; arXiv:2406.0250
 Xinxi-Zhang/Re-MeanFlow, reflow.py, edm_forward.
 """
 
-from typing import NamedTuple
-
 import jax
 import jax.numpy as jnp
 
 from jax_impl.methods.common import expand, interleave, separate
-from meanflow.errors import UserError
-
-
-class Grid(NamedTuple):
-    """The noise levels of the sampler, see `sigmas`."""
-
-    steps: int = 32
-    sigma_min: float = 0.002
-    sigma_max: float = 80.0
-    rho: float = 7.0
-
-
-def sigmas(grid):
-    """Return the grid.steps + 1 noise levels: from sigma_max to sigma_min, uniform in sigma^(1/rho), and then 0.
-
-    One step: sigma_max and 0, where the official code divides by zero.  Raises UserError for a grid that does not fall.
-    """
-    if grid.steps < 1 or not 0 < grid.sigma_min < grid.sigma_max or grid.rho <= 0:
-        raise UserError(
-            f"{grid}: the sampler needs --steps of at least 1, 0 < --sigma_min < --sigma_max and a --rho above 0"
-        )
-    first, last = grid.sigma_max ** (1 / grid.rho), grid.sigma_min ** (1 / grid.rho)
-    shares = (i / max(grid.steps - 1, 1) for i in range(grid.steps))
-    return *((first + share * (last - first)) ** grid.rho for share in shares), 0.0
 
 
 def denoise(net, x, sigma, y):
@@ -48,11 +22,12 @@ def denoise(net, x, sigma, y):
     return z - expand(t, x) * net(z, t, t, y)
 
 
-def couple(net, noise, y, grid, guidance=1.0, guide=None):
-    """Return the data [b h w c] that the flow model `net` makes of unit normal noise [b h w c] and labels y [b].
+def couple(net, noise, y, sigmas, guidance=1.0, guide=None):
+    """Return the data [b h w c] that the flow model `net` makes from unit normal noise [b h w c] and labels y [b].
 
-    grid: `Grid`.  guidance: 1 for none.  Guided estimates are D_guide + guidance (D - D_guide), with D_guide that of
-    the flow model `guide` for the same labels (autoguidance), or without it that of `net` for no class.
+    sigmas: noise levels, decreasing to 0, see `meanflow.sampling.edm`.  guidance: 1 for none, otherwise the estimates
+    are D_guide + guidance (D - D_guide), where D_guide is that of the flow model `guide` for the same labels
+    (autoguidance) or, without one, that of `net` without class.
     """
 
     def estimate(x, sigma):
@@ -75,7 +50,7 @@ def couple(net, noise, y, grid, guidance=1.0, guide=None):
         corrected = (d + slope(x + (to - sigma) * d, to)) / 2
         return x + (to - sigma) * corrected, None
 
-    *levels, end = sigmas(grid)
+    *levels, end = sigmas
     levels = jnp.asarray(levels, noise.dtype)
     x, _ = jax.lax.scan(heun, levels[0] * noise, (levels[:-1], levels[1:]))
     return x + (end - levels[-1]) * slope(x, levels[-1])  # Euler: at sigma 0 there is no slope to correct with

@@ -14,9 +14,9 @@ from meanflow.config.flags import config as config_flag
 from meanflow.data import couplings, digests, records
 from meanflow.data.images import tfds_images
 from meanflow.errors import UserError
+from meanflow.sampling import edm
 
 SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
-GRID = ("steps", "sigma_min", "sigma_max", "rho")  # flags of the sampler
 EDM2_SIGMA_MAX = 80.0  # the largest noise level that its networks are told
 ALIKE = ("model.input_size", "model.channels", "model.num_classes")  # of teacher and guide
 
@@ -32,7 +32,7 @@ class Model(NamedTuple):
 
 Start = Callable[[options.Config], tuple[int, int]]
 Load = Callable[[str, options.Config, int | None], dict[str, np.ndarray]]
-MakeCoupler = Callable[[list[Model], dict[str, Any], float], couplings.Coupler]
+MakeCoupler = Callable[[list[Model], tuple[float, ...], float], couplings.Coupler]
 
 
 def define_flags() -> None:
@@ -63,8 +63,8 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     """Make the couplings that the command line asks for, and print their directory.
 
     start: (config) -> (number of this process, how many there are).  load: (path, config, step) -> canonical weights.
-    make_coupler: (models, grid, guidance) -> coupler, see `couplings.make`; of the models, the teacher and perhaps its
-    guide.  grid: {flag: value} of `GRID`.  Raises UserError for what cannot be read, made or written.
+    make_coupler: (models, noise levels, guidance) -> coupler, see `couplings.make`; the models are the teacher and,
+    optionally, its guide.  Raises UserError for what cannot be read, made or written.
     """
     f = flags.FLAGS
     if not f.output:
@@ -72,12 +72,13 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     configs = read_configs()
     if f.sigma_max > EDM2_SIGMA_MAX and any(config.model.name == "edm2" for config in configs):
         raise UserError(f"--sigma_max is {f.sigma_max}; a network of EDM2 knows no noise above {EDM2_SIGMA_MAX:g}")
+    schedule = edm.Schedule(f.steps, f.sigma_min, f.sigma_max, f.rho)
+    sigmas = edm.noise_levels(schedule)
     process, num_processes = start(configs[0])
     sources = zip((f.teacher, f.guide), configs, (f.step, None), strict=False)
     models = [Model(config, load(path, config, step)) for path, config, step in sources]
-    plan, grid = make_plan(configs[0]), {name: f[name].value for name in GRID}
-    coupler = make_coupler(models, grid, f.guidance)
-    settings = {"guidance": f.guidance, **grid, "labels": f.labels}
+    plan, coupler = make_plan(configs[0]), make_coupler(models, sigmas, f.guidance)
+    settings = {"guidance": f.guidance, **schedule._asdict(), "labels": f.labels}
     if f.labels == "dataset":
         settings |= {"dataset": configs[0].data.name, "split": configs[0].data.split}
     for name, model in zip(("teacher", "guide"), models, strict=False):

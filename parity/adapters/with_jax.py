@@ -14,10 +14,11 @@ import numpy as np
 from flax import nnx
 
 from jax_impl import step, time_embedding, weights
-from jax_impl.methods import METHODS, common, flow, improved, reflow, samplers
+from jax_impl.methods import METHODS, common, flow, improved, reflow
 from jax_impl.models import edm2, imf_dit, layers, tape, unet
 from meanflow.config import options as base
 from meanflow.config import resolve
+from meanflow.sampling import edm, steps
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -223,19 +224,19 @@ def sample(net, noise, y, cfg, fresh=None):
 
 def sampling_times(cfg):
     """Return the times of sampling.  cfg: `config.sample`."""
-    return samplers.sampling_times(cfg)
+    return steps.sampling_times(cfg)
 
 
 def score(v, z, t, path):
     """Return the score at states z with velocities v [b h w c] and times t [b]."""
-    factors = np.array([samplers.score_factors(float(time), path) for time in t])
+    factors = np.array([steps.score_factors(float(time), path) for time in t])
     of_v, of_z = factors.T[..., None, None, None]
     return of_v * v + of_z * z
 
 
 def diffusion(t, cfg):
     """Return g^2 of the stochastic sampler at times t [n].  cfg: `config.sample`."""
-    return np.array([samplers.diffusion(float(time), cfg) for time in t])
+    return np.array([steps.diffusion(float(time), cfg) for time in t])
 
 
 def raw(net, x, t, r, y):
@@ -256,12 +257,12 @@ def couple(net, noise, y, grid, guidance=1.0, guide=None):
     grid: options of the noise levels, by name.  guide: its autoguidance network.
     """
     noise, y = _arrays(net, (noise, y))
-    return _to_numpy(reflow.couple(net, noise, y, reflow.Grid(**grid), guidance, guide))
+    return _to_numpy(reflow.couple(net, noise, y, sigmas(grid), guidance, guide))
 
 
 def sigmas(grid):
     """Return the noise levels of couplings.  grid: their options, by name."""
-    return reflow.sigmas(reflow.Grid(**grid))
+    return edm.noise_levels(edm.Schedule(**grid))
 
 
 def fit_times(net, config, teacher, teacher_config, times, learning_rate):

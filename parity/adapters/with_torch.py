@@ -13,8 +13,9 @@ import torch
 from torch import nn
 
 from meanflow.float32 import full_float32
+from meanflow.sampling import edm, steps
 from torch_impl import step, time_embedding, weights
-from torch_impl.methods import METHODS, common, flow, improved, reflow, samplers
+from torch_impl.methods import METHODS, common, flow, improved, reflow
 from torch_impl.models import edm2, imf_dit, layers, unet
 
 
@@ -205,19 +206,19 @@ def sample(net, noise, y, cfg, fresh=None):
 
 def sampling_times(cfg):
     """Return the times of sampling.  cfg: `config.sample`."""
-    return samplers.sampling_times(cfg)
+    return steps.sampling_times(cfg)
 
 
 def score(v, z, t, path):
     """Return the score at states z with velocities v [b h w c] and times t [b]."""
-    factors = np.array([samplers.score_factors(float(time), path) for time in t])
+    factors = np.array([steps.score_factors(float(time), path) for time in t])
     of_v, of_z = factors.T[..., None, None, None]
     return of_v * v + of_z * z
 
 
 def diffusion(t, cfg):
     """Return g^2 of the stochastic sampler at times t [n].  cfg: `config.sample`."""
-    return np.array([samplers.diffusion(float(time), cfg) for time in t])
+    return np.array([steps.diffusion(float(time), cfg) for time in t])
 
 
 @torch.no_grad()
@@ -241,12 +242,12 @@ def couple(net, noise, y, grid, guidance=1.0, guide=None):
     grid: options of the noise levels, by name.  guide: its autoguidance network.
     """
     noise, y = _arrays(net, (noise, y))
-    return _to_numpy(reflow.couple(net, noise, y, reflow.Grid(**grid), guidance, guide))
+    return _to_numpy(reflow.couple(net, noise, y, sigmas(grid), guidance, guide))
 
 
 def sigmas(grid):
     """Return the noise levels of couplings.  grid: their options, by name."""
-    return reflow.sigmas(reflow.Grid(**grid))
+    return edm.noise_levels(edm.Schedule(**grid))
 
 
 def fit_times(net, config, teacher, teacher_config, times, learning_rate):

@@ -21,6 +21,7 @@ from jax_impl.models import dmf_dit as jax_dmf_dit
 from jax_impl.models import edm2 as jax_edm2
 from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
+from meanflow.sampling import steps
 from parity import check
 from parity.cases import objectives
 from torch_impl import step as torch_step
@@ -251,19 +252,34 @@ def test_features_that_are_not_normed(framework, monkeypatch, capsys):
     assert f"FAILED: float64/dmf_sit/repa {framework} grad (formula)" in out
 
 
-def test_noise_anew_of_another_size(framework, monkeypatch, capsys):
+def change_steps(framework, monkeypatch, change):
+    """Let the samplers of one framework take changed steps."""
+    for kind in ("flow_map_steps", "flow_steps"):
+        original = getattr(SAMPLERS[framework], kind)
+        monkeypatch.setattr(SAMPLERS[framework], kind, lambda cfg, original=original: [*map(change, original(cfg))])
+
+
+def test_fresh_noise_of_another_size(framework, monkeypatch, capsys):
     """The official ctm's where the exact one was asked for; where the official one was, less of the state kept."""
-    module = SAMPLERS[framework]
-    original = module.renoise
-    monkeypatch.setattr(module, "renoise", lambda *args: (original(*args)[0], 1 - original(*args)[0]))
-    expect_failure(capsys, "float64/dmf/sample/ctm$", "float64/dmf/sample/ctm")
-    monkeypatch.setattr(module, "renoise", lambda *args: (0.9 * original(*args)[0], original(*args)[1]))
+    with monkeypatch.context() as patch:
+        change_steps(framework, patch, lambda step: step._replace(add=1 - step.keep))
+        expect_failure(capsys, "float64/dmf/sample/ctm$", "float64/dmf/sample/ctm")
+    change_steps(framework, monkeypatch, lambda step: step._replace(keep=0.9 * step.keep, move=0.9 * step.move))
     case = "golden/dmf_dmft_torch/sample/ctm_n2_s1.0"
     expect_failure(capsys, f"{case}$", f"{case} {framework}")
 
 
+def test_shared_coefficients_that_are_wrong_in_both_frameworks(monkeypatch, capsys):
+    """The frameworks agree then, but not with the official code."""
+    original = steps.renoise
+    monkeypatch.setattr(steps, "renoise", lambda *args: (0.9 * original(*args)[0], original(*args)[1]))
+    case = "golden/dmf_dmft_torch/sample/ctm_n2_s1.0"
+    out = expect_failure(capsys, f"{case}$", f"{case} jax")
+    assert f"FAILED: {case} torch" in out
+
+
 def test_a_guided_step_outside_of_the_interval(framework, monkeypatch, capsys):
-    monkeypatch.setattr(SAMPLERS[framework], "is_guided", lambda t, cfg: True)
+    change_steps(framework, monkeypatch, lambda step: step._replace(guided=True))
     for case in ("golden/dmf_dmft_torch/sample/restart_n4_s1.0_cfg", "golden/dmf_sit_torch/sample/sde_n4_cfg"):
         expect_failure(capsys, f"{case}$", f"{case} {framework}")
 

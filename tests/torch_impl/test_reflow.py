@@ -1,11 +1,11 @@
-"""The couplings' sampler: EDM's algorithm written anew in NumPy, and a flow in closed form."""
+"""The sampler of couplings, against EDM's algorithm written in NumPy and a flow in closed form."""
 
 import numpy as np
 import pytest
 import torch
 
 from meanflow.config import options
-from meanflow.errors import UserError
+from meanflow.sampling import edm
 from torch_impl import reflow as command
 from torch_impl.methods import reflow
 
@@ -41,14 +41,16 @@ def make_noise(shape=(3, 4, 4, 2)):
     return np.random.default_rng(0).normal(size=shape)
 
 
-def couple(net, noise, y, grid, *guidance):
-    return reflow.couple(net, torch.from_numpy(noise), torch.from_numpy(y), grid, *guidance).numpy()
+def couple(net, noise, y, schedule, *guidance):
+    return reflow.couple(
+        net, torch.from_numpy(noise), torch.from_numpy(y), edm.noise_levels(schedule), *guidance
+    ).numpy()
 
 
-def by_hand(net, noise, y, grid, guidance=1.0, guide=None):
+def by_hand(net, noise, y, schedule, guidance=1.0, guide=None):
     """EDM, algorithm 1, for networks that take NumPy's arrays."""
-    powers = np.linspace(grid.sigma_max ** (1 / grid.rho), grid.sigma_min ** (1 / grid.rho), grid.steps)
-    sigmas = np.append(powers**grid.rho, 0)
+    steps, sigma_min, sigma_max, rho = schedule
+    sigmas = np.append(np.linspace(sigma_max ** (1 / rho), sigma_min ** (1 / rho), steps) ** rho, 0)
 
     def estimate(net, x, sigma, y):
         t = np.full(len(x), sigma / (sigma + 1))
@@ -60,29 +62,14 @@ def by_hand(net, noise, y, grid, guidance=1.0, guide=None):
         return worse + guidance * (d - worse)
 
     x = sigmas[0] * noise
-    for i in range(grid.steps):
+    for i in range(steps):
         d = (x - denoised(x, sigmas[i])) / sigmas[i]
         euler = x + (sigmas[i + 1] - sigmas[i]) * d
-        if i < grid.steps - 1:
+        if i < steps - 1:
             d_next = (euler - denoised(euler, sigmas[i + 1])) / sigmas[i + 1]
             euler = x + (sigmas[i + 1] - sigmas[i]) * (d / 2 + d_next / 2)
         x = euler
     return x
-
-
-def test_sigmas():
-    levels = reflow.sigmas(reflow.Grid(steps=3, sigma_min=1.0, sigma_max=9.0, rho=2))
-    assert levels == pytest.approx((9, 4, 1, 0)) and levels[-1] == 0
-    assert len(reflow.sigmas(reflow.Grid())) == 33
-    official = (80, 9.723200798034668, 0.46997880935668945, 0.002, 0)  # of Re-MeanFlow's code, in float32
-    assert reflow.sigmas(reflow.Grid(steps=4)) == pytest.approx(official, rel=1e-6)
-    assert reflow.sigmas(reflow.Grid(steps=1)) == pytest.approx((80, 0))
-
-
-@pytest.mark.parametrize("change", [{"steps": 0}, {"sigma_min": 0.0}, {"sigma_max": 0.001}, {"rho": 0}])
-def test_sigmas_that_do_not_fall(change):
-    with pytest.raises(UserError, match="--sigma_min < --sigma_max"):
-        reflow.sigmas(reflow.Grid(**change))
 
 
 def test_the_estimate_of_the_data():
@@ -99,17 +86,17 @@ def test_the_estimate_of_the_data():
 def test_is_the_algorithm_of_edm(steps, guided):
     noise, y, net = make_noise(), np.array([0, 3, 8]), Told()
     guidance = {"none": (), "no_class": (1.7,), "guide": (1.7, Told(0.5))}[guided]
-    grid = reflow.Grid(steps, 0.01, 20.0, 5.0)
-    found = couple(net, noise, y, grid, *guidance)
+    schedule = edm.Schedule(steps, 0.01, 20.0, 5.0)
+    found = couple(net, noise, y, schedule, *guidance)
     assert net.rows == ({6} if guided == "no_class" else {3})
-    np.testing.assert_allclose(found, by_hand(net, noise, y, grid, *guidance), rtol=0, atol=1e-10)
+    np.testing.assert_allclose(found, by_hand(net, noise, y, schedule, *guidance), rtol=0, atol=1e-10)
 
 
 def test_errs_in_second_order():
     noise, y = make_noise(), np.zeros(3, int)
     exact = MEAN + STD * (80 * noise - MEAN) / np.sqrt(STD**2 + 80**2)
     errors = [
-        np.abs(couple(Gaussian(), noise, y, reflow.Grid(steps, sigma_min=1e-5)) - exact).max()
+        np.abs(couple(Gaussian(), noise, y, edm.Schedule(steps, sigma_min=1e-5)) - exact).max()
         for steps in (40, 80, 160)
     ]
     assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5 and errors[2] < 1e-3

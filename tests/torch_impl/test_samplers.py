@@ -1,6 +1,5 @@
-"""Samplers on flows in closed form: what is exact is exact, the rest errs in its order, and guidance where asked."""
+"""The loop of the samplers, by hand: a step of each kind, and guidance inside its interval alone."""
 
-import itertools
 import math
 
 import numpy as np
@@ -8,11 +7,8 @@ import pytest
 import torch
 
 from meanflow.config import options
-from meanflow.errors import UserError
+from meanflow.sampling import steps as sampling
 from torch_impl.methods import samplers
-
-MEAN, STD = 2.0, 0.5  # of the data
-PATHS = pytest.mark.parametrize("path", ["linear", "cosine"])
 
 
 def settings(**changes):
@@ -21,51 +17,16 @@ def settings(**changes):
     return cfg
 
 
-def factors(t, path):
-    """Return the factors of data and noise at times t, and their derivatives."""
-    if path == "linear":
-        return 1 - t, t, -torch.ones_like(t), torch.ones_like(t)
-    cos, sin, rate = torch.cos(t * math.pi / 2), torch.sin(t * math.pi / 2), math.pi / 2
-    return cos, sin, -rate * sin, rate * cos
-
-
-class Gaussian:
-    """Normal data in closed form: the velocity, or the average velocity, along a path."""
-
-    num_classes = 9
-
-    def __init__(self, path, average=False):
-        self.path, self.average = path, average
-
-    def __call__(self, z, t, r, y):
-        t, r = t.reshape(z.shape), r.reshape(z.shape)
-        (a, s, da, ds), (a_r, s_r, _, _) = factors(t, self.path), factors(r, self.path)
-        variance, variance_r = (a * STD) ** 2 + s**2, (a_r * STD) ** 2 + s_r**2
-        if not self.average:
-            return da * MEAN + (a * da * STD**2 + s * ds) / variance * (z - a * MEAN)
-        there = a_r * MEAN + (variance_r / variance) ** 0.5 * (z - a * MEAN)
-        return (z - there) / (t - r)
-
-
 def carry(net, noise, cfg, steps, fresh=None, label=0):
-    """Return what becomes of the noise [b], numbers, with fresh noise [steps - 1 b]; each row is one label."""
+    """Return the numbers that the noise [b] becomes, with fresh noise [steps - 1 b]; every row has the label."""
     noise = torch.tensor(noise, dtype=torch.float64).reshape(-1, 1, 1, 1)
     given = {} if fresh is None else {"fresh": torch.tensor(fresh, dtype=torch.float64).reshape(-1, *noise.shape)}
     images = samplers.integrate(net, noise, torch.full((len(noise),), label), given, cfg, steps)
     return images[:, 0, 0, 0].numpy()
 
 
-def moments(net, cfg, steps):
-    """Return mean and deviation of the samples of a linear network: from no noise, and from one unit of each."""
-    num = len(steps)
-    noise, fresh = np.zeros(num + 1), np.zeros((num - 1, num + 1))
-    noise[1], fresh[range(num - 1), range(2, num + 1)] = 1, 1
-    mean, *each = carry(net, noise, cfg, steps, fresh if cfg.sampler in ("restart", "ctm", "sde") else None)
-    return mean, math.sqrt(sum((a - mean) ** 2 for a in each))
-
-
 class Told:
-    """A velocity of state, both times and label, by which a step can be taken by hand; it keeps its labels' rows."""
+    """A velocity of state, both times and label, to take a step by hand; it records the batch size of each call."""
 
     num_classes = 9
 
@@ -86,77 +47,9 @@ class Label:
         return 0 * z + y.reshape(z.shape)
 
 
-@pytest.mark.parametrize("times", [(0.5,), (0.2, 0.5), (1.0, 1.0), (1.5, 0.0), (1.0, -0.1)])
-def test_sampling_times_that_do_not_fall_are_refused(times):
-    with pytest.raises(UserError, match="must fall"):
-        samplers.sampling_times(settings(times=times))
-
-
-def test_sampling_times():
-    assert samplers.sampling_times(settings(steps=4)) == (1.0, 0.75, 0.5, 0.25, 0.0)
-    assert samplers.sampling_times(settings(steps=4, times=(0.9, 0.1), shift=3.0)) == (0.9, 0.1)
-    assert samplers.sampling_times(settings(steps=3, sampler="sde")) == pytest.approx((1.0, 0.50005, 1e-4, 0.0))
-    assert samplers.sampling_times(settings(steps=1, sampler="sde")) == (1.0, 0.0)
-
-
-@pytest.mark.parametrize("sampler", ["euler", "sde"])
-@pytest.mark.parametrize("steps", [1, 2, 7])
-def test_shifted_times_fall_from_1_to_0_and_a_shift_above_1_stays_longer_at_noise(sampler, steps):
-    times = samplers.sampling_times(settings(sampler=sampler, steps=steps, shift=1.5))
-    assert times[0] == 1 and times[-1] == 0 and len(times) == steps + 1
-    assert all(a > b for a, b in itertools.pairwise(times))
-    for shifted, t in zip(times, samplers.sampling_times(settings(sampler=sampler, steps=steps)), strict=True):
-        assert shifted == pytest.approx(1.5 * t / (1 + 0.5 * t)) and (shifted > t or t in (0, 1))
-
-
-@PATHS
-@pytest.mark.parametrize(("sampler", "steps"), [("euler", 1), ("euler", 3), ("restart", 3), ("ctm", 3)])
-def test_samplers_of_the_exact_flow_map_are_exact(path, sampler, steps):
-    """In as many steps as one likes: mean and deviation of the data."""
-    cfg = settings(path=path, sampler=sampler, steps=steps, gamma=0.6)
-    found = moments(Gaussian(path, average=True), cfg, samplers.flow_map_steps(cfg))
-    assert found == pytest.approx((MEAN, STD), rel=1e-10)
-
-
-def test_the_official_ctm_adds_too_little_noise():
-    cfg = settings(sampler="ctm", steps=3, gamma=0.6, official=True)
-    mean, std = moments(Gaussian("linear", average=True), cfg, samplers.flow_map_steps(cfg))
-    assert mean == pytest.approx(MEAN) and std < 0.99 * STD
-
-
-@PATHS
-def test_the_official_ctm_knows_the_linear_path_alone(path):
-    """keep is (1 - end) / (1 - to), and add 1 - keep; the last step keeps all."""
-    steps = samplers.flow_map_steps(settings(path=path, sampler="ctm", steps=3, gamma=0.6, official=True))
-    assert [step.keep for step in steps] == pytest.approx([(1 - s.end) / (1 - s.to) for s in steps])
-    assert [step.add for step in steps] == pytest.approx([1 - step.keep for step in steps])
-    assert steps[-1].keep == 1 and 0 < steps[0].keep < 1
-
-
-@PATHS
-def test_renoising_keeps_the_share_of_signal_and_of_noise(path):
-    for start, end in ((0.0, 0.3), (0.2, 0.8), (0.5, 0.5), (0.4, 1.0)):
-        keep, add = samplers.renoise(start, end, path)
-        (a, s, _, _), (a_end, s_end, _, _) = (factors(torch.tensor(t, dtype=torch.float64), path) for t in (start, end))
-        assert keep * a == pytest.approx(float(a_end), abs=1e-12)
-        assert math.hypot(keep * s, add) == pytest.approx(float(s_end), abs=1e-12)
-
-
-@PATHS
-def test_ctm_goes_from_euler_to_restart(path):
-    given = {"path": path, "steps": 4, "shift": 1.5}
-    euler, restart = (samplers.flow_map_steps(settings(sampler=name, **given)) for name in ("euler", "restart"))
-    for gamma, same in ((0.0, euler), (1.0, restart)):
-        assert samplers.flow_map_steps(settings(sampler="ctm", gamma=gamma, **given)) == same
-    between = samplers.flow_map_steps(settings(sampler="ctm", gamma=0.5, **given))
-    assert all(a.to >= b.to >= c.to for a, b, c in zip(euler, between, restart, strict=True))
-    assert all(step.add > 0 for step in restart[:-1] + between[:-1])
-    assert euler[-1] == between[-1] == restart[-1] and restart[-1].add == 0
-
-
 def test_a_step_of_ctm_by_hand():
     cfg = settings(sampler="ctm", gamma=0.6, steps=2)
-    found = carry(Told(), [1.0, -2.0], cfg, samplers.flow_map_steps(cfg), [[0.5, 3.0]])
+    found = carry(Told(), [1.0, -2.0], cfg, sampling.flow_map_steps(cfg), [[0.5, 3.0]])
     for z, e, image in zip((1.0, -2.0), (0.5, 3.0), found, strict=True):
         at_04 = z - 0.6 * (z * 1 + 0.4)
         at_05 = 0.5 / 0.6 * at_04 + math.sqrt(0.5**2 - (0.5 / 0.6 * 0.4) ** 2) * e
@@ -169,71 +62,13 @@ def test_heun_by_hand_with_a_last_step_of_euler():
     u = z * 1 + 1
     at_05 = z - 0.25 * (u + (z - 0.5 * u) * 0.5 + 0.5)
     expected = at_05 - 0.5 * (at_05 * 0.5 + 0.5)
-    assert carry(Told(), [z], cfg, samplers.flow_steps(cfg)) == pytest.approx([expected])
+    assert carry(Told(), [z], cfg, sampling.flow_steps(cfg)) == pytest.approx([expected])
     one = [settings(sampler=name, steps=1) for name in ("heun", "euler")]
-    heun, euler = (carry(Told(), [z], cfg, samplers.flow_steps(cfg)) for cfg in one)
+    heun, euler = (carry(Told(), [z], cfg, sampling.flow_steps(cfg)) for cfg in one)
     assert heun == pytest.approx(euler) and heun == pytest.approx([z - u])
 
 
-@PATHS
-@pytest.mark.parametrize(("sampler", "order"), [("euler", 1), ("heun", 2)])
-def test_the_error_falls_with_the_steps_in_its_order(path, sampler, order):
-    errors = []
-    for steps in (16, 32):
-        cfg = settings(path=path, sampler=sampler, steps=steps)
-        errors.append(abs(moments(Gaussian(path), cfg, samplers.flow_steps(cfg))[1] - STD))
-    assert errors[0] / errors[1] == pytest.approx(2**order, rel=0.15)
-
-
-@PATHS
-@pytest.mark.parametrize("scale", [0.5, 1.0])
-def test_sde_keeps_mean_and_deviation(path, scale):
-    """Its error falls with the steps, in first order, as Euler's."""
-    errors = []
-    for steps in (60, 120):
-        cfg = settings(path=path, sampler="sde", steps=steps, diffusion_scale=scale)
-        mean, std = moments(Gaussian(path), cfg, samplers.flow_steps(cfg))
-        assert mean == pytest.approx(MEAN, rel=0.02)
-        errors.append(abs(std - STD))
-    assert errors[1] < 0.02 * STD and errors[0] / errors[1] == pytest.approx(2, rel=0.3)
-
-
-@PATHS
-def test_sde_with_the_coefficients_of_elbo_begins_below_1(path):
-    times = (*(1 - 0.01 * 90 ** (i / 80) for i in range(81)), 0.05, 0.01, 0.0)
-    cfg = settings(path=path, sampler="sde", diffusion="elbo", times=times)
-    assert moments(Gaussian(path), cfg, samplers.flow_steps(cfg)) == pytest.approx((MEAN, STD), rel=0.05)
-    with pytest.raises(UserError, match=r"elbo is infinite at t = 1: choose sigma \(--diffusion=sigma\), or times"):
-        samplers.flow_steps(settings(path=path, sampler="sde", diffusion="elbo", steps=4))
-
-
-@PATHS
-@pytest.mark.parametrize("steps", [1, 2, 50])
-def test_steps_of_sde_are_finite_and_the_last_one_adds_no_noise(path, steps):
-    steps = samplers.flow_steps(settings(path=path, sampler="sde", steps=steps))
-    assert np.isfinite(np.array(steps, np.float64)).all()
-    assert steps[-1].add == 0 and all(step.add > 0 for step in steps[:-1])
-
-
-@PATHS
-def test_sde_without_noise_is_euler(path):
-    sde, euler = (settings(path=path, sampler=name, times=(1.0, 0.6, 0.1, 0.0), diffusion_scale=0.0)
-                  for name in ("sde", "euler"))  # fmt: skip
-    assert samplers.flow_steps(sde) == samplers.flow_steps(euler)
-
-
-@PATHS
-def test_the_score_follows_from_the_velocity(path):
-    t, z = torch.tensor([[0.1, 0.5, 0.9, 1.0], [1.0, -2.0, 0.5, 3.0]], dtype=torch.float64)
-    a, s, _, _ = factors(t, path)
-    score = -(z - a * MEAN) / ((a * STD) ** 2 + s**2)
-    v = Gaussian(path)(z, t, t, None)
-    for i in range(4):
-        of_v, of_z = samplers.score_factors(float(t[i]), path)
-        assert float(of_v * v[i] + of_z * z[i]) == pytest.approx(float(score[i]))
-
-
-@pytest.mark.parametrize("make_steps", [samplers.flow_map_steps, samplers.flow_steps])
+@pytest.mark.parametrize("make_steps", [sampling.flow_map_steps, sampling.flow_steps])
 def test_guidance_by_hand_inside_its_interval_alone(make_steps):
     """Only the step from 0.6 is guided, to no class 9 + 3 (label - 9)."""
     cfg = settings(times=(1.0, 0.6, 0.2, 0.0), cfg_scale=3.0, interval=(0.2001, 0.6))
@@ -254,57 +89,32 @@ def test_guidance_by_hand_inside_its_interval_alone(make_steps):
 def test_forwards_without_class_run_inside_the_interval_alone(changes, calls):
     cfg, net = settings(times=(1.0, 0.6, 0.2, 0.0), interval=(0.5, 0.9)), Told()
     cfg.update(changes)
-    carry(net, [0.0, 1.0], cfg, samplers.flow_steps(cfg))
+    carry(net, [0.0, 1.0], cfg, sampling.flow_steps(cfg))
     assert net.calls == calls
 
 
 def test_official_flow_models_stand_still_where_they_are_not_guided():
     given = {"times": (1.0, 0.6, 0.2, 0.0), "official": True}
     for cfg in (settings(**given), settings(**given, cfg_scale=3.0, interval=(0.7, 0.8))):
-        assert carry(Told(), [0.5, 2.0], cfg, samplers.flow_steps(cfg)).tolist() == [0.5, 2.0]
+        assert carry(Told(), [0.5, 2.0], cfg, sampling.flow_steps(cfg)).tolist() == [0.5, 2.0]
     guided, ours = (settings(**given | {"official": official}, cfg_scale=3.0) for official in (True, False))
-    assert samplers.flow_steps(guided) == samplers.flow_steps(ours)
-    assert not np.allclose(carry(Told(), [0.5, 2.0], guided, samplers.flow_steps(guided)), [0.5, 2.0])
+    assert sampling.flow_steps(guided) == sampling.flow_steps(ours)
+    assert not np.allclose(carry(Told(), [0.5, 2.0], guided, sampling.flow_steps(guided)), [0.5, 2.0])
 
 
 @pytest.mark.parametrize(("sampler", "make_steps"), [("restart", "flow_map_steps"), ("sde", "flow_steps")])
-def test_noise_anew_must_be_given(sampler, make_steps):
+def test_fresh_noise_must_be_given(sampler, make_steps):
     cfg = settings(sampler=sampler, steps=2)
-    steps = getattr(samplers, make_steps)(cfg)
-    with pytest.raises(ValueError, match=f"the sampler {sampler} draws noise anew: give `fresh`"):
+    steps = getattr(sampling, make_steps)(cfg)
+    with pytest.raises(ValueError, match=f"the sampler {sampler} needs fresh noise: give `fresh`"):
         carry(Told(), [1.0], cfg, steps)
     carry(Told(), [1.0], cfg, steps[-1:])
-
-
-@pytest.mark.parametrize("sampler", ["restart", "ctm"])
-def test_the_last_step_is_euler_s_wherever_it_ends(sampler):
-    c = options.get_config().sample
-    c.update(sampler=sampler, times=(1.0, 0.6, 0.3))
-    last = samplers.flow_map_steps(c)[-1]
-    assert (last.t, last.to, last.end, last.keep, last.move, last.add) == (0.6, 0.3, 0.3, 1.0, pytest.approx(0.3), 0.0)
-
-
-@PATHS
-def test_velocity_is_euler_s_sampler_of_a_flow_model(path):
-    """By u(z, t, t): the steps of euler, but for what the network is told, and all that a flow model's euler does."""
-    given = {"path": path, "times": (0.95, 0.6, 0.25, 0.0), "cfg_scale": 2.0, "interval": (0.1, 0.7)}
-    euler, velocity = (samplers.flow_map_steps(settings(sampler=name, **given)) for name in ("euler", "velocity"))
-    assert velocity == [step._replace(to=step.t) for step in euler]
-    assert velocity == samplers.flow_steps(settings(**given))
 
 
 def test_the_sampler_velocity_by_hand():
     """The network's r is t."""
     cfg = settings(sampler="velocity", times=(1.0, 0.6, 0.1))
-    found = carry(Told(), [1.5, -2.0], cfg, samplers.flow_map_steps(cfg), label=3)
+    found = carry(Told(), [1.5, -2.0], cfg, sampling.flow_map_steps(cfg), label=3)
     for z, image in zip((1.5, -2.0), found, strict=True):
         at_06 = z - 0.4 * (z * 1 + 1 + 3)
         assert image == pytest.approx(at_06 - 0.5 * (at_06 * 0.6 + 0.6 + 3))
-
-
-def test_velocity_errs_in_first_order_where_euler_of_a_flow_map_is_exact():
-    errors = []
-    for steps in (16, 32):
-        cfg = settings(sampler="velocity", steps=steps)
-        errors.append(abs(moments(Gaussian("linear"), cfg, samplers.flow_map_steps(cfg))[1] - STD))
-    assert errors[0] / errors[1] == pytest.approx(2, rel=0.15)

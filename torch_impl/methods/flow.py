@@ -7,8 +7,8 @@ from typing import NamedTuple
 
 import torch
 
+from meanflow.sampling.steps import flow_steps as sampling_steps
 from torch_impl.methods.common import draw_times, drop_labels, path, sum_squares, to_time
-from torch_impl.methods.samplers import flow_steps as sampling_steps
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow as sample
 

@@ -18,6 +18,7 @@ from typing import NamedTuple
 
 import torch
 
+from meanflow.sampling.steps import flow_map_steps as sampling_steps
 from torch_impl.methods.common import (
     Rows,
     average_velocity,
@@ -34,7 +35,6 @@ from torch_impl.methods.common import (
     total_derivative,
     weigh,
 )
-from torch_impl.methods.samplers import flow_map_steps as sampling_steps
 from torch_impl.methods.samplers import integrate
 
 __all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]

@@ -11,6 +11,7 @@ from typing import NamedTuple
 
 import torch
 
+from meanflow.sampling.steps import flow_map_steps as sampling_steps
 from torch_impl.methods.common import (
     Rows,
     average_velocity,
@@ -26,7 +27,6 @@ from torch_impl.methods.common import (
     total_derivative,
     weigh,
 )
-from torch_impl.methods.samplers import flow_map_steps as sampling_steps
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow_map as sample
 

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import torch
 
+from meanflow.sampling.steps import flow_map_steps
 from torch_impl.methods.common import (
     average_velocity,
     drop_labels,
@@ -22,7 +23,7 @@ from torch_impl.methods.common import (
     weigh,
 )
 from torch_impl.methods.meanflow import conditional_and_null
-from torch_impl.methods.samplers import flow_map_steps, integrate
+from torch_impl.methods.samplers import integrate
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 
 __all__ = ["Draws", "draw", "loss", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
