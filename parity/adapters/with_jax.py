@@ -150,42 +150,21 @@ def log_variance(net, t, r):
     return _to_numpy(net.log_variance(*_arrays(net, (t, r))))
 
 
-def loss(net, batch, draws, cfg, part=slice(None)):
+def loss(net, batch, draws, cfg, part=slice(None), function="loss"):
     """Return the loss, its aux, and its gradients by canonical name.
 
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
-    part: the rows of a micro-batch.
+    part: the rows of a micro-batch.  function: the method's, `loss` or `loss_reference`.
     """
     method = METHODS[cfg.name]
     batch, draws = jax.tree.map(lambda a: a[part], (_by_name(net, batch), _draws(net, method, draws, cfg)))
     given = {"teacher": net.teacher} if net.teacher else {}
 
     def loss_of(params):
-        return method.loss(net._replace(params=params), batch, draws, cfg, **given)
+        return getattr(method, function)(net._replace(params=params), batch, draws, cfg, **given)
 
     (value, aux), grads = jax.value_and_grad(loss_of, has_aux=True)(net.params)
     return _to_numpy(value), _to_numpy(aux), _gradients(net, grads)
-
-
-def regression_gradients(net, regressions):
-    """Return the gradients of a sum of `formula.Regression`s."""
-
-    def loss_of(params):
-        return sum(_regression(net._replace(params=params), r) for r in regressions)
-
-    return _gradients(net, jax.grad(loss_of)(net.params))
-
-
-def _regression(net, r):
-    inputs, given, total = _arrays(net, r.inputs), _given(net, r.given), 0.0
-    for head, (target, scale) in ((head, _arrays(net, pair)) for head, pair in r.targets.items()):
-        total += (scale * jnp.square(net(*inputs, head, **given) - target).sum((1, 2, 3))).mean()
-    if r.slope is not None:
-        total += (_arrays(net, [r.slope])[0] * net.log_variance(*inputs[1:3])).mean()
-    if r.cotangents:
-        outputs = net(*inputs, features=True)[1]
-        total += sum((a * b).sum() for a, b in zip(outputs, _arrays(net, r.cotangents), strict=True))
-    return total
 
 
 def sample_times(net, draws, cfg):

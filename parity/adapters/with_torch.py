@@ -138,21 +138,21 @@ def log_variance(net, t, r):
     return _to_numpy(net.log_variance(*_arrays(net, (t, r))))
 
 
-def loss(net, batch, draws, cfg, part=slice(None)):
+def loss(net, batch, draws, cfg, part=slice(None), function="loss"):
     """Return the loss, its aux, and its gradients by canonical name.
 
     batch: image, label and perhaps more; draws: those that are used; arrays by name.  cfg: `config.method`.
-    part: the rows of a micro-batch.
+    part: the rows of a micro-batch.  function: the method's, `loss` or `loss_reference`.
     """
     method, given = METHODS[cfg.name], {"teacher": net.teacher} if net.teacher else {}
     batch = {name: a[part] for name, a in _by_name(net, batch).items()}
     draws = method.Draws(*(None if a is None else a[part] for a in _draws(net, method, draws, cfg)))
-    value, aux = method.loss(net, batch, draws, cfg, **given)
+    value, aux = getattr(method, function)(net, batch, draws, cfg, **given)
     return _to_numpy(value), {name: _to_numpy(a) for name, a in aux.items()}, _gradients(net, value)
 
 
 def regression_gradients(net, regressions):
-    """Return the gradients of a sum of `formula.Regression`s."""
+    """Return the gradients of a sum of `oracle.Regression`s; without a twin, as the oracle is asked once."""
     return _gradients(net, sum(_regression(net, r) for r in regressions))
 
 

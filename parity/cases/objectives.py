@@ -247,30 +247,73 @@ def difference(network: str, measure: Measure) -> None:
 
 
 def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
-    """Every quantity and gradient of the loss, between the frameworks and against the plain formula.
+    """The loss with its quantities and gradients: against `loss_reference`, the oracle, and the other framework's.
 
     inputs: (config) -> rows and draws by name; None: those of `batch`.
     """
     cfg = config(network, method=setting)
     rows, draws = (inputs or batch)(cfg)
-    result = {}
+    result, formula = {}, oracle_of(cfg, rows, draws)
     for name, f, net in nets(cfg):
-        net = net._replace(teacher=f.build(teacher_config(), random_weights(teacher_config())))
-        net = net if cfg.method.teacher else net._replace(teacher=None)
+        net = net._replace(teacher=teacher(f, cfg))
         result[name] = f.loss(net, rows, draws, cfg.method)
-        functions = (f.forward, f.jvp, f.log_variance, f.features)
-        bound = [functools.partial(function, net) for function in functions]
-        bare = oracle.Bare(*bound, teacher=functools.partial(f.forward, net.teacher))
-        named = rows | {"null": cfg.model.num_classes}
-        plain = oracle.FORMULAS[cfg.method.name](bare, named, given(cfg), draws, cfg.method)
-        plain_grads = f.regression_gradients(net, plain.pop("regressions"))
-        against_formula(measure, name, result[name], plain, plain_grads)
+        against_reference(measure, name, result[name], f.loss(net, rows, draws, cfg.method, function="loss_reference"))
+        against_formula(measure, name, result[name], formula)
     (value, aux, grads), (torch_value, torch_aux, torch_grads) = result["jax"], result["torch"]
     measure.compare("jax-torch", "loss", value, torch_value, BOUND)
     measure.equal("jax-torch", "y", aux["y"], torch_aux["y"])
     for quantity in sorted(aux.keys() - {"y"}):
         measure.compare("jax-torch", quantity, aux[quantity], torch_aux[quantity], BOUND)
     measure.compare_worst("jax-torch", "grad", grads, torch_grads, BOUND)
+
+
+def oracle_of(cfg, rows, draws) -> tuple:
+    """Return the loss, its quantities by name and its gradients, from the oracle.
+
+    It knows neither framework; the network that it is given is PyTorch's, which compiles nothing.
+    """
+    f = FRAMEWORKS["torch"]
+    net = f.build(cfg, random_weights(cfg))
+    functions = [functools.partial(function, net) for function in (f.forward, f.jvp, f.log_variance, f.features)]
+    bare = oracle.Bare(*functions, teacher=functools.partial(f.forward, teacher(f, cfg)))
+    named = rows | {"null": cfg.model.num_classes}
+    plain = oracle.FORMULAS[cfg.method.name](bare, named, given(cfg), draws, cfg.method)
+    grads = f.regression_gradients(net, plain.pop("regressions"))
+    losses = plain["row_loss"] + plain.get("row_loss_v", 0)
+    return plain.pop("loss", losses.mean()), plain, grads
+
+
+def teacher(f, cfg):
+    """Return the frozen flow model that the config asks for, or None."""
+    return f.build(teacher_config(), random_weights(teacher_config())) if cfg.method.teacher else None
+
+
+def against_reference(measure, framework, result, reference):
+    """Compare a loss with that of `loss_reference`, its worst quantity and gradient."""
+    (value, aux, grads), (expected, expected_aux, expected_grads) = result, reference
+    aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
+    measure.compare(framework, "loss (reference)", value, expected, BOUND)
+    measure.compare_worst(framework, "aux (reference)", aux, expected_aux, BOUND)
+    measure.compare_worst(framework, "grad (reference)", grads, expected_grads, BOUND)
+
+
+def against_formula(measure, framework, result, formula):
+    """Compare a loss with that of the oracle, and each quantity that the oracle has."""
+    (value, aux, grads), (expected, expected_aux, expected_grads) = result, formula
+    aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
+    measure.compare(framework, "loss (formula)", value, expected, BOUND)
+    for quantity in sorted(expected_aux):
+        measure.compare(framework, f"{quantity} (formula)", aux[quantity], expected_aux[quantity], BOUND)
+    measure.compare_worst(framework, "grad (formula)", grads, expected_grads, BOUND)
+
+
+def on_jvp_rows(quantities, expected):
+    """Return quantities by name, with du/dt and its tangent v_c as 0 on the flow rows that are `expected`.
+
+    On those of a static split a loss has no du/dt, and v_c is that of the label after the drop.
+    """
+    jvp_row = (expected["r"] < expected["t"])[:, None, None, None]
+    return {name: a * jvp_row if name in ("du_dt", "v_c") else a for name, a in quantities.items()}
 
 
 def parts(network: str, setting: dict, measure: Measure) -> None:
@@ -288,21 +331,6 @@ def parts(network: str, setting: dict, measure: Measure) -> None:
             measure.compare(name, f"{quantity} (of parts)", found, a, BOUND)
         means = {key: np.mean([tree[key] for tree in trees], axis=0) for key in grads}
         measure.compare_worst(name, "grad (mean of parts)", means, grads, BOUND)
-
-
-def against_formula(measure, framework, result, plain, plain_grads):
-    """Compare a method's loss with the plain formula; what only the JVP reads or makes, only where r < t.
-
-    A static split leaves du/dt 0 elsewhere, and its tangent v_c is that of the row's own label there.
-    """
-    value, aux, grads = result
-    jvp_row = (plain["r"] < plain["t"])[:, None, None, None]
-    losses = plain["row_loss"] + plain.get("row_loss_v", 0)
-    measure.compare(framework, "loss (formula)", value, plain.pop("loss", losses.mean()), BOUND)
-    for quantity in sorted(plain):
-        mask = jvp_row if quantity in ("du_dt", "v_c") else 1
-        measure.compare(framework, f"{quantity} (formula)", aux[quantity] * mask, plain[quantity] * mask, BOUND)
-    measure.compare_worst(framework, "grad (formula)", grads, plain_grads, BOUND)
 
 
 def train(network: str, setting: dict, options: dict, measure: Measure) -> None:

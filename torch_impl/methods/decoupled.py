@@ -30,7 +30,7 @@ from torch_impl.methods.common import (
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -94,6 +94,46 @@ def loss(net, batch, draws, cfg, teacher=None):
         "log_variance_flow": log_variance_flow, "row_loss": row_loss, "row_loss_flow": row_loss_flow,
     }  # fmt: skip
     return (row_loss.mean() + row_loss_flow.mean()) / 2, {name: a.detach() for name, a in aux.items()}
+
+
+def loss_reference(net, batch, draws, cfg, teacher=None):
+    """The objective of `loss` as the paper writes it, with plain JVPs of the whole batch.  Source: arXiv:2510.24474.
+
+    The flow term is the MeanFlow term with r = t.
+    """
+    x, y, aux = batch["image"], batch["label"], {}
+    null, dropped = torch.full_like(y, net.num_classes), draws.drop < cfg.label_drop_prob
+    y = torch.where(dropped, null, y)
+    t_flow = to_time(draws.times_flow, cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    terms = ("", draws.noise, *order_times(draws.times, cfg)), ("_flow", draws.noise_flow, t_flow, t_flow)
+    for term, e, t, r in terms:
+        # z = (1 - t) x + t e, v = e - x
+        z, v = path(x, e, t, cfg)
+
+        # v_g = v + w (v(y) - v(null)) by the model itself (mg), v(null) + w (v(y) - v(null)) by a teacher (distill)
+        v_g, inside = v, (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
+        if cfg.guidance_type == "mg":
+            v_g = v + cfg.omega * (net(z, t, t, y) - net(z, t, t, null))
+            v_g = torch.where((inside & ~dropped)[:, None, None, None], v_g, v)
+        if cfg.guidance_type == "distill":
+            v_c, v_null = teacher(z, t, t, y), teacher(z, t, t, null)
+            v_g = torch.where(inside[:, None, None, None], v_null + cfg.omega * (v_c - v_null), v_c)
+        v_g = v_g.detach()
+
+        # u, du_dt = jvp(fn, (z, t, r), (v_g, 1, 0)), |u - sg(v_g - (t - r) du_dt)|^2
+        tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
+        u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)  # pyright: ignore
+        target = (v_g - (t - r)[:, None, None, None] * du_dt).detach()
+        err = sum_squares(u - target)
+
+        # log(mean err / exp(s) + c) + s, with a learnt log-variance s
+        log_variance = net.log_variance(t, r)
+        s = log_variance[:, None] if cfg.log_variance_pairs == "all" else log_variance
+        row_loss = torch.log(err / x[0].numel() * torch.exp(-s) + cfg.adaptive_eps) + s
+        aux |= {f"t{term}": t, f"v_g{term}": v_g, f"u{term}": u, f"err{term}": err, f"row_loss{term}": row_loss,
+                f"log_variance{term}": log_variance}  # fmt: skip
+        aux |= {} if term else {"r": r, "y": y, "v": v, "du_dt": du_dt, "target": target}
+    return (aux["row_loss"].mean() + aux["row_loss_flow"].mean()) / 2, aux
 
 
 @torch.no_grad()

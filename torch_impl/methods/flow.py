@@ -12,7 +12,7 @@ from torch_impl.methods.common import draw_times, drop_labels, path, sum_squares
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow as sample
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -59,6 +59,33 @@ def loss(net, batch, draws, cfg):
     aux |= {"u": u, "err": err, "row_loss": row_loss}
     value = row_loss.mean() + cfg.repa_coeff * aux.get("projection", 0)
     return value, {name: a.detach() for name, a in aux.items()}
+
+
+def loss_reference(net, batch, draws, cfg):
+    """The objective of `loss` as the papers write it.  Source: arXiv:2403.03206; arXiv:2410.06940 (REPA)."""
+    x, y, e = batch["image"], batch["label"], draws.noise
+
+    # t = sample_t(), z = (1 - t) x + t e, v = e - x; labels are dropped
+    t = to_time(draws.times, cfg.flow_time_mean, cfg.flow_time_std, cfg)
+    z, v = path(x, e, t, cfg)
+    y = torch.where(draws.drop < cfg.label_drop_prob, net.num_classes, y)
+
+    # |u - v|^2, the mean over a row
+    u, projections = net(z, t, t, y, features=True) if "features" in batch else (net(z, t, t, y), ())
+    err = sum_squares(u - v)
+    row_loss = err / x[0].numel()
+    aux = {"t": t, "r": t, "y": y, "v": v, "u": u, "err": err, "row_loss": row_loss}
+    if not projections:
+        return row_loss.mean(), aux
+
+    # REPA, eq. 8: minus the cosine of projected tokens and features, the mean over tokens and encoders
+    cosines, start = [], 0
+    for p in projections:
+        f = batch["features"][..., start : start + p.shape[-1]]
+        cosines.append((p * f).sum(-1) / ((p**2).sum(-1) * (f**2).sum(-1)).sqrt())
+        start += p.shape[-1]
+    projection = -torch.stack(cosines).mean()
+    return row_loss.mean() + cfg.repa_coeff * projection, aux | {"projection": projection}
 
 
 def alignment(projections, features):

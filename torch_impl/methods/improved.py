@@ -37,7 +37,7 @@ from torch_impl.methods.common import (
 )
 from torch_impl.methods.samplers import integrate
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -94,6 +94,46 @@ def loss(net, batch, draws, cfg):
         "row_loss_v": row_loss_v,
     }  # fmt: skip
     return (row_loss + row_loss_v).mean(), {name: a.detach() for name, a in aux.items()}
+
+
+def loss_reference(net, batch, draws, cfg):
+    """The objective of `loss` as the paper writes it, with a plain JVP of the whole batch; arXiv:2512.02012."""
+    x, y, e = batch["image"], batch["label"], draws.noise
+
+    # t, r = sample_t_r(), z = (1 - t) x + t e, v = e - x; omega, t_min, t_max = sample_guidance()
+    t, r = sample_times(draws, cfg)
+    z, v = path(x, e, t, cfg)
+    given = sample_guidance(draws, cfg)
+    zero, one = torch.zeros_like(t), torch.ones_like(t)
+
+    # v_g = v + (1 - 1/w) (v_c - v_null), w = 1 outside the interval; v_g = v where the label is dropped
+    null, dropped = torch.full_like(y, net.num_classes), draws.drop < cfg.label_drop_prob
+    w = torch.where((t >= given["t_min"]) & (t <= given["t_max"]), given["omega"], one)
+    v_c = net(z, t, t, y, omega=w, t_min=zero, t_max=one, heads="v").detach()
+    v_null = net(z, t, t, null, omega=one, t_min=zero, t_max=one, heads="v").detach()
+    v_g = v + torch.where(dropped, 0, 1 - 1 / w)[:, None, None, None] * (v_c - v_null)
+
+    # u, du_dt = jvp(fn, (z, t, r), (v_c, 1, 0)); the second head predicts v
+    y = torch.where(dropped, null, y)
+
+    def fn(z, t, r):
+        return net(z, t, r, y, **given, heads="uv")
+
+    (u, v_head), (du_dt, _) = torch.func.jvp(fn, (z, t, r), (v_c, one, zero))  # pyright: ignore
+
+    # Eq. 12: |V - v_g|^2, V = u + (t - r) sg(du_dt), and |v_head - v_g|^2
+    compound = u + (t - r)[:, None, None, None] * du_dt.detach()
+    err, err_v = sum_squares(compound - v_g), sum_squares(v_head - v_g)
+
+    # sg(1 / (err + c)^p) err of each
+    d, d_v = (err**2, err_v**2) if cfg.weighting == "adaptive_squared" else (err, err_v)
+    p = 0 if cfg.weighting == "uniform" else cfg.adaptive_power
+    weight, weight_v = (((a + cfg.adaptive_eps) ** -p).detach() for a in (d, d_v))
+    return (weight * d + weight_v * d_v).mean(), given | {
+        "t": t, "r": r, "y": y, "v": v, "v_c": v_c, "v_g": v_g, "u": u, "v_head": v_head, "du_dt": du_dt,
+        "compound": compound, "err": err, "err_v": err_v, "weight": weight, "weight_v": weight_v,
+        "row_loss": weight * d, "row_loss_v": weight_v * d_v,
+    }  # fmt: skip
 
 
 def sample_guidance(draws, cfg):

@@ -30,7 +30,7 @@ from torch_impl.methods.common import (
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -84,6 +84,45 @@ def loss(net, batch, draws, cfg):
         "weight": weight, "row_loss": row_loss,
     }  # fmt: skip
     return row_loss.mean(), {name: a.detach() for name, a in aux.items()}
+
+
+def loss_reference(net, batch, draws, cfg):
+    """The objective of `loss` as the paper writes it, with a plain JVP of the whole batch; arXiv:2505.13447."""
+    x, y, e = batch["image"], batch["label"], draws.noise
+    given = conditions(net, batch, draws)
+    no_dropout = {name: a for name, a in given.items() if name != "dropout"}
+
+    # Alg. 1: t, r = sample_t_r(), z = (1 - t) x + t e, v = e - x
+    t, r = sample_times(draws, cfg)
+    z, v = path(x, e, t, cfg)
+
+    # Appendix B.1: labels are dropped
+    null, dropped = torch.full_like(y, net.num_classes), draws.drop < cfg.label_drop_prob
+    y = torch.where(dropped, null, y)
+
+    # Eq. 21 (eq. 19 if kappa = 0): v_g = w v + k u(z, t, t, y) + (1 - w - k) u(z, t, t, null)
+    v_g, w, k = v, cfg.omega, cfg.kappa
+    if cfg.guidance:
+        guided = ~dropped & (t >= cfg.guidance_start) & (t <= cfg.guidance_end)
+        v_g = w * v + k * net(z, t, t, y, **no_dropout) + (1 - w - k) * net(z, t, t, null, **no_dropout)
+        v_g = torch.where(guided[:, None, None, None], v_g, v).detach()
+
+    # Alg. 1, eq. 8: u, du_dt = jvp(fn, (z, t, r), (v, 1, 0))
+    tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
+    u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y, **given), (z, t, r), tangents)  # pyright: ignore
+
+    # Eqs. 9 to 11: |u - sg(u_tgt)|^2, u_tgt = v - (t - r) du_dt
+    h = torch.clip(t - r, 0, 1) if cfg.clip_interval else t - r
+    target = (v_g - h[:, None, None, None] * du_dt).detach()
+    err = sum_squares(u - target)
+
+    # Eq. 22: sg(1 / (err + c)^p) err
+    d = err**2 if cfg.weighting == "adaptive_squared" else err
+    weight = ((d + cfg.adaptive_eps) ** -(0 if cfg.weighting == "uniform" else cfg.adaptive_power)).detach()
+    return (weight * d).mean(), {
+        "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
+        "weight": weight, "row_loss": weight * d,
+    }  # fmt: skip
 
 
 def conditions(net, batch, draws):

@@ -26,7 +26,7 @@ from torch_impl.methods.meanflow import conditional_and_null
 from torch_impl.methods.samplers import integrate
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 
-__all__ = ["Draws", "draw", "loss", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
 
 TIME_MAX = 80 / 81  # t of the largest sigma of the teacher's noise, 80
 STEEPNESS = 4.0  # a of the exponential density exp(a t) whose sum with its mirror image is the U
@@ -80,6 +80,44 @@ def loss(net, batch, draws, cfg):
         "weight": torch.where(near, weight, 0), "row_loss": torch.where(near, row_loss, 0),
     }  # fmt: skip
     return aux["row_loss"].mean(), aux | ({"kept": near.to(err.dtype).mean()} if cfg.distance_clip else {})
+
+
+def loss_reference(net, batch, draws, cfg):
+    """The objective of `loss` as the source has it, with a plain JVP of the whole batch; eqs. of arXiv:2505.13447."""
+    x, y, e = batch["image"], batch["label"], batch["noise"]
+
+    # Alg. 1: t, r = sample_t_r(), z = (1 - t) x + t e, v = e - x, along the coupling; labels are dropped
+    t, r = sample_times(draws, cfg)
+    z, v = path(x, e, t, cfg)
+    null = torch.full_like(y, net.num_classes)
+    y = torch.where(draws.drop < cfg.label_drop_prob, null, y)
+
+    # Eq. 21: v_g = w v + k u(z, t, t, y) + (1 - w - k) u(z, t, t, null), with w / (1 - k) drawn for each row
+    v_g = v
+    if cfg.guidance:
+        w, k = torch.full_like(t, cfg.omega), torch.full_like(t, cfg.kappa)
+        if cfg.omega_sampler == "uniform":
+            w_pi = 1 + draws.omega * (cfg.omega_max - 1)
+            w = (w_pi - 1).clamp(min=1)
+            k = 1 - w / w_pi
+        w, k = w[:, None, None, None], k[:, None, None, None]
+        v_g = (w * v + k * net(z, t, t, y) + (1 - w - k) * net(z, t, t, null)).detach()
+
+    # Eqs. 8 to 11: u, du_dt = jvp(fn, (z, t, r), (v, 1, 0)), |u - sg(v - (t - r) du_dt)|^2
+    tangents = (v_g, torch.ones_like(t), torch.zeros_like(r))
+    u, du_dt = torch.func.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)  # pyright: ignore
+    target = (v_g - (t - r)[:, None, None, None] * du_dt).detach()
+    err = sum_squares(u - target)
+
+    # Eq. 22: sg(1 / (err + c)^p) err, of the mean error; couplings beyond distance_clip weigh nothing
+    near = sum_squares(e - x) < (cfg.distance_clip or math.inf) * x[0].numel()
+    d = (err / x[0].numel()) ** (2 if cfg.weighting == "adaptive_squared" else 1)
+    weight = (d + cfg.adaptive_eps) ** -(0 if cfg.weighting == "uniform" else cfg.adaptive_power)
+    weight = torch.where(near, weight, 0).detach()
+    return (weight * d).mean(), {
+        "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
+        "weight": weight, "row_loss": weight * d,
+    } | ({"kept": near.to(err.dtype).mean()} if cfg.distance_clip else {})  # fmt: skip
 
 
 def sample_times(draws, cfg):
