@@ -1,12 +1,11 @@
-"""Fit the two time embeddings of a Re-MeanFlow network to the one of its EDM2 teacher: the weights to start from.
+"""Fit the two time embeddings of a Re-MeanFlow network to the single one of its EDM2 teacher, to start training from.
 
     python torch_impl/time_embedding.py --teacher=runs/teacher --output=start.safetensors
 
 Then --config.train.load_from=start.safetensors trains from them.
-Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam (--fit=adam); least squares come nearer.
+Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam; least squares reach a smaller error.
 """
 
-import numpy as np
 import torch
 
 from meanflow.commands import time_embedding
@@ -18,8 +17,6 @@ from torch_impl.models.edm2 import log_sigma
 from torch_impl.reflow import load
 from torch_impl.step import build_net
 
-BETAS = (0.9, 0.99)  # of Adam, as in the official code
-
 
 def build(config, canonical):
     """Return the network with canonical weights {name: array}.  Raises UserError if they do not fit."""
@@ -28,41 +25,21 @@ def build(config, canonical):
     return net
 
 
-def squared_error(net, teacher, t, r):
-    """Return the mean squared error (scalar) of the embedding of times t and r [b], the teacher's being of t alone."""
-    target = teacher.unet.embed_times(log_sigma(t), None).detach()
-    return (net.unet.embed_times(t, r) - target).square().mean()
-
-
+@torch.no_grad()
 def error(config, canonical, teacher_config, teacher, t, r):
-    """Return the same as a number, of networks by config and canonical weights {name: array}."""
-    nets = build(config, canonical), build(teacher_config, teacher)
-    with torch.no_grad():
-        return float(squared_error(*nets, torch.from_numpy(t), torch.from_numpy(r)))
+    """Return the mean squared error (float) of a network's embedding of t and r [b] to the teacher's of t alone.
 
-
-def fit(config, canonical, teacher_config, teacher, times, learning_rate):
-    """Return canonical weights whose two time embeddings are fitted by Adam, a step each of times, and the losses.
-
-    times: [steps 2 b], t and r.  All other weights stay as they are.
+    canonical, teacher: weights {name: array}.  Raises UserError if they do not fit their config.
     """
-    net, teacher = build(config, canonical), build(teacher_config, teacher)
-    trained = [net.unet.emb_noise_t.weight, net.unet.emb_noise_r.weight]
-    optimizer = torch.optim.Adam(trained, lr=learning_rate, betas=BETAS)
-    losses = []
-    for t, r in torch.from_numpy(times):
-        optimizer.zero_grad()
-        value = squared_error(net, teacher, t, r)
-        value.backward()
-        optimizer.step()
-        losses.append(value.item())
-    return weights.to_canonical(net, dict(net.named_parameters())), np.array(losses)
+    net, target = build(config, canonical), build(teacher_config, teacher).unet
+    t, r = torch.from_numpy(t), torch.from_numpy(r)
+    return float((net.unet.embed_times(t, r) - target.embed_times(log_sigma(t), None)).square().mean())
 
 
 def main():
     """Load, fit, write."""
     setup_logging()
-    time_embedding.time_embedding(set_precision, load, weights.save, fit, error)
+    time_embedding.time_embedding(set_precision, load, weights.save, error)
 
 
 if __name__ == "__main__":

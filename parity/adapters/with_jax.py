@@ -244,9 +244,9 @@ def sigmas(grid):
     return edm.noise_levels(edm.Schedule(**grid))
 
 
-def fit_times(net, config, teacher, teacher_config, times, learning_rate):
-    """Return canonical weights whose time embeddings are fitted to a teacher's, and losses.  times: [steps 2 b]."""
-    return time_embedding.fit(config, canonical(net), teacher_config, canonical(teacher), times, learning_rate)
+def embedding_error(config, canonical, teacher_config, teacher, t, r):
+    """Return the mean squared error of a network's embedding of t and r [b] to its teacher's; canonical weights."""
+    return time_embedding.error(config, canonical, teacher_config, teacher, t, r)
 
 
 def embed_times(net, t, r):

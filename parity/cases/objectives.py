@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 
+from meanflow.commands import time_embedding as fitting
 from meanflow.config import options as base
 from meanflow.config import resolve
 from meanflow.sampling import noise
@@ -367,15 +368,16 @@ def couple(guidance: float, with_guide: bool, measure: Measure) -> None:
 
 
 def time_embedding(measure: Measure) -> None:
-    """Weights and losses of time embeddings that are fitted by Adam to those of a network of one time."""
+    """Errors of two time embeddings to the one of their teacher: copies of it, and fitted ones."""
     student, teacher = config("edm2"), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
-    drawn = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(STEPS, 2, 7)), axis=1)[:, ::-1].copy()
-    results = {}
-    for (name, f, net), (_, _, of_teacher) in zip(nets(student), nets(teacher), strict=True):
-        results[name] = f.fit_times(net, student, of_teacher, teacher, drawn, 1e-2)
-    (fitted, losses), (torch_fitted, torch_losses) = results["jax"], results["torch"]
-    measure.compare("jax-torch", "loss", losses, torch_losses, BOUND)
-    measure.compare_worst("jax-torch", "weights", fitted, torch_fitted, BOUND)
+    t, r = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(2, 50)), axis=0)[::-1].copy()
+    errors = {}
+    for name, f, of_teacher in nets(teacher):
+        given = f.canonical(of_teacher)
+        both = fitting.copied(given), fitting.fit(given, t, r)
+        errors[name] = np.array([f.embedding_error(student, weights, teacher, given, t, r) for weights in both])
+        measure.add(name, "fitted / copied", errors[name][1] / errors[name][0], bound=1.0)
+    measure.compare("jax-torch", "error", errors["jax"], errors["torch"], BOUND)
 
 
 def config(network: str = "dit", **changes: dict) -> base.Config:

@@ -5,10 +5,12 @@ hold EDM2's own embedder of one time too.  edm2_reflow_torch: EDM2's network, it
 In our words: flow rows and label drop by coin, errors averaged over a row, times U-shaped (re2_truncate).
 """
 
+import functools
 import re
 
 import numpy as np
 
+from meanflow.commands import time_embedding as fitting
 from meanflow.config import options
 from meanflow.errors import UserError
 from parity.adapters.frameworks import FRAMEWORKS
@@ -18,8 +20,7 @@ from parity.golden.network import BOUND, nhwc
 
 TWO_TIMES = ("unet.emb_noise_t.", "unet.emb_noise_r.")
 ONE_TIME = "unet.emb_noise."
-ONE_WEIGHT, TWO_WEIGHTS = f"{ONE_TIME}weight", tuple(f"{name}weight" for name in TWO_TIMES)
-FIT_TIMES, FIT_RATE = (1 / 501, 80 / 81), 1e-3  # of the fit of the time embeddings, by the fixture's README
+FIT_TIMES = 1 / 501, 80 / 81  # of the fit of the time embeddings, by the fixture's README
 # Arguments of the official network whose defaults are constants of ours.
 CONSTANTS = {
     "res_balance": 0.3, "attn_balance": 0.3, "label_balance": 0.5, "concat_balance": 0.5, "clip_act": 256,
@@ -287,23 +288,24 @@ def guided_forward(fixture, measure: Measure) -> None:
 
 
 def time_embedding(fixture, measure: Measure) -> None:
-    """The fit of both time embeddings by Adam: losses, weights after it, the last embeddings before its last step."""
+    """The official fit of both time embeddings, by Adam: its first and last loss, and that ours has a smaller error."""
     low, high = FIT_TIMES
     drawn = np.stack([np.clip(a, low, high) for a in images(fixture, "timeemb", "t", "r")], axis=1)
     times = np.stack([drawn.max(1), drawn.min(1)], axis=1).astype(np.float32)
-    (config, built), (teacher_config, teachers) = nets(fixture, True), nets(fixture, False)
-    for (name, f, net), (_, _, teacher) in zip(built, teachers, strict=True):
-        copied = f.canonical(net) | dict.fromkeys(TWO_WEIGHTS, f.canonical(teacher)[ONE_WEIGHT])
-        start = f.build(config, copied)
-        fitted, losses = f.fit_times(start, config, teacher, teacher_config, times, FIT_RATE)
-        before, _ = f.fit_times(start, config, teacher, teacher_config, times[:-1], FIT_RATE)
-        got = {
-            "loss": losses, "emb_noise_t": fitted[TWO_WEIGHTS[0]], "emb_noise_r": fitted[TWO_WEIGHTS[1]],
-            "emb_last": f.embed_times(f.build(config, before), *times[-1]),
-            "emb_target_last": f.embed_times(teacher, *times[-1]),
-        }  # fmt: skip
-        for key, ours in got.items():
-            measure.compare(name, key, ours, fixture.get(f"out/timeemb/{key}"), BOUND)
+    t, r = times.swapaxes(0, 1).reshape(2, -1)
+    want = fixture.under("out/timeemb/")
+    teacher_config, teachers = nets(fixture, False)
+    config = fitting.two_times(teacher_config)
+    for name, f, teacher in teachers:
+        given, target = f.canonical(teacher), f.embed_times(teacher, *times[-1])
+        measure.compare(name, "emb_target_last", target, want["emb_target_last"], BOUND)
+        error = functools.partial(f.embedding_error, config, teacher_config=teacher_config, teacher=given)
+        copied = fitting.copied(given)
+        losses = error(copied, t=times[0, 0], r=times[0, 1]), np.square(want["emb_last"] - target).mean()
+        measure.compare(name, "loss", losses, want["loss"][[0, -1]], BOUND)
+        official = copied | dict(zip(fitting.TWO, (want["emb_noise_t"], want["emb_noise_r"]), strict=True))
+        ours, theirs = (error(weights, t=t, r=r) for weights in (fitting.fit(given, t, r), official))
+        measure.add(name, "error / official error", ours / theirs, bound=1.0)
 
 
 def initial(fixture, measure: Measure) -> None:

@@ -1,4 +1,4 @@
-"""The fit of two time embeddings: exact least squares, and the command around it without a network."""
+"""The fit of two time embeddings by least squares, and the command around it without a network."""
 
 import itertools
 
@@ -97,7 +97,7 @@ def fitted(teacher):
     """Return the times of a fit, and its weights."""
     times = time_embedding.draw_times(np.random.default_rng(1), 3000)
     fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
-    return times, time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *times)
+    return times, time_embedding.fit_embeddings(*fourier, teacher[time_embedding.ONE], *times)
 
 
 def test_an_exact_fit_has_fresh_weights_magnitude(fitted):
@@ -123,7 +123,7 @@ def test_more_rounds_never_raise_the_error(teacher, fitted, monkeypatch):
     errors = []
     for rounds in (1, 2, 4, 8, 50):
         monkeypatch.setattr(time_embedding, "ROUNDS", rounds)
-        weights = time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *fitted[0])
+        weights = time_embedding.fit_embeddings(*fourier, teacher[time_embedding.ONE], *fitted[0])
         errors.append(mean_squared_error(teacher, *weights, *fitted[0]))
     assert all(later <= earlier * (1 + 1e-6) for earlier, later in itertools.pairwise(errors))
     assert errors[-1] < errors[0]
@@ -152,13 +152,13 @@ def test_the_config_of_two_times_is_the_teacher_s_but_for_its_embeddings():
 def test_only_edm2_has_embeddings_to_fit():
     config = options.get_config()
     config.update_from_flattened_dict({"method.name": "flow", "model.interval_embedder": False})
-    with pytest.raises(UserError, match="--teacher is of config.model.name dit: only edm2 embeds a time"):
+    with pytest.raises(UserError, match="--teacher is of config.model.name dit: only edm2 has a time embedding to fit"):
         time_embedding.two_times(config)
 
 
 @pytest.fixture
 def command(parse_flags, monkeypatch, teacher):
-    """Return a function (*argv, error) that runs the command without networks -> what it saved and gave to `fit`."""
+    """Return a function (*argv) that runs the command without networks and returns what it saved and measured."""
 
     def run(*argv, changes=()):
         config = digits.get_config("edm2_flow")
@@ -171,10 +171,6 @@ def command(parse_flags, monkeypatch, teacher):
         def save(path, weights, metadata):
             heard.update(path=path, saved=weights, metadata=metadata)
 
-        def fit(config, weights, teacher_config, given, times, learning_rate):
-            heard.update(start=weights, times=times, learning_rate=learning_rate)
-            return weights | {name: 2 * weights[name] for name in time_embedding.TWO}, []
-
         def error(config, weights, teacher_config, given, t, r):
             assert config.model.interval_embedder and not teacher_config.model.interval_embedder
             heard["errors"].append((weights, t))
@@ -183,13 +179,13 @@ def command(parse_flags, monkeypatch, teacher):
         def load(path, config, step):
             return heard["saved"] if path == "b.safetensors" else dict(teacher)  # what was written is read again
 
-        time_embedding.time_embedding(lambda config: None, load, save, fit, error)
+        time_embedding.time_embedding(lambda config: None, load, save, error)
         return heard
 
     return run
 
 
-def test_the_command_fits_exactly_unless_told_otherwise(command, teacher, monkeypatch, capsys):
+def test_the_command_fits_and_measures_at_other_times(command, teacher, monkeypatch, capsys):
     monkeypatch.setattr(time_embedding, "NUM_TIMES", 500)
     heard = command("--seed=3")
     saved, two = heard["saved"], set(time_embedding.TWO)
@@ -198,35 +194,24 @@ def test_the_command_fits_exactly_unless_told_otherwise(command, teacher, monkey
     times = time_embedding.draw_times(np.random.default_rng(3), 500)
     fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
     for name, expected in zip(
-        time_embedding.TWO, time_embedding.fit_exactly(*fourier, teacher[time_embedding.ONE], *times), strict=True
+        time_embedding.TWO, time_embedding.fit_embeddings(*fourier, teacher[time_embedding.ONE], *times), strict=True
     ):
         np.testing.assert_array_equal(saved[name], expected)
     (after, t), (before, _) = heard["errors"]
     assert after is saved and not np.array_equal(t, times[0])  # the error is of times that the fit has not seen
     assert all(np.array_equal(before[name], teacher[time_embedding.ONE]) for name in two)
     assert heard["path"] == "b.safetensors" and heard["metadata"]["format"] == "canonical"
-    assert capsys.readouterr().out == "b.safetensors: error 0.2500\n" and "times" not in heard
-
-
-def test_the_command_fits_by_adam_as_the_flags_say(command, teacher, monkeypatch):
-    monkeypatch.setattr(time_embedding, "NUM_TIMES", 10)
-    heard = command("--fit=adam", "--steps=3", "--batch_size=5", "--learning_rate=0.5")
-    assert heard["times"].shape == (3, 2, 5) and heard["times"].dtype == np.float32 and heard["learning_rate"] == 0.5
-    assert (heard["times"][:, 0] >= heard["times"][:, 1]).all() and len(np.unique(heard["times"])) > 20
-    for name in time_embedding.TWO:
-        np.testing.assert_array_equal(heard["start"][name], teacher[time_embedding.ONE])
-        np.testing.assert_array_equal(heard["saved"][name], 2 * teacher[time_embedding.ONE])
+    assert capsys.readouterr().out == "b.safetensors: error 0.2500\n"
 
 
 @pytest.mark.parametrize(
     ("argv", "changes", "words"),
     [
         (["--output=b.npz"], {}, "--output is 'b.npz'; name the .safetensors to write"),
-        (["--steps=7"], {}, "--steps is for --fit=adam, and --fit is exact"),
         (["--output="], {}, "--output is ''"),
         ([], {"model.interval_embedder": True, "method.name": "rectified", "method.time_sampler": "re2_truncate",
               "sample.sampler": "euler"}, "--teacher a.safetensors is of config.method.name rectified"),
-        ([], {"model.name": "dit"}, "--teacher is of config.model.name dit: only edm2 embeds a time"),
+        ([], {"model.name": "dit"}, "--teacher is of config.model.name dit: only edm2 has a time embedding to fit"),
         (["--ema=0"], {}, "--ema chooses weights of a work directory"),
     ],
 )  # fmt: skip
