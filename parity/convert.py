@@ -35,23 +35,20 @@ from jax_impl import checkpoints as jax_checkpoints
 from meanflow.config import latents, paths, resolve
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
-from meanflow.weights import files, time_direction, torch_files
+from meanflow.weights import sources
 from meanflow.weights.infer import inferred_config
-from meanflow.weights.names import canonical_to_flax_tree, flax_tree_to_canonical
-from parity import sources
+from parity.sources import read_directory
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
 from torch_impl.models.inception import Inception
 
-__all__ = ["Options", "canonical_to_flax_tree", "convert", "flax_tree_to_canonical", "main"]
-
 IN_INCEPTION = "Conv2d_1a_3x3.conv.weight"  # a name that no other network has
-LATENTS = (  # the way out of two conventions
+COUNTERS = ".num_batches_tracked"  # the end of the names under which PyTorch's batch norms count
+LATENTS = (  # what to do about two conventions
     "the data that the model was trained on decide: give the --latents of their convention, and a --config whose file "
     "sets latents.scale, latents.shift and latents.pixels to it"
 )
-COUNTERS = ".num_batches_tracked"  # names of what PyTorch's batch norms count in training end so
 
 
 class Options(NamedTuple):
@@ -115,26 +112,35 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
-    weights, own_config, kind, arguments = sources.read(source, options.ema, options.prefix, options.step)
-    metadata = {"format": "canonical", "source": f"{source.name} ({kind})"}
-    if IN_INCEPTION in weights:
-        weights = checked_inception(weights, options)
+    found = read(source, options)
+    metadata = {"format": "canonical", "source": f"{source.name} ({found.kind})"}
+    if IN_INCEPTION in found.weights:
+        weights = checked_inception(found.weights, options)
         write_file(dest, weights, metadata)
-        return f"{kind} of Inception", len(weights)
-    if own_config is None and not kind.startswith(sources.CANONICAL):  # which were checked when they were converted
-        time_direction.check(weights, arguments, source)
-    weights = without_unused(weights)
-    config = fitted(options.config or own_config, weights)
+        return f"{found.kind} of Inception", len(weights)
+    weights = without_unused(found.weights)
+    config = fitted(options.config or found.config, weights)
     weights = checked(weights, config)
-    convention = convention_of(source, config, options.latents)
-    if to is not None:
-        if config is None:
-            raise UserError(f"a work directory needs a config, which {source} does not hold: give --config")
+    convention = convention_of(source, found, config, options.latents)
+    if to is None:
+        write_file(dest, weights, metadata | as_metadata(convention))
+    elif config is None:
+        raise UserError(f"a work directory needs a config, which {source} does not hold: give --config")
+    else:
         checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
         checkpoints.write_weights(dest, with_latents(config, convention), weights)
-    else:
-        write_file(dest, weights, metadata | as_metadata(convention))
-    return kind, len(weights)
+    return found.kind, len(weights)
+
+
+def read(source: pathlib.Path, options: Options) -> sources.Source:
+    """Return the canonical weights of a file or a directory.  Raises UserError."""
+    if not source.exists():
+        raise UserError(f"there is no {source}")
+    if source.is_dir():
+        return read_directory(source, options.ema, options.prefix, options.step)
+    if options.step is not None:
+        raise UserError(f"--step chooses a checkpoint of a work directory, and {source} is a file")
+    return sources.read(source, options.ema, options.prefix)
 
 
 def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:
@@ -153,18 +159,20 @@ def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[
     return weights
 
 
-def convention_of(source: pathlib.Path, config: base.Config | None, name: str) -> latents.Convention | None:
-    """Return the convention of the latents that the model is of; None: of none, or nothing says.
+def convention_of(
+    source: pathlib.Path, found: sources.Source, config: base.Config | None, name: str
+) -> latents.Convention | None:
+    """Return the convention of the latents that the model generates, None if there is none or nothing says.
 
     name: a key of `latents.CONVENTIONS`, or '' for what the config or the metadata of a .safetensors says.
-    Raises UserError where two of them differ.
+    Raises UserError if two of them differ.
     """
-    found = {"--latents": latents.CONVENTIONS.get(name)}
-    found["the config"] = None if config is None else latents.of(config)
-    if source.is_file() and files.kind_of(source) == "safetensors":
-        text = canonical_files.metadata(source).get("latents")
-        found[str(source)] = None if text is None else from_metadata(source, text)
-    known = [(where, convention) for where, convention in found.items() if convention is not None]
+    said = {
+        "--latents": latents.CONVENTIONS.get(name),
+        "the config": None if config is None else latents.of(config),
+        str(source): None if found.latents is None else from_metadata(source, found.latents),
+    }
+    known = [(where, convention) for where, convention in said.items() if convention is not None]
     for where, convention in known[1:]:
         latents.check_same(known[0][1], convention, known[0][0], where, LATENTS)
     return known[0][1] if known else None
@@ -234,7 +242,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
     try:
         torch.save({name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, dest)
     except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {dest}: {torch_files.first_line(error)}") from error
+        raise UserError(f"cannot write {dest}: {sources.first_line(error)}") from error
 
 
 def load_config(name: str) -> base.Config:

@@ -53,7 +53,6 @@ ONE_SIDED = {
         "fold": "JAX has fold_in",
     },
     "weights.py": {
-        "SCALARS": "FSDP shards no scalars",
         "LEAVES": "PyTorch's names are the canonical ones",
         "canonical_name": "the same",
         "to_torch": "the same",

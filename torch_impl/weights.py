@@ -20,8 +20,6 @@ __all__ = ["adopt", "from_canonical", "load", "metadata", "save", "to_canonical"
 ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
 UNUSED = ("projectors.", "logvar_linear.", "logvar_fourier.", "unet.emb_noise.")
 
-SCALARS = "_gain"  # names of scalars end so; here they are arrays of one entry, for FSDP shards no scalars
-
 
 def to_canonical(net, params):
     """Return {canonical name: numpy array} of `params` {name: tensor}, with the fixed tables of the net.
@@ -32,7 +30,7 @@ def to_canonical(net, params):
     for name, tensor in params.items():
         whole = tensor.full_tensor() if isinstance(tensor, DTensor) else tensor
         array = whole.detach().cpu().numpy()
-        weights[name] = array.reshape(()) if name.endswith(SCALARS) else array
+        weights[name] = array.reshape(()) if name.endswith(canonical.SCALARS) else array
     return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
 
 
@@ -42,7 +40,7 @@ def from_canonical(net, weights):
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
     """
     params, tables = net.state_dict(), net.tables()
-    shapes = {name: () if name.endswith(SCALARS) else tuple(tensor.shape) for name, tensor in params.items()}
+    shapes = {name: () if name.endswith(canonical.SCALARS) else tuple(tensor.shape) for name, tensor in params.items()}
     canonical.check(weights, shapes, tables)
     state = {}
     for name, tensor in params.items():

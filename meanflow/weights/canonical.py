@@ -18,6 +18,7 @@ KINDS = {  # of networks, by a parameter that only they have
     "a DiT (dit, dmf_dit)": "blocks.0.mlp.fc1.weight",
 }
 CLASSES = ("y_embedder.embedding_table.weight", "y_embedder.embedding_table._flax_embedding.weight")
+SCALARS = "_gain"  # names of scalars end so; PyTorch files may give them an axis of length 1, which FSDP needs
 NOT_FLOATING = "biucOSU"  # kinds of numpy types
 Shapes = Mapping[str, tuple[int, ...]]
 

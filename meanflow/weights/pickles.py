@@ -1,34 +1,36 @@
-"""Reads pickled arrays and tensors of other people without running anything that the pickles hold.
+"""Reads pickles made by others without running anything they hold: arrays and EDM2's networks.
 
-NumPy's and PyTorch's own reconstruction is not called either, as it trusts what it is given: the few names of `NAMES`
-become inert records, of which arrays are made; a pickle with any other name is refused.
+A pickle may only name what `ARRAYS` or `NETWORKS` lists, and each of these names becomes an inert record.  Nothing is
+imported or called, NumPy's and PyTorch's own reconstruction included, since that trusts its arguments.  A pickle with
+any other name is refused.
 """
 
 import io
 import pickle
 import pickletools
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 
 from meanflow.errors import UserError
 
-# Opcodes that refer to what is not in the pickle: the extension registry, objects and buffers of the reader.
+# Opcodes that refer to something outside the pickle: the extension registry, objects and buffers of the reader.
 OUTSIDE = {"EXT1", "EXT2", "EXT4", "PERSID", "BINPERSID", "NEXT_BUFFER", "READONLY_BUFFER"}
 PUTS = {"PUT", "BINPUT", "LONG_BINPUT"}
-# What a pickle that is cut off or altered can raise.
+# What reading a truncated or altered pickle can raise.
 DAMAGE = (
     pickle.UnpicklingError, AssertionError, AttributeError, EOFError, ImportError, LookupError, MemoryError, OSError,
     OverflowError, RuntimeError, TypeError, ValueError,
 )  # fmt: skip
-DEPTH = 3  # of dicts in dicts
-KINDS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}  # no objects, which would be unpickled
+DEPTH = 3  # of nested dicts
+KINDS = {"b1", "i1", "i2", "i4", "i8", "u1", "u2", "u4", "u8", "f2", "f4", "f8"}  # not objects: those are unpickled
 
 
 class Record:
-    """An inert object in place of one of a pickle: what was called with these arguments, and its state.
+    """An inert stand-in for an object of a pickle: the arguments it was called with, and its state.
 
-    Opcodes that alter a class, not an object, fail on it.
+    Opcodes that would alter a class instead of an object fail on it.
     """
 
     __slots__ = ("args", "state")
@@ -42,14 +44,41 @@ class Record:
         self.state = state
 
 
+class Dict(dict):
+    """A plain dict, in place of a class derived from it."""
+
+    __slots__ = ()
+
+    def __setstate__(self, state: Any) -> None:
+        raise pickle.UnpicklingError("a dict with a state")
+
+
 class Encoded(Record):
     """A call of `_codecs.encode`: bytes, before protocol 3."""
 
     __slots__ = ()
 
 
+class Set(Record):
+    """A call of `set`, before protocol 4."""
+
+    __slots__ = ()
+
+
 class Storage(Record):
     """A call of `torch.storage._load_from_bytes`."""
+
+    __slots__ = ()
+
+
+class Parameter(Record):
+    """A call of `torch._utils._rebuild_parameter`."""
+
+    __slots__ = ()
+
+
+class Persistent(Record):
+    """A call of `torch_utils.persistence._reconstruct_persistent_obj`: a network of EDM2, or a part of one."""
 
     __slots__ = ()
 
@@ -61,12 +90,12 @@ class Dtype(Record):
 
 
 class Array(Record):
-    """A call of NumPy's `_reconstruct`, whose content is its state."""
+    """A call of NumPy's `_reconstruct`, with the content in its state."""
 
     __slots__ = ()
 
     def array(self) -> np.ndarray:
-        """Return the array.  Raises what `DAMAGE` lists for content that is none."""
+        """Return the array.  Raises one of `DAMAGE` if the content is not one."""
         _, shape, dtype, by_columns, content = self.state
         return _filled(content, dtype, shape, "F" if by_columns else "C")
 
@@ -77,7 +106,7 @@ class Scalar(Record):
     __slots__ = ()
 
     def array(self) -> np.ndarray:
-        """Return the array, of no axes.  Raises what `DAMAGE` lists for content that is none."""
+        """Return a 0-d array.  Raises one of `DAMAGE` if the content is not one."""
         dtype, content = self.args
         return _filled(content, dtype, (), "C")
 
@@ -88,7 +117,7 @@ class Buffer(Record):
     __slots__ = ()
 
     def array(self) -> np.ndarray:
-        """Return the array.  Raises what `DAMAGE` lists for content that is none."""
+        """Return the array.  Raises one of `DAMAGE` if the content is not one."""
         content, dtype, shape, order = self.args
         return _filled(content, dtype, shape, order)
 
@@ -98,23 +127,24 @@ class Tensor(Record):
 
     __slots__ = ()
 
-    def array(self) -> np.ndarray:
-        """Return the array, of bfloat16 in float32.  Raises what `DAMAGE` lists for content that is none."""
-        import torch  # NumPy's arrays do without
-
+    def view(self) -> Any:
+        """Return the tensor, a view of its storage.  Raises one of `DAMAGE` if it is not one."""
         storage, offset, size, stride = self.args[:4]
         if not isinstance(storage, Storage):
             raise ValueError("a tensor without a storage")
-        flat = elements(_bytes(*storage.args))
-        view = flat.as_strided(size, stride, offset)
-        if view.numel() > flat.numel():
+        return _elements(_bytes(*storage.args)).as_strided(size, stride, offset)
+
+    def array(self) -> np.ndarray:
+        """Return the array, bfloat16 as float32.  Raises one of `DAMAGE` if it is not one."""
+        view = self.view()
+        if view.nbytes > view.untyped_storage().nbytes():
             raise ValueError("a tensor of more elements than its storage")
-        return (view.float() if view.dtype == torch.bfloat16 else view).contiguous().numpy()
+        return (view.float() if str(view.dtype) == "torch.bfloat16" else view).contiguous().numpy()
 
 
-# By module and name, all that a pickle may call.
-NAMES: dict[tuple[str, str], Any] = {
-    **{name: dict for name in (("collections", "OrderedDict"), ("dnnlib.util", "EasyDict"))},
+# All that a pickle of arrays may call, by module and name.
+ARRAYS: dict[tuple[str, str], type] = {
+    **dict.fromkeys((("collections", "OrderedDict"), ("dnnlib.util", "EasyDict")), Dict),
     ("_codecs", "encode"): Encoded,
     ("numpy", "dtype"): Dtype,
     ("numpy", "ndarray"): Record,
@@ -130,62 +160,75 @@ NAMES: dict[tuple[str, str], Any] = {
         )
     },
 }
+# All that a pickled network of EDM2 may call.  A plain `Record` is something the network's weights do not need.
+NETWORKS: dict[tuple[str, str], type] = ARRAYS | {
+    ("torch_utils.persistence", "_reconstruct_persistent_obj"): Persistent,
+    ("torch._utils", "_rebuild_parameter"): Parameter,
+    **{(module, "set"): Set for module in ("builtins", "__builtin__")},
+    **{(module, "bytes"): Record for module in ("builtins", "__builtin__")},
+    **{("torch.nn.modules.container", name): Record for name in ("ModuleDict", "ModuleList", "Sequential")},
+    **{("torch", name): Record for name in ("device", "Size", "float16", "bfloat16", "float32", "float64", "int64")},
+}
 
 
 class InertUnpickler(pickle.Unpickler):
-    """Makes plain data and records; imports nothing, calls nothing of the pickle's."""
+    """Makes plain data and records; imports nothing and calls nothing that the pickle names."""
 
-    def find_class(self, module: str, name: str) -> Any:
-        """Return what stands for a name.  Raises UserError, without saying where, if it is not in `NAMES`."""
-        if (module, name) not in NAMES:
+    def __init__(self, content: bytes, names: Mapping[tuple[str, str], type]):
+        super().__init__(io.BytesIO(content))
+        self.names = names
+
+    def find_class(self, module: str, name: str) -> type:
+        """Return the record that stands for a name.  Raises UserError, without the file's name, if none does."""
+        if (module, name) not in self.names:
             called = f"{module}.{name}"
-            raise UserError(f"is refused: it calls {called!r:.200}, which no array needs")
-        return NAMES[module, name]
+            raise UserError(f"is refused: it calls {called!r:.200}")
+        return self.names[module, name]
 
 
 def loads(content: bytes, where: str) -> Any:
-    """Return what a pickle holds: a number, text, an array, or a dict of these or of such dicts; tensors become arrays.
+    """Return what a pickle holds: a number, text, an array, or a dict of these or of such dicts; tensors as arrays.
 
-    where: what the pickle is, for messages.  Raises UserError for one that is damaged, unsafe or holds something else.
+    where: names the pickle in messages.  Raises UserError if it is damaged, unsafe or holds anything else.
     """
     try:
-        check_opcodes(content)
-        whole = InertUnpickler(io.BytesIO(content)).load()
-        return _plain(whole)
+        return _plain(load_records(content, ARRAYS))
     except UserError as error:
-        raise UserError(f"{where} {error}.  Have its maker save plain arrays") from error
+        raise UserError(f"{where} {error}, which no array needs.  Have its maker save plain arrays") from error
     except DAMAGE as error:
         raise UserError(f"cannot read {where} as a pickle of arrays: {error!r:.200}.  Copy it again") from error
 
 
-def check_opcodes(content: bytes) -> None:
-    """Raise UserError for opcodes that refer outside of the pickle, ValueError for claims of more than it can hold.
+def load_records(content: bytes, names: Mapping[tuple[str, str], type]) -> Any:
+    """Return the object of a pickle, made of plain data and records.
 
-    The C unpickler would take an extension that was used before without asking, and allocates what an opcode claims.
+    Raises UserError, without the file's name, if the pickle is unsafe, and one of `DAMAGE` if it is damaged.
     """
+    # The C unpickler takes extensions that were used before without asking, and allocates what an opcode claims.
     for count, (opcode, arg, _) in enumerate(pickletools.genops(content)):
         if opcode.name in OUTSIDE:
             raise UserError(f"is refused: its opcode {opcode.name} refers to what is not in the file")
         if opcode.name in PUTS and arg is not None and arg > count:
             raise ValueError(f"memo {arg} after {count} opcodes")
+    return InertUnpickler(content, names).load()
 
 
-def elements(content: bytes) -> Any:
-    """Return the flat tensor of the bytes of a storage.  Raises what `DAMAGE` lists for others."""
+def _elements(content: bytes) -> Any:
+    """Return the elements of a pickled storage as a flat tensor.  Raises one of `DAMAGE` if it is not one."""
     import torch  # NumPy's arrays do without
 
     loaded = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     if not isinstance(loaded, torch.storage.TypedStorage):
         raise ValueError(f"its storage is a {type(loaded).__name__}")
     flat = torch.empty(0, dtype=loaded.dtype).set_(loaded)
-    # Its elements end the bytes of a storage.  One that leaves them out would be memory that nothing was read into.
+    # The bytes of a storage end with its elements; if they are missing, the tensor would show uninitialised memory.
     if flat.untyped_storage().nbytes() > len(content) or not content.endswith(flat.view(torch.uint8).numpy().tobytes()):
         raise ValueError("its storage lacks elements")
     return flat
 
 
 def _filled(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
-    """Return an array of its bytes.  Raises ValueError for other than plain numbers."""
+    """Return an array made of its bytes.  Raises ValueError if its elements are not plain numbers."""
     kind, byte_order = (dtype.args[0], dtype.state[1]) if isinstance(dtype, Dtype) else ("", "")
     if kind not in KINDS or byte_order not in ("<", ">", "|", "="):
         raise ValueError(f"an array of {kind!r:.40}, not of numbers")
@@ -193,7 +236,7 @@ def _filled(content: Any, dtype: Any, shape: Any, order: str) -> np.ndarray:
 
 
 def _bytes(content: Any) -> bytes:
-    """Return what was pickled as bytes, a bytearray or `Encoded`.  Raises ValueError for anything else."""
+    """Return the bytes that were pickled as bytes, a bytearray or `Encoded`.  Raises ValueError for anything else."""
     if isinstance(content, Encoded) and content.args[1:] == ("latin1",):
         return content.args[0].encode("latin1")
     if not isinstance(content, bytes | bytearray):
@@ -202,7 +245,7 @@ def _bytes(content: Any) -> bytes:
 
 
 def _plain(value: Any, depth: int = 0) -> Any:
-    """Return a value without records.  Raises ValueError for a container, and for dicts deeper than `DEPTH`."""
+    """Return a value without records.  Raises ValueError for other containers and for dicts deeper than `DEPTH`."""
     if isinstance(value, dict) and depth < DEPTH:
         return {key: _plain(entry, depth + 1) for key, entry in value.items()}
     if isinstance(value, Array | Scalar | Buffer | Tensor):

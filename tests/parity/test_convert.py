@@ -20,7 +20,7 @@ from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
 from meanflow.config import resolve
 from meanflow.errors import UserError
-from meanflow.weights import infer, names
+from meanflow.weights import canonical, infer, names
 from parity import check, convert
 from parity.adapters import frameworks
 from parity.cases import objectives
@@ -78,15 +78,15 @@ def run(*argv):
 
 
 def test_flax_round_trip(dit):
-    weights = convert.flax_tree_to_canonical(dit)
+    weights = names.flax_tree_to_canonical(dit)
     assert weights["blocks.0.attn.qkv.weight"].shape == (96, 32)
     assert weights["x_embedder.proj.weight"].shape == (32, 4, 2, 2)
-    assert_same(convert.canonical_to_flax_tree(weights), dit)
+    assert_same(names.canonical_to_flax_tree(weights), dit)
 
 
 def test_canonical_round_trip(sit):
     trained = {name: a for name, a in sit.items() if name != "pos_embed"}
-    assert_same(convert.flax_tree_to_canonical(convert.canonical_to_flax_tree(sit)), trained)
+    assert_same(names.flax_tree_to_canonical(names.canonical_to_flax_tree(sit)), trained)
 
 
 @pytest.mark.parametrize(
@@ -172,11 +172,11 @@ def test_both_frameworks_compute_the_same_from_a_converted_checkpoint(tmp_path, 
 
 
 def test_flax_round_trip_of_improved_meanflow(imf):
-    weights = convert.flax_tree_to_canonical(imf)
+    weights = names.flax_tree_to_canonical(imf)
     assert weights["shared_blocks.0.mlp.w2._flax_linear.weight"].shape == (32, 85)
     assert weights["u_heads.0.attn.q_norm.weight"].shape == (16,)
     assert weights["h_embedder.mlp.0._flax_linear.weight"].shape == (32, 256)
-    assert_same(convert.canonical_to_flax_tree(weights), imf)
+    assert_same(names.canonical_to_flax_tree(weights), imf)
 
 
 @pytest.mark.parametrize(
@@ -195,7 +195,7 @@ def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
     tree = {name: a for name, a in imf.items() if v_heads or "/v_heads_" not in name}
     nested = flax.traverse_util.unflatten_dict(tree, sep="/")
     (tmp_path / "flax.msgpack").write_bytes(flax.serialization.msgpack_serialize({"ema_params": nested}))
-    canonical = convert.flax_tree_to_canonical(tree)
+    canonical = names.flax_tree_to_canonical(tree)
     torch.save({"ema": {f"net.{name}": a for name, a in tensors(canonical).items()}}, tmp_path / "torch.pth")
     config = golden_imf.config_of(fixtures.Fixture(check.GOLDEN / "imf_dit_flax.npz"))
     (tmp_path / "config.json").write_text(resolve.to_json(config))
@@ -262,7 +262,7 @@ def test_the_options_of_a_network_are_found_in_its_weights(network, order, monke
     expected = objectives.config(network).model
     with torch.device("meta"):
         net = torch_step.build_net(objectives.config(network))
-    shapes = {name: () if name.endswith(canonical_files.SCALARS) else t.shape for name, t in net.state_dict().items()}
+    shapes = {name: () if name.endswith(canonical.SCALARS) else t.shape for name, t in net.state_dict().items()}
     weights = {name: np.broadcast_to(np.float32(0), shape) for name, shape in shapes.items()}
     weights = dict(sorted(weights.items()) if order == "sorted" else weights) | net.tables()
     found = infer.inferred_config(weights).model
@@ -347,7 +347,7 @@ def test_official_flax_checkpoints(tmp_path, dit, config, kind, form):
     run(path, tmp_path / "b.safetensors", "--config", config)
     got = canonical_files.load(tmp_path / "b.safetensors")
     assert got.pop("pos_embed").shape == (1, 16, 32)
-    assert_same(got, convert.flax_tree_to_canonical(dit))
+    assert_same(got, names.flax_tree_to_canonical(dit))
 
 
 @pytest.mark.parametrize("framework", ["jax", "torch"])

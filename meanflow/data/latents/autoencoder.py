@@ -17,7 +17,7 @@ import numpy as np
 
 from meanflow.errors import UserError
 from meanflow.weights import files as weight_files
-from meanflow.weights import torch_files
+from meanflow.weights import sources
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there
@@ -210,7 +210,7 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
         return weight_files.load(path)
     import torch  # only this format needs it
 
-    loaded = torch_files.load(path)
+    loaded = sources.load_torch(path)
     if not isinstance(loaded, dict) or not all(isinstance(value, torch.Tensor) for value in loaded.values()):
         raise UserError(f"{path} is no state dict: give a file of tensors by their names")
     return {name: tensor.detach().float().numpy() for name, tensor in loaded.items()}

@@ -15,8 +15,8 @@ from safetensors.torch import save_file
 from configs import digits
 from jax_impl import train as jax_train
 from meanflow.errors import UserError
-from meanflow.weights import entries
-from parity import check, convert, sources
+from meanflow.weights import entries, sources
+from parity import check, convert
 from parity.golden import fixtures
 from torch_impl import train as torch_train
 from torch_impl import weights as canonical_files
@@ -273,7 +273,7 @@ def test_a_part_of_a_sharded_tensor_is_refused():
     class Part(torch.Tensor):
         pass
 
-    with pytest.raises(UserError, match="w is a Part, of which the whole is needed: gather it before saving"):
+    with pytest.raises(UserError, match="w is a Part, one part of a tensor: gather it before saving"):
         sources.to_numpy(torch.ones(2).as_subclass(Part), "w")
 
 

@@ -6,11 +6,10 @@ import torch
 
 from meanflow.config import options as base
 from meanflow.errors import UserError
-from meanflow.weights import infer
+from meanflow.weights import canonical, infer
 from parity import convert
 from parity.cases import objectives
 from torch_impl import step as torch_step
-from torch_impl import weights as canonical_files
 
 SIZES = {
     "input_size": 8, "channels": 3, "num_classes": 7, "width": 8, "channel_mult": (1, 2), "channel_mult_emb": 2,
@@ -35,7 +34,7 @@ def weights_of(options):
     config.method.name = "rectified" if config.model.interval_embedder else "flow"
     with torch.device("meta"):
         net = torch_step.build_net(config)
-    shapes = {name: () if name.endswith(canonical_files.SCALARS) else t.shape for name, t in net.state_dict().items()}
+    shapes = {name: () if name.endswith(canonical.SCALARS) else t.shape for name, t in net.state_dict().items()}
     return config, {name: np.broadcast_to(np.float32(0), shape) for name, shape in sorted(shapes.items())}
 
 

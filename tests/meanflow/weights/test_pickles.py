@@ -198,14 +198,14 @@ def test_claims_of_more_than_there_is():
             pickles.loads(content, "a")
 
 
-@pytest.mark.parametrize("name", sorted({name for name in pickles.NAMES if name[0] != "collections"}), ids=str)
+@pytest.mark.parametrize("name", sorted({name for name in pickles.ARRAYS if name[0] != "collections"}), ids=str)
 def test_classes_cannot_be_altered(name):
     """A state for a class, not for an object, would stay for all pickles that come later."""
-    before = {key: dict(vars(record)) for key, record in pickles.NAMES.items()}
+    before = {key: dict(vars(record)) for key, record in pickles.ARRAYS.items()}
     module, attribute = (part.encode() for part in name)
     for state in (b"(dS'args'\nI1\ns", b"N(dS'args'\nI1\nst"):
         content = b"c" + module + b"\n" + attribute + b"\n" + (b"(" if state.startswith(b"N") else b"") + state + b"b."
         list(pickletools.genops(content))
         with pytest.raises(UserError):
             pickles.loads(content, "a")
-    assert {key: dict(vars(record)) for key, record in pickles.NAMES.items()} == before
+    assert {key: dict(vars(record)) for key, record in pickles.ARRAYS.items()} == before

@@ -18,8 +18,8 @@ import pytest
 import torch
 
 from meanflow.errors import UserError
-from meanflow.weights import edm2_pickles
-from parity import check, convert, sources
+from meanflow.weights import edm2, pickles, sources
+from parity import check, convert
 from torch_impl import weights
 
 PROTOCOLS = (2, 3, 4, 5)
@@ -136,7 +136,7 @@ def write(data, protocol=4, name="a.pkl"):
 def read(data, protocol=4):
     """Return what is read; nothing may have run."""
     try:
-        return edm2_pickles.read_network(write(data, protocol)).leaves
+        return edm2.read_network(write(data, protocol)).leaves
     finally:
         assert not executed()
 
@@ -182,9 +182,9 @@ def test_which_network_is_read(entries):
 def test_the_raw_network_is_read_where_there_is_one():
     nets = {"ema": Precond(), "net": Precond()}
     for ema, entry in ((None, "ema"), (0, "ema"), (-1, "net")):
-        assert_state(edm2_pickles.read_network(write(nets), ema).leaves, nets[entry])
+        assert_state(edm2.read_network(write(nets), ema).leaves, nets[entry])
     with pytest.raises(UserError, match=r"a\.pkl has no raw parameters \(--ema -1\), only ema \(--ema 0\)"):
-        edm2_pickles.read_network(write(snapshot(nets["ema"])), -1)
+        edm2.read_network(write(snapshot(nets["ema"])), -1)
 
 
 def test_permuted_tensors_and_views():
@@ -420,7 +420,7 @@ CALLS = (
         ("dnnlib", "util.EasyDict"), ("torch_utils.persistence", "_src_to_module"), ("torch", "storage.torch.load"),
         ("numpy", "load"), ("numpy.core.multiarray", "_reconstruct.__class__"),
         ("torch_utils.persistence", "_reconstruct_persistent_obj.__globals__"),
-        ("meanflow.weights.edm2_pickles", "InertUnpickler"),
+        ("meanflow.weights.pickles", "InertUnpickler"),
     ],
 )  # fmt: skip
 def test_names_beside_those_in_the_list_are_refused(module, name):
@@ -464,10 +464,8 @@ def states():
 
 def test_states_change_no_class_and_replace_no_method():
     """BUILD of a class of records, of a record and of a dict, which sets attributes of whatever lets it."""
-    classes = {cls: dict(vars(cls)) for cls in {*edm2_pickles.RECORDS.values(), edm2_pickles.Record}}
-    names = {
-        cls: b"c%s\n%s\n" % (module.encode(), name.encode()) for (module, name), cls in edm2_pickles.RECORDS.items()
-    }
+    classes = {cls: dict(vars(cls)) for cls in {*pickles.NETWORKS.values(), pickles.Record}}
+    names = {cls: b"c%s\n%s\n" % (module.encode(), name.encode()) for (module, name), cls in pickles.NETWORKS.items()}
     for state in states():
         for called in names.values():
             for opcodes in (called, called + b")R", called + b")\x81"):
@@ -477,8 +475,8 @@ def test_states_change_no_class_and_replace_no_method():
 
 
 def test_the_list_has_only_inert_classes():
-    for made in edm2_pickles.RECORDS.values():
-        assert made in (edm2_pickles.Mapping, edm2_pickles.Record) or made.__bases__ == (edm2_pickles.Record,)
+    for made in pickles.NETWORKS.values():
+        assert made in (pickles.Dict, pickles.Record) or made.__bases__ == (pickles.Record,)
         assert not hasattr(made(), "__dict__")
 
 

@@ -1,0 +1,243 @@
+"""Reads files of weights, ours and other people's, into canonical weights.  Nothing a file holds is ever executed.
+
+A new format needs a kind in `files.kind_of` and an entry in `READERS`.
+"""
+
+import argparse
+import pathlib
+import pickle
+import re
+import struct
+import sys
+import warnings
+from typing import Any, NamedTuple
+
+import ml_collections
+import numpy as np
+
+from meanflow.errors import UserError
+from meanflow.weights import edm2, entries, files
+from meanflow.weights.canonical import SCALARS
+from meanflow.weights.names import flax_tree_to_canonical
+from meanflow.weights.pickles import ARRAYS, DAMAGE, Array, Record, Scalar
+
+ESCAPES = re.compile(r"\x1b\[[0-9;]*m")  # terminal colours
+REFUSED = re.compile(r"GLOBAL (\S+)|unrecognized function (\S+)")  # in messages of PyTorch's unpickler
+# What a PyTorch file may hold besides what PyTorch's restricted unpickler accepts: the arguments that trainers keep,
+# and NumPy's numbers and arrays and paths as inert records.
+TORCH_FILES: list[Any] = [
+    argparse.Namespace,
+    *((record, ".".join(name)) for name, record in ARRAYS.items() if "numpy" in name[0] and name[1] != "_frombuffer"),
+    *((Record, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
+      for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
+]  # fmt: skip
+# The original SiT has the parameter names of REPA's and decoupled MeanFlow's, whose time runs as ours.  Its network
+# predicts a sigma that it drops, so its last layer is twice as wide, and its trainer's options have other values.
+# Source: willisma/SiT, models.py and train_utils.py; sihyun-yu/REPA, models/sit.py and train.py.
+SIT_PATHS = {"Linear", "GVP", "VP"}  # of SiT's --path-type; lower case in REPA and DMF
+SIT_TARGETS = {"velocity", "score", "noise"}  # of SiT's --prediction; v in REPA and DMF
+NOT_OF_SIT = ("r_embedder.", "projectors.", "logvar_linear.")  # parameters that SiT does not have
+REVERSED = (
+    "whose time runs from noise at 0 to data at 1, the reverse of this project: they would sample nonsense.  There is "
+    "no option --time to turn it round yet; use weights of REPA or decoupled MeanFlow"
+)
+
+
+class Source(NamedTuple):
+    """Canonical weights and where they come from."""
+
+    weights: dict[str, np.ndarray]
+    kind: str  # with the entry that was read, for messages
+    config: ml_collections.ConfigDict | None = None  # of a work directory
+    latents: str | None = None  # the convention of a model of latents, JSON in the metadata of a safetensors file
+
+
+def read(path: pathlib.Path, ema: int | None = None, prefix: str = "") -> Source:
+    """Read a file of weights, its format judged by its content.  Raises UserError if it is damaged or unsafe.
+
+    ema: which EMA, -1 for the raw parameters; if None, the first EMA, or the raw parameters if there is none.  prefix:
+    keep only the names that begin with it, without it; if '', the network is found by the names of its parameters.
+    """
+    return READERS[files.kind_of(path)](path, ema, prefix)
+
+
+def read_safetensors(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+    """Read canonical weights, which were checked when they were converted, or those of another code."""
+    metadata = files.metadata(path)
+    canonical = "source" in metadata
+    source = from_torch(files.load(path), ema, prefix, path, "canonical safetensors" if canonical else "safetensors")
+    if not canonical:
+        check_time(source.weights, None, path)
+    return source._replace(latents=metadata.get("latents"))
+
+
+def read_torch(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+    """Read an official state dict, bare or in a training checkpoint."""
+    tree = load_torch(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} holds a {type(tree).__name__}, not a state dict")
+    source = from_torch(tree, ema, prefix, path, "PyTorch state dict")
+    check_time(source.weights, tree.get("args", tree.get("hyper_parameters")), path)
+    return source
+
+
+def read_pickle(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+    """Read an official network of EDM2."""
+    weights, label = edm2.read_network(path, ema)
+    return Source(below(weights, prefix), named("EDM2 pickle", label))
+
+
+def read_msgpack(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+    """Read an official Flax tree of parameters, or a train state that holds one."""
+    import flax.serialization
+    import msgpack
+
+    try:
+        tree = flax.serialization.msgpack_restore(path.read_bytes())
+    except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
+        raise UserError(f"cannot read {path} as a Flax msgpack file: {first_line(error)}") from error
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is a msgpack file, but its content is not a tree of parameters")
+    return from_flax(tree, ema, prefix, path, "Flax msgpack")
+
+
+READERS = {"safetensors": read_safetensors, "torch": read_torch, "pickle": read_pickle, "msgpack": read_msgpack}
+
+
+def from_torch(tree: dict, ema: int | None, prefix: str, path: pathlib.Path, kind: str) -> Source:
+    """Return the weights of a state dict, or of a training checkpoint that holds one."""
+    network = entries.choose(below(flatten(tree, "."), prefix) if prefix else tree, ema, ".", path)
+    return Source(to_arrays(network.leaves, path), named(kind, network.label))
+
+
+def from_flax(tree: dict, ema: int | None, prefix: str, path: pathlib.Path, kind: str) -> Source:
+    """Return the canonical weights of an official Flax tree, or of a train state that holds one."""
+    network = entries.choose(below(flatten(tree, "/"), prefix) if prefix else tree, ema, "/", path)
+    if not network.leaves:
+        raise UserError(f"{path} holds no parameters")
+    weights = flax_tree_to_canonical(to_arrays(network.leaves, path))
+    check_time(weights, None, path)
+    return Source(weights, named(kind, network.label.removesuffix(".net")))
+
+
+def named(kind: str, label: str) -> str:
+    """Return the kind of a source and the entry that was read, as messages show them."""
+    return f"{kind}, its {label}" if label else kind
+
+
+def flatten(tree: dict, separator: str) -> dict:
+    """Return {joined path: leaf} of nested dicts."""
+    flat = {}
+    for key, value in tree.items():
+        nested = flatten(value, separator) if isinstance(value, dict) else None
+        flat |= {f"{key}{separator}{rest}": leaf for rest, leaf in nested.items()} if nested else {str(key): value}
+    return flat
+
+
+def below(flat: dict, prefix: str) -> dict:
+    """Return the entries whose names begin with `prefix`, without it.  Raises UserError if there are none."""
+    chosen = {name.removeprefix(prefix): value for name, value in flat.items() if name.startswith(prefix)}
+    if not chosen:
+        some = ", ".join(sorted(flat)[:3])
+        raise UserError(f"no name begins with --prefix {prefix!r}; there are {some}, ... ({len(flat)} in all)")
+    return chosen
+
+
+def to_arrays(leaves: dict[str, Any], path: pathlib.Path) -> dict[str, np.ndarray]:
+    """Return tensors, parameters and arrays as arrays, `SCALARS` without axes.  Raises UserError for anything else."""
+    arrays = {name: to_numpy(value, f"{path}: {name!r}") for name, value in leaves.items()}
+    return {n: a.reshape(()) if n.endswith(SCALARS) and a.size == 1 else a for n, a in arrays.items()}
+
+
+def to_numpy(value: Any, where: str) -> np.ndarray:
+    """Return a tensor as an array, float16 and bfloat16 as float32, which is exact.  Raises UserError."""
+    value = value.array() if isinstance(value, Array | Scalar) else value
+    if isinstance(value, np.ndarray | np.generic):
+        if value.dtype.name.startswith("float8"):
+            raise UserError(f"{where} is of {value.dtype}, which needs scales; save float32, bfloat16 or float16")
+        return np.asarray(value, np.float32 if value.dtype.name in ("float16", "bfloat16") else None)
+    import torch  # NumPy's arrays do without
+
+    if not isinstance(value, torch.Tensor):
+        raise UserError(f"{where} is a {type(value).__name__}, not a tensor; choose the entry by --prefix")
+    if type(value) not in (torch.Tensor, torch.nn.Parameter):
+        raise UserError(f"{where} is a {type(value).__name__}, one part of a tensor: gather it before saving")
+    if value.layout != torch.strided or value.is_quantized or value.is_meta:
+        what = "without values" if value.is_meta else "quantised" if value.is_quantized else f"of {value.layout}"
+        raise UserError(f"{where} is {what}; save dense tensors of float32, bfloat16 or float16")
+    if value.is_floating_point() and value.dtype not in (torch.float32, torch.float64):
+        if value.element_size() != 2:
+            raise UserError(f"{where} is of {value.dtype}, which needs scales; save float32, bfloat16 or float16")
+        value = value.float()
+    return value.detach().resolve_conj().resolve_neg().numpy()
+
+
+def check_time(weights: dict[str, np.ndarray], arguments: Any, where: Any) -> None:
+    """Refuse weights of the original SiT, whose time runs backwards, and warn if nothing says which way it runs.
+
+    arguments: options that the trainer kept, a Namespace, a dict or None.  where: the file, for messages.
+    Raises UserError.
+    """
+    patches, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
+    if patches is None or last is None or "blocks.0.attn.qkv.weight" not in weights:
+        return
+    if patches.ndim == 4 and len(last) == 2 * patches[0].size:
+        raise UserError(
+            f"{where} predicts twice the channels that it reads, a learned sigma: these are weights of the original "
+            f"DiT, a diffusion model, or of the original SiT (willisma/SiT), {REVERSED}"
+        )
+    if any(name.startswith(NOT_OF_SIT) for name in weights):
+        return
+    options = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
+    if options.get("path_type") in SIT_PATHS or options.get("prediction") in SIT_TARGETS:
+        raise UserError(f"{where} was written by the trainer of the original SiT (willisma/SiT), {REVERSED}")
+    if not {"path_type", "enc_type", "proj_coeff"} & options.keys():
+        print(
+            f"warning: nothing in {where} says which way its time runs.  It must not be of the original SiT "
+            f"(willisma/SiT), {REVERSED}",
+            file=sys.stderr,
+        )
+
+
+def load_torch(path: pathlib.Path) -> Any:
+    """Return what a PyTorch file holds, tensors on the CPU.  Raises UserError if it is damaged or unsafe."""
+    import torch  # JAX does without
+
+    try:
+        # An open file: torch.load takes a name that ends in .safetensors for that format.
+        allowed, unwarned = torch.serialization.safe_globals(TORCH_FILES), warnings.catch_warnings(action="ignore")
+        with allowed, unwarned, path.open("rb") as file:
+            return torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        if "Unsupported operand" in str(error):
+            raise UserError(
+                f"cannot read {path}: it is damaged, or pickled by another protocol than torch.save's, 2"
+            ) from error
+        raise UserError(
+            f"{path} is refused: it holds {_refused(path, error)}, and building those may run any code.  Save only "
+            "state dicts where the file comes from: torch.save({'ema': ema.state_dict()}, FILE)"
+        ) from error
+    except DAMAGE as error:
+        advises = "weights_only" in str(error)  # to read it unsafely
+        reason = "it is of an old format; save it again" if advises else first_line(error).split(". ")[0]
+        raise UserError(f"cannot read {path} as a PyTorch file: {reason}") from error
+
+
+def first_line(error: Exception) -> str:
+    """Return the first line of an error's message, without terminal colours."""
+    return next(iter(ESCAPES.sub("", str(error)).splitlines()), type(error).__name__)
+
+
+def _refused(path: pathlib.Path, error: Exception) -> str:
+    """Return the names in a file that PyTorch's unpickler refuses."""
+    import torch
+
+    try:
+        with torch.serialization.safe_globals(TORCH_FILES):
+            names = sorted(torch.serialization.get_unsafe_globals_in_checkpoint(path))
+    except (*DAMAGE, struct.error):  # a file from before PyTorch 1.6, or opcodes that it does not know
+        names = []
+    found = REFUSED.search(ESCAPES.sub("", str(error)))
+    names = names or ([next(filter(None, found.groups())).rstrip(".,")] if found else [])
+    shown = ", ".join(f"{name!r:.200}" for name in names[:3]) + (f" and {len(names) - 3} more" if names[3:] else "")
+    return f"objects of {shown}" if names else "more than tensors"
