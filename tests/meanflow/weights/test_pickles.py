@@ -119,6 +119,12 @@ def test_names_that_no_array_needs(call, name):
         pickles.loads(pickle.dumps({"moments": Evil(*call)}), "a")
 
 
+def test_what_only_networks_call_is_refused_among_arrays():
+    for module, name in pickles.NETWORKS.keys() - pickles.ARRAYS.keys():
+        with pytest.raises(UserError, match=f"a is refused: it calls '{module}.{name}', which no array needs"):
+            pickles.loads(f"c{module}\n{name}\n(tR.".encode(), "a")
+
+
 def test_object_arrays_are_refused():
     with pytest.raises(UserError, match="cannot read a as .*an array of 'O8', not of numbers"):
         pickles.loads(pickle.dumps({"moments": np.array([1, "a"], object)}), "a")
