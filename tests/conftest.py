@@ -1,23 +1,17 @@
 """What tests share: the digits on disk, a tiny config, and a quick way to run the project's commands."""
 
-import atexit
-import json
+import functools
 import os
 import pathlib
-import shutil
-import signal
-import socket
-import subprocess
+import runpy
 import sys
-import tempfile
-import threading
-import time
+import zlib
 from concurrent import futures
 
+import commands
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-TIMEOUT = 600.0  # seconds for one command; a loaded machine needs many
 # The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
 LONGEST = (
     "test_several_processes.py",
@@ -46,12 +40,8 @@ TINY_RECTIFIED = {
 }  # fmt: skip
 TINY_DECOUPLED = {"model.name": "dmf_dit", "model.dmf_depth": 1, "method.name": "decoupled"}
 
-# Set before any test module imports these libraries, and inherited by the commands.  Compiled JAX functions are kept
-# for the session, since most commands compile the same step; pytest-xdist's workers inherit their directory.
+# Set before any test module imports these libraries, and inherited by the commands.
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
-if not WORKER:
-    os.environ["JAX_COMPILATION_CACHE_DIR"] = tempfile.mkdtemp(prefix="meanflow_tests_")
-    atexit.register(shutil.rmtree, os.environ["JAX_COMPILATION_CACHE_DIR"], ignore_errors=True)
 os.environ |= {
     "JAX_PLATFORMS": "cpu",
     "CUDA_VISIBLE_DEVICES": os.environ.get("TEST_CUDA_DEVICES", ""),  # for the few tests that need one
@@ -62,6 +52,30 @@ os.environ |= {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
+CACHE_SIZE = 2**29  # bytes of compiled programs that are kept
+
+
+def pytest_configure(config):
+    """Keep compiled JAX programs from one session to the next; workers of pytest-xdist and commands inherit this."""
+    if not WORKER:
+        directory = config.cache.mkdir("compiled_by_jax")
+        drop_programs(directory)
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
+
+
+def drop_programs(directory):
+    """Delete programs that a kill left half written, which JAX never replaces, and the oldest beyond `CACHE_SIZE`."""
+    total = 0
+    for path in sorted(directory.iterdir(), key=os.path.getmtime, reverse=True):
+        content = path.read_bytes()
+        total += len(content)
+        try:
+            zlib.decompress(content)
+            whole = True
+        except zlib.error:
+            whole = False
+        if total > CACHE_SIZE or not whole:
+            path.unlink()
 
 
 def pytest_xdist_auto_num_workers(config):
@@ -74,110 +88,6 @@ def pytest_collection_modifyitems(items):
     if WORKER:
         rank = {ROOT / "tests" / name: i for i, name in enumerate(LONGEST)}
         items.sort(key=lambda item: rank.get(item.path, len(rank)))
-
-
-class Command:
-    """A running command."""
-
-    def __init__(self, launcher, pid, directory):
-        self.pid, self._launcher, self._directory = pid, launcher, directory
-        self._code = None
-
-    def poll(self):
-        """Return its exit code, -N if signal N ended it, None while it runs."""
-        if self._code is None:
-            self._code = self._launcher.ask(poll=self.pid)
-        return self._code
-
-    def wait(self):
-        """Return its exit code once it has ended."""
-        self.wait_until(lambda: self.poll() is not None)
-        return self._code
-
-    def wait_until(self, condition):
-        """Return once `condition()` holds; the command is killed and the test fails if that takes too long."""
-        deadline = time.monotonic() + TIMEOUT
-        while not condition():
-            if time.monotonic() > deadline:
-                os.killpg(self.pid, signal.SIGKILL)
-                pytest.fail(f"no end after {TIMEOUT} s:\n{self.stderr}")
-            time.sleep(0.005)
-
-    def wait_for(self, path):
-        """Return once a file is there; the test fails if the command ends without it."""
-        self.wait_until(lambda: path.exists() or self.poll() is not None)
-        assert path.exists(), self.stderr
-
-    def send(self, number):
-        """Send it a signal."""
-        os.kill(self.pid, number)
-
-    @property
-    def stdout(self):
-        """What it has printed so far."""
-        return (self._directory / "stdout").read_text()
-
-    @property
-    def stderr(self):
-        """What it has written to stderr so far."""
-        return (self._directory / "stderr").read_text()
-
-
-class Launcher:
-    """Starts commands; see launcher.py."""
-
-    def __init__(self, directory, env):
-        self._directory, self._count, self._lock = directory, 0, threading.RLock()
-        script = [sys.executable, str(ROOT / "tests" / "launcher.py")]
-        self._errors = open(directory / "launcher_stderr", "w")  # noqa: SIM115
-        self._process = subprocess.Popen(
-            script, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=self._errors, text=True, env=os.environ | env
-        )
-        assert self._answer() == "ready"
-
-    def start(self, *argv, cwd=ROOT, **env):
-        """Start a command: a script or a module, and its arguments."""
-        with self._lock:
-            directory = self._directory / str(self._count)
-            self._count += 1
-        directory.mkdir()
-        argv, files = [str(a) for a in argv], {name: str(directory / name) for name in ("stdout", "stderr")}
-        return Command(self, self.ask(argv=argv, env=env, cwd=str(cwd), **files), directory)
-
-    def start_two(self, framework, *argv, own=((), ())):
-        """Start a command in two processes, as torchrun does or by hand; return them.  own: more arguments of each."""
-        with socket.socket() as server:
-            server.bind(("localhost", 0))
-            port = str(server.getsockname()[1])
-        if framework == "torch":
-            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            return [self.start(*argv, *own[rank], **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-        joined = (f"--coordinator=localhost:{port}", "--num_processes=2")
-        return [self.start(*argv, *own[process], *joined, f"--process={process}") for process in range(2)]
-
-    def run(self, *argv, **env):
-        """Run a command to its end; return it."""
-        command = self.start(*argv, **env)
-        command.wait()
-        return command
-
-    def ask(self, **request):
-        """Return the answer to a request."""
-        with self._lock:
-            self._process.stdin.write(json.dumps(request) + "\n")
-            self._process.stdin.flush()
-            return self._answer()
-
-    def close(self):
-        """End."""
-        self._process.stdin.close()
-        self._process.wait()
-        self._errors.close()
-
-    def _answer(self):
-        line = self._process.stdout.readline()
-        assert line, (self._directory / "launcher_stderr").read_text()
-        return json.loads(line)
 
 
 @pytest.fixture(scope="session")
@@ -194,7 +104,7 @@ def datasets_dir(tmp_path_factory):
 def launcher(tmp_path_factory, datasets_dir):
     """Return the `Launcher` of the session."""
     quick = {"XLA_FLAGS": "--xla_backend_optimization_level=0"}  # compiles in half the time
-    launcher = Launcher(tmp_path_factory.mktemp("commands"), {"TFDS_DATA_DIR": datasets_dir} | quick)
+    launcher = commands.Launcher(tmp_path_factory.mktemp("commands"), {"TFDS_DATA_DIR": datasets_dir} | quick)
     yield launcher
     launcher.close()
 
@@ -255,22 +165,62 @@ def options(datasets_dir):
 
 
 @pytest.fixture
-def parse_flags():
+def own_flags():
+    """Forget the flags that a test defines, and their values."""
+    import grain  # noqa: F401  it defines flags once, which must not go with those of a test; so does the next
+    from absl import flags
+    from absl.testing import flagsaver
+
+    import meanflow.config.flags  # noqa: F401
+
+    before, values = set(flags.FLAGS), flagsaver.save_flag_values()
+    yield before
+    for name in set(flags.FLAGS) - before:
+        delattr(flags.FLAGS, name)
+    flagsaver.restore_flag_values(values)
+
+
+@pytest.fixture
+def parse_flags(own_flags):
     """Return a function (define, *argv) that has `define()` define flags and parses them, for one test."""
     from absl import flags
 
-    import meanflow.config.flags  # noqa: F401  it defines flags once, which must not go with those of a test
-
-    before = set(flags.FLAGS)
-
     def parse(define, *argv):
-        if set(flags.FLAGS) == before:
+        if set(flags.FLAGS) == own_flags:
             define()
         flags.FLAGS(["program", *argv])
 
-    yield parse
-    for name in set(flags.FLAGS) - before:
-        delattr(flags.FLAGS, name)
+    return parse
+
+
+@pytest.fixture
+def refused(own_flags, monkeypatch, capsys):
+    """Return a function (program, *argv) -> the error with which a command, run in this process, ends with code 2."""
+    import jax
+    import torch.distributed as dist
+    from absl import app
+
+    from meanflow import console_log, float32
+
+    monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
+    monkeypatch.setattr(console_log, "setup_logging", lambda: None)
+
+    def run(program, *argv):
+        monkeypatch.setattr(sys, "argv", [program, *map(str, argv)])
+        start = runpy.run_path if program.endswith(".py") else functools.partial(runpy.run_module, alter_sys=True)
+        with pytest.raises(SystemExit) as ended:
+            start(program, run_name="__main__")
+        written = capsys.readouterr().err
+        assert ended.value.code == 2 and written.startswith("error: ") and written.count("\n") == 1, written
+        return written
+
+    before = {name: getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")}
+    with float32.full_float32():
+        yield run
+    for name, value in before.items():
+        jax.config.update(name, value)
+    if dist.is_initialized():
+        dist.destroy_process_group()
 
 
 @pytest.fixture(scope="module")

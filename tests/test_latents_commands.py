@@ -141,6 +141,7 @@ def test_both_give_the_same_samples_the_same_values(launcher, runs, parts):
         assert judged["jax"][name] == pytest.approx(runs[1]["jax"][name], rel=1e-6), name
 
 
+@pytest.mark.slow
 @FRAMEWORKS
 def test_two_processes_write_the_same_bytes(launcher, runs, source, tmp_path, framework):
     for command in launcher.start_two(framework, ENCODE[framework], *source, f"--dest={tmp_path / 'two'}"):
@@ -148,6 +149,7 @@ def test_two_processes_write_the_same_bytes(launcher, runs, source, tmp_path, fr
     assert contents(tmp_path / "two") == contents(runs[0] / framework / "latents")
 
 
+@pytest.mark.slow
 @FRAMEWORKS
 def test_after_a_kill_the_same_bytes(launcher, runs, source, tmp_path, framework):
     dest = tmp_path / "killed"
@@ -161,6 +163,7 @@ def test_after_a_kill_the_same_bytes(launcher, runs, source, tmp_path, framework
     assert contents(dest) == contents(runs[0] / framework / "latents")
 
 
+@pytest.mark.slow
 @FRAMEWORKS
 def test_two_processes_judge_as_one(launcher, runs, parts, framework):
     """The same samples in the same order; sums differ by rounding alone."""

@@ -213,6 +213,7 @@ def wide(tiny, tiny_flow, tmp_path_factory):
     return directory
 
 
+@pytest.mark.slow
 def test_one_device_reads_what_eight_wrote_in_float64(wide, launcher, options, tiny_decoupled, in_both):
     """Converted to a work directory and back, sampled, judged, taught from, coupled and started from."""
 

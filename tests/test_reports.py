@@ -24,7 +24,7 @@ def whole(steps, every):
     return [(step, of_training) for step in range(every, steps + 1, every) for of_training in (True, False)]
 
 
-@pytest.mark.parametrize("processes", [1, 2])
+@pytest.mark.parametrize("processes", [1, pytest.param(2, marks=pytest.mark.slow)])
 def test_a_report_that_fails(in_both, launcher, options, tmp_path, processes):
     """Its step is saved all the same; the run goes on with all reports of that step, once the mistake is mended."""
     steps = {"train.steps": 4, "train.checkpoint_every": 2, "train.snapshot_every": 2}
@@ -52,6 +52,7 @@ def test_a_report_that_fails(in_both, launcher, options, tmp_path, processes):
     in_both(scenario)
 
 
+@pytest.mark.slow
 def test_a_run_that_is_stopped_leaves_its_reports_for_later(in_both, launcher, options, tmp_path):
     """There may be no time for an evaluation, even if one is due."""
     steps = {"train.steps": 40, "train.checkpoint_every": 1000, "train.log_every": 1, "train.evaluate_every": 1}

@@ -92,6 +92,7 @@ def wait_for_lines(command, path, num):
     command.wait_until(lambda: len(path.read_text().splitlines()) >= num or command.poll() is not None)
 
 
+@pytest.mark.slow
 def test_kill_9(in_both, start, unbroken, tmp_path):
     """After the second checkpoint has begun."""
 
@@ -156,6 +157,7 @@ def random_moment(rng, command, workdir, framework):
     return moment
 
 
+@pytest.mark.slow
 def test_twenty_kills(in_both, launcher, options, tiny, tmp_path):
     """At random moments of a run that starts from other weights: it ends bit for bit as one that was never killed."""
     config = tiny()
@@ -222,6 +224,7 @@ def test_a_truncated_newest_checkpoint(in_both, start, unbroken, tmp_path):
     in_both(scenario)
 
 
+@pytest.mark.slow
 def test_foreign_things_in_the_place_of_checkpoints(in_both, start, unbroken, tmp_path):
     """A text file, and a directory of rubbish."""
 

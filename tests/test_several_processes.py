@@ -52,6 +52,7 @@ def assert_success(commands):
         assert command.wait() == 0, command.stderr
 
 
+@pytest.mark.slow
 def test_a_signal_to_every_process_of_a_run_saves(in_both, start, tmp_path):
     """In the middle of a log window, with processes that load data.  The run goes on as one without interruption."""
 
@@ -81,7 +82,7 @@ def test_a_signal_to_every_process_of_a_run_saves(in_both, start, tmp_path):
     in_both(scenario)
 
 
-@pytest.mark.parametrize("kind", ["user", "other"])
+@pytest.mark.parametrize("kind", ["user", pytest.param("other", marks=pytest.mark.slow)])
 def test_a_process_that_fails_ends_all(in_both, launcher, options, tmp_path, kind):
     """In the third batch of process 1, after a save that is still under way.  The others do not hide its message."""
 
@@ -101,6 +102,7 @@ def test_a_process_that_fails_ends_all(in_both, launcher, options, tmp_path, kin
     in_both(scenario)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_at_the_start_ends_all(in_both, launcher, options, tmp_path):
     """Process 0, which keeps the store of all, while the other waits for it."""
 
@@ -119,6 +121,7 @@ def test_a_process_that_fails_at_the_start_ends_all(in_both, launcher, options, 
     in_both(scenario)
 
 
+@pytest.mark.slow
 def test_a_process_that_fails_ends_an_evaluation(in_both, launcher, options, tmp_path):
     """The other waits for its samples."""
     commands = {"jax": "jax_impl.evaluate", "torch": "torch_impl/evaluate.py"}

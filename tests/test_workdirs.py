@@ -43,6 +43,7 @@ def test_names_of_directories(launcher, options, tmp_path, name, datasets_dir):
     assert command.poll() == 0, command.stderr
 
 
+@pytest.mark.slow
 def test_data_that_moved(in_both, launcher, options, datasets_dir, tmp_path):
     """A run goes on with the same dataset elsewhere, and with no other in its place."""
 

@@ -1,5 +1,6 @@
 """Four fake devices, or two processes, train as one device does, and no data moves but what must."""
 
+import functools
 import json
 import pathlib
 
@@ -33,14 +34,17 @@ ON_FOUR_DEVICES = {
     "rectified_accumulate": ("one_rectified", {"train.fsdp": 2, "train.accumulate": 2}),
 }
 TWO_PROCESSES = {"two_processes": {"train.fsdp": 2}, "fsdp_over_both": {"train.fsdp": 4}}  # on two devices each
+QUICK = ("data_and_fsdp_accumulate", "two_processes")  # they share their reference; the others are slow
 REFERENCES = {name: reference for name, (reference, _) in ON_FOUR_DEVICES.items()} | dict.fromkeys(TWO_PROCESSES, "one")
 
 
 @pytest.fixture(scope="module")
 def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, tiny_rectified, tmp_path_factory):
-    """Return the directory that holds the work directory of each run."""
+    """Return a function (case) -> the directory in which it and its reference have their work directories.
+
+    Cases that are quick are trained together, and so are the others: each start takes its time.
+    """
     directory = tmp_path_factory.mktemp("devices")
-    commands = []
     teacher = {"method.guidance_type": "distill", "method.teacher": str(directory / "teacher.safetensors")}
     save_teacher(tiny(tiny_flow), teacher["method.teacher"])
     decoupled = DECOUPLED | tiny_decoupled
@@ -49,19 +53,26 @@ def trained(launcher, options, tiny, tiny_improved, tiny_flow, tiny_decoupled, t
         "one_improved": IMPROVED | tiny_improved, "one_decoupled": decoupled,
         "one_distilled": decoupled | teacher, "one_rectified": RECTIFIED | tiny_rectified,
     }  # fmt: skip
-    four = {name: one[reference] | changes for name, (reference, changes) in ON_FOUR_DEVICES.items()}
-    for devices, cases in ((1, one), (4, four)):
-        lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
-        path = directory / f"{devices}.json"
-        path.write_text(json.dumps({"devices": devices, "cases": lines}))
-        commands.append(launcher.start(HERE / "run_cases.py", path))
-    for name, changes in TWO_PROCESSES.items():
-        commands += launcher.start_two(
-            "jax", "jax_impl.main", *options(REFERENCE | changes), f"--workdir={directory / name}", "--cpu_devices=2"
-        )
-    for command in commands:
-        assert command.wait() == 0, command.stderr
-    return directory
+
+    @functools.cache
+    def train(quick):
+        group = directory / ("quick" if quick else "slow")
+        group.mkdir()
+        names = {name: reference for name, reference in REFERENCES.items() if (name in QUICK) == quick}
+        four = {n: one[r] | ON_FOUR_DEVICES[n][1] for n, r in names.items() if n in ON_FOUR_DEVICES}
+        commands = []
+        for devices, cases in ((1, {reference: one[reference] for reference in names.values()}), (4, four)):
+            lines = [[str(group / name), flatten(tiny(changes))] for name, changes in cases.items()]
+            (group / f"{devices}.json").write_text(json.dumps({"devices": devices, "cases": lines}))
+            commands.append(launcher.start(HERE / "run_cases.py", group / f"{devices}.json"))
+        for name in names.keys() & TWO_PROCESSES.keys():
+            flags = (*options(REFERENCE | TWO_PROCESSES[name]), f"--workdir={group / name}", "--cpu_devices=2")
+            commands += launcher.start_two("jax", "jax_impl.main", *flags)
+        for command in commands:
+            assert command.wait() == 0, command.stderr
+        return group
+
+    return lambda case: train(case in QUICK)
 
 
 def save_teacher(config, path):
@@ -83,42 +94,50 @@ def arrays(workdir):
     return {jax.tree_util.keystr(path): np.asarray(leaf) for path, leaf in leaves}
 
 
-@pytest.mark.parametrize("case", REFERENCES)
-def test_many_devices_train_as_one(trained, case):
-    expected, found = arrays(trained / REFERENCES[case]), arrays(trained / case)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in REFERENCES])
+def test_many_devices_train_and_log_as_one(trained, case):
+    reference, run = trained(case) / REFERENCES[case], trained(case) / case
+    expected, found = arrays(reference), arrays(run)
     assert found.keys() == expected.keys()
     difference = {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
-    print(case, max(difference, key=difference.get), max(difference.values()))
-    assert max(difference.values()) <= BOUND
-
-
-@pytest.mark.parametrize("case", REFERENCES)
-def test_many_devices_log_as_one(trained, case):
+    worst = max(difference, key=difference.get)
+    assert difference[worst] <= BOUND, worst
     expected, found = (
-        [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
-        for name in (REFERENCES[case], case)
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (reference, run)
     )
     assert len(found) == 5
     for one, many in zip(expected, found, strict=True):
         assert many == pytest.approx(one, rel=1e-5, abs=1e-6)
 
 
-def test_only_gradients_and_parameters_move(
-    launcher, tiny, tiny_improved, tiny_decoupled, tiny_rectified, tmp_path
-):  # fmt: skip
+@pytest.fixture
+def collectives(launcher, tmp_path):
+    """Return a function (configs) -> what the compiled steps of each do on four devices, see collectives.py."""
+
+    def run(*configs):
+        paths = [tmp_path / str(number) for number in range(len(configs))]
+        for path, config in zip(paths, configs, strict=True):
+            path.write_text(to_json(config))
+        command = launcher.run(HERE / "collectives.py", *paths)
+        assert command.poll() == 0, command.stderr
+        assert "rematerialization" not in command.stderr
+        found = [json.loads(line) for line in command.stdout.splitlines()]
+        assert all(one["moved"] == 0 for one in found)
+        return [one["collectives"] for one in found]
+
+    return run
+
+
+def test_only_gradients_and_parameters_move(collectives, tiny):
     """Slicing a sharded batch would need permutes or all-to-alls; so would activations sharded as parameters are."""
-    cases = {
-        "data": REFERENCE, "fsdp": REFERENCE | {"train.fsdp": 2}, "improved": IMPROVED | tiny_improved,
-        "decoupled": DECOUPLED | tiny_decoupled, "rectified": RECTIFIED | tiny_rectified | {"method.stage1_steps": 0},
-    }  # fmt: skip
-    for name, changes in cases.items():
-        (tmp_path / name).write_text(to_json(tiny(changes)))
-    command = launcher.run(HERE / "collectives.py", *(tmp_path / name for name in cases))
-    assert command.poll() == 0, command.stderr
-    data, fsdp, improved, decoupled, rectified = (json.loads(line) for line in command.stdout.splitlines())
-    for found in (data, improved, decoupled, rectified):
-        assert set(found["collectives"]) == {"all-reduce"}
-    assert set(fsdp["collectives"]) <= {"all-reduce", "all-gather", "reduce-scatter"}
-    assert fsdp["collectives"]["all-gather"] <= 40  # once for each of the 25 parameters, give or take
-    assert all(found["moved"] == 0 for found in (data, fsdp, improved, decoupled, rectified))
-    assert "rematerialization" not in command.stderr
+    data, fsdp = collectives(tiny(REFERENCE), tiny(REFERENCE | {"train.fsdp": 2}))
+    assert set(data) == {"all-reduce"}
+    assert set(fsdp) <= {"all-reduce", "all-gather", "reduce-scatter"}
+    assert fsdp["all-gather"] <= 40  # once for each of the 25 parameters, give or take
+
+
+@pytest.mark.slow
+def test_only_gradients_move_in_other_methods(collectives, tiny, tiny_improved, tiny_decoupled, tiny_rectified):
+    rectified = RECTIFIED | tiny_rectified | {"method.stage1_steps": 0}
+    for found in collectives(tiny(IMPROVED | tiny_improved), tiny(DECOUPLED | tiny_decoupled), tiny(rectified)):
+        assert set(found) == {"all-reduce"}

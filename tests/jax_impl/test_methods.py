@@ -31,59 +31,11 @@ def test_times_are_ordered_and_the_share_of_flow_rows_is_met(sampler, flow_rows)
     assert share == pytest.approx(0.25, abs=0.03 if flow_rows == "coin" else 0)
 
 
-@pytest.mark.parametrize(
-    ("order", "t", "r"),
-    [("sorted", [0.75, 0.75, 0.5, 0.875], [0.25, 0.25, 0.5, 0.875]),
-     ("truncated", [0.25, 0.75, 0.5, 0.875], [0.25, 0.25, 0.5, 0.875])],
-)  # fmt: skip
-def test_sorted_times_change_places_and_truncated_ones_are_cut_off(order, t, r):
-    """The last row is a flow row by its coin."""
-    cfg = settings(time_order=order, time_sampler="uniform", flow_rows="coin", flow_fraction=0.25)
-    times = jnp.array([[0.25, 0.75], [0.75, 0.25], [0.5, 0.5], [0.875, 0.125]])
-    drawn = meanflow.Draws(None, times, jnp.array([0.9, 0.9, 0.25, 0.1]), None, None)
-    assert [a.tolist() for a in common.sample_times(drawn, cfg)] == [t, r]
-
-
-def test_each_time_has_its_own_mean_and_deviation():
-    cfg = settings(time_order="truncated", time_mean=(-0.6, -4.0), time_std=(1.6, 0.5), flow_fraction=0.0)
-    drawn = meanflow.Draws(None, jnp.array([[0.0, 0.0], [1.0, 2.0]]), jnp.array([0.5, 0.5]), None, None)
-    t, r = (np.asarray(a) for a in common.sample_times(drawn, cfg))
-    np.testing.assert_allclose(np.log(t / (1 - t)), [-0.6, 1.0], rtol=1e-5)
-    np.testing.assert_allclose(np.log(r / (1 - r)), [-4.0, -3.0], rtol=1e-5)
-
-
 def test_a_draw_is_a_function_of_its_key():
     cfg = settings()
     first, same, other = (draws(8, cfg, seed) for seed in (1, 1, 2))
     assert all(np.array_equal(a, b) for a, b in zip(first, same, strict=True))
     assert not any(np.array_equal(a, b) for a, b in zip(first, other, strict=True))
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.25, 0.75, 1.0])
-@pytest.mark.parametrize("shards", [1, 2, 4])
-def test_the_rows_of_a_shard_are_the_shard_of_the_rows(fraction, shards):
-    cfg = settings(flow_fraction=fraction)
-    whole = common.is_flow(draws(32, cfg), cfg)
-    part = common.is_flow(draws(32 // shards, cfg), cfg)
-    assert np.array_equal(whole, np.tile(part, shards))
-
-
-@pytest.mark.parametrize("fraction", [0.0, 0.3, 0.75, 1.0])
-def test_join_undoes_take(fraction):
-    rows = common.split_rows(20, settings(flow_fraction=fraction))
-    a = jnp.arange(40).reshape(20, 2)
-    assert np.array_equal(common.join(common.take(a, rows, "flow"), common.take(a, rows, "rest"), rows), a)
-    assert len(common.take(a, rows, "flow")) == int(20 * fraction)
-
-
-def test_front_drops_as_many_labels_as_the_coin_but_the_first():
-    y, cfg = jnp.arange(40) % 5, settings(label_drop="front", label_drop_prob=0.3)
-    drawn = draws(40, cfg)
-    dropped, kept = common.drop_labels(y, drawn, 5, cfg)
-    number = int((drawn.drop < 0.3).sum())
-    assert 0 < number < 40
-    assert bool((dropped[:number] == 5).all()) and np.array_equal(dropped[number:], y[number:])
-    assert np.array_equal(kept, jnp.arange(40) >= number)
 
 
 class Constant:
@@ -99,92 +51,9 @@ class Constant:
         return jnp.broadcast_to(y.astype(z.dtype)[:, None, None, None], z.shape)
 
 
-def test_guidance_by_hand_only_inside_the_interval_and_on_kept_labels():
-    cfg = settings(omega=0.5, kappa=0.25, guidance_start=0.4, guidance_end=0.6, flow_fraction=0.5)
-    v, y = jnp.ones((4, 2, 2, 1)), jnp.array([2, 2, 2, 2])
-    t, kept = jnp.array([0.5, 0.4, 0.5, 0.7]), jnp.array([True, True, False, True])
-    rows, net = common.split_rows(4, cfg), Constant()
-    u_flow = common.take(net(v, t, t, y), rows, "flow")
-    v_g = meanflow.guide(net, v, v, t, y, {}, kept, u_flow, cfg)
-    guided = 0.5 * 1 + 0.25 * 2 + 0.25 * 9
-    assert v_g[:, 0, 0, 0].tolist() == [guided, guided, 1, 1]
-    assert net.calls == 4 + 4 + 2  # the forward of all, the null one of all, the conditional one of the rest
-
-
 def test_a_step_runs_as_few_rows_as_it_says():
     for kappa, expected in ((0.0, 2), (0.5, 2.25)):  # in batches; the JVP's tangent is not a call
         cfg, net = settings(kappa=kappa, omega=0.3), Constant()
         batch = {"image": jnp.zeros((16, 4, 4, 1)), "label": jnp.zeros(16, jnp.int32)}
         meanflow.loss(net, batch, draws(16, cfg), cfg)
         assert net.calls == expected * 16
-
-
-class Masked:
-    """A network of one nonlinear layer, which masks and labels change; it keeps what it was called with.
-
-    A call under the JVP says so by `jvp`.
-    """
-
-    num_classes, dropout, augment_dim = 9, 0.5, 2
-
-    def __init__(self):
-        self.calls = []
-
-    def dropout_masks(self, draws):
-        return draws[:, None] * jnp.array([3, 5, 7, 11]) % 1 > 0.5
-
-    def __call__(self, z, t, r, y, augment=None, dropout=None, jvp=False):
-        self.calls.append((len(y), augment is not None, dropout is not None, jvp))
-        scale = 1 + y[:, None, None, None] + (0 if augment is None else augment.sum(1)[:, None, None, None])
-        u = jnp.sin(z * scale + (t * t + r)[:, None, None, None])
-        return u if dropout is None else jnp.where(dropout.reshape(z.shape), 2 * u, 0)
-
-
-def batch_of(num):
-    x, y = jax.random.normal(jax.random.key(1), (num, 2, 2, 1)), jnp.arange(num) % 9
-    return {"image": x, "label": y, "augment": jax.random.normal(jax.random.key(2), (num, 2))}
-
-
-@pytest.mark.parametrize("flow_rows", ["split", "coin"])
-def test_primal_and_tangent_share_their_masks(flow_rows):
-    with jax.enable_x64(True):
-        cfg, net, batch = settings(guidance=False, flow_rows=flow_rows, flow_fraction=0.5), Masked(), batch_of(8)
-        drawn = meanflow.draw(jax.random.key(0), batch["image"].shape, cfg)
-        _, aux = meanflow.loss(net, batch, drawn, cfg)
-        t, r, v = (aux[name] for name in ("t", "r", "v"))
-        z, _ = common.path(batch["image"], drawn.noise, t, cfg)
-        given, h = {"augment": batch["augment"], "dropout": net.dropout_masks(drawn.dropout)}, 1e-5
-        ahead, behind = (net(z + step * v, t + step, r, aux["y"], **given) for step in (h, -h))
-        difference = np.where((t > r)[:, None, None, None], (ahead - behind) / (2 * h), aux["du_dt"])
-        assert 0 < int((t > r).sum()) < 8
-        np.testing.assert_allclose(aux["u"], net(z, t, r, aux["y"], **given))
-        np.testing.assert_allclose(aux["du_dt"], difference, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize(
-    ("kappa", "guidance"),
-    [
-        (0.0, [(16, True, False, False)]),
-        (0.5, [(32, True, False, False)]),
-    ],  # the null forward, and the conditional one, of all rows
-)
-def test_guidance_sees_no_dropout_and_shares_no_forward_with_it(kappa, guidance):
-    cfg, net, batch = settings(kappa=kappa, omega=0.3, flow_fraction=0.75), Masked(), batch_of(16)
-    drawn = meanflow.draw(jax.random.key(0), batch["image"].shape, cfg)
-    _, aux = meanflow.loss(net, batch, drawn, cfg)
-    assert net.calls == [(16, True, True, False), *guidance, (4, True, True, True)]
-    z, v = common.path(batch["image"], drawn.noise, aux["t"], cfg)
-    null = jnp.full(16, 9)
-    u_null, u = (net(z, aux["t"], aux["t"], y, augment=batch["augment"]) for y in (null, batch["label"]))
-    expected = 0.3 * v + kappa * u + (0.7 - kappa) * u_null
-    kept = np.asarray(drawn.drop) >= cfg.label_drop_prob
-    np.testing.assert_allclose(aux["v_g"][kept], expected[kept], rtol=1e-4, atol=1e-5)
-
-
-def test_what_a_network_is_given():
-    batch, net = batch_of(3), Masked()
-    drawn = meanflow.Draws(*[None] * 4, jnp.array([0.1, 0.5, 0.9]))
-    assert list(meanflow.conditions(net, batch, drawn)) == ["augment", "dropout"]
-    assert list(meanflow.conditions(net, {"image": batch["image"]}, drawn)) == ["dropout"]
-    net.augment_dim, net.dropout = 0, 0.0
-    assert meanflow.conditions(net, batch, drawn) == {}

@@ -1,4 +1,4 @@
-"""The DiT: layouts, initial state, dtypes and errors.  What it computes is the parity suite's matter."""
+"""The DiT: initial state, dtypes and errors.  What it computes is the parity suite's matter."""
 
 import jax
 import jax.numpy as jnp
@@ -7,7 +7,6 @@ import pytest
 from flax import nnx
 
 from configs import digits
-from jax_impl.models import layers
 from jax_impl.models.dit import DiT
 from jax_impl.step import build_net
 
@@ -56,34 +55,3 @@ def test_a_fresh_network_is_a_function_of_the_seed():
 def test_sizes_that_do_not_divide(change):
     with pytest.raises(ValueError, match="multiple"):
         DiT(**SIZES | change, rngs=nnx.Rngs(0))
-
-
-def test_unpatchify_puts_channels_fastest_and_rows_first():
-    patch, channels, grid = 2, 3, 2
-    image = jnp.arange(16 * channels).reshape(1, 4, 4, channels)
-    tokens = image.reshape(1, grid, patch, grid, patch, channels).transpose(0, 1, 3, 2, 4, 5)
-    tokens = tokens.reshape(1, grid * grid, patch * patch * channels)
-    assert np.array_equal(layers.unpatchify(tokens, channels), image)
-
-
-def test_layer_norm():
-    with jax.enable_x64(True):
-        x = jax.random.normal(jax.random.key(0), (2, 3, 64), jnp.float64) * 3 + 5
-        y = layers.layer_norm(x)
-        assert float(abs(y.mean(-1)).max()) < 1e-12
-        assert float(abs(jnp.square(y).mean(-1) - 1).max()) < 1e-6
-        assert layers.layer_norm(x.astype(jnp.bfloat16)).dtype == jnp.float32
-
-
-def test_time_features_are_cosines_then_sines():
-    features = layers.timestep_features(jnp.array([0.5]))[0]
-    assert float(features[0]) == pytest.approx(np.cos(0.5))
-    assert float(features[128]) == pytest.approx(np.sin(0.5))
-    slowest = 0.5 * 10_000 ** (-127 / 128)
-    assert float(features[255]) == pytest.approx(slowest, rel=1e-5)
-
-
-def test_the_position_table_has_the_column_first():
-    table = layers.position_table(3, 8).reshape(3, 3, 8)
-    assert (table[:, 1, :4] == table[0, 1, :4]).all() and (table[1, :, 4:] == table[1, 0, 4:]).all()
-    assert (table[0, 0] == [0, 0, 1, 1, 0, 0, 1, 1]).all()

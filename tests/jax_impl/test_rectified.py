@@ -5,12 +5,10 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from jax_impl.methods import common, rectified
+from jax_impl.methods import rectified
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
-TIME_MAX = 80 / 81
-SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
 
 
 @pytest.fixture(autouse=True)
@@ -35,17 +33,6 @@ def batch():
     return {"image": image, "noise": noise, "label": np.arange(8)}
 
 
-def given(**fields):
-    """Return draws of these fields, a number a row each, the others zero."""
-    num = len(next(iter(fields.values())))
-    return rectified.Draws(**{name: jnp.asarray(fields.get(name, [0.0] * num)) for name in rectified.Draws._fields})
-
-
-def loss_of(net, batch, drawn, cfg):
-    """Return the loss and aux, compiled."""
-    return jax.jit(lambda batch, drawn: rectified.loss(net, batch, drawn, cfg))(batch, drawn)
-
-
 def wide(*rows):
     """Return arrays [b] as [b 1 1 1]."""
     return tuple(a.reshape(-1, 1, 1, 1) for a in rows)
@@ -63,15 +50,6 @@ class Curved:
         self.calls.append((len(y), jvp))
         parameter, t, r, y = wide(self.parameter[y], t, r, y)
         return parameter * jnp.sin(z * (1 + y / 10) + t * t - r / 2)
-
-
-class Label:
-    """A velocity that is the label plus the state."""
-
-    num_classes = 9
-
-    def __call__(self, z, t, r, y):
-        return z + y[:, None, None, None]
 
 
 def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():
@@ -92,95 +70,6 @@ def test_draws_are_uniforms_but_for_the_normal_of_the_interval():
         assert (float(a.min()) >= 0 and float(a.max()) < 1) == (name != "interval")
 
 
-def test_times_have_the_density_of_a_u():
-    """Of exp(4t) + exp(4(1-t)), with all that is beyond 80/81 at that time; bounds of five standard deviations."""
-    num, edges = 200_000, np.linspace(0, TIME_MAX, 25)
-    cfg = settings(flow_fraction=0.0)
-    t = np.asarray(rectified.sample_times(draws(cfg, num), cfg)[0])
-    assert t.min() >= 1e-5 and t.max() == TIME_MAX
-    share = (np.exp(4 * edges) - np.exp(4 * (1 - edges))) / (2 * (np.exp(4) - 1)) + 0.5  # below each edge
-    counts = [*np.histogram(t[t < TIME_MAX], edges)[0], (t == TIME_MAX).sum()]
-    for count, p in zip(counts, [*np.diff(share), 1 - share[-1]], strict=True):
-        assert count / num == pytest.approx(p, abs=5 * (p * (1 - p) / num) ** 0.5 + 1e-4)
-
-
-def u_shaped(t):
-    """Return the uniforms of which these times come."""
-    return np.expm1(4 * (np.asarray(t) - 1e-5) / (1 - 2e-5)) / np.expm1(4)
-
-
-def test_times_by_hand():
-    """Mirrored; of a long way r = 0; and the long way from above 0.8 goes to 0, but from 0.8 itself it does not."""
-    t = [0.5, 0.3, 0.2, 0.95, 0.95, 0.79, 0.81, 1.0]
-    drawn = given(times=u_shaped(t), second=[0.2, 0.5] + [0.1] * 6, interval=[0, 0, 0, 0, 1.5, 0.8, 0.8, 0])
-    found = rectified.sample_times(drawn, settings(flow_fraction=0.0, interval_mean=-0.8))
-    far, further, furthest = (1 / (1 + np.exp(0.8 - a)) for a in (0, 0.8, 1.5))
-    assert furthest > 0.95 - 0.4 and further > 0.81 - 0.4
-    expected = [0.5, 0.7, 0.2, 0.95, 0.95, 0.79, 0.81, TIME_MAX]
-    np.testing.assert_allclose(found[0], expected)
-    ends = [0.5 - far, 0.7 - far, 0, 0.95 - far, 0, 0.79 - further, 0, TIME_MAX - far]
-    np.testing.assert_allclose(found[1], ends, atol=1e-12)
-
-
-def test_intervals_are_logit_normal():
-    drawn = given(times=u_shaped([0.7, 0.7]), interval=[-2.0, -1.0])
-    t, r = rectified.sample_times(drawn, settings(flow_fraction=0.0, interval_mean=0.3, interval_std=0.5))
-    np.testing.assert_allclose(np.log((t - r) / (1 - (t - r))), [-0.7, -0.2])
-
-
-def test_uniform_times():
-    drawn = given(times=[0.2, 0.6, 0.99], second=[0.5, 0.9, 0.25], interval=[5.0, 5.0, 5.0])
-    t, r = rectified.sample_times(drawn, settings(time_sampler="uniform", flow_fraction=0.0))
-    np.testing.assert_allclose(t, [0.2, 0.6, 0.99])  # not clamped at 80/81, unlike re2_truncate
-    np.testing.assert_allclose(r, [0.1, 0.54, 0.99 / 4])
-
-
-@pytest.mark.parametrize(
-    ("rows", "expected"), [("split", [1, 0, 1, 0, 1, 0, 1, 0]), ("front", [1, 1, 1, 1, 0, 0, 0, 0]),
-                           ("coin", [0, 1, 0, 0, 0, 0, 1, 1])]
-)  # fmt: skip
-@pytest.mark.parametrize("sampler", ["re2_truncate", "uniform"])
-def test_flow_rows(rows, expected, sampler):
-    cfg = settings(flow_rows=rows, time_sampler=sampler)
-    drawn = draws(cfg)._replace(coin=jnp.array([0.5, 0.4, 0.9, 0.6, 0.7, 0.8, 0.1, 0.49]))
-    t, r = rectified.sample_times(common.arrange(drawn, cfg), cfg)
-    assert (t == r).tolist() == [bool(flow) for flow in expected]
-    np.testing.assert_array_equal(t, rectified.sample_times(drawn, settings(time_sampler=sampler))[0])
-
-
-def guided(y, cfg, flow=13.0, omega=(0.0, 0.2, 0.4, 1.0), v=1.0):
-    """Return a number a row of the guided velocity at state 10, where flow rows predict `flow`."""
-    rows = common.split_rows(4, cfg)
-    z, u_flow = jnp.full((4, 2, 2, 1), 10.0), jnp.full((rows.groups * rows.flow, 2, 2, 1), flow)
-    t, drawn = jnp.full(4, 0.5), given(omega=omega)
-    v_g = rectified.guide(Label(), z, v * jnp.ones_like(z), t, jnp.array(y), u_flow, rows, drawn, cfg)
-    return v_g[:, 0, 0, 0].tolist()
-
-
-def test_every_row_has_a_guidance_scale_of_its_own():
-    """Scales 1, 1.5, 2 and 3.5; the first and the third row are flow rows, and the last has no label."""
-    w, k = [1, 1, 1, 2.5], [0, 1 - 1 / 1.5, 1 - 1 / 2, 1 - 2.5 / 3.5]
-    own = [13, 12, 13, 19]
-    expected = [w[i] * 1 + k[i] * own[i] + (1 - w[i] - k[i]) * 19 for i in range(4)]
-    assert guided([1, 2, 3, 9], settings(**SCALES)) == pytest.approx(expected)
-    assert expected[3] == pytest.approx(2.5 * 1 - 1.5 * 19)  # guided, though without label
-
-
-def test_a_drawn_scale_is_the_effective_one():
-    """A model whose own velocity is guided by it is its own target."""
-    for omega in (0.0, 0.3, 0.5, 1.0):
-        scale = 1 + omega * 2.5
-        own = 19 + scale * (5 - 19)
-        found = guided([1] * 4, settings(**SCALES, flow_fraction=1.0), flow=own, omega=[omega] * 4, v=5.0)
-        assert found == pytest.approx([own] * 4)
-
-
-def test_a_constant_scale():
-    expected = [1.4 + 0.3 * own - 0.7 * 19 for own in (13, 12, 13, 19)]
-    assert guided([1, 2, 3, 9], settings(omega=1.4, kappa=0.3)) == pytest.approx(expected)
-    assert guided([1, 2, 3, 9], settings(guidance=False, omega=1.4, kappa=0.3)) == [1] * 4
-
-
 @pytest.mark.parametrize(
     ("changes", "calls"),
     [
@@ -195,92 +84,3 @@ def test_a_step_runs_as_few_forwards_as_the_mathematics_allows(changes, calls):
     cfg, net = settings(**changes), Curved()
     jax.eval_shape(lambda: rectified.loss(net, batch(), draws(cfg), cfg))
     assert net.calls == calls
-
-
-def test_the_noise_is_the_one_that_its_image_was_made_from():
-    cfg, given = settings(guidance=False), batch()
-    assert "noise" not in rectified.Draws._fields
-    _, aux = loss_of(Curved(), given, draws(cfg), cfg)
-    np.testing.assert_allclose(aux["v"], given["noise"] - given["image"])
-    np.testing.assert_array_equal(aux["v_g"], aux["v"])
-    t = wide(np.asarray(aux["t"]))[0]
-    z = (1 - t) * given["image"] + t * given["noise"]
-    np.testing.assert_allclose(aux["u"], Curved()(z, aux["t"], aux["r"], aux["y"]))
-
-
-def test_the_target_by_finite_differences():
-    cfg, drawn, h = settings(**SCALES, label_drop_prob=0.3), draws(settings()), 1e-5
-    _, aux = loss_of(Curved(), batch(), drawn, cfg)
-    t, r, y, v_g = (aux[name] for name in ("t", "r", "y", "v_g"))
-    dropped = np.asarray(drawn.drop) < 0.3
-    assert np.array_equal(y, np.where(dropped, 9, np.arange(8))) and 0 < dropped.sum() < 8
-    z, net = common.path(batch()["image"], batch()["noise"], t, cfg)[0], Curved()
-    difference = (net(z + h * v_g, t + h, r, y) - net(z - h * v_g, t - h, r, y)) / (2 * h)
-    np.testing.assert_allclose(aux["target"], v_g - wide(t - r)[0] * difference, rtol=1e-6, atol=1e-8)
-    assert float(jnp.abs(v_g - aux["v"]).max()) > 0.1
-
-
-def test_rows_are_weighed_by_their_mean_error():
-    cfg = settings(adaptive_power=0.5, adaptive_eps=0.01)
-    loss, aux = loss_of(Curved(), batch(), draws(cfg), cfg)
-    summed = np.square(np.asarray(aux["u"] - aux["target"])).sum((1, 2, 3))
-    mean = summed / 4
-    np.testing.assert_allclose(aux["err"], summed)
-    np.testing.assert_allclose(aux["weight"], (mean + 0.01) ** -0.5)
-    np.testing.assert_allclose(aux["row_loss"], mean * (mean + 0.01) ** -0.5)
-    assert float(loss) == pytest.approx(float(aux["row_loss"].mean()))
-
-
-def test_far_pairs_have_no_weight_and_no_gradient():
-    """The mean is that of all rows; a parameter a label shows whose gradient it is."""
-    cfg, free = (settings(distance_clip=clip, label_drop_prob=0.0, guidance=False) for clip in (2.0, 0.0))
-    near = np.square(batch()["noise"] - batch()["image"]).mean((1, 2, 3)) < 2
-    assert 0 < near.sum() < 8
-
-    (clipped, aux), (_, whole) = (loss_of(Curved(), batch(), draws(cfg), c) for c in (cfg, free))
-    for name in ("weight", "row_loss"):
-        np.testing.assert_allclose(aux[name], np.where(near, whole[name], 0))
-    assert float(clipped) == pytest.approx(float(np.where(near, whole["row_loss"], 0).mean()))
-    assert bool((whole["weight"] > 0).all())
-    grad = jax.jit(jax.grad(lambda p: rectified.loss(Curved(p), batch(), draws(cfg), cfg)[0]))(jnp.ones(10))
-    assert (np.abs(grad[:8]) > 0).tolist() == near.tolist()
-
-
-def test_the_loss_learns_through_u_alone():
-    """Its gradient is that of a weighted error with weights and targets as they are."""
-    cfg, drawn = settings(**SCALES, distance_clip=3.0), draws(settings())
-    _, fixed = loss_of(Curved(), batch(), drawn, cfg)
-
-    def with_fixed_targets(parameter):
-        z, _ = common.path(batch()["image"], batch()["noise"], fixed["t"], cfg)
-        u = Curved(parameter)(z, fixed["t"], fixed["r"], fixed["y"])
-        return (fixed["weight"] * jnp.square(u - fixed["target"]).mean((1, 2, 3))).mean()
-
-    own = jax.jit(jax.grad(lambda p: rectified.loss(Curved(p), batch(), drawn, cfg)[0]))(1.0)
-    assert float(own) == pytest.approx(float(jax.jit(jax.grad(with_fixed_targets))(1.0))) and abs(float(own)) > 1e-3
-
-
-def test_the_split_changes_nothing():
-    """The same rows are flow rows by their coin, of a full batch."""
-    split, coin = (settings(**SCALES, flow_rows=rows, label_drop_prob=0.3) for rows in ("split", "coin"))
-    drawn = draws(split)
-    drawn = drawn._replace(coin=jnp.where(common.is_flow(drawn, split), 0.0, 0.9))
-    (loss, aux), (expected, full) = (loss_of(Curved(), batch(), drawn, cfg) for cfg in (split, coin))
-    for name in aux.keys() - {"du_dt"}:
-        np.testing.assert_allclose(aux[name], full[name], err_msg=name)
-    assert float(loss) == pytest.approx(float(expected))
-
-
-def test_no_sampler_tells_a_time_beyond_the_largest():
-    """From 1, so that one step is n - u(n, 80/81, 0), as in the official code."""
-    c = options.get_config().sample
-    for sampler, tos in (("euler", [0.0]), ("velocity", [80 / 81])):
-        c.update(sampler=sampler, steps=1)
-        [step] = rectified.sampling_steps(c)
-        assert (step.t, [step.to], step.end, step.keep, step.move) == (80 / 81, tos, 0.0, 1.0, 1.0)
-    c.update(sampler="euler", times=(1.0, 0.99, 0.5, 0.0))
-    assert [(step.t, step.to) for step in rectified.sampling_steps(c)] == [
-        (80 / 81, 80 / 81),
-        (80 / 81, 0.5),
-        (0.5, 0.0),
-    ]

@@ -1,4 +1,4 @@
-"""The U-Net: resampling, attention, dropout masks, conditions and errors.  What it computes is the parity suite's."""
+"""The U-Net: resampling, normalisation, dtypes, errors and weights.  What it computes is the parity suite's."""
 
 import jax
 import jax.numpy as jnp
@@ -30,21 +30,9 @@ def build(**changes):
     return graphdef, jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.15, a.shape), a.dtype), shapes)
 
 
-@pytest.fixture(scope="module")
-def net(optimize_less):
-    """Return a tiny network, and a function (*inputs, params=its own, **given) -> u, compiled."""
-    graphdef, params = build()
-    apply = jax.jit(lambda params, *inputs, **given: nnx.merge(graphdef, params)(*inputs, **given))
-    return nnx.merge(graphdef, params), lambda *inputs, params=params, **given: apply(params, *inputs, **given)
-
-
 def inputs(dtype=jnp.float32):
     z = jnp.asarray(np.random.RandomState(1).normal(size=(2, 8, 8, 3)), dtype)
     return z, jnp.array([0.5, 1.0], dtype), jnp.zeros(2, dtype), jnp.array([0, 5])
-
-
-def uniforms(num, seed=0):
-    return jnp.asarray(np.random.RandomState(seed).randint(2**24, size=num) / 2**24, jnp.float32)
 
 
 def outer(taps, channels):
@@ -78,15 +66,6 @@ def test_resampling_is_a_convolution_with_the_outer_product_of_the_taps(taps):
     assert down.shape[1:3] == (3, 3) and up.shape[1:3] == (12, 12)
 
 
-@pytest.mark.parametrize("taps", TAPS)
-def test_filtering_after_a_convolution_that_runs_beyond_the_border(taps):
-    with jax.enable_x64(True):
-        (x, y), layer = images(), conv(taps, "down", 3, filter_last=True)
-        found, weight = layer(x), torch.from_numpy(np.array(layer.kernel[...], np.float64)).permute(3, 2, 0, 1)
-    wide = F.conv2d(y, weight, padding=1 + (len(taps) - 1) // 2)
-    assert_close(found, F.conv2d(wide, outer(taps, 4), groups=4, stride=2))
-
-
 @pytest.mark.parametrize("features", [4, 24, 128, 256])
 def test_group_norm(features):
     norm, rng = unet.GroupNorm(features), np.random.RandomState(0)
@@ -95,120 +74,6 @@ def test_group_norm(features):
     y, *affine = (torch.from_numpy(a) for a in (x.transpose(0, 3, 1, 2) * 3 + 5, weight, bias))
     want = F.group_norm(y, min(32, features // 4), *affine, eps=1e-6).permute(0, 2, 3, 1)
     np.testing.assert_allclose(norm(jnp.asarray(x) * 3 + 5), want, rtol=1e-4, atol=1e-5)
-
-
-def attention(q, k, v):
-    """Return softmax(q k / sqrt(c)) v of arrays [b n c]."""
-    scores = np.exp(np.einsum("bqc,bkc->bqk", q, k) / np.sqrt(q.shape[2]))
-    return np.einsum("bkc,bqk->bqc", v, scores / scores.sum(-1, keepdims=True))
-
-
-def test_layouts_of_attention_are_a_permutation_of_channels():
-    qkv = np.random.RandomState(0).normal(size=(2, 3, 3, 15))
-    want = attention(*np.split(qkv.reshape(2, 9, 15), 3, axis=2)).reshape(2, 3, 3, 5)
-    one_channel_after_another = np.arange(15).reshape(3, 5).T.ravel()
-    with jax.enable_x64(True):
-        split = unet.attend(jnp.asarray(qkv), "split")
-        interleaved = unet.attend(jnp.asarray(qkv[..., one_channel_after_another]), "interleaved")
-    np.testing.assert_allclose(split, want)
-    np.testing.assert_allclose(interleaved, want)
-
-
-def lowbias32(x):
-    """Mix an integer: https://github.com/skeeto/hash-prospector, after an offset, modulo 2^32."""
-    x = (x + 0x9E3779B9) % 2**32
-    x = (x ^ (x >> 16)) * 0x7FEB352D % 2**32
-    x = (x ^ (x >> 15)) * 0x846CA68B % 2**32
-    return x ^ (x >> 16)
-
-
-def test_masks_are_the_hash_of_row_and_entry():
-    draws = [0.0, 0.25, 1 - 2**-24]
-    found = unet.keep_masks(jnp.array(draws), 40, 0.3)
-    seeds = [lowbias32(int(draw * 2**24)) for draw in draws]
-    want = [[lowbias32(lowbias32(i) ^ seed) >= round(0.3 * 2**32) for i in range(40)] for seed in seeds]
-    assert found.tolist() == want
-
-
-def test_masks_keep_their_share_independently():
-    """Bounds of five standard deviations of independent entries."""
-    rows, entries = 64, 4096
-    centred = (np.asarray(unet.keep_masks(uniforms(rows), entries, 0.3)) - 0.7) / 0.21**0.5
-    assert abs(centred.mean()) < 5 * (rows * entries) ** -0.5
-    assert (centred.mean(1) * entries**0.5).std() == pytest.approx(1, abs=5 * (2 * rows) ** -0.5)
-    between_rows = centred @ centred.T / entries
-    assert abs(between_rows[~np.eye(rows, dtype=bool)]).max() < 5 * entries**-0.5
-    for lag in (1, 2, 3, 8, 64, 512):
-        assert abs((centred[:, lag:] * centred[:, :-lag]).mean()) < 5 * (rows * entries) ** -0.5
-
-
-def test_the_mask_of_a_row_does_not_depend_on_its_batch(net):
-    module, draws = net[0], uniforms(6)
-    masks = module.dropout_masks(draws)
-    assert masks.shape == (6, module.num_entries)
-    for i in range(6):
-        assert np.array_equal(module.dropout_masks(draws[i : i + 1])[0], masks[i])
-    assert len(np.unique(masks, axis=0)) == 6
-
-
-def test_dropout_scales_what_it_keeps():
-    rng = np.random.RandomState(0)
-    x, keep = rng.normal(size=(2, 4, 3, 5)), rng.uniform(size=(2, 60)) < 0.7
-    want = np.where(keep.reshape(2, 4, 3, 5), x / 0.7, 0)
-    np.testing.assert_allclose(unet.dropout(jnp.asarray(x), 0.3, jnp.asarray(keep)), want, rtol=1e-6)
-
-
-def test_every_block_has_masks_of_its_own(monkeypatch):
-    module, sizes = nnx.merge(*build(**LEVELS)), []
-    monkeypatch.setattr(unet, "dropout", lambda x, prob, keep: sizes.append(keep.shape[1]) or x)
-    jax.eval_shape(lambda *args: module(*args, dropout=module.dropout_masks(jnp.zeros(2))), *inputs())
-    firsts = [m.first for part in (module.enc, module.dec) for m in part.values() if isinstance(m, unet.Block)]
-    assert len(firsts) == 10
-    assert sorted(firsts) == [0, *np.cumsum(sizes)[:-1]]
-    assert sum(sizes) == module.num_entries
-
-
-def test_a_masked_network_is_one_with_scaled_convolutions(net):
-    module, apply = net
-    params = nnx.state(module)
-    for keep, scale in ((True, 1 / 0.7), (False, 0.0)):
-        masked = apply(*inputs(), dropout=jnp.full((2, module.num_entries), keep))
-        scaled = jax.tree_util.tree_map_with_path(
-            lambda path, a, scale=scale: a * scale if "conv1'" in str(path) and a.ndim == 4 else a, params
-        )
-        np.testing.assert_allclose(masked, apply(*inputs(), params=scaled), rtol=1e-4, atol=1e-5)
-
-
-def test_no_masks_no_dropout(net, monkeypatch):
-    module, apply = net
-    assert not np.array_equal(apply(*inputs()), apply(*inputs(), dropout=module.dropout_masks(uniforms(2))))
-    monkeypatch.setattr(unet, "dropout", lambda *args: pytest.fail("dropout"))
-    jax.eval_shape(module, *inputs())
-
-
-def test_augmentation_labels(net):
-    _, apply = net
-    plain, labels = apply(*inputs()), uniforms((2, 6))
-    np.testing.assert_allclose(apply(*inputs(), augment=jnp.zeros((2, 6))), plain, rtol=1e-4, atol=1e-5)
-    assert abs(apply(*inputs(), augment=labels) - plain).max() > 1e-3
-    untold = nnx.merge(*build(augment_dim=0))
-    assert "augment" not in str(nnx.to_flat_state(nnx.state(untold)))
-    jax.eval_shape(lambda *args: untold(*args, augment=labels), *inputs())
-
-
-def test_classes_are_ignored_and_times_are_not(net):
-    _, apply = net
-    z, t, r, y = inputs()
-    assert np.array_equal(apply(z, t, r, y), apply(z, t, r, y + 1))
-    assert abs(apply(z, t, r, y) - apply(z, t, r + 0.3, y)).max() > 1e-4
-    assert abs(apply(z, t, r, y) - apply(z, t - 0.3, r, y)).max() > 1e-4
-
-
-def test_time_features_are_sines_then_cosines_down_to_the_slowest(net):
-    features, half = net[0].embed_time(jnp.array([0.5]))[0], net[0].features // 2
-    expected = {0: np.sin(0.5), half - 1: np.sin(0.5 / 10_000), half: np.cos(0.5), -1: np.cos(0.5 / 10_000)}
-    for i, value in expected.items():
-        assert float(features[i]) == pytest.approx(value, rel=1e-6)
 
 
 def test_random_frequencies_are_never_trained():

@@ -1,5 +1,6 @@
 """Two gloo processes under torchrun train as one process does, however the work is divided."""
 
+import functools
 import json
 import pathlib
 
@@ -45,11 +46,15 @@ CASES = {
     "fsdp_accumulate": ("guided", {"train.fsdp": 2, "train.accumulate": 2}),
     "fsdp_compiled": ("all_jvp", {"train.fsdp": 2, "train.compile": True}),
 }
+QUICK = ("ddp_accumulate", "fsdp_accumulate")  # they share their reference; the others are slow
 
 
 @pytest.fixture(scope="module")
 def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_decoupled, tiny_rectified):
-    """Return the directory in which each reference and case has its work directory."""
+    """Return a function (case) -> the directory in which it and its reference have their work directories.
+
+    Cases that are quick are trained together, and so are the others: each start takes its time.
+    """
     directory = tmp_path_factory.mktemp("processes")
     teacher = {"method.guidance_type": "distill", "method.teacher": str(directory / "teacher.safetensors")}
     save_teacher(tiny(tiny_flow), teacher["method.teacher"])
@@ -58,16 +63,26 @@ def trained(launcher, tmp_path_factory, tiny, tiny_improved, tiny_flow, tiny_dec
         "improved": IMPROVED | tiny_improved, "decoupled": decoupled, "distilled": decoupled | teacher,
         "rectified": {"train.batch_size": 32} | tiny_rectified,
     }  # fmt: skip
-    two = {name: one[reference] | changes for name, (reference, changes) in CASES.items()}
-    for title, cases in (("one", one), ("two", two)):
-        lines = [[str(directory / name), flatten(tiny(changes))] for name, changes in cases.items()]
-        (directory / f"{title}.json").write_text(json.dumps(lines))
-    torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
-    commands = [launcher.start(SCRIPT, directory / "one.json"),
-                launcher.start(*torchrun, SCRIPT, directory / "two.json")]  # fmt: skip
-    for command in commands:
-        assert command.wait() == 0, command.stderr
-    return directory
+
+    @functools.cache
+    def train(quick):
+        group = directory / ("quick" if quick else "slow")
+        group.mkdir()
+        names = {name: reference for name, (reference, _) in CASES.items() if (name in QUICK) == quick}
+        runs = {
+            "one": {reference: one[reference] for reference in names.values()},
+            "two": {name: one[reference] | CASES[name][1] for name, reference in names.items()},
+        }
+        for title, cases in runs.items():
+            lines = [[str(group / name), flatten(tiny(changes))] for name, changes in cases.items()]
+            (group / f"{title}.json").write_text(json.dumps(lines))
+        torchrun = ("torch.distributed.run", "--standalone", "--nproc_per_node=2")
+        commands = [launcher.start(SCRIPT, group / "one.json"), launcher.start(*torchrun, SCRIPT, group / "two.json")]
+        for command in commands:
+            assert command.wait() == 0, command.stderr
+        return group
+
+    return lambda case: train(case in QUICK)
 
 
 def save_teacher(config, path):
@@ -91,20 +106,16 @@ def tensors(workdir):
     return {name: a.detach().numpy() for name, a in found.items()}
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_train_as_one(trained, case):
-    expected, found = tensors(trained / CASES[case][0]), tensors(trained / case)
+@pytest.mark.parametrize("case", [pytest.param(c, marks=() if c in QUICK else pytest.mark.slow) for c in CASES])
+def test_two_processes_train_and_log_as_one(trained, case):
+    reference, run = trained(case) / CASES[case][0], trained(case) / case
+    expected, found = tensors(reference), tensors(run)
     assert found.keys() == expected.keys()
     difference = {name: float(np.abs(found[name] - expected[name]).max()) for name in expected}
-    print(case, max(difference, key=difference.get), max(difference.values()))
-    assert max(difference.values()) <= BOUND
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_two_processes_log_as_one(trained, case):
+    worst = max(difference, key=difference.get)
+    assert difference[worst] <= BOUND, worst
     expected, found = (
-        [json.loads(line) for line in (trained / name / "metrics.jsonl").read_text().splitlines()]
-        for name in (CASES[case][0], case)
+        [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] for path in (reference, run)
     )
     assert len(found) == 5
     for one, two in zip(expected, found, strict=True):
