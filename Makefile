@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 # Idle OpenMP threads sleep instead of spinning, which matters as soon as two programs share the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test lint parity benchmark clean
+.PHONY: install demo test test-all lint parity benchmark clean
 
 install: $(VENV)/.installed
 
@@ -24,6 +24,9 @@ demo: install
 
 test: install
 	$(BIN)/python -m pytest
+
+test-all: install  # those marked slow, too
+	$(BIN)/python -m pytest -m ""
 
 lint: install
 	$(BIN)/ruff check .

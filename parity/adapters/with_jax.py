@@ -381,5 +381,6 @@ def _to_numpy(tree):
 
 def _gradients(net, grads):
     """Gradients by canonical name, of what is trained."""
+    fixed = tables(net)
     canonical = weights.to_canonical(net.module, grads)
-    return {name: a for name, a in canonical.items() if name not in tables(net) and not step.is_fixed(name)}
+    return {name: a for name, a in canonical.items() if name not in fixed and not step.is_fixed(name)}
