@@ -1,4 +1,4 @@
-"""What the methods share: times and flow rows, the path, label drop, weights, and work on rows."""
+"""Shared by the methods: times and flow rows, path, label drop, weights of the loss, and splitting a batch."""
 
 import math
 from typing import NamedTuple
@@ -12,10 +12,10 @@ from meanflow.config import division
 
 
 class Rows(NamedTuple):
-    """A static interleaving of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
+    """A static, interleaved split of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
 
-    Groups, not one block of each, keep a contiguous shard of the batch whole: to split it moves no data between
-    devices, and which rows are flow rows does not depend on how many devices there are.
+    Groups, rather than one block of each, keep contiguous shards of the batch together: splitting moves no data
+    between devices, and which rows are flow rows does not depend on the number of devices.
     """
 
     groups: int
@@ -24,11 +24,10 @@ class Rows(NamedTuple):
 
 
 def sample_times(draws, cfg):
-    """Return t >= r, [b] each in [0, 1], from two draws, each with its own mean and deviation, and r = t on flow rows.
+    """Return t >= r, [b] each in [0, 1], from two draws with a mean and deviation each; r = t on flow rows.
 
-    `sorted`: t is the larger, r the smaller, then flow rows.  `truncated`: t is the first, r the second but at most t,
-    so that rows other than flow rows may have r = t as well.  Source: Gsunshine/py-meanflow, models/time_sampler.py,
-    where they are v0 and v1.
+    `sorted`: t is the larger, r the smaller.  `truncated`: t is the first, r the second capped at t, so other rows can
+    have r = t too.  Flow rows are set afterwards.  Source: Gsunshine/py-meanflow, models/time_sampler.py, v0 and v1.
     """
     t, r = order_times(draws.times, cfg)
     return t, jnp.where(is_flow(draws, cfg), t, r)
@@ -42,11 +41,11 @@ def order_times(times, cfg):
 
 
 def to_time(drawn, mean, std, cfg):
-    """Return times in [0, 1] from unit normals or, if time_sampler = uniform, from uniforms, which are times already.
+    """Return times in [0, 1] from unit normals or, if time_sampler = uniform, from uniforms, which already are times.
 
     `logit_normal`: sigmoid(normal).  `arctan`: 2/pi atan(exp(normal)), the time at which the cosine path has the
-    signal-to-noise ratio that the linear path has at sigmoid(normal).  `arctan_official`: without exp, as
-    kyungmnlee/dmf, loss.py; it may be negative.
+    signal-to-noise ratio that the linear path has at sigmoid(normal).  `arctan_official`: without exp, as in
+    kyungmnlee/dmf, loss.py; can be negative.
     """
     normal = drawn * std + mean
     if cfg.time_sampler == "arctan":
@@ -57,15 +56,15 @@ def to_time(drawn, mean, std, cfg):
 
 
 def draw_times(key, shape, cfg):
-    """Draw what `to_time` takes: unit normals, or uniforms if time_sampler = uniform."""
+    """Draw the input of `to_time`: unit normals, or uniforms if time_sampler = uniform."""
     return jax.random.uniform(key, shape) if cfg.time_sampler == "uniform" else jax.random.normal(key, shape)
 
 
 def arrange(draws, cfg):
-    """Return the draws of a whole batch, with those of the rows that are to come first in front.
+    """Return the draws of a whole batch, rearranged so that `front` rows, if any, are the first ones.
 
-    `front`, of flow rows and of lost labels, is then `coin`: what happens to a row follows from its own draws, however
-    the batch is divided among devices and micro-batches.
+    `front`, of flow rows or dropped labels, then works as `coin`: what happens to a row follows from its own draws,
+    however the batch is divided among devices and micro-batches.
     """
     if cfg.flow_rows == "front" and "coin" in draws._fields:
         num_flow = int(len(draws.coin) * cfg.flow_fraction)
@@ -77,8 +76,8 @@ def arrange(draws, cfg):
 def is_flow(draws, cfg):
     """Return [b] bool: the rows with r = t.
 
-    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows of the whole batch, as
-    the official JAX code of those of a device; see `arrange`.  `coin`: each row with probability flow_fraction, as the
+    `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows of the whole batch (the
+    official JAX code: of each device's); see `arrange`.  `coin`: each row with probability flow_fraction, as in the
     PyTorch reproduction.
     """
     if cfg.flow_rows != "split":
@@ -88,7 +87,7 @@ def is_flow(draws, cfg):
 
 
 def split_rows(batch_size, cfg):
-    """Return the static split of a batch: all rows are `rest` unless flow_rows = split.
+    """Return the static split of a batch; unless flow_rows = split, all rows are `rest`.
 
     Raises UserError if flow_fraction of the batch is not a whole number of rows.
     """
@@ -106,19 +105,19 @@ def path(x, e, t, cfg):
 
 
 def drop_labels(y, draws, null, cfg):
-    """Return labels [b] with some replaced by `null`, and [b] bool: the rows that kept theirs.
+    """Return labels [b] with some replaced by `null`, and [b] bool: the rows that keep theirs.
 
-    `coin`: each row with probability label_drop_prob.  `front`: as many rows as that gives, but the first ones of the
-    whole batch, as the official JAX code of those of a device; see `arrange`.
+    `coin`: each row with probability label_drop_prob.  `front`: the same number of rows, but the first ones of the
+    whole batch (the official JAX code: of each device's); see `arrange`.
     """
     dropped = draws.drop < cfg.label_drop_prob
     return jnp.where(dropped, null, y), ~dropped
 
 
 def weigh(err, cfg):
-    """Return the constant weight [b] and the weighted loss [b] of each row's summed squared error err [b].
+    """Return each row's weight [b], which has no gradient, and weighted loss [b], from its squared error err [b].
 
-    `adaptive`: err / (err + eps)^p, arXiv:2505.13447 eq. 22.  `adaptive_squared`: the same of err^2, as the PyTorch
+    `adaptive`: err / (err + eps)^p, arXiv:2505.13447 eq. 22.  `adaptive_squared`: the same for err^2, as in the PyTorch
     reproduction.  `uniform`: err itself.
     """
     if cfg.weighting == "uniform":
@@ -162,14 +161,14 @@ def take(a, rows, part):
 
 
 def join(a, b, rows):
-    """Join rows a and b group by group; the inverse of `take` for a flow and a rest part."""
+    """Interleave rows a and b group by group; the inverse of `take` of both parts."""
     a, b = (part.reshape(rows.groups, len(part) // rows.groups, *part.shape[1:]) for part in (a, b))
     joined = jnp.concatenate([a, b], axis=1)
     return joined.reshape(-1, *joined.shape[2:])
 
 
 def interleave(*parts):
-    """Join parts [b ...] row by row into [b*parts ...], so that a contiguous shard of rows stays whole."""
+    """Interleave parts [b ...] row by row into [b*parts ...], so that contiguous shards of rows stay together."""
     a = jnp.stack(parts, axis=1)
     return a.reshape(-1, *a.shape[2:])
 
@@ -181,10 +180,10 @@ def separate(a, num):
 
 
 def expand(a, like):
-    """Give a [b] the rank of `like` [b ...]."""
+    """Return a [b] with the rank of `like` [b ...], to broadcast against it."""
     return a.reshape(-1, *[1] * (like.ndim - 1))
 
 
 def sum_squares(a):
-    """Return the sum of squares over each row of a [b ...], [b], in float32 at least."""
+    """Return the sum of squares of each row of a [b ...], [b]."""
     return jnp.square(a).sum(tuple(range(1, a.ndim)))

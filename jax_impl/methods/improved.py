@@ -1,9 +1,10 @@
-"""Improved MeanFlow: guidance of every scale and interval at once, learnt from the network's own velocity.
+"""Improved MeanFlow: one network for every guidance scale and interval, guided by the velocity that it predicts.
 
 Source: arXiv:2512.02012; Lyy-iiis/imeanflow, imf.py.  `docs/differences.md` lists where it differs from ours.
 
-A step runs as few forwards as the mathematics allows.  With F one forward through trunk and one head, a the share of a
-head in F, and p the share of rows with r < t:
+`loss_reference` is the algorithm as the paper writes it.  `loss` computes the same with as few forwards as the
+mathematics allows.  With F one forward through the trunk and one head, a the share of a head in F, and p the share of
+rows with r < t:
   3(1 + a)F  both heads, and their gradient
   pF         the tangent of u; v needs none
   F          the velocity without class, of all rows
@@ -43,7 +44,7 @@ __all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_condit
 
 
 class Draws(NamedTuple):
-    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row per example."""
 
     noise: jax.Array  # [b h w c] unit normals
     times: jax.Array  # [b 2] unit normals (logit_normal) or uniforms (uniform)
@@ -55,7 +56,7 @@ class Draws(NamedTuple):
 
 
 def draw(key, shape, cfg):
-    """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
+    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
     noise, times, *uniforms = jax.random.split(key, 7)
     return Draws(
         jax.random.normal(noise, shape),
@@ -67,14 +68,14 @@ def draw(key, shape, cfg):
 def loss(net, batch, draws, cfg):
     """Improved MeanFlow objective.  Source: arXiv:2512.02012.
 
-    net: (z, t, r, y, omega, t_min, t_max, heads) -> u, v or both, z, u and v of shape [b h w c], the others of [b];
+    net: (z, t, r, y, omega, t_min, t_max, heads) -> u, v or both; z, u and v are [b h w c], the others [b];
     `net.num_classes` is the null label.  batch: 'image' [b h w c] in data units, 'label' [b] int.  cfg:
     `config.method`.
     Returns the mean (scalar) of both weighted errors, of u and of v, and aux: t, r, y, omega, t_min, t_max [b], v (of
     the path), v_c (predicted), v_g, u, v_head, du_dt, compound [b h w c], err and err_v [b] (squared, summed over a
     row), weight, weight_v, row_loss and row_loss_v [b].  No gradient flows through v_c, v_g, du_dt and weights.
-    The row's own v_c, with its label and at the scale that holds at t, is the tangent of z; v_g is the target of both
-    V = u + (t - r) du/dt and the head of v.
+    The tangent of z is v_c, predicted with the row's own label at the scale that applies at t; v_g is the target of
+    both V = u + (t - r) du/dt and the v head.
     """
     x, y = batch["image"], batch["label"]
     t, r = sample_times(draws, cfg)
@@ -137,10 +138,10 @@ def loss_reference(net, batch, draws, cfg):
 
 
 def sample_guidance(draws, cfg):
-    """Return what the network is told of guidance, [b] each by name: omega, t_min, t_max; [0, 1] on flow rows.
+    """Return the network's guidance inputs, [b] each by name: omega, t_min, t_max; the interval is [0, 1] on flow rows.
 
-    omega in [1, omega_max] with a density that falls as omega^-omega_power, by inverting its distribution; t_min
-    uniform in [0, 0.5], t_max in [0.5, 1].  Without guidance omega is 1.
+    omega in [1, omega_max] has a density proportional to omega^-omega_power, sampled by inverting the distribution
+    function; t_min is uniform in [0, 0.5], t_max in [0.5, 1].  Without guidance omega is 1.
     """
     log_max, left = math.log(cfg.omega_max), 1 - cfg.omega_power
     log_omega = draws.omega * log_max if left == 0 else jnp.log1p(draws.omega * math.expm1(left * log_max)) / left
@@ -156,10 +157,10 @@ def sample_guidance(draws, cfg):
 def guide(net, z, v, t, y, given, kept, v_flow, cfg):
     """Return the predicted velocity v_c and the guided velocity v_g = v + (1 - 1/w)(v_c - v_null) [b h w c].
 
-    Both velocities come from the head of v at r = t, told the interval [0, 1]: v_c at the scale w = omega, but 1 where
-    t is outside [t_min, t_max]; v_null without class, at scale 1.  v_g is v where the label was dropped.  On flow rows
-    v_c is the row's own prediction `v_flow`, wherever v_g reads it; v_null of all rows and v_c of the rest run as one
-    batch.  Without guidance v_g is v, and only v_c of the rest is needed.
+    Both come from the v head at r = t with the interval [0, 1]: v_c at scale w = omega, or 1 where t is outside
+    [t_min, t_max]; v_null without class, at scale 1.  v_g is v where the label was dropped.  On flow rows v_c is the
+    row's own prediction `v_flow`, which differs only where v_g does not read it; v_null of all rows and v_c of those
+    with r < t run as one batch.  Without guidance v_g is v, and only v_c of rows with r < t is needed.
     """
     rows = split_rows(len(y), cfg)
     zero, one = jnp.zeros_like(t), jnp.ones_like(t)
@@ -179,15 +180,15 @@ def guide(net, z, v, t, y, given, kept, v_flow, cfg):
 
 
 def sampling_conditions(cfg):
-    """Return what the network is told of guidance when sampling, a number each by name.  cfg: `config.sample`."""
+    """Return the network's guidance inputs when sampling, one number each by name.  cfg: `config.sample`."""
     return {"omega": cfg.omega, "t_min": cfg.interval[0], "t_max": cfg.interval[1]}
 
 
 def sample(net, noise, y, given, cfg):
     """Carry noise [b h w c] to data in the steps of `sampling_steps(cfg)`.
 
-    y: [b] labels.  given: numbers of `sampling_conditions`, of which every row is told the same; see `integrate` for
-    what else.  cfg: `config.sample`.
+    y: [b] labels.  given: the numbers of `sampling_conditions`, the same for every row; see `integrate` for what else
+    it may hold.  cfg: `config.sample`.
     """
-    told = {name: jnp.full(len(y), given[name], noise.dtype) for name in ("omega", "t_min", "t_max")}
-    return integrate(net, noise, y, given | told, cfg, sampling_steps(cfg))
+    guidance = {name: jnp.full(len(y), given[name], noise.dtype) for name in ("omega", "t_min", "t_max")}
+    return integrate(net, noise, y, given | guidance, cfg, sampling_steps(cfg))

@@ -1,7 +1,8 @@
-"""Re-MeanFlow: MeanFlow on the straightened trajectories of a teacher, between its noise and its samples.
+"""Re-MeanFlow: MeanFlow along the straight lines between a teacher's noise and its samples.
 
 Source: Re-MeanFlow, 2025 (Rectified MeanFlow); Xinxi-Zhang/Re-MeanFlow, meanflow.py and train.py.  The couplings come
-from `reflow`; `meanflow/config/stages.py` says in which steps the velocity is guided.
+from `reflow`; `meanflow/config/stages.py` says in which steps the velocity is guided.  `loss_reference` is the
+algorithm as the source has it; `loss` computes the same with fewer forwards, as `meanflow.loss` does.
 """
 
 import math
@@ -36,10 +37,10 @@ MARGIN = 1e-5  # between the U and the ends of [0, 1]
 
 
 class Draws(NamedTuple):
-    """All the randomness of one loss, one row an example; the noise is that of the coupling."""
+    """All the randomness of one loss, one row per example; the noise comes with the coupling."""
 
     times: jax.Array  # [b] uniforms in [0, 1), of t
-    second: jax.Array  # [b] uniforms: on which side of the U (re2_truncate), r / t (uniform)
+    second: jax.Array  # [b] uniforms: the side of the U (re2_truncate), or r / t (uniform)
     interval: jax.Array  # [b] unit normals, of t - r (re2_truncate)
     coin: jax.Array  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: jax.Array  # [b] uniforms: which rows lose their label
@@ -47,7 +48,7 @@ class Draws(NamedTuple):
 
 
 def draw(key, shape, cfg):
-    """Draw what the loss of a batch of the given shape (b h w c) needs.  The only random function."""
+    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
     keys = jax.random.split(key, len(Draws._fields))
     uniform = {name: jax.random.uniform(k, shape[:1]) for name, k in zip(Draws._fields, keys, strict=True)}
     return Draws(**uniform | {"interval": jax.random.normal(keys[2], shape[:1])})
@@ -56,14 +57,14 @@ def draw(key, shape, cfg):
 def loss(net, batch, draws, cfg):
     """MeanFlow objective along straight lines between paired noise and data.
 
-    net: (z, t, r, y) -> u, z and u of shape [b h w c], t, r, y of [b]; `net.num_classes` is the null label.
-    batch: 'image' [b h w c] in data units, 'noise' [b h w c] from which the teacher made it, 'label' [b] int.
+    net: (z, t, r, y) -> u; z and u are [b h w c], t, r and y [b]; `net.num_classes` is the null label.
+    batch: 'image' [b h w c] in data units, 'noise' [b h w c] that the teacher made it from, 'label' [b] int.
     cfg: `config.method`.
     Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b h w c], err [b] (squared,
-    summed over a row), weight and row_loss [b] (of the mean over a row; 0 where noise and data are not nearer than
-    distance_clip, of which `kept` is the share that is).  No gradient flows through v_g, du_dt, target and weight.
-    Departs from the source: flow rows are a fixed share of the batch, the guidance scale is drawn for each row and not
-    for the step, and the mean is that of all rows, not of the near ones, so that no row depends on another.
+    summed over a row), weight and row_loss [b] (of err averaged over a row; 0 for pairs beyond distance_clip), and with
+    distance_clip kept, the fraction of pairs within it.  No gradient flows through v_g, du_dt, target and weight.
+    Departs from the source: flow rows are a fixed share of the batch; the guidance scale is drawn per row, not per
+    step; and the mean is over all rows, not only the kept ones, so that no row depends on another.
     """
     x, noise = batch["image"], batch["noise"]
     t, r = sample_times(draws, cfg)
@@ -81,7 +82,8 @@ def loss(net, batch, draws, cfg):
         "t": t, "r": r, "y": y, "v": v, "v_g": v_g, "u": u, "du_dt": du_dt, "target": target, "err": err,
         "weight": jnp.where(near, weight, 0), "row_loss": jnp.where(near, row_loss, 0),
     }  # fmt: skip
-    return aux["row_loss"].mean(), aux | ({"kept": near.mean(dtype=err.dtype)} if cfg.distance_clip else {})
+    aux |= {"kept": near.mean(dtype=err.dtype)} if cfg.distance_clip else {}
+    return aux["row_loss"].mean(), aux
 
 
 def loss_reference(net, batch, draws, cfg):
@@ -125,9 +127,9 @@ def loss_reference(net, batch, draws, cfg):
 def sample_times(draws, cfg):
     """Return t >= r, [b] each in [0, 1), and r = t on flow rows.
 
-    `re2_truncate`: t has a U-shaped density, much of it near both ends, and is at most 80/81; t - r is logit-normal, r
-    at least 0, and 0 where t > 0.8 and r < 0.4: what starts near noise and goes far, goes all the way.  `uniform`: t
-    up to 1, as in the official code, and r below it.
+    `re2_truncate`: t has a U-shaped density, with most of its mass near both ends, and is at most 80/81; t - r is
+    logit-normal; r is clipped at 0, and set to 0 where t > 0.8 and r < 0.4: long intervals that start near noise end at
+    the data.  `uniform`: t up to 1, as in the official code, and r below it.
     """
     if cfg.time_sampler == "uniform":
         t, r = draws.times, draws.times * draws.second
@@ -141,7 +143,7 @@ def sample_times(draws, cfg):
 
 
 def guide(net, z, v, t, y, u_flow, rows, draws, cfg):
-    """Return the guided velocity v_g [b h w c]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), on rows without label too.
+    """Return the guided velocity v_g [b h w c]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), for dropped labels too.
 
     omega_sampler `uniform`: the effective scale w_pi of a row is uniform in [1, omega_max], w = max(1, w_pi - 1) and
     k = 1 - w / w_pi.  `constant`: w = omega, k = kappa.
@@ -159,14 +161,14 @@ def guide(net, z, v, t, y, u_flow, rows, draws, cfg):
 
 
 def is_near(x, noise, cfg):
-    """Return [b] bool: the rows whose mean squared distance from noise to data is below distance_clip; 0: all."""
+    """Return [b] bool: pairs with a mean squared distance below distance_clip; all of them if that is 0."""
     return sum_squares(noise - x) < (cfg.distance_clip * x[0].size if cfg.distance_clip else jnp.inf)
 
 
 def sampling_steps(cfg):
-    """Return the steps of `flow_map_steps`, but the network is told no time beyond 80/81, where couplings start.
+    """Return the steps of `flow_map_steps` with the network's times capped at 80/81, where couplings start.
 
-    Full noise in one step is then n - u(n, 80/81, 0), as Xinxi-Zhang/Re-MeanFlow, meanflow.py, sample_one_step.
+    One step from full noise n is then n - u(n, 80/81, 0), as in Xinxi-Zhang/Re-MeanFlow, meanflow.py, sample_one_step.
     """
     return [s._replace(t=min(s.t, TIME_MAX), to=min(s.to, TIME_MAX)) for s in flow_map_steps(cfg)]
 

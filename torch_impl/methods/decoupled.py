@@ -3,9 +3,9 @@
 Source: arXiv:2510.24474; kyungmnlee/dmf, loss.py, DMFLoss.  `docs/differences.md` lists where it differs from ours.
 
 A step has two terms on the whole batch, each with its own times and noise: flow matching, and MeanFlow on rows with
-r < t.  With F one forward of the batch: 3F and 3F for both with their gradients, F for the tangent, and guidance by the
-model itself 3F (without class in both terms, with it in the second: in the first it is the row's own prediction), or by
-a teacher 4F of the teacher's.
+r < t.  `loss_reference` is the algorithm as the paper writes it.  `loss` computes the same with fewer forwards.  With F
+one forward of the batch: 3F for each term with its gradient, F for the tangent, and for guidance 3F by the model itself
+(in the flow term the conditional velocity is the row's own prediction) or 4F by a teacher.
 """
 
 from typing import NamedTuple
@@ -34,7 +34,7 @@ __all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_condit
 
 
 class Draws(NamedTuple):
-    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row per example."""
 
     noise: torch.Tensor  # [b c h w] unit normals of the MeanFlow term
     noise_flow: torch.Tensor  # [b c h w] unit normals of the flow term
@@ -44,7 +44,7 @@ class Draws(NamedTuple):
 
 
 def draw(key, shape, cfg):
-    """Draw what the loss of a batch of the given shape (b c h w) needs.  The only random function.
+    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
 
     key: a `torch.Generator`; the draws are on its device.
     """
@@ -58,13 +58,13 @@ def draw(key, shape, cfg):
 
 
 def loss(net, batch, draws, cfg, teacher=None):
-    """Decoupled MeanFlow objective: half the flow term and half the MeanFlow term.  Source: arXiv:2510.24474.
+    """Decoupled MeanFlow objective: the mean of the flow term and the MeanFlow term.  Source: arXiv:2510.24474.
 
-    net: (z, t, r, y) -> u, z and u of shape [b c h w], t, r, y of [b]; `net.log_variance(t, r)` [b];
-    `net.num_classes` is the null label.  batch: 'image' [b c h w] in data units, 'label' [b] int.  cfg:
-    `config.method`.  teacher: (z, t, r, y) -> v, a frozen flow model, for guidance_type = distill.
+    net: (z, t, r, y) -> u; z and u are [b c h w], t, r and y [b]; `net.log_variance(t, r)` is [b]; `net.num_classes` is
+    the null label.  batch: 'image' [b c h w] in data units, 'label' [b] int.  cfg: `config.method`.  teacher:
+    (z, t, r, y) -> v, a frozen flow model, for guidance_type = distill.
     Returns the loss (scalar) and aux: t, r, t_flow, y [b], v, v_g, v_g_flow, u, u_flow, du_dt, target [b c h w], err
-    and err_flow [b] (squared, summed over a row, of the MeanFlow and of the flow term), log_variance, log_variance_flow
+    and err_flow [b] (squared, summed over a row, in the MeanFlow and the flow term), log_variance, log_variance_flow
     [b], row_loss and row_loss_flow, [b] or, for log_variance_pairs = all, [b b].  No gradient flows through v_g,
     v_g_flow, du_dt and target.
     """
@@ -74,7 +74,7 @@ def loss(net, batch, draws, cfg, teacher=None):
     y, kept = drop_labels(batch["label"], draws, net.num_classes, cfg)
     z, v = path(x, draws.noise, t, cfg)
     z_flow, v_flow = path(x, draws.noise_flow, t_flow, cfg)
-    rows = Rows(1, 0, len(y))  # a term of their own has the flow rows
+    rows = Rows(1, 0, len(y))  # flow matching is a separate term here, so there are no flow rows
     u_flow = net(z_flow, t_flow, t_flow, y)
     u, tape = average_velocity(net, z, t, r, y, {}, rows)
     states, velocities, times = (z_flow, z), (v_flow, v), (t_flow, t)
@@ -138,11 +138,11 @@ def loss_reference(net, batch, draws, cfg, teacher=None):
 
 @torch.no_grad()
 def guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg):
-    """Return the guided velocities (of the flow term, of the MeanFlow term) v + w (v(y) - v(no class)) [b c h w] each.
+    """Return the guided velocities v + w (v(y) - v(no class)) of the flow term and of the MeanFlow term [b c h w] each.
 
     Only where the label was kept and guidance_start <= t <= guidance_end; v elsewhere, and if guidance_type = default.
-    states, velocities, times: of both terms.  On the flow term v(y) is the row's own prediction `u_flow`; the other
-    three forwards run as one batch.
+    states, velocities, times: pairs, one entry per term.  In the flow term v(y) is the row's own prediction `u_flow`;
+    the other three forwards run as one batch.
     """
     if cfg.guidance_type == "default":
         return velocities
@@ -158,9 +158,10 @@ def guide_by_itself(net, states, velocities, times, y, kept, u_flow, cfg):
 
 @torch.no_grad()
 def distill(teacher, states, times, y, cfg):
-    """Return the teacher's guided velocities, v(no class) + w (v(y) - v(no class)) [b c h w] of each term.
+    """Return the teacher's guided velocities v(no class) + w (v(y) - v(no class)) [b c h w], one per term.
 
-    v(y) where t is outside [guidance_start, guidance_end].  states, times: of both terms.  y: [b], some dropped.
+    v(y) where t is outside [guidance_start, guidance_end].  states, times: pairs, one entry per term.  y: [b], after
+    the label drop.
     """
     null = torch.full_like(y, teacher.num_classes)
     z, t = interleave(*states, *states), interleave(*times, *times)
@@ -173,11 +174,11 @@ def distill(teacher, states, times, y, cfg):
 
 
 def log_loss(err, log_variance, cfg):
-    """Return log(err / variance + eps) + log variance [b]: the error's logarithm, scaled by what is expected of it.
+    """Return log(err / variance + eps) + log variance [b], the logarithm of the error relative to a learnt variance.
 
-    err: [b] mean squared errors.  log_variance: [b].  For log_variance_pairs = all, as the official code has it by a
-    broadcasting accident, [b b]: the log-variance of row i with the error of row j.  The batch must then be whole,
-    on one device: `meanflow/config/division.py` refuses a run that divides it.
+    err: [b] mean squared errors.  log_variance: [b].  For log_variance_pairs = all, a broadcasting accident of the
+    official code, [b b]: the log-variance of row i with the error of row j.  The batch must then stay whole, on one
+    device: `meanflow/config/division.py` refuses a run that divides it.
     """
     if cfg.log_variance_pairs == "all":
         log_variance = log_variance[:, None]

@@ -1,4 +1,4 @@
-"""Flow matching: the velocity of a flow, from which MeanFlow models can start.
+"""Flow matching: learns the velocity of a flow; MeanFlow models can start from its weights.
 
 Source: arXiv:2403.03206 (logit-normal times); arXiv:2410.06940 (REPA); kyungmnlee/dmf, loss.py, FMLoss.
 """
@@ -16,7 +16,7 @@ __all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_condit
 
 
 class Draws(NamedTuple):
-    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row per example."""
 
     noise: torch.Tensor  # [b c h w] unit normals
     times: torch.Tensor  # [b] unit normals, or uniforms (time_sampler = uniform)
@@ -24,7 +24,7 @@ class Draws(NamedTuple):
 
 
 def draw(key, shape, cfg):
-    """Draw what the loss of a batch of the given shape (b c h w) needs.  The only random function.
+    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
 
     key: a `torch.Generator`; the draws are on its device.
     """
@@ -36,13 +36,13 @@ def draw(key, shape, cfg):
 
 
 def loss(net, batch, draws, cfg):
-    """Flow-matching objective: the mean squared error of the velocity, and with REPA that of the features' direction.
+    """Flow-matching objective: the mean squared error of the velocity, plus REPA's alignment of features.
 
-    net: (z, t, r, y) -> v, z and v of shape [b c h w], and with `features` also what its projectors make of its tokens;
-    `net.num_classes` is the null label.  batch: 'image' [b c h w] in data units, 'label' [b] int, and for REPA
-    'features' [b n d] of frozen encoders, side by side.  cfg: `config.method`.
-    Returns the loss (scalar) and aux: t, r (both the same), y [b], v, u (the prediction) [b c h w], err [b] (squared,
-    summed over a row), row_loss [b] (its mean over a row), and with REPA projection (scalar, see `alignment`).
+    net: (z, t, r, y) -> v; z and v are [b c h w]; with features=True it also returns its tokens projected for each
+    encoder, [b n d_i].  `net.num_classes` is the null label.  batch: 'image' [b c h w] in data units, 'label' [b] int,
+    and for REPA 'features' [b n d], those of the frozen encoders concatenated.  cfg: `config.method`.
+    Returns the loss (scalar) and aux: t, r (the same), y [b], v, u (the prediction) [b c h w], err [b] (squared, summed
+    over a row), row_loss [b] (err averaged over a row), and with REPA projection (scalar, see `alignment`).
     """
     x = batch["image"]
     t = to_time(draws.times, cfg.flow_time_mean, cfg.flow_time_std, cfg)
@@ -89,7 +89,7 @@ def loss_reference(net, batch, draws, cfg):
 
 
 def alignment(projections, features):
-    """Return the negative cosine similarity (scalar in [-1, 1]) of projections and features, the mean over all tokens.
+    """Return the negative cosine similarity (scalar in [-1, 1]) of projections and features, averaged over all tokens.
 
     projections: [b n d_i] for each encoder.  features: [b n sum d_i].  Source: arXiv:2410.06940 eq. 8.
     """
@@ -98,5 +98,5 @@ def alignment(projections, features):
 
 
 def unit(a, eps=1e-12):
-    """Return a [... d] divided by its norm, or by eps if that is larger: at zero, too, it has a derivative."""
+    """Return a [... d] divided by its norm, or by eps if that is larger, so that its derivative exists at zero."""
     return a / a.square().sum(-1, keepdim=True).clamp(min=eps**2).sqrt()

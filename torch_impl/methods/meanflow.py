@@ -1,10 +1,11 @@
-"""MeanFlow: the average velocity of a flow, learnt from its own total derivative.  Source: arXiv:2505.13447.
+"""MeanFlow: learns the average velocity of a flow from its own total derivative.  Source: arXiv:2505.13447.
 
 Every option of the two public systems (Gsunshine/meanflow, meanflow.py; zhuyu-cs/MeanFlow, loss.py) is a setting of
-`config.method`; `docs/differences.md` lists what differs between them and which setting reproduces it.
+`config.method`; `docs/differences.md` lists where they differ and which setting reproduces each.
 
-A step runs as few forwards as the mathematics allows.  With F one forward of the whole batch and p the share of rows
-with r < t: the primal and its gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
+`loss_reference` is the algorithm as the paper writes it.  `loss` computes the same with as few forwards as the
+mathematics allows.  With F one forward of the whole batch and p the share of rows with r < t: the primal and its
+gradient 3F, the tangent pF, guidance F (kappa = 0) or (1 + p)F.
 """
 
 from typing import NamedTuple
@@ -34,17 +35,17 @@ __all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_condit
 
 
 class Draws(NamedTuple):
-    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row an example."""
+    """All the randomness of one loss: unit normals and uniforms in [0, 1), one row per example."""
 
     noise: torch.Tensor  # [b c h w] unit normals
     times: torch.Tensor  # [b 2] unit normals (logit_normal) or uniforms (uniform)
     coin: torch.Tensor  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: torch.Tensor  # [b] uniforms: which rows lose their label
-    dropout: torch.Tensor  # [b] uniforms: from which a network's dropout masks follow
+    dropout: torch.Tensor  # [b] uniforms: seeds of the network's dropout masks
 
 
 def draw(key, shape, cfg):
-    """Draw what the loss of a batch of the given shape (b c h w) needs.  The only random function.
+    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
 
     key: a `torch.Generator`; the draws are on its device.
     """
@@ -60,13 +61,12 @@ def draw(key, shape, cfg):
 def loss(net, batch, draws, cfg):
     """MeanFlow objective.  Source: arXiv:2505.13447, algorithm 1, eqs. 10 and 11, and with guidance eqs. 19 to 21.
 
-    net: (z, t, r, y, **given) -> u, z and u of shape [b c h w], t, r, y of [b]; see `conditions` for what it is given.
-    `net.num_classes` is the null label, `net.dropout` its rate of dropout.
-    batch: 'image' [b c h w] in data units, 'label' [b] int, 'augment' [b k] if there are such labels.  cfg:
-    `config.method`.
+    net: (z, t, r, y, **given) -> u; z and u are [b c h w], t, r and y [b]; see `conditions` for `given`.
+    `net.num_classes` is the null label.
+    batch: 'image' [b c h w] in data units, 'label' [b] int, optionally 'augment' [b k].  cfg: `config.method`.
     Returns the weighted mean (scalar) and aux: t, r, y [b], v, v_g, u, du_dt, target [b c h w], err [b] (squared,
     summed over a row), weight [b] and row_loss [b].  No gradient flows through v_g, du_dt, target and weight.
-    Departs from the paper: flow rows are a fixed share of the batch, not drawn (but for flow_rows = coin).
+    Departs from the paper: flow rows are a fixed share of the batch, not drawn (except with flow_rows = coin).
     """
     x, y, given = batch["image"], batch["label"], conditions(net, batch, draws)
     t, r = sample_times(draws, cfg)
@@ -126,11 +126,11 @@ def loss_reference(net, batch, draws, cfg):
 
 
 def conditions(net, batch, draws):
-    """Return what the network is given beside (z, t, r, y), arrays of [b ...] by name.
+    """Return the network's inputs in addition to (z, t, r, y), [b ...] each by name.
 
-    augment: augmentation labels, if the batch has them and the network wants them; one that is told of none
-    (augment_dim 0) learns augmented images as if they were real.  dropout: its masks, if it has
-    dropout; the primal and the tangent of a row share them.
+    augment: augmentation labels, if the batch has them and `net.augment_dim` is positive; without them a network learns
+    augmented images as if they were real.  dropout: masks, if `net.dropout` is positive; the primal and the tangent of
+    a row share them.  Both attributes are optional.
     """
     given = {"augment": batch["augment"]} if net.augment_dim and "augment" in batch else {}
     return given | ({"dropout": net.dropout_masks(draws.dropout)} if net.dropout else {})
@@ -141,9 +141,9 @@ def guide(net, z, v, t, y, given, kept, u_flow, cfg):
     """Return the guided velocity v_g [b c h w]: w v + k u(z,t,t,y) + (1-w-k) u(z,t,t,null), w = omega, k = kappa.
 
     Only where the label was kept and guidance_start <= t <= guidance_end; v elsewhere.  On flow rows u(z,t,t,y) is
-    the row's own prediction `u_flow`; the null forward of all rows and the conditional forward of the rest run as
-    one batch.  With k = 0 no conditional forward is needed.  Guidance sees no dropout: where the network has it, no
-    forward is shared.  Source: eq. 21 of arXiv:2505.13447, appendix B.1.
+    the row's own prediction `u_flow`; the null forward of all rows and the conditional forward of those with r < t run
+    as one batch.  k = 0 needs no conditional forward.  Guidance runs without dropout, so a network with dropout shares
+    no forward.  Source: eq. 21 of arXiv:2505.13447, appendix B.1.
     """
     if not cfg.guidance:
         return v
@@ -162,9 +162,9 @@ def guide(net, z, v, t, y, given, kept, u_flow, cfg):
 
 
 def conditional_and_null(net, z, t, y, null, given, u_flow, rows):
-    """Return u(z, t, t, y) and u(z, t, t, null) [b c h w]: one batch of the null forward of all and the rest's own.
+    """Return u(z, t, t, y) and u(z, t, t, null) [b c h w], from one batch.
 
-    u_flow: the conditional one of the flow rows of a static split.
+    u_flow: u(z, t, t, y) of the flow rows of a static split, which need no conditional forward of their own.
     """
     both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)
     z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
