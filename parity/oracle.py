@@ -1,7 +1,7 @@
-"""The objectives written a second time, from the papers, in numpy around a bare network.
+"""The objectives derived a second time from the papers, in numpy around a bare network.
 
-They know no static split, share no forward and run the JVP on all rows, so they show that what the methods save
-leaves the mathematics unchanged.
+They share nothing with the methods: neither times, paths and weights, as `loss_reference` does, nor gradients, which
+are those of an equivalent regression.  They know no static split, share no forward and run the JVP on all rows.
 """
 
 from typing import Any, NamedTuple
@@ -10,25 +10,25 @@ import numpy as np
 
 
 class Bare(NamedTuple):
-    """A network as functions of arrays; those that a method does not use may be None."""
+    """A network as functions of arrays; those a method does not use may be None."""
 
     forward: Any  # (z, t, r, y, given, head) -> u or the velocity of another head
     jvp: Any  # (z, t, r, y, tangent, given) -> (u, du_dt)
     log_variance: Any = None  # (t, r) -> [b]
     features: Any = None  # (z, t, y) -> [b n d] for each encoder
-    teacher: Any = None  # (z, t, r, y) -> v of a frozen flow model
+    teacher: Any = None  # (z, t, r, y) -> v, a frozen flow model
 
 
 class Regression(NamedTuple):
-    """What has the gradients of a loss, when all that stays constant in it is given as numbers.
+    """A sum with the same gradients as a loss, whose constants are given as numbers.
 
-    The sum of: for each head the mean over rows of scale ||u - target||^2; the mean of slope times the log-variance;
+    It adds, for each head, the mean over rows of scale ||u - target||^2; the mean of slope times the log-variance; and
     the products of cotangents and features.
     """
 
     inputs: tuple  # z, t, r, y
     targets: dict  # {head: (target [b h w c], scale [b])}
-    given: dict  # what the network is given beside, by name
+    given: dict  # the network's other inputs, by name
     slope: Any = None  # [b]
     cotangents: Any = None  # [b n d] for each encoder
 
@@ -36,9 +36,9 @@ class Regression(NamedTuple):
 def meanflow(net, batch, given, draws, cfg):
     """Return t, r, v_g, u, du_dt, target, err, weight, row_loss, and under `regressions` what has their gradients.
 
-    net: a `Bare`.  batch: image [b h w c], label [b], null label, and perhaps more by name.  given: what the network is
-    given in training, by name.  draws: noise, times, coin, drop by name, see a method's `Draws`.  cfg: `config.method`.
-    All in float64.  Source: arXiv:2505.13447, algorithm 1 and eqs. 10, 11, 19 to 22.
+    net: a `Bare`.  batch: image [b h w c], label [b], the null label, and other entries by name.  given: the network's
+    other inputs in training, by name.  draws: by name, see the method's `Draws`.  cfg: `config.method`.  All in
+    float64.  Source: arXiv:2505.13447, algorithm 1 and eqs. 10, 11, 19 to 22.
     """
     x, y, null, noise = batch["image"], batch["label"], batch["null"], draws["noise"]
     in_guidance = {name: a for name, a in given.items() if name != "dropout"}
@@ -64,9 +64,9 @@ def meanflow(net, batch, given, draws, cfg):
 
 
 def improved(net, batch, _, draws, cfg):
-    """Return the same of improved MeanFlow, and v_c, v_head, compound, omega, t_min, t_max and its second error.
+    """Return the same for improved MeanFlow, with v_c, v_head, compound, omega, t_min, t_max and the second error.
 
-    draws: omega, t_min, t_max as well.  Source: arXiv:2512.02012.
+    draws: also omega, t_min, t_max.  Source: arXiv:2512.02012.
     """
     x, y, null, noise = batch["image"], batch["label"], batch["null"], draws["noise"]
     t, r = sorted_times(draws, cfg)
@@ -95,7 +95,7 @@ def improved(net, batch, _, draws, cfg):
 
 
 def rectified(net, batch, _, draws, cfg):
-    """Return the same of Re-MeanFlow.  batch: noise as well; draws: times, second, interval, omega.
+    """Return the same for Re-MeanFlow.  batch: also noise; draws: also second, interval, omega.
 
     Source: Re-MeanFlow, 2025; Xinxi-Zhang/Re-MeanFlow, meanflow.py.
     """
@@ -141,7 +141,7 @@ def coupling_times(draws, cfg):
 def flow(net, batch, _, draws, cfg):
     """Return t, r, u, err, row_loss of flow matching, projection, and under `regressions` what has their gradients.
 
-    batch: `features` [b n d] as well.  Source: arXiv:2403.03206; REPA: arXiv:2410.06940 eq. 8.
+    batch: also `features` [b n d].  Source: arXiv:2403.03206; REPA: arXiv:2410.06940 eq. 8.
     """
     x, y = batch["image"], np.where(lost_labels(draws, cfg), batch["null"], batch["label"])
     t = time_of(draws["times"], cfg.flow_time_mean, cfg.flow_time_std, cfg)
@@ -167,9 +167,9 @@ def flow(net, batch, _, draws, cfg):
 
 
 def decoupled(net, batch, _, draws, cfg):
-    """Return the quantities of both terms of decoupled MeanFlow, and `regressions`, one for each term.
+    """Return the quantities of both terms of decoupled MeanFlow, and under `regressions` one per term.
 
-    draws: noise_flow, times_flow as well.  Source: arXiv:2510.24474.
+    draws: also noise_flow, times_flow.  Source: arXiv:2510.24474.
     """
     x, lost = batch["image"], lost_labels(draws, cfg)
     y, size = np.where(lost, batch["null"], batch["label"]), x[0].size
@@ -183,7 +183,7 @@ def decoupled(net, batch, _, draws, cfg):
         target = v_g - (start - end)[:, None, None, None] * du_dt
         err = np.square(u - target).sum((1, 2, 3))
         log_variance = net.log_variance(start, end)
-        # Rows of log-variances, columns of errors; only the diagonal is meant to be.
+        # One row per log-variance, one column per error; only the diagonal is intended.
         scaled = np.exp(-log_variance)[:, None] * err / size
         row_loss = np.log(scaled + cfg.adaptive_eps) + log_variance[:, None]
         pairs = np.full(scaled.shape, 1 / len(t)) if cfg.log_variance_pairs == "all" else np.eye(len(t))
@@ -199,7 +199,7 @@ def decoupled(net, batch, _, draws, cfg):
 
 
 def guided_velocity(net, z, v, t, y, null, lost, cfg):
-    """Return the velocity [b h w c] that both terms of decoupled MeanFlow learn."""
+    """Return the velocity [b h w c] that the terms of decoupled MeanFlow regress."""
     source = net.teacher if cfg.guidance_type == "distill" else net.forward
     if cfg.guidance_type == "default":
         return v
@@ -222,7 +222,7 @@ def sorted_times(draws, cfg):
 
 
 def sorted_pair(draws, cfg):
-    """Return t and r [b] without flow rows."""
+    """Return t and r [b], before flow rows are set."""
     t, r = (time_of(draws["times"][:, i], cfg.time_mean[i], cfg.time_std[i], cfg) for i in range(2))
     if cfg.time_order == "sorted":
         t, r = np.maximum(t, r), np.minimum(t, r)
@@ -240,13 +240,13 @@ def time_of(drawn, mean, std, cfg):
 
 
 def lost_labels(draws, cfg):
-    """Return [b] bool: the rows that lose their label."""
+    """Return [b] bool: the rows whose label is dropped."""
     lost = draws["drop"] < cfg.label_drop_prob
     return np.arange(len(lost)) < lost.sum() if cfg.label_drop == "front" else lost
 
 
 def power_law(u, most, power):
-    """Return omega in [1, most] whose distribution function, of the density omega^-power, is u."""
+    """Return omega in [1, most] at which the distribution function of the density omega^-power is u."""
     if power == 1:
         return most**u
     return (1 + u * (most ** (1 - power) - 1)) ** (1 / (1 - power))
@@ -274,7 +274,7 @@ def state_and_velocity(x, e, t, cfg):
 
 
 def weigh(err, cfg):
-    """Return weight, weighted loss and its derivative by err under a constant weight, [b] each."""
+    """Return the weight, the weighted loss and its derivative in err at constant weight, [b] each."""
     if cfg.weighting == "uniform":
         return np.ones_like(err), err, np.ones_like(err)
     measured = err**2 if cfg.weighting == "adaptive_squared" else err
