@@ -2,23 +2,23 @@
 
     python parity/convert.py SOURCE DEST [--to jax|torch] [--ema N] [--config FILE] [--prefix P] [--latents NAME]
 
-Reads, by content and whatever its name:
+Reads, recognised by content and not by name:
   a work directory of jax_impl or torch_impl (its newest checkpoint)
   safetensors     canonical weights: the names and layouts of the official PyTorch state dicts
   PyTorch files   (.pt, .pth, .bin, .ckpt) official state dicts, bare or in a training checkpoint; never executed.  Also
                   the Inception network of torch-fidelity and pytorch-fid, which the metrics need
   .pkl            an official pickle of NVlabs/edm2; the code in it is never executed
   .msgpack        an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state
-  a directory     with an Orbax checkpoint of the same
-Of a training checkpoint it takes the EMA, or the raw parameters if there is none, and says which; --ema chooses: -1 the
-raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', 'ema_params' are 0, 'net_ema1' is 1).
+  a directory     with an Orbax checkpoint of such a tree
+From a training checkpoint it takes the EMA, or the raw parameters if there is none, and says which; --ema chooses: -1
+the raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', 'ema_params' are 0, 'net_ema1' is 1).
 Wrappers (module., _orig_mod. ...) are dropped from names.  float16 and bfloat16 become float32, which is exact.
 Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
   *.pt            a PyTorch state dict
   a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from
-Every name is converted or refused.  The convention of the latents that a model is of, that of a work directory or the
-one that --latents names, is written with it: into the metadata of a .safetensors, into the config of a work directory.
+Every name is converted, or it is an error.  The convention of a model's latents, taken from the work directory or from
+--latents, is kept: in the metadata of a .safetensors or in the config of a work directory.
 """
 
 import argparse
@@ -52,21 +52,21 @@ LATENTS = (  # what to do about two conventions
 
 
 class Options(NamedTuple):
-    """What the command line says beside source and destination."""
+    """The options of the command line, without source and destination."""
 
     to: str | None = None  # jax | torch: write a work directory
-    ema: int | None = None  # which of the source, -1 for the raw parameters; None: the first EMA, or what there is
-    config: base.Config | None = None  # of the network, None to take a work directory's own or to infer the sizes
+    ema: int | None = None  # which EMA, -1 for the raw parameters; None for the first EMA, or what there is
+    config: base.Config | None = None  # of the network; None to use that of a work directory, or to infer it
     prefix: str = ""  # of the names to keep
-    latents: str = ""  # a name of `latents.CONVENTIONS`; '': as the source says
-    step: int | None = None  # of a work directory's checkpoint or snapshot, None for the newest checkpoint
+    latents: str = ""  # a name in `latents.CONVENTIONS`; '' for what the source says
+    step: int | None = None  # of a checkpoint or snapshot in a work directory; None for the newest checkpoint
 
 
 AS_IT_IS = Options()
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the command line.  Raises UserError for mistakes on it and for what cannot be converted."""
+    """Run the command line.  Raises UserError for a wrong flag or a source that cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
     options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step)
@@ -82,21 +82,21 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
     parser.add_argument(
         "--ema", metavar="N", type=int,
-        help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters where there is none)",
+        help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters if there is none)",
     )  # fmt: skip
-    parser.add_argument("--step", metavar="N", type=int, help="of a work directory: which checkpoint (default: newest)")
+    parser.add_argument("--step", metavar="N", type=int, help="which checkpoint of a work directory (default: newest)")
     parser.add_argument(
         "--config", metavar="FILE",
-        help="config of the network: FILE.py[:variant] or a config.json; needed for a work directory as DEST, and for "
-        "Flax trees of MeanFlow, which do not say the size of their images",
+        help="config of the network: FILE.py[:variant] or a config.json; needed if DEST is a work directory, and for "
+        "Flax trees of MeanFlow, which do not contain the image size",
     )  # fmt: skip
     parser.add_argument(
         "--prefix", metavar="P", default="",
-        help="keep only the names that begin with P, without it, e.g. model. or params/ of a whole checkpoint",
+        help="keep only names that begin with P, and remove it, e.g. model. or params/ of a checkpoint",
     )  # fmt: skip
     parser.add_argument(
         "--latents", choices=tuple(latents.CONVENTIONS), default="",
-        help="the convention of the latents that the model was trained on (config/latents.py): sd (official MeanFlow, "
+        help="convention of the latents of the model (meanflow/config/latents.py): sd (official MeanFlow, "
         "decoupled MeanFlow), imm (its PyTorch reproduction), imf (improved MeanFlow), edm2 (EDM2, Re-MeanFlow)",
     )  # fmt: skip
     return parser.parse_args(argv)
@@ -146,7 +146,7 @@ def read(source: pathlib.Path, options: Options) -> sources.Source:
 def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:
     """Return the weights of Inception without counters.
 
-    Raises UserError unless names and shapes are its own, and for options that it has no use for.
+    Raises UserError if names or shapes do not match, and for options that do not apply to it.
     """
     given = {"--to": options.to, "--config": options.config, "--latents": options.latents}
     for option, value in given.items():
@@ -179,7 +179,7 @@ def convention_of(
 
 
 def from_metadata(source: pathlib.Path, text: str) -> latents.Convention:
-    """Return the convention of a file's metadata.  Raises UserError if it is none."""
+    """Return the convention in a file's metadata.  Raises UserError if it is invalid."""
     try:
         return latents.from_dict(json.loads(text))
     except json.JSONDecodeError as error:
@@ -187,12 +187,12 @@ def from_metadata(source: pathlib.Path, text: str) -> latents.Convention:
 
 
 def as_metadata(convention: latents.Convention | None) -> dict[str, str]:
-    """Return the entry of a file's metadata."""
+    """Return the metadata entry of a convention."""
     return {} if convention is None else {"latents": json.dumps(latents.to_dict(convention))}
 
 
 def with_latents(config: base.Config, convention: latents.Convention | None) -> base.Config:
-    """Return the config with the convention; itself if there is none."""
+    """Return the config with the convention, if there is one."""
     if convention is None:
         return config
     config = copy.deepcopy(config)
@@ -201,9 +201,9 @@ def with_latents(config: base.Config, convention: latents.Convention | None) -> 
 
 
 def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return `weights` without EDM2's embedder of one time, where a network of two times holds it and never reads it.
+    """Return `weights` without EDM2's embedder of one time if the network has two times and so never reads it.
 
-    Official Re-MeanFlow builds its network with it, and deletes it for training.
+    Official Re-MeanFlow builds its network with that embedder and deletes it for training.
     """
     unused = {"unet.emb_noise.weight"} if "unet.emb_noise_t.weight" in weights else set()
     for name in unused & weights.keys():
@@ -212,7 +212,7 @@ def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 
 def fitted(config, weights: dict[str, np.ndarray]):
-    """Return `config`, but with improved MeanFlow's head of v if the weights have it; released ones have none."""
+    """Return `config`, for improved MeanFlow with a v head only if the weights have one; released weights do not."""
     if config is None or config.model.name != "imf_dit" or config.model.head_depth == 0:
         return config
     config = copy.deepcopy(config)
@@ -221,13 +221,13 @@ def fitted(config, weights: dict[str, np.ndarray]):
 
 
 def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
-    """Return `weights` with the fixed tables of their network, as it computes them.
+    """Return `weights` with the fixed tables that their network computes.
 
-    Raises UserError unless names, shapes and tables are those of the network of `config`, or of one that is inferred.
+    Raises UserError if names, shapes or tables do not match the network of `config`, which is inferred if None.
     """
     if config is None:
         config = inferred_config(weights)
-    with torch.device("meta"):  # names and shapes only: a large network costs nothing
+    with torch.device("meta"):  # names and shapes only, which cost nothing
         net = torch_step.build_net(config)
     tables = net.tables()
     canonical_files.from_canonical(net, tables | weights)
@@ -246,7 +246,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
 
 
 def load_config(name: str) -> base.Config:
-    """Return the config of FILE.py[:variant] or of a JSON file.  Raises UserError if there is none."""
+    """Return the config of FILE.py[:variant] or of a JSON file.  Raises UserError if it does not exist."""
     return resolve.check(resolve.load_file(name))
 
 

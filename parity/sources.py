@@ -71,10 +71,10 @@ def map_leaves(function, tree):
 
 
 def orbax_in(path: pathlib.Path) -> pathlib.Path:
-    """Return the directory of the one Orbax checkpoint in `path`.  Raises UserError saying what is there instead."""
+    """Return the directory of the only Orbax checkpoint in `path`.  Raises UserError saying what is there instead."""
     for part in (path, *path.parents[:2]):
         if part.name == "checkpoints" and (part.parent / resolve.FILE_NAME).is_file():
-            raise UserError(f"{path} is inside of a work directory: name that, {part.parent}")
+            raise UserError(f"{path} is inside a work directory: name that, {part.parent}")
     level = [path]
     for _ in range(DEPTH + 1):
         found = [d for d in level if any((d / name).is_file() for name in ORBAX)]
@@ -87,7 +87,7 @@ def orbax_in(path: pathlib.Path) -> pathlib.Path:
 
 
 def what_is(path: pathlib.Path) -> str:
-    """Return what a directory without a checkpoint of ours or of Orbax is, and the way out."""
+    """Return what a directory with no checkpoint of ours or of Orbax is, and what to do."""
     names = {child.name for child in path.iterdir()}
     if not names:
         return "it is empty"
@@ -98,9 +98,9 @@ def what_is(path: pathlib.Path) -> str:
         )
     kind = class_of(path)
     if "model_index.json" in names or kind:
-        return f"diffusers saved it ({kind or 'a pipeline'}); of diffusers only autoencoders are read, by latents.vae"
+        return f"diffusers saved it ({kind or 'a pipeline'}); from diffusers only autoencoders are read, by latents.vae"
     if any(name.endswith(".index.json") for name in names):
-        return "its weights are spread over several files, which are not read; save them in one"
+        return "its weights are split over several files, which is not supported; save them in one"
     weights = [child for child in sorted(path.iterdir()) if child.is_file() and holds_weights(child)]
     if weights:
         return f"name the file of weights in it, {listed(weights)}"
@@ -110,7 +110,7 @@ def what_is(path: pathlib.Path) -> str:
 
 
 def class_of(path: pathlib.Path) -> str:
-    """Return the class that the config.json of diffusers names, '' without one."""
+    """Return the class named in a config.json of diffusers, '' if there is none."""
     try:
         config = json.loads((path / "config.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
@@ -119,7 +119,7 @@ def class_of(path: pathlib.Path) -> str:
 
 
 def holds_weights(path: pathlib.Path) -> bool:
-    """Return whether a file is one that `convert.py` reads, by its content."""
+    """Return whether a file is one that `convert.py` reads, judged by its content."""
     try:
         return bool(files.kind_of(path))
     except UserError:
@@ -127,5 +127,5 @@ def holds_weights(path: pathlib.Path) -> bool:
 
 
 def listed(paths: list[pathlib.Path]) -> str:
-    """Return up to three paths as messages show them."""
+    """Return up to three paths, for messages."""
     return " or ".join(map(str, paths[:3])) + (f" ({len(paths)} in all)" if paths[3:] else "")

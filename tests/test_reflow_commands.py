@@ -176,7 +176,7 @@ def test_other_settings(refused, teacher, made):
     ("flag", "message"),
     [
         ("--sigma_min=90", "0 < --sigma_min < --sigma_max"),
-        ("--config.model.mlp_ratio=2", "this network of config.model.mlp_ratio 2.0"),
+        ("--config.model.mlp_ratio=2", "this network has config.model.mlp_ratio 2.0"),
         ("--guide_config=none.py", "there is no config file none.py"),
     ],
 )

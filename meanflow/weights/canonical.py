@@ -1,4 +1,4 @@
-"""Canonical weights as both implementations check them: numpy arrays by the names of the official PyTorch code."""
+"""Checks canonical weights, numpy arrays by the names of the official PyTorch code, for both implementations."""
 
 import math
 import re
@@ -8,10 +8,10 @@ import numpy as np
 
 from meanflow.errors import UserError
 
-# How far a stored table may lie from the computed one, relative to the latter's largest entry.  Official trainers
-# average fixed tables along with the parameters, which drifts by up to 1.6e-4 in float32; bfloat16 rounds by 2e-3.
+# Largest difference between a given table and the computed one, relative to the largest entry.  Official trainers
+# average fixed tables with the parameters, which drifts by up to 1.6e-4 in float32; bfloat16 rounds by 2e-3.
 TABLE_TOLERANCE = 1e-2
-KINDS = {  # of networks, by a parameter that only they have
+KINDS = {  # of networks, each with a parameter that only it has
     "EDM2's U-Net (edm2)": "unet.emb_fourier.freqs",
     "a U-Net (unet)": "map_layer0.weight",
     "improved MeanFlow's transformer (imf_dit)": "omega_tokens",
@@ -26,33 +26,33 @@ Shapes = Mapping[str, tuple[int, ...]]
 def check(weights: Mapping[str, np.ndarray], expected: Shapes, tables: Mapping[str, np.ndarray]) -> None:
     """Check that canonical weights fit a network.
 
-    expected: the shapes of its parameters and tables by name.  tables: the fixed ones, as it computes them.
-    Raises UserError naming what does not fit, and the options of the config that would explain it.
+    expected: shapes of its parameters and tables by name.  tables: the fixed ones, as the network computes them.
+    Raises UserError naming what does not fit and the config options that would explain it.
     """
     shapes = {name: tuple(np.shape(a)) for name, a in weights.items()}
     hint = difference(shapes, expected)
     for problem, names in (
         ("lack", expected.keys() - shapes.keys()),
-        ("hold the unknown", shapes.keys() - expected.keys()),
+        ("have unknown", shapes.keys() - expected.keys()),
     ):
         if names:
-            why = hint or prefixed(shapes, expected) or "; does the config fit them?"
+            why = hint or prefixed(shapes, expected) or "; does the config match them?"
             raise UserError(f"the weights {problem} {some(names)}{why}")
     for name, table in tables.items():
         check_table(name, np.asarray(weights[name]), table, hint)
     for name in sorted(expected.keys() - tables.keys()):
         if shapes[name] != tuple(expected[name]):
             wanted = f"{name} has shape {shapes[name]}, the network wants {tuple(expected[name])}"
-            raise UserError(wanted + (hint or "; does the config fit?"))
+            raise UserError(wanted + (hint or "; does the config match?"))
         dtype = np.asarray(weights[name]).dtype
         if dtype.kind in NOT_FLOATING:
             raise UserError(f"{name} is of type {dtype}: weights must be floating-point numbers, not quantised")
 
 
 def check_table(name: str, given: np.ndarray, table: np.ndarray, hint: str = "") -> None:
-    """Raise UserError if a stored table has another size than the computed one, or other values.
+    """Raise UserError if a given table differs from the computed one in size or values.
 
-    Axes of length 1, rounding and averaging do not matter, for the network uses the computed table.
+    Axes of length 1, rounding and averaging are tolerated, since the network uses the computed table.
     """
     if np.squeeze(given).shape != np.squeeze(table).shape:
         raise UserError(f"the table {name} has shape {given.shape}, this network's has {table.shape}{hint}")
@@ -60,41 +60,41 @@ def check_table(name: str, given: np.ndarray, table: np.ndarray, hint: str = "")
     if not error <= TABLE_TOLERANCE * np.abs(table).max():
         raise UserError(
             f"the table {name} is not the one this network computes: entries differ by up to {error:.2g}, more than "
-            f"rounding or averaging explains; the weights are damaged or of another network{hint}"
+            f"rounding or averaging explains; the weights are damaged or belong to another network{hint}"
         )
 
 
 def some(names: Iterable[str]) -> str:
-    """Return up to three names, and how many there are."""
+    """Return up to three names and the number of names."""
     names = sorted(names)
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") + f" ({len(names)} in all)"
 
 
 def prefixed(given: Shapes, expected: Shapes) -> str:
-    """Return the end of a message if the names only have a prefix that canonical ones lack, '' otherwise."""
+    """Return the end of an error message if all names have a prefix that canonical names lack, otherwise ''."""
     last = next(iter(expected), "")
     for name in given:
         prefix = name.removesuffix(last)
         if prefix and prefix != name and all(other.startswith(prefix) for other in given):
-            return f": their names begin with {prefix!r}; parity/convert.py SOURCE DEST writes canonical ones"
+            return f": their names begin with {prefix!r}; python -m parity.convert SOURCE DEST removes it"
     return ""
 
 
 def difference(given: Shapes, expected: Shapes) -> str:
-    """Return the end of a message that names the options in which two networks differ, '' if none is found."""
+    """Return the end of an error message that names the options in which two networks differ, '' if none is found."""
     kinds = [next((kind for kind, mark in KINDS.items() if mark in shapes), "") for shapes in (given, expected)]
     if all(kinds) and kinds[0] != kinds[1]:
-        return f": they are of {kinds[0]}, and config.model.name is that of {kinds[1]}"
+        return f": they belong to {kinds[0]}, but config.model.name is that of {kinds[1]}"
     theirs, ours = sizes(given), sizes(expected)
     names = [name for name in ours if name in theirs and theirs[name] != ours[name]]
     if not names:
         return ""
     there, here = (", ".join(f"config.model.{name} {size[name]}" for name in names) for size in (theirs, ours))
-    return f": the weights are of {there}, this network of {here}.  Set what differs, or choose other weights"
+    return f": the weights have {there}, this network has {here}.  Set these options, or choose other weights"
 
 
 def sizes(shapes: Shapes) -> dict[str, float]:
-    """Return the options of `config.model` that names and shapes of canonical weights show at a glance."""
+    """Return the options of `config.model` that are evident from names and shapes of canonical weights."""
     found: dict[str, float] = {}
     for name, shape in shapes.items():
         first = re.fullmatch(r"(?:unet\.)?enc\.(\d+)x\1_conv\.weight", name)

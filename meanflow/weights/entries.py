@@ -1,8 +1,8 @@
 """Finds the networks in a checkpoint by the names of their parameters, and chooses one: an EMA or the raw parameters.
 
-Trainers save a network under other entries (model, ema, state_dict, params ...) and inside other wrappers (module.,
-_orig_mod., net. ...), in any combination.  What stands before a parameter that every network of a kind has is the root
-of a network; a root that speaks of an EMA is one.
+Trainers save networks under different entries (model, ema, state_dict, params ...) and inside different wrappers
+(module., _orig_mod., net. ...), in any combination.  Every network of a kind has a certain parameter; what precedes its
+name is the root of a network.  A root whose name mentions an average is an EMA.
 """
 
 import re
@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 
 from meanflow.errors import UserError
 
-# Parameters that tell a network, in PyTorch and in Flax: what we train; and if there is none, Inception, autoencoders.
+# Parameters that identify a network, in PyTorch and in Flax: first what we train, else Inception and autoencoders.
 MARKS = (
     (
         ("x_embedder", "proj", "weight"), ("x_embedder", "proj", "kernel"), ("unet", "emb_fourier", "freqs"),
@@ -20,31 +20,31 @@ MARKS = (
     ),
     (("Conv2d_1a_3x3", "conv", "weight"), ("encoder", "conv_in", "weight"), ("encoder", "conv_in", "kernel")),
 )  # fmt: skip
-# What DDP, torch.compile, FSDP, rematerialisation and DeepSpeed put around a network or a part of one.
+# Names that DDP, torch.compile, FSDP, rematerialisation and DeepSpeed add to a network or a part of one.
 WRAPPERS = {"module", "_orig_mod", "_fsdp_wrapped_module", "_checkpoint_wrapped_module", "_forward_module"}
 AVERAGED = re.compile(r"(?:^|[^a-z])(?:ema|swa|shadow|avg|averaged?|polyak)(?:s|[^a-z]|$)", re.IGNORECASE)
 OPTIMIZER = re.compile(r"^(opt|grad|exp_avg|momentum|trace$|mu$|nu$|lr_)", re.IGNORECASE)
-# Entries of raw parameters, the first that is there before any other.
+# Entries of raw parameters, in order of preference.
 RAW = ("model", "net", "state_dict", "params", "network", "online_model", "")
 Root = tuple[str, ...]
 
 
 class Network(NamedTuple):
-    """The leaves of one network by their names below its root, and how messages call it."""
+    """The leaves of one network by their names below its root, and its name in messages."""
 
     leaves: dict[str, Any]
-    label: str  # '' if the file does not name it
+    label: str  # '' if the file gives it no name
 
 
 def choose(tree: dict, ema: int | None, separator: str, where: Any) -> Network:
-    """Return a network of a checkpoint, nested dicts whose keys may themselves be joined by the separator.
+    """Return one network of a checkpoint: nested dicts, whose keys may themselves be joined by the separator.
 
-    ema: which EMA, -1 for the raw parameters; None: the first EMA, or the raw parameters if there is none.  where: the
-    file, for messages.  Raises UserError if it has no such network, or several that could be meant.
+    ema: which EMA, -1 for the raw parameters; if None, the first EMA, or the raw parameters if there is none.  where:
+    the file, for messages.  Raises UserError if there is no such network, or if several match.
     """
     leaves = dict(found := list(walk(tree, separator)))
     if len(leaves) < len(found):
-        raise UserError(f"{where} is damaged: it has one name twice, with and without what wraps the network")
+        raise UserError(f"{where} is damaged: it has one name twice, with and without a wrapper")
     roots = roots_of(leaves)
     if not roots:
         return Network({separator.join(parts): leaf for parts, leaf in fallback(leaves).items()}, "")
@@ -55,14 +55,14 @@ def choose(tree: dict, ema: int | None, separator: str, where: Any) -> Network:
     others = [separator.join(p) for p, leaf in leaves.items() if owner(p, roots) is None and is_weight(p, leaf)]
     if others:
         shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
-        print(f"left out of {where}, as of no network that is known: {shown} ({len(others)} in all)", file=sys.stderr)
+        print(f"left out of {where}, not part of a known network: {shown} ({len(others)} in all)", file=sys.stderr)
     return Network({separator.join(parts[len(root) :]): leaf for parts, leaf in mine.items()}, label(root))
 
 
 def walk(tree: dict, separator: str, above: Root = ()) -> Iterator[tuple[Root, Any]]:
-    """Yield (parts of its name, leaf) of nested dicts and lists of dicts.
+    """Yield (parts of its name, leaf) for every leaf of nested dicts and lists of dicts.
 
-    A key is parted if it holds a leaf, and what wraps a part of a network is left out.
+    The key of a leaf is split at the separator, and wrappers inside a network are left out.
     """
     for key, value in tree.items():
         if isinstance(value, list | tuple) and any(isinstance(entry, dict) for entry in value):
@@ -76,7 +76,7 @@ def walk(tree: dict, separator: str, above: Root = ()) -> Iterator[tuple[Root, A
 
 
 def roots_of(leaves: dict[Root, Any]) -> list[Root]:
-    """Return what stands before the parameters of each network, in the order of the file."""
+    """Return the root of each network, in file order."""
     for marks in MARKS:
         roots = {
             parts[: -len(mark)]: None
@@ -90,12 +90,12 @@ def roots_of(leaves: dict[Root, Any]) -> list[Root]:
 
 
 def owner(parts: Root, roots: list[Root]) -> Root | None:
-    """Return the longest root that a name begins with, None if there is none."""
+    """Return the longest root that a name begins with, or None."""
     return max((root for root in roots if parts[: len(root)] == root), key=len, default=None)
 
 
 def fallback(leaves: dict[Root, Any]) -> dict[Root, Any]:
-    """Return the leaves of a usual entry, or all, where no network is known: for the message about their names."""
+    """Return the leaves of a usual entry, or all, if no network was found: the error message then names them."""
     for entry in ("ema", "ema_params", *RAW):
         chosen = {parts[1:]: leaf for parts, leaf in leaves.items() if len(parts) > 1 and parts[0] == entry}
         if chosen:
@@ -104,17 +104,17 @@ def fallback(leaves: dict[Root, Any]) -> dict[Root, Any]:
 
 
 def is_weight(parts: Root, leaf: Any) -> bool:
-    """Return whether a leaf outside of the networks is an array that is neither a counter nor an optimizer's."""
+    """Return whether a leaf outside the networks is an array other than a counter or optimizer state."""
     return bool(getattr(leaf, "ndim", 0)) and not any(OPTIMIZER.search(part) for part in parts)
 
 
 def is_average(root: Root) -> bool:
-    """Return whether a root is that of an EMA."""
+    """Return whether a root belongs to an EMA."""
     return any(AVERAGED.search(part) for part in root)
 
 
 def label(root: Root) -> str:
-    """Return what messages call the network below a root: its last entries without wrappers."""
+    """Return the name of the network below a root in messages: its entries without wrappers."""
     return ".".join(part for part in root if part not in WRAPPERS)
 
 
@@ -140,13 +140,13 @@ def pick(roots: list[Root], ema: int | None, where: Any) -> Root:
 
 
 def rank(root: Root) -> int:
-    """Return where raw parameters of this root stand in `RAW`."""
+    """Return the position of a root of raw parameters in `RAW`."""
     names = [part for part in root if part not in WRAPPERS] or [""]
     return min((RAW.index(name) for name in (names[0], names[-1]) if name in RAW), default=len(RAW))
 
 
 def numbered(averages: list[Root]) -> dict[int, Root]:
-    """Return the EMAs by number: that in their names (net_ema 0, net_ema1 1), or where they stand in the file."""
+    """Return the EMAs by number: that in their names (net_ema is 0, net_ema1 is 1), or their position in the file."""
     found: dict[int, Root] = {}
     for root in averages:
         name = next(part for part in root if AVERAGED.search(part))
@@ -158,13 +158,13 @@ def numbered(averages: list[Root]) -> dict[int, Root]:
 
 
 def missing(averages: dict[int, Root], ema: int) -> str:
-    """Return what to call an EMA that is not there."""
+    """Return the name in messages of an EMA that does not exist."""
     name = label(next(iter(averages.values()), ()))
     return re.sub(r"^.*\.|\d+$", "", name) + str(ema) if len(averages) > 1 and name else f"EMA {ema}"
 
 
 def there(averages: dict[int, Root], raw: list[Root]) -> str:
-    """Return the networks of a file, by where they differ, then what --ema can be."""
+    """Return the networks of a file, named by where they differ, and the values of --ema."""
     roots = [*raw, *averages.values()]
     shared = 0
     while len(roots) > 1 and len({root[: shared + 1] for root in roots}) == 1:
@@ -174,10 +174,10 @@ def there(averages: dict[int, Root], raw: list[Root]) -> str:
 
 
 def refuse_unread_average(tree: dict, root: Root, where: Any) -> None:
-    """Raise UserError if a checkpoint has an EMA that is not a network by names, such as a list of arrays."""
+    """Raise UserError if a checkpoint has an EMA without known names, such as a list of arrays."""
     for key, value in tree.items():
         if AVERAGED.search(str(key)) and isinstance(value, dict | list) and value:
             raise UserError(
-                f"{where}: its {str(key)!r} is not a network by names that are known; --ema -1 takes the raw "
+                f"{where}: its {str(key)!r} is not a network with known names; --ema -1 takes the raw "
                 f"parameters, {label(root) or 'those beside it'}"
             )

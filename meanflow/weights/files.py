@@ -1,4 +1,4 @@
-"""Files of canonical weights, in safetensors, and what other files are, judged by their first bytes.
+"""Reads and writes canonical weights in safetensors, and recognises other files of weights by their first bytes.
 
 Source: the format of safetensors, https://github.com/huggingface/safetensors#format.
 """
@@ -16,11 +16,11 @@ from safetensors.numpy import save_file
 
 from meanflow.errors import UserError
 
-# Types, as safetensors names them, that numpy has too.
+# Types of safetensors that numpy has too.
 AS_THEY_ARE = ("F32", "F64", "I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
 LONGEST_HEADER = 100_000_000  # of safetensors, in bytes
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
-MAGIC = {  # kinds of files that hold no weights as they are, and the way out
+MAGIC = {  # files that cannot be read as weights, and what to do about them
     b"\x1f\x8b": "compressed by gzip: unpack it first (gunzip)",
     b"\x28\xb5\x2f\xfd": "compressed by zstd: unpack it first (unzstd)",
     b"BZh": "compressed by bzip2: unpack it first (bunzip2)",
@@ -28,17 +28,17 @@ MAGIC = {  # kinds of files that hold no weights as they are, and the way out
     b"\x89HDF": "an HDF5 file, which is not read here",
     b"GGUF": "a GGUF file, which is not read here",
     b"version https://git-lfs": "the pointer of a file in Git LFS: fetch the file itself (git lfs pull)",
-    b"<": "a web page or XML, and no weights: download the file itself",
+    b"<": "a web page or XML, not weights: download the file itself",
 }
-CONVERTED = {  # what parity/convert.py turns into safetensors
+CONVERTED = {  # kinds that parity/convert.py turns into safetensors
     "torch": "a PyTorch file", "pickle": "a pickle", "msgpack": "a Flax msgpack file",
 }  # fmt: skip
 
 
 def kind_of(path: str | os.PathLike) -> str:
-    """Return what a file is: safetensors | torch | pickle | msgpack.
+    """Return the kind of a file by its content: safetensors | torch | pickle | msgpack.
 
-    Its content decides, not its name.  Raises UserError for anything else, saying what it is if that is known.
+    Raises UserError for anything else, saying what it is if known.
     """
     try:
         return _recognised(pathlib.Path(path))
@@ -49,7 +49,7 @@ def kind_of(path: str | os.PathLike) -> str:
 
 
 def _recognised(path: pathlib.Path) -> str:
-    """Return the kind of a file.  Raises ValueError saying what else it is, OSError."""
+    """Return the kind of a file.  Raises ValueError that says what else it is, and OSError."""
     with path.open("rb") as file:
         head = file.read(512)
     if not head:
@@ -67,9 +67,9 @@ def _recognised(path: pathlib.Path) -> str:
             raise ValueError(what)
     if head[257:262] == b"ustar":
         raise ValueError("a tar archive: unpack it first (tar -xf), and name the file in it")
-    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a map that is not empty
+    if 0x81 <= head[0] <= 0x8F or head[0] in (0xDE, 0xDF):  # a non-empty map
         return "msgpack"
-    if path.suffix == ".pkl":  # of protocol 0 or 1, which begin with any opcode
+    if path.suffix == ".pkl":  # protocols 0 and 1 begin with any opcode
         return "pickle"
     raise ValueError("neither safetensors, a PyTorch file, a pickle nor a Flax msgpack file")
 
@@ -78,7 +78,7 @@ def _kind_of_zip(path: pathlib.Path) -> str:
     try:
         with zipfile.ZipFile(path) as archive:
             names = archive.namelist()
-    except zipfile.BadZipFile:  # cut off; torch.load will say so
+    except zipfile.BadZipFile:  # truncated; torch.load will say so
         return "torch"
     if any(name.endswith("/constants.pkl") for name in names):
         raise ValueError("a TorchScript archive, a program: save the state dict of the network alone")
@@ -90,16 +90,16 @@ def _kind_of_zip(path: pathlib.Path) -> str:
 def save(path: str | os.PathLike, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
     """Write canonical weights and text metadata as safetensors.  Raises UserError if it cannot."""
     try:
-        # In C order: safetensors writes an array as it lies in memory, whatever its order, without an error.
+        # In C order: safetensors writes the memory of an array as it is, whatever its order, without an error.
         save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
 
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
-    """Return the arrays of a safetensors file by name, those of half precision in float32.
+    """Return the arrays of a safetensors file by name, float16 and bfloat16 as float32.
 
-    Raises UserError if it is not a whole one, or of a type without meaning here, such as float8.
+    Raises UserError if the file is not complete safetensors, or has a type that is not supported, such as float8.
     """
     header, start = _header(path)
     with _opened(path) as file:
@@ -107,17 +107,17 @@ def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
-    """Return the text metadata of a safetensors file.  Raises UserError if it is not a whole one."""
+    """Return the text metadata of a safetensors file.  Raises UserError if it is not complete safetensors."""
     with _opened(path) as file:
         return file.metadata() or {}
 
 
 def _opened(path: str | os.PathLike) -> Any:
-    """Return the open file, its header and length verified."""
+    """Return the open file, with header and length verified.  Raises UserError."""
     if os.path.isdir(path):
         raise UserError(
-            f"cannot read {path} as safetensors: it is a directory.  Name a .safetensors file; parity/convert.py "
-            "writes one from a work directory or another checkpoint"
+            f"cannot read {path} as safetensors: it is a directory.  Name a .safetensors file; python -m "
+            "parity.convert writes one from a work directory or another checkpoint"
         )
     try:
         kind = _recognised(pathlib.Path(path))
@@ -129,7 +129,7 @@ def _opened(path: str | os.PathLike) -> Any:
         dest = dest if not dest.exists() else dest.with_name(f"{dest.stem}_canonical.safetensors")
         raise UserError(
             f"cannot read {path} as safetensors: it is {CONVERTED[kind]}.  Convert it first:  "
-            f"{shlex.join(['python', 'parity/convert.py', str(path), str(dest)])}"
+            f"{shlex.join(['python', '-m', 'parity.convert', str(path), str(dest)])}"
         )
     try:
         return safetensors.safe_open(path, "numpy")
@@ -138,7 +138,7 @@ def _opened(path: str | os.PathLike) -> Any:
 
 
 def _header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
-    """Return {name: its dtype, shape and data_offsets} and where in the file the data begin."""
+    """Return {name: its dtype, shape and data_offsets} and the position in the file where the data begin."""
     with _opened(path), open(path, "rb") as file:
         length = int.from_bytes(file.read(8), "little")
         header = json.loads(file.read(length))
@@ -147,7 +147,7 @@ def _header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
 
 
 def _array(path: str | os.PathLike, file: Any, name: str, entry: dict[str, Any], start: int) -> np.ndarray:
-    """Return one array of an open file."""
+    """Return one array of an open file.  Raises UserError if its type is not supported."""
     if entry["dtype"] == "BF16":  # the upper half of a float32
         first, last = entry["data_offsets"]
         halves = np.fromfile(path, "<u2", (last - first) // 2, offset=start + first)
@@ -156,7 +156,7 @@ def _array(path: str | os.PathLike, file: Any, name: str, entry: dict[str, Any],
         return file.get_tensor(name).astype(np.float32)
     if entry["dtype"] not in AS_THEY_ARE:
         raise UserError(
-            f"cannot read {path}: {name} is of type {entry['dtype']}, which needs scales that only the code that wrote "
-            "it knows.  Save it in float32, bfloat16 or float16"
+            f"cannot read {path}: {name} is of type {entry['dtype']}, whose scales only the code that wrote it "
+            "knows.  Save it in float32, bfloat16 or float16"
         )
     return file.get_tensor(name)

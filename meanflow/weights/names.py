@@ -1,9 +1,9 @@
-"""The rules between the names of the official Flax trees and canonical weights, both ways, one for each system.
+"""Translates names between official Flax trees and canonical weights, in both directions, with one rule per system.
 
 Source: Gsunshine/meanflow and Lyy-iiis/imeanflow, models/torch_models.py, whose wrappers `_flax_linear` and
-`_flax_embedding` and numbered modules stand in the checkpoints.  The canonical names of improved MeanFlow, those of
-its official PyTorch checkpoints, keep the wrappers; those of MeanFlow do not, and its `h_embedder`, which embeds t - r,
-is the canonical `r_embedder`.  Of Stable Diffusion's autoencoder: diffusers 0.29, models/vae_flax.py.
+`_flax_embedding` and numbered modules appear in the checkpoints.  The canonical names of improved MeanFlow, which are
+those of its official PyTorch checkpoints, keep the wrappers; those of MeanFlow do not, and its `h_embedder`, which
+embeds t - r, is the canonical `r_embedder`.  Stable Diffusion's autoencoder: diffusers 0.29, models/vae_flax.py.
 """
 
 import re
@@ -15,7 +15,7 @@ import numpy as np
 from meanflow.errors import UserError
 
 EMBEDDINGS = {"y_embedder.embedding_table", "y_embedder.embedding_table._flax_embedding"}
-TABLES = {"pos_embed"}  # computed by the official Flax network, stored by the canonical one
+TABLES = {"pos_embed"}  # the official Flax network computes it; canonical weights contain it
 MEANFLOW = re.compile(
     r"(x_embedder\.proj|[tr]_embedder\.mlp\.[02]|final_layer\.(linear|adaLN_modulation\.1)"
     r"|blocks\.\d+\.(attn\.(qkv|proj)|mlp\.fc[12]|adaLN_modulation\.1))\.(weight|bias)"
@@ -38,13 +38,13 @@ ATTENTION = {"query": ["to_q"], "key": ["to_k"], "value": ["to_v"], "proj_attn":
 
 
 class Rule(NamedTuple):
-    """The names of one system.  Modules are lists of the parts of a dotted name before its last."""
+    """The naming rule of one system.  Modules are the parts of a dotted name, without its last part."""
 
     canonical: re.Pattern  # every canonical name
-    to_canonical: Callable[[list[str]], list[str]]  # of the modules of a Flax path
+    to_canonical: Callable[[list[str]], list[str]]  # from the modules of a Flax path
     to_flax: Callable[[list[str]], list[str]]  # its inverse
-    root: tuple[str, ...] = ("net",)  # what every Flax path begins with
-    norms: re.Pattern = re.compile(r"(?!)")  # canonical modules whose weight is called `scale`, and not `kernel`
+    root: tuple[str, ...] = ("net",)  # the beginning of every Flax path
+    norms: re.Pattern = re.compile(r"(?!)")  # canonical modules whose weight is called `scale`, not `kernel`
 
 
 def meanflow_to_canonical(modules: list[str]) -> list[str]:
@@ -54,7 +54,7 @@ def meanflow_to_canonical(modules: list[str]) -> list[str]:
 
 
 def meanflow_to_flax(modules: list[str]) -> list[str]:
-    """Put them back: all but convolutions are wrapped."""
+    """Put them back: all modules but convolutions are wrapped."""
     name = ".".join(modules)
     wrapper = "_flax_embedding" if name in EMBEDDINGS else "_flax_linear"
     modules = [f"layers_{m}" if m.isdigit() else m for m in modules]
@@ -64,7 +64,7 @@ def meanflow_to_flax(modules: list[str]) -> list[str]:
 
 
 def improved_to_canonical(modules: list[str]) -> list[str]:
-    """Part names and numbers: layers_0 -> 0, u_heads_3 -> u_heads, 3."""
+    """Separate names and numbers: layers_0 -> 0, u_heads_3 -> u_heads, 3."""
     parts = []
     for m in modules:
         numbered = re.fullmatch(r"(layers|shared_blocks|[uv]_heads)_(\d+)", m)
@@ -73,7 +73,7 @@ def improved_to_canonical(modules: list[str]) -> list[str]:
 
 
 def improved_to_flax(modules: list[str]) -> list[str]:
-    """Join them again: in an MLP a number is a layer, elsewhere it belongs to the name before it."""
+    """Join them again: in an MLP a number is a layer, elsewhere it belongs to the preceding name."""
     parts: list[str] = []
     for m in modules:
         if m.isdigit():
@@ -84,7 +84,7 @@ def improved_to_flax(modules: list[str]) -> list[str]:
 
 
 def autoencoder_to_canonical(modules: list[str]) -> list[str]:
-    """Part names and numbers: down_blocks_0 -> down_blocks, 0; attention has its current names."""
+    """Separate names and numbers: down_blocks_0 -> down_blocks, 0; attention gets its current names."""
     parts = []
     for m in modules:
         numbered = re.fullmatch(r"((?:down|up)_blocks|resnets|attentions|(?:down|up)samplers)_(\d+)", m)
@@ -114,7 +114,7 @@ RULES = {
 
 
 def system_of(names) -> str:
-    """Return the system, a key of `RULES`, whose names these are, Flax paths or canonical ones."""
+    """Return the system, a key of `RULES`, that Flax paths or canonical names belong to."""
     if any(re.match(r"(en|de)coder[./]conv_in", name) for name in names):
         return "autoencoder"
     return "improved" if any("omega_" in name for name in names) else "meanflow"
@@ -123,8 +123,8 @@ def system_of(names) -> str:
 def flax_tree_to_canonical(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return canonical weights {name: array} of a flat official tree {'net/x_embedder/proj/kernel': array}.
 
-    Bitwise: kernels [... in out] are transposed to [out in ...], all else is as it was.  The fixed table `pos_embed`
-    is in no Flax tree and so not in the result.  Raises UserError for a name that the rule does not know.
+    Bitwise: kernels [... in out] are transposed to [out in ...], other arrays are unchanged.  The fixed table
+    `pos_embed` is not in Flax trees, so it is not in the result.  Raises UserError for an unknown name.
     """
     weights, system = {}, system_of(flat)
     for name, array in flat.items():
@@ -138,7 +138,7 @@ def flax_tree_to_canonical(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]
 def canonical_to_flax_tree(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     """Return the flat official tree of canonical weights, the inverse of `flax_tree_to_canonical`.
 
-    The fixed table `pos_embed` is left out.  Raises UserError for a name that the rule does not know.
+    The fixed table `pos_embed` is left out.  Raises UserError for an unknown name.
     """
     flat, system = {}, system_of(weights)
     for name, array in weights.items():

@@ -319,7 +319,7 @@ def test_a_malicious_pickle_is_refused_by_name(tmp_path, monkeypatch):
 
 def test_unknown_missing_and_misshapen_names(tmp_path, sit):
     for change, message in (
-        ({"blocks.0.new": np.ones(2)}, r"hold the unknown blocks\.0\.new"),
+        ({"blocks.0.new": np.ones(2)}, r"have unknown blocks\.0\.new"),
         ({"final_layer.linear.bias": None}, r"lack final_layer\.linear\.bias"),
         ({"final_layer.linear.bias": np.ones(3)}, r"final_layer\.linear\.bias has shape \(3,\)"),
         ({"pos_embed": sit["pos_embed"] + 1}, "the table pos_embed is not the one"),

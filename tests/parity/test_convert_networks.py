@@ -61,7 +61,7 @@ def test_inception(inception, tmp_path, capsys):
     ("change", "message"),
     [
         ({"fc.weight": torch.zeros(1000, 2048)}, r"fc.weight has shape \(1000, 2048\)"),
-        ({"AuxLogits.fc.weight": torch.zeros(2)}, "hold the unknown AuxLogits.fc.weight"),
+        ({"AuxLogits.fc.weight": torch.zeros(2)}, "have unknown AuxLogits.fc.weight"),
         ({"Mixed_7c.branch_pool.bn.bias": None}, "lack Mixed_7c.branch_pool.bn.bias"),
     ],
 )

@@ -66,14 +66,14 @@ CASES = {
     "one file": (torch_file, "", "name the file of weights in it, .*epoch 1$"),
     "several files": (several_files, "", r"name the file of weights in it, .*0\.pt or .*1\.pt or .*2\.pt \(4 in all\)"),
     "distributed": (distributed, "", "of torch.distributed; make it one file first: .* dcp_to_torch"),
-    "split": (split, "", "spread over several files"),
+    "split": (split, "", "split over several files"),
     "steps": (orbax_steps, "", "several Orbax checkpoints: name one, .*10 or .*5"),
     "no names": (orbax_without_names, "", "Orbax checkpoint, but its content is not a tree|no network|holds no"),
     "damaged": (orbax_damaged, "", "cannot read .*5 as an Orbax checkpoint, it may be damaged"),
     "not saved": (lambda path: (path / "config.json").write_text("{}"), "", "the run has not saved yet"),
-    "one checkpoint": (one_checkpoint, "checkpoints/jax/5", "is inside of a work directory: name that, .*source$"),
-    "checkpoints": (one_checkpoint, "checkpoints/jax", "is inside of a work directory: name that, .*source$"),
-    "all checkpoints": (one_checkpoint, "checkpoints", "is inside of a work directory: name that, .*source$"),
+    "one checkpoint": (one_checkpoint, "checkpoints/jax/5", "is inside a work directory: name that, .*source$"),
+    "checkpoints": (one_checkpoint, "checkpoints/jax", "is inside a work directory: name that, .*source$"),
+    "all checkpoints": (one_checkpoint, "checkpoints", "is inside a work directory: name that, .*source$"),
 }  # fmt: skip
 
 

@@ -98,14 +98,14 @@ def test_another_table_is_refused(net_and_weights, change):
 
 
 OTHER_SIZES = {
-    "num_classes": (12, r"num_classes 12, this network of config\.model\.num_classes 10"),
+    "num_classes": (12, r"num_classes 12, this network has config\.model\.num_classes 10"),
     "input_size": (16, r"the table pos_embed has shape .*input_size 16, .*input_size 8\."),
     "patch_size": (4, r"patch_size 4, .*patch_size 2"),
-    "depth": (3, r"hold the unknown blocks\.2.*depth 3, .*depth 2"),
+    "depth": (3, r"have unknown blocks\.2.*depth 3, .*depth 2"),
     "width": (24, r"width 24, .*width 16"),
     "channels": (3, r"channels 3, .*channels 1"),
     "mlp_ratio": (2.0, r"mlp_ratio 2\.0, .*mlp_ratio 4\.0"),
-    "name": ("unet", r"they are of a U-Net \(unet\), and config\.model\.name is that of a DiT"),
+    "name": ("unet", r"they belong to a U-Net \(unet\), but config\.model\.name is that of a DiT"),
 }
 
 
@@ -122,13 +122,13 @@ def test_the_option_that_makes_weights_not_fit_is_named(net_and_weights, option)
 
 def test_names_with_a_prefix_name_the_converter(net_and_weights):
     net, given = net_and_weights
-    with pytest.raises(UserError, match=r"their names begin with 'module\.'; parity/convert\.py SOURCE DEST"):
+    with pytest.raises(UserError, match=r"their names begin with 'module\.'; python -m parity\.convert SOURCE DEST"):
         weights.from_canonical(net, {f"module.{name}": a for name, a in given.items()})
 
 
 def test_one_unknown_name_is_no_prefix(net_and_weights):
     net, given = net_and_weights
-    with pytest.raises(UserError, match=r"the weights hold the unknown extra \(1 in all\); does the config fit them\?"):
+    with pytest.raises(UserError, match=r"the weights have unknown extra \(1 in all\); does the config match them\?"):
         weights.from_canonical(net, given | {"extra": np.zeros(3)})
 
 
@@ -195,7 +195,7 @@ def test_a_model_starts_from_another_of_its_family(before, after, fresh, left_ou
 @pytest.mark.parametrize(
     ("before", "after", "change", "message"),
     [
-        ("meanflow", "map", lambda w: None, "hold the unknown r_embedder"),
+        ("meanflow", "map", lambda w: None, "have unknown r_embedder"),
         ("flow", "map", lambda w: w.pop("t_embedder.mlp.0.bias"), "lack t_embedder.mlp.0.bias"),
         ("flow", "map", lambda w: w.update({"blocks.9.attn.qkv.bias": np.zeros(3)}), "unknown blocks.9"),
         ("longer", "map", lambda w: None, "mlp.fc1.* has shape"),

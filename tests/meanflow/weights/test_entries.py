@@ -127,7 +127,7 @@ def test_what_there_is_without_an_ema_is_read():
 def test_what_belongs_to_no_network_is_named(capsys):
     tree = net(1, "model.") | {"model_loss.weight": np.ones(2), "n_averaged": np.array(3)}
     assert chosen({"state_dict": tree}, None) == 1
-    assert "left out of w.pt, as of no network that is known: state_dict.model_loss.weight (1 in all)" in (
+    assert "left out of w.pt, not part of a known network: state_dict.model_loss.weight (1 in all)" in (
         capsys.readouterr().err
     )
 
@@ -300,5 +300,5 @@ def test_other_files_to_start_from_name_the_converter(tmp_path, sit, train, suff
     content = io.BytesIO()
     torch.save(tensors(sit), content)
     path.write_bytes(flax.serialization.msgpack_serialize(sit) if suffix == "msgpack" else content.getvalue())
-    with pytest.raises(UserError, match=rf"Convert it first:  python parity/convert\.py {path} {tmp_path}/w.*saf"):
+    with pytest.raises(UserError, match=rf"Convert it first:  python -m parity\.convert {path} {tmp_path}/w.*saf"):
         train.read_model(str(path), digits.get_config())

@@ -70,7 +70,7 @@ def test_content_decides_what_a_file_is(tmp_path, kind, name):
     path.write_bytes(KINDS[kind]())
     assert files.kind_of(path) == kind.split()[0]
     for read in (files.load, files.metadata):
-        with pytest.raises(UserError, match=rf"it is a .*Convert it first:  python parity/convert\.py {path} .*\.saf"):
+        with pytest.raises(UserError, match=rf"it is a .*Convert it first:  python -m parity\.convert {path} .*\.saf"):
             read(path)
 
 

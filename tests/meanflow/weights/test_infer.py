@@ -62,7 +62,7 @@ def test_the_options_are_found(options):
         ({"unet.emb_label.weight": np.zeros((16, 7, 1, 1))}, "arrays of other ranks"),
         ({"unet.enc.5x5_down.conv_res0.weight": np.zeros((8, 8, 3, 3))}, "lack unet.enc.5x5_block0.conv_res0.weight"),
         ({"unet.out_conv.weight": None}, "lack unet.out_conv.weight"),
-        ({"unet.new.weight": np.zeros((1, 1, 1, 1))}, "hold the unknown unet.new.weight"),
+        ({"unet.new.weight": np.zeros((1, 1, 1, 1))}, "have unknown unet.new.weight"),
         ({"unet.emb_fourier.phases": np.zeros(9)}, r"phases has shape \(9,\)"),
     ],
 )
