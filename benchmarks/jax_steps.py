@@ -1,4 +1,4 @@
-"""Training steps in JAX: built, run, counted, and how much memory they take.  Twin of torch_steps.py."""
+"""Training steps and samplers in JAX: builds, runs and counts them, and measures memory.  Twin of torch_steps.py."""
 
 import copy
 from typing import Any
@@ -6,10 +6,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import step
 from jax_impl.devices import local_mesh, set_precision
 from jax_impl.methods import METHODS
+from jax_impl.sample import make_sampler
 
 MATMULS = 8  # in one run
 
@@ -44,6 +46,15 @@ class Step:
         state_bytes = sum(a.nbytes for a in jax.tree.leaves((self._state, self._batch)))
         peak = {"peak_bytes": sizes["temp"] + sizes["argument"], "peak_kind": "planned by XLA"}
         return peak | {"state_bytes": state_bytes} | {f"{name}_bytes": size for name, size in sizes.items()}
+
+
+def sampling(config, noise, labels):
+    """Return a function that generates images [b h w c] from noise [b h w c] and labels [b], with random weights."""
+    graphdef, params = step.build_net(config)
+    mesh = local_mesh()
+    params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
+    sampler = make_sampler(config, graphdef, mesh)
+    return lambda: sampler(params, noise, labels, config.sample)
 
 
 def start(config):

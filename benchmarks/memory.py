@@ -20,12 +20,17 @@ WARM_UP = 2  # steps before the measured one
 
 
 def of_step(framework, config):
-    """Return the figures of a step of the config.  Raises RuntimeError with the process's errors if it fails."""
+    """Return the figures of a step of the config, see `run`."""
+    return run(["-m", "benchmarks.memory", framework], config)
+
+
+def run(argv, config, *more, env=None):
+    """Return the JSON that `python *argv CONFIG.json *more` prints.  Raises RuntimeError with stderr if it fails."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "config.json"
         path.write_text(resolve.to_json(config))
-        argv = [sys.executable, "-m", "benchmarks.memory", framework, str(path)]
-        done = subprocess.run(argv, capture_output=True, text=True)
+        argv = [sys.executable, *argv, str(path), *map(str, more)]
+        done = subprocess.run(argv, capture_output=True, text=True, env=env)
     if done.returncode:
         raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr}")
     return json.loads(done.stdout.splitlines()[-1])

@@ -68,13 +68,13 @@ def make_table(config, steps, flow_steps, scale):
 
 def measure(args, config):
     """Return a row for each sampler."""
-    steps, samples = (importlib.import_module(f"benchmarks.{args.framework}_{name}") for name in ("steps", "samples"))
+    steps = importlib.import_module(f"benchmarks.{args.framework}_steps")
     steps.start(config)
     c, rng = config.model, np.random.default_rng(0)
     noise = rng.standard_normal((args.batch, c.input_size, c.input_size, c.channels), np.float32)
     labels = rng.integers(0, c.num_classes, args.batch).astype(np.int32)
     entries = make_table(config, args.steps, args.flow_steps, args.cfg_scale)
-    runs = [samples.make_run(case, noise, labels) for _, case, _ in entries]
+    runs = [steps.sampling(case, noise, labels) for _, case, _ in entries]
     for run in tqdm(runs, "compiling"):
         run()
     seconds = [[] for _ in runs]

@@ -9,17 +9,12 @@ device (gloo), with its part of the threads.  Each is measured in a process of i
 """
 
 import argparse
-import json
 import os
-import pathlib
 import statistics
-import subprocess
-import sys
-import tempfile
 
 from tqdm import tqdm
 
-from benchmarks import cases, table
+from benchmarks import cases, memory, table
 from benchmarks.step import add_common, describe, make_config
 from meanflow.config import resolve
 from meanflow.errors import exit_on_user_error
@@ -40,22 +35,14 @@ COLUMNS = {
 
 
 def run(framework, config, num_devices, runs):
-    """Return what a process of the framework prints.  Raises RuntimeError with its errors if it fails."""
-    threads = max(1, len(os.sched_getaffinity(0)) // num_devices)
+    """Return the figures of a step over so many devices, measured in processes of its own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    argv = [sys.executable, "-m", "benchmarks.jax_devices"]
+    argv = ["-m", "benchmarks.jax_devices"]
     if framework == "torch":
-        env["OMP_NUM_THREADS"] = str(threads)
+        env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_devices))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_devices}"]
-        argv = [sys.executable, *torchrun, "-m", "benchmarks.torch_devices"]
-    with tempfile.TemporaryDirectory() as directory:
-        path = pathlib.Path(directory) / "config.json"
-        path.write_text(resolve.to_json(config))
-        argv += [str(path), str(num_devices), str(runs)]
-        done = subprocess.run(argv, capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise RuntimeError(f"{' '.join(argv)} failed:\n{done.stderr}")
-    return json.loads(done.stdout.splitlines()[-1])
+        argv = [*torchrun, "-m", "benchmarks.torch_devices"]
+    return memory.run(argv, config, num_devices, runs, env=env)
 
 
 def row(name, figures, one):

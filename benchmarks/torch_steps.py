@@ -1,4 +1,4 @@
-"""Training steps in PyTorch: built, run, counted, and how much memory they take.  Twin of jax_steps.py."""
+"""Training steps and samplers in PyTorch: builds, runs and counts them, and measures memory.  Twin of jax_steps.py."""
 
 import copy
 from types import SimpleNamespace
@@ -7,9 +7,10 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from torch_impl import step
+from torch_impl import step, weights
 from torch_impl.devices import choose_device, set_precision
 from torch_impl.methods import METHODS
+from torch_impl.sample import make_sampler
 
 MATMULS = 8  # in one run
 
@@ -53,6 +54,14 @@ class Step:
             sizes["peak_bytes"] = sizes["state_bytes"] + torch.cuda.max_memory_allocated() - before
             sizes["peak_kind"] = "allocated on the GPU"
         return sizes
+
+
+def sampling(config, noise, labels):
+    """Return a function that generates images [b h w c] from noise [b h w c] and labels [b], with random weights."""
+    net = step.build_net(config)
+    canonical = weights.to_canonical(net, dict(net.named_parameters()))
+    sampler = make_sampler(config, choose_device())
+    return lambda: sampler(canonical, noise, labels, config.sample)
 
 
 def start(config):
