@@ -67,7 +67,7 @@ def test_step_takes_presets_and_refuses_patches_of_a_network_without_them(tmp_pa
         step.main([*preset, "--patch=2", *sets])
 
 
-@pytest.mark.parametrize("framework", FRAMEWORKS)
+@pytest.mark.parametrize("framework", [pytest.param("jax", marks=pytest.mark.slow), "torch"])
 def test_sample_measures_a_flow_map_and_a_flow_model(framework, tmp_path):
     path = tmp_path / "sample.json"
     flags = [f"--framework={framework}", "--steps", "1", "2", "--flow_steps=3", f"--json={path}"]
@@ -86,6 +86,7 @@ def test_networks_that_are_no_flow_models_follow_their_own_velocity():
     assert not any(config.model.v_heads for _, config, _ in found)
 
 
+@pytest.mark.slow
 def test_two_devices_take_the_same_step_as_one(in_both, tmp_path, monkeypatch):
     monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as the fixture, in their processes
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

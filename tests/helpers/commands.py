@@ -41,7 +41,7 @@ class Command:
             if time.monotonic() > deadline:
                 os.killpg(self.pid, signal.SIGKILL)
                 pytest.fail(f"no end after {TIMEOUT} s:\n{self.stderr}")
-            time.sleep(0.005)
+            time.sleep(0.01)
 
     def wait_for(self, path):
         """Return once a file is there; the test fails if the command ends without it."""

@@ -140,6 +140,7 @@ def peak_of_a_step(remat):
     return max(itertools.accumulate(event.nbytes() for event in changes))
 
 
+@pytest.mark.slow
 def test_a_compiled_step_with_rematerialised_blocks_needs_less_memory():
     """The compiler is free to compute all blocks again first, and does so if what one needs early another ends with."""
     plain, again = peak_of_a_step(False), peak_of_a_step(True)
