@@ -1,13 +1,13 @@
 #!/usr/bin/env bash
-# MeanFlow on ImageNet in PyTorch, from a folder of images to FID, a process for each GPU of this node:
+# MeanFlow on ImageNet in PyTorch, from a folder of images to FID, with one process per GPU of this node:
 #   launch/imagenet.sh IMAGENET INCEPTION DIR [CONFIG]
-# IMAGENET has a folder for each class; INCEPTION is what torch-fidelity or pytorch-fid downloads (.pth).
-# Run again to go on after a kill: what is finished is not done again.
+# IMAGENET has one folder per class; INCEPTION is the .pth that torch-fidelity or pytorch-fid downloads.
+# If it is killed, rerun it: finished parts are not repeated.
 set -euo pipefail
 images=$(realpath "${1:?folder of images}") inception=$(realpath "${2:?weights of Inception, .pth}")
 dir=$(realpath -m "${3:?directory for everything}") config=${4:-configs/meanflow_imagenet.py:b4}
 cd "$(dirname "$0")/.."
-# What torchrun does with signals: pass on SIGUSR1 of SLURM too, and wait for a checkpoint.  Older ones ignore this.
+# Makes torchrun pass on SIGUSR1, which SLURM sends, and wait for a checkpoint.  Older versions ignore this.
 export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 TORCH_ELASTIC_SHUTDOWN_TIMEOUT=600
 gpus=$(.venv/bin/python -c "import torch; print(max(1, torch.cuda.device_count()))")
 run=(.venv/bin/torchrun --standalone --nproc_per_node="$gpus")

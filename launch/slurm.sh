@@ -2,7 +2,7 @@
 # Train on the GPUs of several nodes under SLURM, from the root of this checkout:
 #   sbatch --nodes=2 --time=24:00:00 launch/slurm.sh jax configs/meanflow_imagenet.py:b4 runs/b4 [overrides]
 #   sbatch --nodes=4 --gpus-per-node=4 --ntasks-per-node=4 launch/slurm.sh torch CONFIG WORKDIR [overrides]
-# Ask for one task per GPU.  Five minutes before its time is up the run saves, and the job is queued again to go on.
+# Request one task per GPU.  Five minutes before the time limit the run saves, and the job is requeued to continue.
 #SBATCH --job-name=meanflow
 #SBATCH --nodes=1
 #SBATCH --gpus-per-node=8
@@ -18,9 +18,9 @@ arguments=(--config="$config" --workdir="$workdir" "${@:4}")
 cpus=${SLURM_CPUS_PER_TASK:-1}
 
 case $framework in
-jax) # a process for each GPU
+jax) # one process per GPU
     step=(srun --gpu-bind=none --cpus-per-task="$cpus" .venv/bin/python -m jax_impl.main --distributed) ;;
-torch) # torchrun on each node, which passes signals on and gives its processes time to save
+torch) # torchrun on each node, which passes on signals and gives its processes time to save
     read -r first < <(scontrol show hostnames "$SLURM_JOB_NODELIST")
     export PET_SIGNALS_TO_HANDLE=SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 PET_SHUTDOWN_TIMEOUT=270
     step=(srun --ntasks="$SLURM_NNODES" --ntasks-per-node=1 --gpu-bind=none
@@ -28,7 +28,7 @@ torch) # torchrun on each node, which passes signals on and gives its processes 
         .venv/bin/torchrun --nnodes="$SLURM_NNODES" --nproc_per_node=gpu --rdzv_backend=c10d
         --rdzv_id="$SLURM_JOB_ID" --rdzv_endpoint="$first:$((20000 + SLURM_JOB_ID % 20000))" torch_impl/train.py) ;;
 *)
-    echo "error: the first argument is $framework; give jax or torch" >&2
+    echo "error: the first argument is $framework; it must be jax or torch" >&2
     exit 2 ;;
 esac
 
@@ -38,7 +38,7 @@ pid=$!
 trap 'stopped=1; kill -USR1 "$pid"' USR1 # srun passes it on to the processes
 code=0
 wait "$pid" || code=$?
-while kill -0 "$pid" 2>/dev/null; do # the signal ended the waiting, not the run
+while kill -0 "$pid" 2>/dev/null; do # the signal interrupted wait, not the run
     code=0
     wait "$pid" || code=$?
 done
