@@ -5,20 +5,19 @@ import os
 import pathlib
 import runpy
 import sys
-import zlib
 from concurrent import futures
 
 import commands
+import compile_cache
 import pytest
 
 ROOT = pathlib.Path(__file__).parents[1]
-# The files that take longest.  Workers of pytest-xdist get whole files, these first, so that they end together.
+# The files that take longest.  Workers of pytest-xdist get whole files, these first, so that both end together.
 LONGEST = (
-    "test_several_processes.py",
-    "torch_impl/test_processes.py", "test_commands.py", "test_resume.py", "jax_impl/test_devices.py",
-    "test_decoupled_commands.py", "test_workdirs.py", "meanflow/data/test_loader.py", "test_reflow_commands.py",
-    "jax_impl/test_step.py", "parity/test_mutations.py", "test_latents_commands.py", "parity/golden/test_inception.py",
-    "benchmarks/test_benchmark_commands.py", "jax_impl/test_tape.py", "benchmarks/test_precision.py",
+    "jax_impl/test_devices.py", "test_several_processes.py", "torch_impl/test_processes.py", "test_resume.py",
+    "parity/test_mutations.py", "jax_impl/test_tape.py", "test_commands.py", "test_decoupled_commands.py",
+    "test_latents_commands.py", "test_checkpoints.py", "benchmarks/test_benchmark_commands.py",
+    "parity/golden/test_inception.py", "meanflow/data/test_loader.py",
 )  # fmt: skip
 TINY = {
     "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
@@ -53,30 +52,14 @@ os.environ |= {
     "TF_CPP_MIN_LOG_LEVEL": "3",
     "TF_ENABLE_ONEDNN_OPTS": "0",
 }
-CACHE_SIZE = 2**29  # bytes of compiled programs that are kept
 
 
 def pytest_configure(config):
     """Keep compiled JAX programs from one session to the next; workers of pytest-xdist and commands inherit this."""
     if not WORKER:
         directory = config.cache.mkdir("compiled_by_jax")
-        drop_programs(directory)
+        compile_cache.prune(directory)
         os.environ["JAX_COMPILATION_CACHE_DIR"] = str(directory)
-
-
-def drop_programs(directory):
-    """Delete programs that a kill left half written, which JAX never replaces, and the oldest beyond `CACHE_SIZE`."""
-    total = 0
-    for path in sorted(directory.iterdir(), key=os.path.getmtime, reverse=True):
-        content = path.read_bytes()
-        total += len(content)
-        try:
-            zlib.decompress(content)
-            whole = True
-        except zlib.error:
-            whole = False
-        if total > CACHE_SIZE or not whole:
-            path.unlink()
 
 
 def pytest_xdist_auto_num_workers(config):
