@@ -1,4 +1,4 @@
-"""What is compared: the cases of a system, each a config, and the ratio of forwards that bounds its cost from below."""
+"""The steps that are compared: the cases of a system, each with its config and its lower bound in forwards."""
 
 import ast
 import copy
@@ -26,13 +26,13 @@ class Case(NamedTuple):
 
     name: str
     config: base.Config
-    limit: float  # forwards F of a step (backward = 2F) over the 3F of flow matching
-    of: str = ""  # of a variant: name of the case that it varies
+    limit: float  # forwards F of a step (backward = 2F) divided by the 3F of flow matching
+    of: str = ""  # name of the case that a variant varies
     variant: str = ""  # eager | remat | none
 
 
 def system_config(system: str, size: str, head_depth: int) -> base.Config:
-    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a size of the DiT family."""
+    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a DiT size."""
     config = base.get_config()
     config.model.update(base.DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
     if system == "improved":
@@ -48,7 +48,7 @@ def system_config(system: str, size: str, head_depth: int) -> base.Config:
 
 
 def override(config: base.Config, settings: Sequence[str]) -> base.Config:
-    """Return the config with `OPTION=VALUE` settings.  Raises UserError for an option or a value that cannot be."""
+    """Return the config with `OPTION=VALUE` settings.  Raises UserError for an unknown option or an invalid value."""
     config = copy.deepcopy(config)
     for setting in settings:
         name, equals, text = setting.partition("=")
@@ -70,7 +70,7 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield (name, options by dotted name, limit), flow matching first: flow rows alone, without guidance.
 
-    Re-MeanFlow's guidance always has both forwards; the U-Net, which has no classes, has none.
+    Re-MeanFlow's guidance always needs both forwards; the U-Net has no classes and so no guidance.
     """
     yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
     possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
@@ -83,9 +83,9 @@ def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 
 def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the same of improved MeanFlow.
+    """Yield the same for improved MeanFlow.
 
-    Flow matching is one head on flow rows alone: of as many blocks as u has, without guidance and tangent.
+    Flow matching uses one head on flow rows alone, with as many blocks as u has, without guidance and tangent.
     """
     one_head = {"model.head_depth": 0, "method.guidance": False}
     yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
@@ -98,7 +98,7 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 
 def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the same of decoupled MeanFlow, against the flow model that it starts from."""
+    """Yield the same for decoupled MeanFlow, relative to the flow model that it starts from."""
     yield FLOW_MATCHING, {"model.name": "dit", "model.interval_embedder": False, "method.name": "flow"}, 1.0
     for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
         if kind in kinds:
@@ -106,7 +106,7 @@ def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequenc
 
 
 def flow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the one of a flow model."""
+    """Yield the only case of a flow model."""
     yield FLOW_MATCHING, {}, 1.0
 
 
@@ -119,9 +119,9 @@ CASES = {
 def make_cases(
     config: base.Config, shares: Sequence[float], kinds: Sequence[str] = GUIDANCE, variants: Sequence[str] = ()
 ) -> list[Case]:
-    """Return the cases of the system that `config.method.name` is, each followed by its variants.
+    """Return the cases of the system `config.method.name`, each followed by its variants.
 
-    shares: of rows with r < t; () is the system's default.  variants: eager (PyTorch, not compiled) and remat.
+    shares: fractions of rows with r < t; () for the system's default.  variants: eager (PyTorch, not compiled), remat.
     Raises UserError for a config that cannot be trained as it is.
     """
     if config.method.guidance_type == "distill" and config.method.name == "decoupled":
@@ -140,7 +140,7 @@ def make_cases(
 
 
 def default_shares(config: base.Config) -> tuple[float, ...]:
-    """Return the share of rows with r < t that is measured unless another is asked for."""
+    """Return the default fractions of rows with r < t."""
     return (0.5,) if config.method.name == "improved" else (0.25,)
 
 
@@ -155,7 +155,7 @@ def make_config(config: base.Config, options: dict) -> base.Config:
 
 
 def make_batch(config: base.Config) -> dict[str, np.ndarray]:
-    """Return a random batch of `config.train.batch_size` rows with all that the method and the network read."""
+    """Return a random batch of `config.train.batch_size` rows with everything the method and the network read."""
     c, num, rng = config.model, config.train.batch_size, np.random.default_rng(0)
     shape = (num, c.input_size, c.input_size, c.channels)
     batch = {
@@ -172,6 +172,6 @@ def make_batch(config: base.Config) -> dict[str, np.ndarray]:
 
 
 def num_tokens(config: base.Config) -> int:
-    """Return the number of tokens of an image: of a transformer patches, of a U-Net pixels."""
+    """Return the number of tokens of an image: patches for a transformer, pixels for a U-Net."""
     c = config.model
     return c.input_size**2 if c.name in ("unet", "edm2") else (c.input_size // c.patch_size) ** 2

@@ -1,8 +1,8 @@
 """Memory of one training step, measured in a process of its own: `python -m benchmarks.memory jax|torch CONFIG.json`.
 
-Prints one JSON object, in bytes.  peak_bytes: planned by XLA, allocated on a GPU in PyTorch, or on its CPU the state
-and the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: of resident memory on a CPU, in both.
-Only a fresh process shows that growth: what earlier steps freed is kept by the allocator, and used again.
+Prints one JSON object, in bytes.  peak_bytes: planned by XLA, or allocated on a GPU by PyTorch; for PyTorch on a CPU,
+the state plus the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: resident memory on a CPU.
+Only a fresh process shows the growth, because the allocator keeps and reuses what earlier steps freed.
 """
 
 import ctypes
@@ -52,7 +52,7 @@ def measure(framework, config):
 
 
 def resident(run):
-    """Return bytes by name: the peak of resident memory while `run()` runs, and its growth over that before."""
+    """Return bytes by name: the peak of resident memory during `run()`, and its growth over the memory before."""
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = status("VmRSS")

@@ -1,4 +1,4 @@
-"""The study of precision in JAX: one loss and its gradients in a mode, from numpy to numpy.  See `precision`."""
+"""The study of precision in JAX: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
 
 import copy
 
@@ -13,15 +13,15 @@ from jax_impl.methods import METHODS
 from jax_impl.models.tape import recording
 
 FACTORS = ("dot_general", "conv_general_dilated")  # primitives whose inputs a TPU rounds
-PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # those that hold others, and in what
+PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # primitives that contain others
 
 
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called as the networks are, (z, t, r, y, **given, jvp), which see.  The methods call it without `jvp` for the
-    primal of all rows, and with it for the tangent alone, which they compute from what that primal's layers returned:
-    of another data type there is nothing to take, so the tangent then has a primal of its own.
+    It is called like the networks, with (z, t, r, y, **given, jvp).  The methods call it without `jvp` for the primal
+    of all rows, and with it for the tangent alone, which reuses the outputs of that primal's layers.  A tangent in
+    another data type cannot reuse them, so it has a primal of its own.
     """
 
     def __init__(self, nets, mode):
@@ -54,8 +54,8 @@ def shapes(config):
 def make(config, mode, compiled=False):
     """Return run(canonical weights, rows, draws) -> (aux, gradients by canonical name).
 
-    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is sooner
-    only for tiny networks; else operation by operation, each rounding its result as in PyTorch.
+    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is faster
+    only for tiny networks; otherwise operation by operation, each rounding its result as in PyTorch.
     """
     method, dtype = METHODS[config.method.name], "float64" if mode.plain == "float64" else "float32"
     with jax.enable_x64(True):
@@ -97,7 +97,7 @@ def in_dtype(config, dtype):
 def with_rounded_factors(function):
     """Return the function with the factors of its float32 products rounded to bfloat16, products summed in float32.
 
-    So a TPU multiplies float32 by default, and the official JAX code asks for nothing else.
+    This is how a TPU multiplies float32 by default, which the official JAX code does not change.
     """
 
     def evaluate(closed, *args):
@@ -114,7 +114,7 @@ def with_rounded_factors(function):
                 outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
             values.update(zip(eqn.outvars, outputs, strict=True))
-            for a in (*eqn.invars, *eqn.outvars):  # what nothing reads any more, or ever
+            for a in (*eqn.invars, *eqn.outvars):  # what nothing reads any more
                 if isinstance(a, core.Var) and last.get(a, i) == i:
                     values.pop(a, None)
         return [a.val if isinstance(a, core.Literal) else values[a] for a in closed.jaxpr.outvars]

@@ -1,4 +1,4 @@
-"""The study of precision in PyTorch: one loss and its gradients in a mode, from numpy to numpy.  See `precision`."""
+"""The study of precision in PyTorch: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from torch_impl.methods import METHODS
 from torch_impl.models.tape import recording
 
 aten = torch.ops.aten
-# Products, and which of their arguments are factors.
+# Products, and the positions of their factors.
 FACTORS = {
     aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1),
     aten.convolution_backward: (0, 1, 2),
@@ -27,9 +27,9 @@ FACTORS = {
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called as the networks are, (z, t, r, y, **given, jvp), which see.  The methods call it without `jvp` for the
-    primal of all rows, and with it for the tangent alone, which they compute from what that primal's layers returned:
-    of another data type there is nothing to take, so the tangent then has a primal of its own.
+    It is called like the networks, with (z, t, r, y, **given, jvp).  The methods call it without `jvp` for the primal
+    of all rows, and with it for the tangent alone, which reuses the outputs of that primal's layers.  A tangent in
+    another data type cannot reuse them, so it has a primal of its own.
     """
 
     def __init__(self, nets, params, mode):
@@ -54,10 +54,10 @@ class Mixed:
 
 
 class Products(TorchDispatchMode):
-    """Under it, products of bfloat16 factors are summed in float32 and rounded once, as on a GPU.
+    """A mode in which products of bfloat16 factors are summed in float32 and rounded once, as on a GPU.
 
-    A CPU without bfloat16 instructions does the same, some hundred times slower: here it multiplies in float32.
-    rounded: the factors of float32 products are rounded to bfloat16, the result is not, as on a TPU by default.
+    A CPU without bfloat16 instructions does the same about a hundred times slower; here it multiplies in float32.
+    rounded: the factors of float32 products are rounded to bfloat16, but not the result, as on a TPU by default.
     """
 
     def __init__(self, rounded):
