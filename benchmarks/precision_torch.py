@@ -10,7 +10,7 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from meanflow.float32 import full_float32
+from meanflow.torch_precision import full_float32
 from torch_impl import step, weights
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS

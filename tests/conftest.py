@@ -77,10 +77,10 @@ def pytest_collection_modifyitems(items):
 @pytest.fixture(scope="session")
 def datasets_dir(tmp_path_factory):
     """Return a directory with the digits, prepared."""
-    from meanflow.data.images import tfds_images
+    from meanflow.data import sources
 
     directory = str(tmp_path_factory.mktemp("datasets"))
-    tfds_images.open_source("digits", "train", directory)
+    sources.open_source("digits", "train", directory)
     return directory
 
 

@@ -13,7 +13,7 @@ import torch
 from absl import flags
 from safetensors.numpy import load_file
 
-from meanflow import float32
+from meanflow import torch_precision
 from meanflow.config import resolve
 from parity.adapters import frameworks
 
@@ -49,8 +49,8 @@ WITHOUT = {
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",
     "parity/convert.py": "computes nothing; float64 is tested below",
-    "meanflow/data/couplings.py": "moves files",
-    "meanflow/data/latents/importers.py": "moves files",
+    "meanflow/commands/import_couplings.py": "moves files",
+    "meanflow/commands/import_latents.py": "moves files",
 }
 
 
@@ -156,7 +156,7 @@ def restored():
     """Leave both frameworks as they were."""
     names = ("jax_default_matmul_precision", "jax_enable_x64")
     before = {name: getattr(jax.config, name) for name in names}
-    with float32.full_float32():
+    with torch_precision.full_float32():
         yield
     for name, value in before.items():
         jax.config.update(name, value)

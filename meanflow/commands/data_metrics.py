@@ -13,8 +13,7 @@ import numpy as np
 from meanflow import files
 from meanflow.commands import sample as sampling
 from meanflow.config import options
-from meanflow.data import loader
-from meanflow.data.images import tfds_images
+from meanflow.data import loader, sources
 from meanflow.errors import UserError
 from meanflow.metrics import scores
 from meanflow.process_group import ALONE, ProcessGroup
@@ -40,7 +39,7 @@ def load_real(config: options.Config) -> Real:
     config = copy.deepcopy(config)
     config.data.name = config.evaluation.dataset or config.data.name
     images, labels = loader.load_arrays(config, config.evaluation.split)
-    splits = tfds_images.split_names(config.data.name, config.data.dir)
+    splits = sources.split_names(config.data.name, config.data.dir)
     bound = {}
     if config.evaluation.classifier and TEST_SPLIT in splits and config.evaluation.split != TEST_SPLIT:
         bound = _compare(*loader.load_arrays(config, TEST_SPLIT), images, labels, config)

@@ -11,7 +11,7 @@ from meanflow.config import latents as conventions
 from meanflow.config import options, paths
 from meanflow.data import records
 from meanflow.data.images import pictures
-from meanflow.data.latents import autoencoder, dataset
+from meanflow.data.latents import autoencoder, dataset, units
 from meanflow.errors import UserError
 
 OWN = "data"  # the convention that the data themselves give
@@ -61,7 +61,7 @@ def encode(start: Start, make_encoder: MakeEncoder) -> None:
     process, num_processes = start(options.get_config())
     source = pictures.open_pictures(f.source, f.split, f.data_dir)
     files = autoencoder.read(f.vae)
-    convention = conventions.CONVENTIONS.get(f.convention, dataset.RAW)
+    convention = conventions.CONVENTIONS.get(f.convention, units.RAW)
     plan = dataset.Plan(
         f.image_size, autoencoder.latent_shape(files, f.image_size), f.crop, f.batch_size, f.shard_size, f.flip,
         f.pixels, f.skip_broken,

@@ -11,8 +11,7 @@ from ml_collections import config_flags
 
 from meanflow.config import latents, options, paths, resolve
 from meanflow.config.flags import config as config_flag
-from meanflow.data import couplings, digests, records
-from meanflow.data.images import tfds_images
+from meanflow.data import couplings, digests, records, sources
 from meanflow.errors import UserError
 from meanflow.sampling import edm
 
@@ -159,7 +158,7 @@ def make_plan(config: options.Config) -> couplings.Plan:
         other = {"dataset": "num_samples goes with --labels=random", "random": "num_passes goes with --labels=dataset"}
         raise UserError(f"--{other[f.labels]}, not with --labels={f.labels}")
     if f.labels == "dataset":
-        labels = tfds_images.open_labels(config.data.name, config.data.split, config.data.dir)
+        labels = sources.open_labels(config.data.name, config.data.split, config.data.dir)
         num_samples = (f.num_passes or 1) * len(labels)
     elif f.num_samples is None:
         raise UserError("--num_samples is missing: say how many pairs to make")

@@ -12,8 +12,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from meanflow.float32 import full_float32
 from meanflow.sampling import edm, steps
+from meanflow.torch_precision import full_float32
 from torch_impl import step, time_embedding, weights
 from torch_impl.methods import METHODS, common, flow, improved, reflow
 from torch_impl.models import edm2, imf_dit, layers, unet
