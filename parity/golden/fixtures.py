@@ -113,7 +113,7 @@ def plan_fixture(fixture: Fixture, system, result: Plan) -> None:
         if run is None:
             result.not_covered.extend(f"golden/{fixture.name}/{key}" for key in keys)
             continue
-        case = Case(f"golden/{fixture.name}/{group}", functools.partial(run, fixture))
+        case = Case(f"golden/{fixture.name}/{group}", functools.partial(run, fixture), fixture.name)
         result.cases.append(case)
         result.keys[case.name] = (fixture, keys)
 

@@ -23,7 +23,7 @@ from meanflow.errors import UserError
 from meanflow.weights import canonical, infer, names
 from parity import check, convert
 from parity.adapters import frameworks
-from parity.cases import objectives
+from parity.cases import objectives, settings
 from parity.golden import dmf, fixtures
 from parity.golden import imf as golden_imf
 from torch_impl import checkpoints as torch_checkpoints
@@ -245,11 +245,11 @@ def test_an_official_flow_model_becomes_a_flow_map_with_the_same_velocity(tmp_pa
 
 WITHOUT_A_TRACE = {"num_heads", "qkv_layout", "dropout", "compute_dtype", "dmf_depth", "repa_depth"}
 OTHER_NETWORKS = {
-    "unet_16": objectives.UNET | {
+    "unet_16": settings.UNET | {
         "input_size": 16, "channel_mult": (1, 2, 3), "channel_mult_emb": 2, "channel_mult_noise": 3, "num_blocks": 2,
         "attn_resolutions": (16, 4), "resample_filter": (1.0, 2.0, 3.0, 2.0), "encoder_type": "residual",
     },
-    "dmf_shallow": objectives.DMF | {"depth": 1, "dmf_depth": 1},
+    "dmf_shallow": settings.DMF | {"depth": 1, "dmf_depth": 1},
     "unet_separate_wide": objectives.NETWORKS["unet_separate"] | {"channel_mult_noise": 3},
 }  # fmt: skip
 

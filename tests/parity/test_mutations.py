@@ -23,7 +23,7 @@ from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from meanflow.sampling import steps
 from parity import check
-from parity.cases import objectives
+from parity.cases import objectives, settings
 from torch_impl import step as torch_step
 from torch_impl.methods import common as torch_common
 from torch_impl.methods import decoupled as torch_decoupled
@@ -116,7 +116,7 @@ def test_sines_and_cosines_that_keep_their_places_in_both_frameworks(monkeypatch
 
 
 def test_a_tangent_with_masks_of_its_own(framework, monkeypatch, capsys):
-    monkeypatch.setitem(objectives.NETWORKS, "unet", objectives.UNET | {"channel_mult": (1,)})
+    monkeypatch.setitem(objectives.NETWORKS, "unet", settings.UNET | {"channel_mult": (1,)})
     common = COMMON[framework]
     original = common.total_derivative
 
