@@ -88,6 +88,7 @@ def test_jobs_is_positive(capsys):
     assert "invalid positive value" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_several_processes_find_the_same_in_the_same_order(monkeypatch):
     only, given = "(ema_lr_optim/lr|sit_torch/time|metrics/is)", []
     alone = check.run(only=only)
