@@ -1,4 +1,4 @@
-"""Our own cases in float64: the two implementations against each other, and each against a second derivation."""
+"""Our own cases in float64: the implementations against each other, `loss_reference` and the oracle."""
 
 import functools
 
@@ -25,8 +25,8 @@ from parity.cases.settings import (
 from parity.checks import Case, Measure
 
 BOUND = 1e-10  # relative: both sum the same terms in another order, which costs a few units of 1e-16
-# The central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
-# 1e-16/h, both relative to values of order 1: 1e-10 or so at h = 1e-5, and a few orders of margin for the derivative.
+# A central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
+# 1e-16/h, both relative to values of order 1: about 1e-10 at h = 1e-5, plus a few orders of margin for the derivative.
 DIFFERENCE_BOUND, DIFFERENCE_STEP = 1e-7, 1e-5
 BATCH_SIZE, STEPS, PART = 12, 10, 4  # PART: rows of a micro-batch
 
@@ -61,15 +61,15 @@ def all_cases() -> list[Case]:
 
 
 def forward(network: str, measure: Measure) -> None:
-    """The network's output of every head, with r < t and with r = t, and without what it need not be given."""
+    """The network's output from every head, with r < t and with r = t, and without its optional inputs."""
     cfg = config(network)
     x, _, _, y, _ = jvp_inputs(cfg)
     t, r = times()
     cases = {"u": (r, given(cfg), "u"), "u at r = t": (t, given(cfg), "u")}
     cases |= {"u (nothing given)": (r, {}, "u")} if cfg.model.name == "unet" and given(cfg) else {}
     cases |= {"v": (t, given(cfg), "v")} if "v" in heads(cfg) else {}
-    for quantity, (r_given, beside, head) in cases.items():
-        u = {name: f.forward(net, x, t, r_given, y, beside, head) for name, f, net in nets(cfg)}
+    for quantity, (end, optional, head) in cases.items():
+        u = {name: f.forward(net, x, t, end, y, optional, head) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
     if cfg.model.repa_dims:
         got = {name: f.features(net, x, t, y) for name, f, net in nets(cfg)}
@@ -95,15 +95,15 @@ def difference(network: str, measure: Measure) -> None:
     z, t, r, y, v = jvp_inputs(cfg)
     h = DIFFERENCE_STEP
     for name, f, net in nets(cfg):
-        ahead, behind = (f.forward(net, z + step * v, t + step, r, y, given(cfg)) for step in (h, -h))
+        later, earlier = (f.forward(net, z + step * v, t + step, r, y, given(cfg)) for step in (h, -h))
         _, du_dt = f.jvp(net, z, t, r, y, v, given(cfg))
-        measure.compare(name, "du_dt (central difference)", du_dt, (ahead - behind) / (2 * h), DIFFERENCE_BOUND)
+        measure.compare(name, "du_dt (central difference)", du_dt, (later - earlier) / (2 * h), DIFFERENCE_BOUND)
 
 
 def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
-    """The loss with its quantities and gradients: against `loss_reference`, the oracle, and the other framework's.
+    """The loss with its quantities and gradients, against `loss_reference`, the oracle and the other framework.
 
-    inputs: (config) -> rows and draws by name; None: those of `batch`.
+    inputs: (config) -> rows and draws by name; by default those of `batch`.
     """
     cfg = config(network, method=setting)
     rows, draws = (inputs or batch)(cfg)
@@ -122,9 +122,9 @@ def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
 
 
 def oracle_of(cfg, rows, draws) -> tuple:
-    """Return the loss, its quantities by name and its gradients, from the oracle.
+    """Return the oracle's loss, quantities by name, and gradients.
 
-    It knows neither framework; the network that it is given is PyTorch's, which compiles nothing.
+    The oracle is independent of both frameworks; it is evaluated once, on PyTorch's network, which compiles nothing.
     """
     f = FRAMEWORKS["torch"]
     net = f.build(cfg, random_weights(cfg))
@@ -138,12 +138,12 @@ def oracle_of(cfg, rows, draws) -> tuple:
 
 
 def teacher(f, cfg):
-    """Return the frozen flow model that the config asks for, or None."""
+    """Return the frozen flow model if the config has a teacher, else None."""
     return f.build(teacher_config(), random_weights(teacher_config())) if cfg.method.teacher else None
 
 
 def against_reference(measure, framework, result, reference):
-    """Compare a loss with that of `loss_reference`, its worst quantity and gradient."""
+    """Compare a loss, its worst quantity and its worst gradient with those of `loss_reference`."""
     (value, aux, grads), (expected, expected_aux, expected_grads) = result, reference
     aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
     measure.compare(framework, "loss (reference)", value, expected, BOUND)
@@ -152,7 +152,7 @@ def against_reference(measure, framework, result, reference):
 
 
 def against_formula(measure, framework, result, formula):
-    """Compare a loss with that of the oracle, and each quantity that the oracle has."""
+    """Compare a loss, every quantity that the oracle has, and the worst gradient with the oracle's."""
     (value, aux, grads), (expected, expected_aux, expected_grads) = result, formula
     aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
     measure.compare(framework, "loss (formula)", value, expected, BOUND)
@@ -162,16 +162,16 @@ def against_formula(measure, framework, result, formula):
 
 
 def on_jvp_rows(quantities, expected):
-    """Return quantities by name, with du/dt and its tangent v_c as 0 on the flow rows that are `expected`.
+    """Return quantities by name, with du/dt and the tangent v_c set to 0 on the flow rows of `expected`.
 
-    On those of a static split a loss has no du/dt, and v_c is that of the label after the drop.
+    On flow rows of a static split nothing reads them: a loss has no du/dt, and v_c is that of the dropped label.
     """
     jvp_row = (expected["r"] < expected["t"])[:, None, None, None]
     return {name: a * jvp_row if name in ("du_dt", "v_c") else a for name, a in quantities.items()}
 
 
 def parts(network: str, setting: dict, measure: Measure) -> None:
-    """The loss of a batch and what becomes of each row, against those of its parts."""
+    """The loss of a batch and the result of each row, against those of its micro-batches."""
     cfg = config(network, method=setting)
     rows, draws = batch(cfg)
     slices = [slice(i, i + PART) for i in range(0, BATCH_SIZE, PART)]
@@ -188,7 +188,7 @@ def parts(network: str, setting: dict, measure: Measure) -> None:
 
 
 def train(network: str, method: dict, options: dict, measure: Measure) -> None:
-    """Parameters and EMAs after ten steps of the trainers' own update, on each framework's own gradients."""
+    """Parameters and EMAs after ten steps of the trainers' own update, with each framework's own gradients."""
     cfg = config(network, train=options, method=method)
     batches = [batch(cfg, seed) for seed in range(STEPS)]
     result = {name: f.train(net, cfg, batches) for name, f, net in nets(cfg)}
@@ -211,7 +211,7 @@ def sample(network: str, options: dict, measure: Measure) -> None:
 
 
 def couple(network: str, guidance: float, with_guide: bool, measure: Measure) -> None:
-    """Couplings of a flow model of EDM2, guided by itself or by another."""
+    """Couplings of an EDM2 flow model, guided by itself or by another network."""
     cfg = config(network)
     (rows, draws), images = batch(cfg), {}
     for name, f, net in nets(cfg):
@@ -221,7 +221,7 @@ def couple(network: str, guidance: float, with_guide: bool, measure: Measure) ->
 
 
 def time_embedding(network: str, measure: Measure) -> None:
-    """Errors of two time embeddings to the one of their teacher: copies of it, and fitted ones."""
+    """Errors of two time embeddings against their teacher's: a copy of it, and a fitted one."""
     student, teacher = config(network), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
     t, r = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(2, 50)), axis=0)[::-1].copy()
     errors = {}
@@ -234,7 +234,7 @@ def time_embedding(network: str, measure: Measure) -> None:
 
 
 def config(network: str = "dit", **changes: dict) -> base.Config:
-    """Return the config of a tiny network; changes: options of a section by its name, e.g. method={'kappa': 0}."""
+    """Return the config of a tiny network.  changes: options by section, e.g. method={'kappa': 0}."""
     cfg = base.get_config()
     cfg.model.update(NETWORKS[network])
     cfg.method.name = method_of(cfg.model)
@@ -264,12 +264,12 @@ def nets(cfg) -> list[tuple]:
 
 
 def heads(cfg) -> str:
-    """Return the letters of the velocities that the network of the config predicts."""
+    """Return the heads of the config's network, one letter each."""
     return "uv" if cfg.model.name == "imf_dit" else "u"
 
 
 def random_weights(cfg) -> dict[str, np.ndarray]:
-    """Return canonical weights that are non-zero everywhere: zero layers would hide all but themselves."""
+    """Return canonical weights, non-zero everywhere: zero layers would hide everything before them."""
     alone = base.get_config()
     alone.model.update(cfg.model, compute_dtype="float64")
     alone.method.name = cfg.method.name
@@ -287,7 +287,7 @@ def _random_weights(text: str) -> dict[str, np.ndarray]:
 
 
 def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
-    """Return images, labels and what else a batch of the config holds, and the draws, by name, in float64."""
+    """Return the batch that the config's method and network take, and the draws, by name, in float64."""
     rng = np.random.RandomState(100 + seed)
     c = cfg.model
     shape = (BATCH_SIZE, c.input_size, c.input_size, c.channels)
@@ -306,13 +306,13 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
     if cfg.method.name in ("flow", "decoupled"):
         return rows_of(cfg, x, y, rng), flow_draws(cfg, draws, rng)
     own = ("omega", "t_min", "t_max") if cfg.method.name == "improved" else ("dropout",)
-    # Exact in any precision, as the masks that follow from `dropout` must be.
+    # Representable in float32, so that dropout masks are the same in every precision.
     draws |= {name: rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64) for name in own}
     return rows_of(cfg, x, y, rng), draws
 
 
 def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
-    """Return a batch of images and labels with what else a batch of the config holds."""
+    """Return the batch by name: images, labels, and the augmentation labels or features that the network takes."""
     c, rows = cfg.model, {"image": x, "label": y}
     if c.name == "unet" and c.augment_dim:
         rows["augment"] = rng.normal(size=(BATCH_SIZE, c.augment_dim))
@@ -322,7 +322,7 @@ def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
 
 
 def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
-    """Return the draws of the flow term, with those of the MeanFlow term if the method has one."""
+    """Return the draws of the flow term and, if the method has one, of the MeanFlow term."""
     times_flow = rng.uniform(size=BATCH_SIZE) if cfg.method.time_sampler == "uniform" else rng.normal(size=BATCH_SIZE)
     if cfg.method.name == "flow":
         return {"noise": draws["noise"], "times": times_flow, "drop": draws["drop"]}
@@ -331,12 +331,12 @@ def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
 
 
 def given(cfg) -> dict[str, np.ndarray]:
-    """Return what the network of the config is given in training beside (z, t, r, y), by name."""
+    """Return the network's inputs in training in addition to (z, t, r, y), by name."""
     rows, draws = batch(cfg)
     if cfg.model.name == "imf_dit":
         return {"omega": 1 + 7 * draws["omega"], "t_min": draws["t_min"] / 2, "t_max": (1 + draws["t_max"]) / 2}
-    beside = {name: a for name, a in rows.items() if name == "augment"}
-    return beside | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
+    augment = {name: a for name, a in rows.items() if name == "augment"}
+    return augment | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
 
 
 def times() -> tuple[np.ndarray, np.ndarray]:
