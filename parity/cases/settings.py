@@ -15,9 +15,9 @@ EDM2 = COMMON | {
     "name": "edm2", "width": 8, "channel_mult": (1, 2), "channel_mult_emb": 2, "channel_mult_noise": 1, "num_blocks": 1,
     "attn_resolutions": (4,), "head_width": 8, "sigma_data": 0.7,
 }  # fmt: skip
-# The frozen flow model that distills its guidance, of other sizes than the network that it teaches.
+# The frozen teacher of a distillation, whose sizes differ from its student's.
 TEACHER = TRANSFORMER | {"interval_embedder": False, "depth": 1, "width": 16, "num_heads": 2}
-# Tiny networks, by the name that their cases carry; the transformer's cases carry none.
+# Tiny networks, by the prefix of their cases' names; the transformer's cases have none.
 NETWORKS = {
     "dit": TRANSFORMER,
     "unet": UNET,
@@ -68,7 +68,7 @@ DMF_TIMES = {"time_mean": (0.4, -1.2), "time_std": (1.0, 0.9)}
 RE2 = {"name": "rectified", "time_sampler": "re2_truncate", "adaptive_power": 0.5}
 DRAWN_SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
 MODEL_GUIDANCE = {"omega": 0.6, "guidance_start": 0.1, "guidance_end": 0.7}
-# The same for other networks, by network and name.  A U-Net has no classes, but the objective must not know that.
+# The same for other networks, by network/name.  A U-Net ignores classes, but the objective must not rely on that.
 NETWORK_SETTINGS = {
     "unet/v0": V0,
     "unet/v1": V1 | {"time_mean": (-0.6, -0.9)},
@@ -96,7 +96,7 @@ NETWORK_SETTINGS = {
     "edm2/re2": RE2 | DRAWN_SCALES,
     "edm2/clip": RE2 | DRAWN_SCALES | {"distance_clip": 2.0, "label_drop_prob": 0.4},
     "edm2_flow/flow": {"label_drop_prob": 0.3, "flow_time_mean": -0.4},
-    # Of the method rather than of its network, with a transformer that compiles sooner.
+    # Re-MeanFlow's own options, on a transformer, which compiles faster.
     "dit/remeanflow_clip": RE2 | DRAWN_SCALES | {"distance_clip": 2.1, "flow_fraction": 0.5},
     "dit/remeanflow_coin": RE2 | DRAWN_SCALES | {"flow_rows": "coin", "interval_mean": 0.3, "interval_std": 0.7},
     "dit/remeanflow_constant": RE2 | {"omega": 1.4, "kappa": 0.3, "flow_rows": "front", "adaptive_eps": 1e-3},
@@ -104,7 +104,7 @@ NETWORK_SETTINGS = {
     "dit/remeanflow_uniform": RE2 | DRAWN_SCALES | {"time_sampler": "uniform", "weighting": "adaptive_squared"},
     "dit/remeanflow_unweighted": RE2 | DRAWN_SCALES | {"weighting": "uniform", "omega_max": 2.0},
 }
-# Of these the batch is also computed in parts.
+# Losses that are also computed in micro-batches.
 DIVIDED = (
     "split/kappa", "front/kappa", "coin/kappa", "imf/front", "dmf/uniform", "dmf_sit/repa", "dit/remeanflow_clip",
 )  # fmt: skip
@@ -116,7 +116,7 @@ SAMPLERS = {
     "steps1_cfg": {"steps": 1, "cfg_scale": 1.5},
     "steps3_cfg": {"steps": 3, "cfg_scale": 2.5},
 }
-# The same of decoupled MeanFlow and of flow models, guided in an interval, with noise drawn anew.
+# The same for decoupled MeanFlow and flow models: guidance in an interval, samplers that add fresh noise.
 INSIDE = {"cfg_scale": 1.5, "interval": (0.2, 0.8)}
 NETWORK_SAMPLERS = {
     "unet/steps2": SAMPLERS["steps2"],
@@ -137,7 +137,7 @@ NETWORK_SAMPLERS = {
 }
 GUIDED_SAMPLES = {"omega": 3.5, "interval": (0.25, 0.75)}
 NETWORK_SAMPLERS |= {f"imf/{name}": SAMPLERS[name] | GUIDED_SAMPLES for name in ("steps1", "steps2", "times")}
-# Couplings: the scale of the guidance, and whether an autoguidance network gives it.
+# Couplings: guidance scale, and whether an autoguidance network provides the guidance.
 COUPLINGS = {"plain": (1.0, False), "guided": (1.7, False), "autoguided": (1.7, True)}
 TRAINING = {
     "adamw_cosine_clip": {
