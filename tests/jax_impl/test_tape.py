@@ -27,6 +27,7 @@ NETWORKS = {
         "model.num_blocks": 1,
     },
 }  # fmt: skip
+COMPILED = ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "dit")]
 
 
 @pytest.fixture(autouse=True)
@@ -60,7 +61,7 @@ def rows_of(config, net, num=8):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_tangent_is_that_of_the_whole_network(name, remat):
     config, graphdef, params = build(name, **{"train.remat": remat})
     net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, rest=1)
@@ -99,7 +100,7 @@ def loss_of(config, graphdef, params):
     return jax.jit(jax.grad(lambda params: method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_rematerialised_blocks_have_the_same_gradients(name):
     plain, again = (build(name, **{"train.remat": remat}) for remat in (False, True))
     text, grads = [], []
@@ -122,6 +123,7 @@ def planned(config):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_step_with_rematerialised_blocks_needs_less_memory(monkeypatch):
     sizes = {"model.depth": 4, "model.width": 64, "train.batch_size": 32}
     (plain, _, _), (again, _, _) = (build("dit", **sizes, **{"train.remat": remat}) for remat in (False, True))
