@@ -10,7 +10,7 @@ from jax.extend import core
 
 from jax_impl import step, weights
 from jax_impl.methods import METHODS
-from jax_impl.models.tape import recording
+from jax_impl.models.tape import under_jvp
 
 FACTORS = ("dot_general", "conv_general_dilated")  # primitives whose inputs a TPU rounds
 PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # primitives that contain others
@@ -19,22 +19,24 @@ PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # pr
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called like the networks, with (z, t, r, y, **given, jvp).  The methods call it without `jvp` for the primal
-    of all rows, and with it for the tangent alone, which reuses the outputs of that primal's layers.  A tangent in
-    another data type cannot reuse them, so it has a primal of its own.
+    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
+    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
     """
+
+    takes_tape = True
 
     def __init__(self, nets, mode):
         """nets: {dtype: network}, all of the same parameters.  mode: `precision.Mode`."""
         self.nets, self.mode, net = nets, mode, nets[mode.plain]
         self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
 
-    def __call__(self, *inputs, jvp=False, **given):
+    def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode
-        if jvp and len({plain, primal, tangent}) > 1:
-            with recording(None):
-                return self.nets[tangent](*inputs, **given, jvp=True)
-        u = self.nets[plain](*inputs, **given, jvp=jvp)
+        if len({plain, primal, tangent}) > 1:
+            if under_jvp(tape):
+                return self.nets[tangent](*inputs, **given)
+            tape = None
+        u = self.nets[plain](*inputs, **given, tape=tape)
         if plain == primal or r is t:
             return u
         of_row = (r < t)[:, None, None, None]

@@ -14,7 +14,7 @@ from meanflow.torch_precision import full_float32
 from torch_impl import step, weights
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS
-from torch_impl.models.tape import recording
+from torch_impl.models.tape import under_jvp
 
 aten = torch.ops.aten
 # Products, and the positions of their factors.
@@ -27,22 +27,24 @@ FACTORS = {
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called like the networks, with (z, t, r, y, **given, jvp).  The methods call it without `jvp` for the primal
-    of all rows, and with it for the tangent alone, which reuses the outputs of that primal's layers.  A tangent in
-    another data type cannot reuse them, so it has a primal of its own.
+    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
+    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
     """
+
+    takes_tape = True
 
     def __init__(self, nets, params, mode):
         """nets: {dtype: module}, called with `params` {name: tensor} in place of their own.  mode: `precision.Mode`."""
         self.nets, self.params, self.mode, net = nets, params, mode, nets[mode.plain]
         self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
 
-    def __call__(self, *inputs, jvp=False, **given):
+    def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode
-        if jvp and len({plain, primal, tangent}) > 1:
-            with recording(None):
-                return self.call(tangent, inputs, given | {"jvp": True})
-        u = self.call(plain, inputs, given | {"jvp": jvp})
+        if len({plain, primal, tangent}) > 1:
+            if under_jvp(tape):
+                return self.call(tangent, inputs, given)
+            tape = None
+        u = self.call(plain, inputs, given | {"tape": tape})
         if plain == primal or r is t:
             return u
         of_row = (r < t)[:, None, None, None]

@@ -7,6 +7,7 @@ import pytest
 from flax import nnx
 
 from jax_impl import weights
+from jax_impl.methods import common
 from jax_impl.models import attention
 from jax_impl.models.layers import timestep_features
 from jax_impl.step import build_net
@@ -19,6 +20,7 @@ SIZES = {
 }  # fmt: skip
 FLOW = {"name": "dit", "interval_embedder": False}
 REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
+ROWS = common.Rows(groups=1, flow=0, rest=2)
 
 
 @pytest.fixture(autouse=True)
@@ -117,20 +119,32 @@ def test_a_kernel_is_used_where_no_tangent_passes(name, monkeypatch):
     graphdef, shapes = graph(**changes)
     told = jnp.ones(2, jnp.float32)
     given = {"omega": told, "t_min": 0 * told, "t_max": told} if name == "imf_dit" else {}
-    for jvp, expected in ((False, {"fused"}), (True, {"plain"})):
+
+    def derivative(params, z, t, r, y):
+        net = nnx.merge(graphdef, params)
+        _, tape = common.average_velocity(net, z, t, r, y, given, ROWS)
+        assert set(used) == {"fused"} and len(used) >= 2
         used.clear()
-        jax.eval_shape(compiled(graphdef, **given, jvp=jvp), shapes, *inputs(jnp.float32))
-        assert set(used) == expected and len(used) >= 2
+        return common.total_derivative(net, z, z, t, r, y, given, ROWS, tape)
+
+    jax.eval_shape(derivative, shapes, *inputs(jnp.float32))
+    assert set(used) == {"plain"} and len(used) >= 2
 
 
 def test_a_fused_network_has_the_plain_derivative():
     (z, t, r, y), derivatives = inputs(jnp.float32), []
-    tangents = (jnp.ones_like(z), jnp.ones_like(t), jnp.zeros_like(r))
-    for kernel in ("plain", "fused"):
-        graphdef, shapes = graph(attention=kernel, compute_dtype="float32")
-        net = nnx.merge(graphdef, some(shapes))
-        push = jax.jit(lambda z, t, r, net=net: jax.jvp(lambda *a: net(*a, y, jvp=True), (z, t, r), tangents))
-        derivatives.append(push(z, t, r))
-    for plain, fused in zip(*derivatives, strict=True):
-        np.testing.assert_array_equal(plain, fused)
-    assert float(jnp.abs(derivatives[0][1]).max()) > 1e-3
+
+    plain, fused = (
+        nnx.merge(graphdef, some(shapes))
+        for graphdef, shapes in (graph(attention=kernel, compute_dtype="float32") for kernel in ("plain", "fused"))
+    )
+
+    @jax.jit
+    def derivative_of(net, z, t, r):
+        _, tape = common.average_velocity(plain, z, t, r, y, {}, ROWS)
+        return common.total_derivative(net, z, jnp.ones_like(z), t, r, y, {}, ROWS, tape)
+
+    for net in (plain, fused):
+        derivatives.append(derivative_of(net, z, t, r))
+    np.testing.assert_array_equal(*derivatives)
+    assert float(jnp.abs(derivatives[0]).max()) > 1e-3

@@ -129,7 +129,7 @@ class Layers(nnx.Module):
 
     def __call__(self, z, t):
         h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, None, None])
-        return self.out(h, self.out_gain[...])
+        return self.out(h, gain=self.out_gain[...])
 
 
 def error_of_forwards(net, batch, draws, cfg):

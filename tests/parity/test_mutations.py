@@ -135,9 +135,9 @@ def swap(mutate, framework):
     cls, call = {"jax": (jax_dit.DiT, "__call__"), "torch": (torch_dit.DiT, "forward")}[framework]
     original = getattr(cls, call)
 
-    def swapped(self, z, t, r, y, jvp=False):
+    def swapped(self, z, t, r, y, **options):
         self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
-        u = original(self, z, t, r, y, jvp)
+        u = original(self, z, t, r, y, **options)
         self.t_embedder, self.r_embedder = self.r_embedder, self.t_embedder
         return u
 
@@ -255,7 +255,7 @@ def test_blocks_that_are_told_the_other_time(framework, mutate, capsys):
     network = {"jax": jax_dmf_dit, "torch": torch_dmf_dit}[framework].DMFDiT
     name = {"jax": "__call__", "torch": "forward"}[framework]
     original = getattr(network, name)
-    mutate.setattr(network, name, lambda self, z, t, r, y, jvp=False: original(self, z, r, t, y, jvp))
+    mutate.setattr(network, name, lambda self, z, t, r, y, **options: original(self, z, r, t, y, **options))
     out = expect_failure(capsys, "golden/dmf_dmft_torch/fwd", f"golden/dmf_dmft_torch/fwd {framework}")
     assert "1 failed" in out
     out = expect_failure(capsys, "float64/dmf/forward", "float64/dmf/forward")
