@@ -222,6 +222,20 @@ def test_an_entry_of_the_progress_is_changed(framework, config, run_of):
     assert progress["pending"] is True and progress["window"] == []
 
 
+def test_a_note_is_written_once_its_step_is_on_disk(config, run_of):
+    """By a later look, or at the latest when a save is waited for; nothing is written before."""
+    saver = jax_checkpoints.Checkpoints(run_of("jax", 3, 6), config)
+    marker, progress = (saver.path / "6" / name for name in (jax_checkpoints.MARKER, "run/metadata"))
+    marker.rename(marker.with_name("unfinished"))
+    before = progress.read_text()
+    saver.note(6, pending=False)
+    saver.write_notes()
+    assert progress.read_text() == before
+    marker.with_name("unfinished").rename(marker)
+    saver.tidy()
+    assert json.loads(progress.read_text())["pending"] is False and not saver.notes
+
+
 def listing(directory):
     """Return {path: when it changed} of everything in a directory."""
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in [directory, *directory.rglob("*")]}

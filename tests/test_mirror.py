@@ -56,7 +56,7 @@ ONE_SIDED = {
         "to_torch": "the same",
         "to_flax": "the same",
     },
-    "train.py": {"main": "JAX's entry is main.py"},
+    "train.py": {"main": "JAX's entry is main.py", "fetch": "PyTorch's, reduce_metrics, is in step.py"},
 }
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
 OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",

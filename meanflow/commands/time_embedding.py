@@ -90,8 +90,8 @@ def copied(teacher: Weights) -> Weights:
 
 def fit(teacher: Weights, t: np.ndarray, r: np.ndarray) -> Weights:
     """Return a teacher's weights for a network of two times with embeddings fitted at times t >= r [k]."""
-    fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
-    return copied(teacher) | dict(zip(TWO, fit_embeddings(*fourier, teacher[ONE], t, r), strict=True))
+    freqs, phases = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
+    return copied(teacher) | dict(zip(TWO, fit_embeddings(freqs, phases, teacher[ONE], t, r), strict=True))
 
 
 def draw_times(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from meanflow.commands import train as training
 from meanflow.errors import UserError
 from torch_impl import devices, step, train
 
@@ -101,13 +102,13 @@ def test_processes_that_cannot_be_joined(started, tiny, monkeypatch):
         devices.start_torch(tiny())
 
 
-def test_processes_wait_for_the_one_that_judges(tiny, monkeypatch):
+def test_processes_wait_for_the_one_that_evaluates(tiny, monkeypatch, tmp_path):
     """Not in the next step, whose groups of a sharded state give up sooner."""
-    order = []
+    order, config = [], tiny({"train.evaluate_every": 1, "evaluation.every_ema": False})
     monkeypatch.setattr(train, "dist", SimpleNamespace(get_rank=lambda: 1, get_world_size=lambda: 2))
-    monkeypatch.setattr(train, "evaluate", lambda *_: (order.append("judged"), ({}, None))[1])
+    monkeypatch.setattr(training, "evaluate", lambda *_: (order.append("evaluated"), ({}, None))[1])
     monkeypatch.setattr(train.weights, "to_canonical", lambda *_: {})
     monkeypatch.setattr(train, "wait_for_all", lambda: order.append("waited"))
-    _, (_, evaluation) = train.make_reports(tiny({"train.evaluate_every": 1, "evaluation.every_ema": False}), None)
+    _, (_, evaluation), _ = train.make_reports(config, torch.device("cpu"), tmp_path)
     evaluation(1, SimpleNamespace(net=torch.nn.Identity(), emas=({}, {})), SimpleNamespace(write=lambda *_: None))
-    assert order == ["judged", "waited"]
+    assert order == ["evaluated", "waited"]
