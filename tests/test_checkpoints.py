@@ -1,5 +1,6 @@
 """Checkpoints of both frameworks: which directories count as one, who reads what of them, and who may change them."""
 
+import json
 import shutil
 from types import SimpleNamespace
 from unittest import mock
