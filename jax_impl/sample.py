@@ -24,7 +24,7 @@ from meanflow.config.flags import run
 from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 
-TOOLS = FrozenNetworks(make_decoder, make_inception)
+NETWORKS = FrozenNetworks(make_decoder, make_inception)
 
 
 def make_sampler(config, graphdef, mesh=None):
@@ -86,7 +86,7 @@ def load(workdir_path, weights_path, config):
 def main():
     """Load, generate, write."""
     setup_logging()
-    sampling.sample(load, TOOLS)
+    sampling.sample(load, NETWORKS)
 
 
 if __name__ == "__main__":

@@ -13,7 +13,7 @@ from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, read_weights
 from jax_impl.devices import first_does, gather
 from jax_impl.models.attention import check_kernels
-from jax_impl.sample import TOOLS, make_sampler
+from jax_impl.sample import NETWORKS, make_sampler
 from jax_impl.step import (
     BATCH,
     abstract_state,
@@ -88,7 +88,7 @@ def start_state(config, mesh, checkpoints=None):
     net = nnx.merge(graphdef, fresh)
     own, canonical = training.read_model(config.train.load_from, config, read_weights)
     resolve.check_alike(config, own, "train.load_from")
-    return *create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical))), None
+    return *create_state(config, mesh, weights.from_canonical(net, weights.transfer(net, fresh, canonical))), None
 
 
 def load_teacher(config, mesh):
@@ -101,7 +101,7 @@ def load_teacher(config, mesh):
     own, canonical = training.read_model(config.method.teacher, config, read_weights)
     graphdef, params = build_net(resolve.check_teacher(config, own))
     net = nnx.merge(graphdef, params)
-    params = weights.from_canonical(net, weights.adopt(net, params, canonical))
+    params = weights.from_canonical(net, weights.transfer(net, params, canonical))
     return graphdef, jax.device_put(params, state_shardings(params, mesh))
 
 
@@ -144,6 +144,6 @@ def make_reports(config, graphdef, mesh, workdir):
         return (weights.to_canonical(nnx.merge(graphdef, ema), ema) for ema in state.emas)
 
     return [
-        *training.make_reports(config, make_sampler(config, graphdef, mesh), TOOLS, group, weights_of),
+        *training.make_reports(config, make_sampler(config, graphdef, mesh), NETWORKS, group, weights_of),
         training.make_snapshots(config, workdir, canonical_emas, active=group.process == 0),
     ]

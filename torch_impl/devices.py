@@ -14,7 +14,7 @@ from meanflow.commands import cluster
 from meanflow.commands.processes import Board
 from meanflow.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process judges or writes
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process evaluates or writes
 
 
 def choose_device():

@@ -19,7 +19,7 @@ from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
 
-TOOLS = FrozenNetworks(make_decoder, make_inception)
+NETWORKS = FrozenNetworks(make_decoder, make_inception)
 
 
 def make_sampler(config, device):
@@ -71,7 +71,7 @@ def load(workdir_path, weights_path, config):
 def main():
     """Load, generate, write."""
     setup_logging()
-    sampling.sample(load, TOOLS)
+    sampling.sample(load, NETWORKS)
 
 
 if __name__ == "__main__":

@@ -30,7 +30,7 @@ from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
 from torch_impl.devices import first_does, gather, make_board, start_torch, wait_for_all
 from torch_impl.models.attention import check_kernels
-from torch_impl.sample import TOOLS, make_sampler
+from torch_impl.sample import NETWORKS, make_sampler
 from torch_impl.step import (
     build_net,
     create_state,
@@ -92,7 +92,7 @@ def start_state(config, mesh, device, checkpoints=None):
         net = build_net(config)
         own, canonical = training.read_model(config.train.load_from, config, read_weights)
         resolve.check_alike(config, own, "train.load_from")
-        canonical = weights.adopt(net, dict(net.named_parameters()), canonical)
+        canonical = weights.transfer(net, dict(net.named_parameters()), canonical)
         replace_params(state, weights.from_canonical(net, canonical))
     return state, None
 
@@ -106,7 +106,7 @@ def load_teacher(config, device):
         return None
     own, canonical = training.read_model(config.method.teacher, config, read_weights)
     net = build_net(resolve.check_teacher(config, own))
-    net.load_state_dict(weights.from_canonical(net, weights.adopt(net, dict(net.named_parameters()), canonical)))
+    net.load_state_dict(weights.from_canonical(net, weights.transfer(net, dict(net.named_parameters()), canonical)))
     return net.to(device).requires_grad_(False)
 
 
@@ -149,7 +149,7 @@ def make_reports(config, device, workdir):
         return (weights.to_canonical(state.net, ema) for ema in state.emas)
 
     # After an evaluation all wait for the first process: in a step, groups of a mesh wait ten minutes only.
-    sampling = training.make_reports(config, make_sampler(config, device), TOOLS, group, weights_of, wait_for_all)
+    sampling = training.make_reports(config, make_sampler(config, device), NETWORKS, group, weights_of, wait_for_all)
     return [*sampling, training.make_snapshots(config, workdir, canonical_emas, active=group.process == 0)]
 
 

@@ -1,4 +1,4 @@
-"""Judges generated images against the real ones, and keeps the verdict in the work directory."""
+"""Metrics of generated data against the dataset itself; the result is kept in the work directory."""
 
 import copy
 import functools
@@ -57,7 +57,7 @@ def evaluate(
     """Return {metric: value} of config.evaluation.num_samples samples, and the samples [n h w c].
 
     sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.  Several processes share the sampling,
-    and the first one judges: the others get no metrics.
+    and the first one computes the metrics: the others get none.
     """
     if not group.process:
         real = real or load_real(config)
@@ -69,14 +69,14 @@ def evaluate(
 
 
 def evaluate_emas(
-    config: options.Config, sampler: sampling.Sampler, emas: Any, judge: Callable | None = None
+    config: options.Config, sampler: sampling.Sampler, emas: Any, measure: Callable | None = None
 ) -> dict[str, float]:
     """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one.
 
-    judge: (config, sampler, weights) -> {metric: value}, samples; None: `evaluate`.
+    measure: (config, sampler, weights) -> {metric: value}, samples; `evaluate` if None.
     """
-    judge = judge or functools.partial(evaluate, real=load_real(config))
-    results = [judge(config, sampler, ema)[0] for ema in emas]
+    measure = measure or functools.partial(evaluate, real=load_real(config))
+    results = [measure(config, sampler, ema)[0] for ema in emas]
     named = zip(config.train.ema_decays, results, strict=True)
     values = {
         f"{name}_ema_{d}": value for d, result in named for name, value in result.items() if name != "num_samples"

@@ -1,4 +1,4 @@
-"""The evaluate commands: one verdict on a model, or one for each of many guidances."""
+"""The evaluate commands: one evaluation of a model, or one for each guidance setting of a sweep."""
 
 import copy
 import functools
@@ -11,8 +11,7 @@ import numpy as np
 from absl import flags, logging
 
 from meanflow import files
-from meanflow.commands import data_metrics, guidance_sweep, stored_images
-from meanflow.commands import image_metrics as judging
+from meanflow.commands import data_metrics, evaluate_images, guidance_sweep, image_metrics
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options, paths, resolve, rules
@@ -39,19 +38,20 @@ def define_flags() -> None:
     flags.DEFINE(paths.READ, "inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
     flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "How images reach Inception.")
     flags.DEFINE(paths.READ, "dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
-    flags.DEFINE_list("omegas", None, "Guidance scales to judge, each with each of --intervals, e.g. 1,2,4,8.")
-    flags.DEFINE_list("intervals", None, "Guidance intervals to judge, start:end each, e.g. 0:1,0.4:0.65.")
-    stored_images.define_flags()
+    flags.DEFINE_list("omegas", None, "Guidance scales to evaluate, each with each of --intervals, e.g. 1,2,4,8.")
+    flags.DEFINE_list("intervals", None, "Guidance intervals to evaluate, each start:end, e.g. 0:1,0.4:0.65.")
+    evaluate_images.define_flags()
 
 
 def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> None:
-    """Load and judge as the command line says: once, or every pair of --omegas and --intervals; print and write that.
+    """Evaluate as the command line says, once or for every pair of --omegas and --intervals; print and write results.
 
-    load: as of `sampling.sample`.  start: config -> the group of this process, called before anything is computed.
-    A directory that cannot be written is no error if that shows before the sampling: results are printed.
-    Raises UserError for what cannot be read or sampled, and if writing fails, after the results were printed.
+    load: see `sampling.sample`.  start: config -> the process group, called before anything is computed.
+    If the directory turns out not to be writable before sampling, results are only printed.
+    Raises UserError for what cannot be read or sampled, and, after printing the results, if writing them fails.
     """
-    for flag, run in (("make_reference", stored_images.make_reference), ("samples", stored_images.judge_samples)):
+    without_model = {"make_reference": evaluate_images.make_reference, "samples": evaluate_images.evaluate_samples}
+    for flag, run in without_model.items():
         if flags.FLAGS[flag].value:
             run(framework, start, overridden(options.get_config()))
             return
@@ -61,25 +61,25 @@ def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> No
     configs = guided(config)
     if configs and flags.FLAGS.save:
         raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
-    judge = make_judge(config, framework, group)
+    measure = make_measure(config, framework, group)
     writable = not group.process and is_writable(workdir())
     if configs:
-        rows, images = guidance_sweep.sweep(configs, lambda config: judge(config, sampler, weights))
+        rows, images = guidance_sweep.sweep(configs, lambda config: measure(config, sampler, weights))
         if not group.process:
             print(guidance_sweep.table(rows))
             print("\n".join(guidance_sweep.best_lines(rows)), flush=True)
         if writable:
             print(write(workdir(), config, rows, images))
         return
-    result, images = judge(config, sampler, weights)
+    result, images = measure(config, sampler, weights)
     if not group.process:
-        result |= judging.provenance(config.evaluation)
+        result |= image_metrics.provenance(config.evaluation)
         print(json.dumps(result), flush=True)  # before it is written, which may fail
     if writable:
         data_metrics.write_evaluation(workdir(), result)
         grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
-    if not group.process and isinstance(judge, judging.Judge) and judge.unsaved:
-        raise judge.unsaved
+    if not group.process and isinstance(measure, image_metrics.ImageMetrics) and measure.unsaved:
+        raise measure.unsaved
 
 
 def is_writable(path: str) -> bool:
@@ -104,12 +104,12 @@ def overridden(config: options.Config) -> options.Config:
     return config
 
 
-def make_judge(config: options.Config, framework: FrozenNetworks, group: ProcessGroup) -> Callable:
+def make_measure(config: options.Config, framework: FrozenNetworks, group: ProcessGroup) -> Callable:
     """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c])."""
     if config.evaluation.metrics:
-        return judging.Judge(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
+        return image_metrics.ImageMetrics(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
     if flags.FLAGS.save:
-        raise UserError("--save goes with --metrics here; the sample command saves images without judging them")
+        raise UserError("--save goes with --metrics here; the sample command saves images without metrics")
     real = data_metrics.load_real(config)
     data_metrics.check_real(config, real)
     return functools.partial(data_metrics.evaluate, real=real, group=group)

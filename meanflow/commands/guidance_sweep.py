@@ -1,4 +1,4 @@
-"""One model under many guidances: a row for each, and their table.
+"""Evaluates one model under many guidance settings: a row for each, and their table.
 
 A row is {"omega": scale, "interval": (start, end), metric: value, ...}, the metrics as of `data_metrics.evaluate`.
 """
@@ -16,18 +16,18 @@ SHOWN = 36  # samples of each scale on the page
 # Of the metrics; of any other, such as a distance, lower is better.
 HIGHER_IS_BETTER = ("class_accuracy", "inception_score", "precision", "recall")
 Row = dict
-Judge = Callable[[options.Config], tuple[dict[str, float], np.ndarray]]
+Measure = Callable[[options.Config], tuple[dict[str, float], np.ndarray]]
 
 
-def sweep(configs: list[options.Config], judge: Judge) -> tuple[list[Row], dict[float, np.ndarray]]:
+def sweep(configs: list[options.Config], measure: Measure) -> tuple[list[Row], dict[float, np.ndarray]]:
     """Return a row for each config, and {omega: the first samples [n h w c]} of those with the first one's interval.
 
-    judge: config -> ({metric: value}, samples [n h w c]), called once for each.
+    measure: config -> ({metric: value}, samples [n h w c]), called once for each.
     """
     rows, images = [], {}
     for config in tqdm(configs, "guidance", unit="pair", disable=None):
         c = config.sample
-        result, samples = judge(config)
+        result, samples = measure(config)
         rows.append({"omega": c.omega, "interval": c.interval} | result)
         if result:  # of the first process
             logging.info("%s", json.dumps(rows[-1]))  # should a later pair fail

@@ -22,7 +22,7 @@ SHOWN = 64  # samples of the grid
 INCEPTION, DINO = {"pool", "logits"}, {"dino"}  # features, by what makes them
 
 
-class Judge:
+class ImageMetrics:
     """The metrics of config.evaluation.metrics; made once for many models of one config."""
 
     def __init__(

@@ -15,7 +15,7 @@ from meanflow.data import couplings, digests, records, sources
 from meanflow.errors import UserError
 from meanflow.sampling import edm
 
-SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
+SEED = 1  # differs from config.sample.seed, or a student would be evaluated on the noise of its own couplings
 EDM2_SIGMA_MAX = 80.0  # the largest noise level that its networks are told
 ALIKE = ("model.input_size", "model.channels", "model.num_classes")  # of teacher and guide
 

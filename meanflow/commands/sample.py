@@ -44,7 +44,7 @@ flags.disclaim_key_flags()  # the flags are those of the command that has them d
 def define_flags() -> None:
     """Define the flags of all commands that sample: those of `OPTIONS` and the number of images."""
     flags.DEFINE_integer(
-        "num_samples", None, f"Images; {NUM_SAMPLES} to look at, config.evaluation.num_samples to judge.", lower_bound=1
+        "num_samples", None, f"Images; {NUM_SAMPLES}, or config.evaluation.num_samples to evaluate.", lower_bound=1
     )
     flags.DEFINE_integer("steps", None, "Steps of sampling; config.sample.steps by default.", lower_bound=1)
     flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")

@@ -13,7 +13,7 @@ from meanflow import signals
 from meanflow.commands import sample, snapshots
 from meanflow.commands.data_metrics import evaluate, evaluate_emas
 from meanflow.commands.frozen_networks import FrozenNetworks, try_decoder
-from meanflow.commands.image_metrics import Judge
+from meanflow.commands.image_metrics import ImageMetrics
 from meanflow.commands.logs import MetricLog, Progress
 from meanflow.config import latents, options, resolve
 from meanflow.config.stages import stage_at
@@ -258,7 +258,8 @@ def make_reports(
     Raises UserError for what evaluations need and cannot be read.
     """
     decode = try_decoder(config, networks) if config.train.sample_every else None
-    judge = Judge(config, networks, group) if config.train.evaluate_every and config.evaluation.metrics else None
+    by_images = config.train.evaluate_every and config.evaluation.metrics
+    measure = ImageMetrics(config, networks, group) if by_images else None
 
     def grid(step, state, log):
         images, _ = sample.generate(config, sampler, weights_of(state, config.sample.ema), GRID_SAMPLES)
@@ -268,9 +269,9 @@ def make_reports(
         result = {}
         if config.evaluation.every_ema:
             emas = [weights_of(state, i) for i in range(len(config.train.ema_decays))]
-            result = evaluate_emas(config, sampler, emas, judge)
+            result = evaluate_emas(config, sampler, emas, measure)
         if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= (judge or evaluate)(config, sampler, weights_of(state, config.sample.ema))[0]
+            result |= (measure or evaluate)(config, sampler, weights_of(state, config.sample.ema))[0]
         log.write(step, result)
         finish()
 

@@ -9,7 +9,7 @@ import pytest
 
 from configs import digits
 from meanflow import files
-from meanflow.commands import data_metrics, evaluate, guidance_sweep, guidance_sweep_page, stored_images
+from meanflow.commands import data_metrics, evaluate, evaluate_images, guidance_sweep, guidance_sweep_page
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.errors import UserError
@@ -329,11 +329,11 @@ def test_a_reference_that_is_to_be_made_need_not_be_there(config, parse):
 
 
 @pytest.mark.parametrize(
-    ("flag", "function"), [("make_reference", "make_reference"), ("samples", "judge_samples")]
+    ("flag", "function"), [("make_reference", "make_reference"), ("samples", "evaluate_samples")]
 )  # of `stored`
 def test_stored_images_need_no_model(parse, monkeypatch, flag, function):
     calls = []
-    monkeypatch.setattr(stored_images, function, lambda *args: calls.append(args))
+    monkeypatch.setattr(evaluate_images, function, lambda *args: calls.append(args))
     parse(f"--{flag}=images", "--metrics=is", "--inception=w")
     start, framework = object(), object()
     evaluate.evaluate(lambda *_: pytest.fail("it loads a model"), framework, start)

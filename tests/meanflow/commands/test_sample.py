@@ -18,7 +18,7 @@ from meanflow.errors import UserError
 from meanflow.process_group import ALONE, ProcessGroup
 from meanflow.sampling import grids, noise
 
-TOOLS = FrozenNetworks(lambda files, convention: None, lambda path, convention: None)
+NETWORKS = FrozenNetworks(lambda files, convention: None, lambda path, convention: None)
 
 
 @pytest.fixture
@@ -222,7 +222,7 @@ def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
         return config, Sampler(), 0.0
 
     parse(f"--output={tmp_path / 'new'}", "--weights=w.safetensors", "--num_samples=3", "--labels=4,5")
-    sampling.sample(load, TOOLS)
+    sampling.sample(load, NETWORKS)
     assert asked == [(None, "w.safetensors", None)]
     assert capsys.readouterr().out == f"{tmp_path / 'new' / 'samples.png'}\n"
     with np.load(tmp_path / "new" / "samples.npz") as file:
@@ -244,7 +244,7 @@ def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, a
     config.model.name = network
     parse(*argv)
     with pytest.raises(UserError, match=message):
-        sampling.sample(lambda *_: (config, sampler, 1.0), TOOLS)
+        sampling.sample(lambda *_: (config, sampler, 1.0), NETWORKS)
     assert not sampler.calls
 
 
@@ -254,7 +254,7 @@ def test_an_output_that_cannot_be_written(config, parse, tmp_path):
     for output in (tmp_path / "file", tmp_path / "file" / "new"):
         parse(f"--output={output}", "--weights=w.safetensors")
         with pytest.raises(UserError, match=f"cannot write {output}/samples.npz: Not a directory"):
-            sampling.sample(lambda *_: pytest.fail("it loads"), TOOLS)
+            sampling.sample(lambda *_: pytest.fail("it loads"), NETWORKS)
 
 
 def test_a_directory_that_cannot_be_written(tmp_path):
@@ -283,7 +283,7 @@ def quarter(files, convention):
 
 @pytest.mark.parametrize("kind", ["png", "npz", ""])
 def test_samples_of_latents_are_decoded_and_kept(of_latents, parse, tmp_path, capsys, kind):
-    framework = TOOLS._replace(make_decoder=quarter)
+    framework = NETWORKS._replace(make_decoder=quarter)
     argv = [f"--output={tmp_path}", "--weights=w", "--num_samples=3", "--labels=4,5"]
     parse(*argv, *([f"--save={kind}"] if kind else []))
     sampling.sample(lambda *_: (of_latents, lambda weights, noise, *_: noise, None), framework)
@@ -307,7 +307,7 @@ def test_samples_of_latents_are_decoded_and_kept(of_latents, parse, tmp_path, ca
 
 def test_latents_that_are_left_as_they_are(of_latents, parse, tmp_path):
     parse(f"--output={tmp_path}", "--weights=w", "--num_samples=2", "--vae=")
-    sampling.sample(lambda *_: (of_latents, Sampler(), 1.0), TOOLS)
+    sampling.sample(lambda *_: (of_latents, Sampler(), 1.0), NETWORKS)
     with np.load(tmp_path / "samples.npz") as file:
         assert set(file.files) == {"images", "labels"} and file["images"].shape == (2, 8, 8, 4)
 
@@ -315,12 +315,12 @@ def test_latents_that_are_left_as_they_are(of_latents, parse, tmp_path):
 def test_latents_are_not_saved_as_images(of_latents, parse, tmp_path):
     parse(f"--output={tmp_path}", "--weights=w", "--vae=", "--save=png")
     with pytest.raises(UserError, match="--save writes images, and the samples have 4 channels: name the autoencoder"):
-        sampling.sample(lambda *_: (of_latents, lambda *_: pytest.fail("it samples"), 1.0), TOOLS)
+        sampling.sample(lambda *_: (of_latents, lambda *_: pytest.fail("it samples"), 1.0), NETWORKS)
 
 
 def test_images_that_nothing_decodes_are_saved_too(config, parse, tmp_path):
     parse(f"--output={tmp_path}", "--weights=w", "--num_samples=2", "--save=npz")
-    sampling.sample(lambda *_: (config, Sampler(), 0.1), TOOLS)
+    sampling.sample(lambda *_: (config, Sampler(), 0.1), NETWORKS)
     with np.load(tmp_path / "samples_uint8.npz") as file:
         expected = sampling.generate(config, Sampler(), 0.1, 2)[0]
         np.testing.assert_array_equal(file["arr_0"], grids.to_uint8(expected))

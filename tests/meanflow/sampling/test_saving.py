@@ -8,7 +8,7 @@ import PIL.Image
 import processes
 import pytest
 
-from meanflow.commands import stored_images
+from meanflow.commands import evaluate_images
 from meanflow.data import label_files
 from meanflow.data.images import pictures
 from meanflow.errors import UserError
@@ -79,7 +79,7 @@ def test_what_is_saved_can_be_read_again(tmp_path):
     """By the commands that judge or encode stored images."""
     save(tmp_path / "png", "png", PARTS[0])
     (path,) = save(tmp_path, "npz", PARTS[0])
-    files, images = pictures.open_pictures(str(tmp_path / "png")), stored_images.NpzImages(str(path))
+    files, images = pictures.open_pictures(str(tmp_path / "png")), evaluate_images.NpzImages(str(path))
     assert len(files) == len(images) == NUM and label_files.INDEX == saving.INDEX
     for i in range(NUM):
         np.testing.assert_array_equal(files.read(i), IMAGES[i])

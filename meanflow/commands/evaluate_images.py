@@ -123,7 +123,7 @@ def keep_reference(path: str, found: dict[str, references.Reference]) -> None:
         raise UserError(f"{error}  The statistics are in {other}") from error
 
 
-def judge_samples(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
+def evaluate_samples(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
     """Print the metrics of `config.evaluation`, of all images that --samples names.  Raises UserError for missing ones.
 
     Generated images are uint8 already: of the convention only what Inception does to them is left.
