@@ -23,21 +23,21 @@ from meanflow.sampling import grids
 JSON_NAME, PAGE_NAME = "sweep.json", "sweep.html"
 GRID_NAME, GRID_SAMPLES = "evaluation.png", 64
 SAVED = "evaluation"  # directory of --save, in the work directory
-OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags of config.evaluation
+OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags that set config.evaluation
 Start = Callable[[options.Config], ProcessGroup]
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 def define_flags() -> None:
     """Define the flags of the evaluate commands."""
     sampling.define_flags()
     sampling.define_saving_flags()
-    flags.DEFINE_list("metrics", None, "Of images: fid, is, kid, pr, fd_dinov2; config.evaluation.metrics by default.")
-    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
-    flags.DEFINE(paths.READ, "inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
-    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "How images reach Inception.")
-    flags.DEFINE(paths.READ, "dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
+    flags.DEFINE_list("metrics", None, "Image metrics: fid, is, kid, pr, fd_dinov2; default: evaluation.metrics.")
+    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: an .npz with mu and sigma, or EDM2's .pkl.")
+    flags.DEFINE(paths.READ, "inception", None, "Inception's weights: a .safetensors made by parity/convert.py.")
+    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "Preprocessing for Inception.")
+    flags.DEFINE(paths.READ, "dino", None, "DINOv2 for fd_dinov2: a directory, or a name on the Hugging Face hub.")
     flags.DEFINE_list("omegas", None, "Guidance scales to evaluate, each with each of --intervals, e.g. 1,2,4,8.")
     flags.DEFINE_list("intervals", None, "Guidance intervals to evaluate, each start:end, e.g. 0:1,0.4:0.65.")
     evaluate_images.define_flags()
@@ -60,7 +60,7 @@ def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> No
     config = overridden(config)
     configs = guided(config)
     if configs and flags.FLAGS.save:
-        raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
+        raise UserError("--save keeps the images of a single guidance setting: choose it by --omega and --interval")
     measure = make_measure(config, framework, group)
     writable = not group.process and is_writable(workdir())
     if configs:
@@ -83,17 +83,17 @@ def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> No
 
 
 def is_writable(path: str) -> bool:
-    """Return whether results can be written to a directory; a warning says that they are printed only."""
+    """Return whether results can be written to a directory; otherwise log that they are only printed."""
     try:
         files.check_writable(pathlib.Path(path) / data_metrics.FILE_NAME)
     except UserError as error:
-        logging.warning("%s  Results are printed, and not written", error)
+        logging.warning("%s  Results are printed but not written", error)
         return False
     return True
 
 
 def overridden(config: options.Config) -> options.Config:
-    """Return a copy of the config with the flags of evaluation given.  Raises UserError as `resolve.check`."""
+    """Return a copy of the config with the evaluation flags that were given.  Raises UserError as `resolve.check`."""
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"metrics": tuple(given["metrics"])} if "metrics" in given else {}
@@ -109,24 +109,24 @@ def make_measure(config: options.Config, framework: FrozenNetworks, group: Proce
     if config.evaluation.metrics:
         return image_metrics.ImageMetrics(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
     if flags.FLAGS.save:
-        raise UserError("--save goes with --metrics here; the sample command saves images without metrics")
+        raise UserError("--save needs --metrics here; the sample command saves images without metrics")
     real = data_metrics.load_real(config)
     data_metrics.check_real(config, real)
     return functools.partial(data_metrics.evaluate, real=real, group=group)
 
 
 def guided(config: options.Config) -> list[options.Config]:
-    """Return copies of the config for all pairs of --omegas and --intervals, every omega of one interval after another.
+    """Return copies of the config for all pairs of --omegas and --intervals, interval by interval.
 
-    Without one of the flags its pairs have the config's value; without both the list is empty.
-    Raises UserError for values of no sense, and for guidance that the network cannot be told.
+    A flag that is not given takes the config's value; without either the list is empty.
+    Raises UserError for invalid values, and for a network that is not conditioned on guidance.
     """
     f = flags.FLAGS
     given = [name for name in ("omegas", "intervals") if f[name].value is not None]
     sampling.check_told(config, given)
     for name in given:
         if not f[name].value or f[name.removesuffix("s")].value is not None:
-            raise UserError(f"--{name} must name one value or more, and not stand beside --{name.removesuffix('s')}")
+            raise UserError(f"--{name} needs at least one value and excludes --{name.removesuffix('s')}")
     omegas, intervals = (config.sample.omega,), (config.sample.interval,)
     if "omegas" in given:
         omegas = sampling.numbers("omegas", f.omegas)
@@ -145,7 +145,7 @@ def guided(config: options.Config) -> list[options.Config]:
 def write(
     workdir: str | os.PathLike, config: options.Config, rows: list[guidance_sweep.Row], images: dict[float, np.ndarray]
 ) -> pathlib.Path:
-    """Write the rows to sweep.json and the page to sweep.html, each atomically.  Returns the page's path.
+    """Write the rows to sweep.json and a page to sweep.html, each atomically.  Returns the page's path.
 
     Raises UserError if they cannot be written.
     """

@@ -23,18 +23,18 @@ ROUNDS, BISECTIONS = 50, 100  # further rounds gain less than 1 %
 ONE, TWO = "unet.emb_noise.weight", ("unet.emb_noise_t.weight", "unet.emb_noise_r.weight")
 LOG_VARIANCE = "logvar_"  # prefix of the weights that only EDM2's own training uses
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 Weights = dict[str, np.ndarray]
 
 
 def define_flags() -> None:
-    """Define the flags of the time-embedding commands, --config aside."""
+    """Define the flags of the time-embedding commands, except --config."""
     flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
-    flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
+    flags.DEFINE_integer("ema", None, "EMA of a work directory; -1: raw parameters; default: its config.sample.ema.")
     flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
     flags.DEFINE(paths.WRITTEN, "output", "", "The .safetensors to write, for --config.train.load_from.")
-    flags.DEFINE_integer("seed", 0, "Of the times.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the times.", lower_bound=0)
 
 
 def time_embedding(
@@ -59,7 +59,7 @@ def time_embedding(
     set_precision(teacher)
     given, config = load(f.teacher, teacher, f.step), two_times(teacher)
     if ONE not in given:
-        raise UserError(f"--teacher {f.teacher} has no {ONE}: it is not of a network of one time")
+        raise UserError(f"--teacher {f.teacher} has no {ONE}: it does not belong to a network of one time")
     rng = np.random.default_rng(f.seed)
     fitted = fit(given, *draw_times(rng, NUM_TIMES))
     save(f.output, fitted, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
@@ -74,7 +74,7 @@ def two_times(teacher: base.Config) -> base.Config:
     config = base.get_config()
     if teacher.model.name != "edm2":
         raise UserError(
-            f"--teacher is of config.model.name {teacher.model.name}: only edm2 has a time embedding to fit; a student "
+            f"--teacher has config.model.name {teacher.model.name}: only edm2 has a time embedding to fit; a student "
             "of another network starts from the teacher itself by --config.train.load_from"
         )
     config.model.update(teacher.model, interval_embedder=True, logvar_channels=0)

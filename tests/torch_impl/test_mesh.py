@@ -72,7 +72,7 @@ def test_each_process_has_its_own_gpu(started, caplog):
     assert (found["backend"], found["timeout"]) == ("cpu:gloo,cuda:nccl", devices.TIMEOUT)
     assert "process 5 of 16 on " in caplog.text and ": cuda:5, of 8 GPUs" in caplog.text
     assert started(1, RANK="5", LOCAL_RANK="5")[0] == torch.device("cuda", 0)  # srun --gpus-per-task=1
-    with pytest.raises(UserError, match="process 5 on .* has no GPU, because only 4 can be used"):
+    with pytest.raises(UserError, match="process 5 on .* has no GPU: only 4 can be used"):
         started(4, RANK="5", LOCAL_RANK="5", LOCAL_WORLD_SIZE="8")
 
 

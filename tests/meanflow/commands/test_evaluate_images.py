@@ -1,4 +1,4 @@
-"""Stored images: read from any source, judged in any number of processes, and made into statistics of real ones."""
+"""Image files: read from any source, evaluated in any number of processes, and made into statistics of real ones."""
 
 import functools
 import io
@@ -129,7 +129,7 @@ def test_files_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "a.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="^cannot read the images of .*a.npz: .*  It must have arr_0, as --save=npz"):
+    with pytest.raises(UserError, match="^cannot read the images of .*a.npz: .*  It needs arr_0, as --save=npz"):
         evaluate_images.NpzImages(str(path))
 
 
@@ -158,7 +158,7 @@ def test_images_of_several_sizes(folder, config, name):
     """In one batch, and in two."""
     PIL.Image.fromarray(np.zeros((9, 12, 3), np.uint8)).save(folder / name)
     source = pictures.open_pictures(str(folder))
-    words = rf"class0/0.png \(6, 6, 3\) and {name} \(9, 12, 3\) \(h w c\) are not of one size: give --image_size"
+    words = rf"class0/0.png \(6, 6, 3\) and {name} \(9, 12, 3\) \(h w c\) differ in size: give --image_size"
     with pytest.raises(UserError, match=words):
         evaluate_images.collect(source, config, FRAMEWORK, None, ALONE)
     config.evaluation.metrics = ("kid",)
@@ -186,7 +186,7 @@ def test_images_of_several_sizes_in_several_processes(folder, config, num):
     with pytest.raises((UserError, threading.BrokenBarrierError)):  # the latter in the others, once one has ended
         processes.run(num, process)
     assert refused.keys() == {1}
-    assert "class0/0.png (6, 6, 3) and class0/3.png (9, 9, 3) (h w c) are not of one size" in refused[1]
+    assert "class0/0.png (6, 6, 3) and class0/3.png (9, 9, 3) (h w c) differ in size" in refused[1]
 
 
 def test_an_image_is_cropped_only_if_asked(npz):
@@ -266,7 +266,7 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
         ({"reference": "real.pkl"}, "--make_reference needs --reference=FILE.npz"),
         ({"inception": ""}, "--make_reference needs --inception, the weights that parity/convert.py makes"),
         ({"metrics": ("fvd",)}, "fvd: no metric of that name"),
-        ({"metrics": ("is",)}, "--make_reference: is compares with no real images; name others by --metrics"),
+        ({"metrics": ("is",)}, "--make_reference: the metric `is` needs no real images; name others by --metrics"),
     ],
 )
 def test_what_a_reference_needs(config, parse, folder, changes, message):
@@ -329,7 +329,7 @@ def reference(tmp_path, config):
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 @pytest.mark.parametrize("num", [1, 2])
-def test_samples_are_judged(kind, num, reference, config, parse, request, capsys):
+def test_samples_are_evaluated(kind, num, reference, config, parse, request, capsys):
     parse(f"--samples={request.getfixturevalue(kind)}")
     processes.run(num, lambda group: evaluate_images.evaluate_samples(FRAMEWORK, lambda config: group, config))
     kid, kid_std = scores.kernel_distance(features(IMAGES), reference, subset_size=NUM)
@@ -374,7 +374,7 @@ def test_a_reference_of_unknown_size_is_told(npz, reference, config, parse, capl
     caplog.set_level("INFO")
     parse(f"--samples={npz}")
     evaluate_images.evaluate_samples(FRAMEWORK, start, config)
-    assert "does not tell the size of its images: fid and kid is meaningful only if they are of 6 x 6" in caplog.text
+    assert "does not state the size of its images: fid and kid is meaningful only if they have 6 x 6" in caplog.text
 
 
 def test_samples_and_a_reference_of_other_features(unread):
@@ -405,7 +405,7 @@ def test_flags_of_models_are_refused(config, parse, flag, other):
     config.evaluation.reference = "real.npz"
     parse(f"--{flag}=images", f"--{other}")
     with pytest.raises(
-        UserError, match=f"--{other.split('=')[0]} is for samples of a model, and --{flag} is of stored"
+        UserError, match=f"--{other.split('=')[0]} is for samples of a model, but --{flag} takes image files"
     ):
         run(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 

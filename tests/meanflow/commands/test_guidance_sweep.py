@@ -71,13 +71,13 @@ def test_without_the_flags_there_is_no_sweep(config, parse):
     ("argv", "message"),
     [
         (("--omegas=1,a",), "--omegas: .*'a'"),
-        (("--omegas=",), "--omegas must name one"),
+        (("--omegas=",), "--omegas needs at least one"),
         (("--omegas=0.5",), "sample.omega is 0.5; it must be at least 1"),
         (("--intervals=0.5",), "takes start:end each"),
         (("--intervals=0.5:b",), "--intervals: .*'b'"),
         (("--intervals=0.5:0.1",), "must rise"),
-        (("--omegas=1", "--omega=2"), "--omegas must .* beside --omega"),
-        (("--intervals=0:1", "--interval=0,1"), "--intervals must .* beside --interval"),
+        (("--omegas=1", "--omega=2"), "--omegas .* excludes --omega"),
+        (("--intervals=0:1", "--interval=0,1"), "--intervals .* excludes --interval"),
     ],
 )
 def test_flags_of_no_sense(config, parse, argv, message):
@@ -93,7 +93,7 @@ def test_a_network_that_is_told_no_guidance(parse, argv):
         evaluate.guided(digits.get_config())
 
 
-def test_each_pair_is_judged_once(config, parse):
+def test_each_pair_is_evaluated_once(config, parse):
     """Pictures are those of the first interval, a few of each scale."""
     judged = []
 
@@ -227,7 +227,7 @@ def test_results_are_printed_where_nothing_can_be_written(run, read_only, parse,
     parse("--num_samples=6", *argv)
     evaluate.evaluate(run, None, lambda config: ProcessGroup())
     assert "frechet_distance_pixels" in capsys.readouterr().out
-    assert "Results are printed, and not written" in caplog.text
+    assert "Results are printed but not written" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -281,8 +281,8 @@ def test_a_sweep_that_fails_leaves_its_rows_in_the_log(run, parse, monkeypatch, 
 @pytest.mark.parametrize(
     ("real", "message"),
     [
-        (np.zeros((1, 8, 8, 1)), "a distance needs two real images or more"),
-        (np.zeros((2, 8, 8, 1)), "all of one class: set --config.evaluation.classifier=False"),
+        (np.zeros((1, 8, 8, 1)), "a distance needs at least two real images"),
+        (np.zeros((2, 8, 8, 1)), "all real images have the same class: set --config.evaluation.classifier=False"),
     ],
 )
 def test_what_cannot_be_compared_is_not_sampled(noisy, sampled, parse, monkeypatch, real, message):
@@ -408,9 +408,12 @@ def test_a_sweep_of_metrics(noisy, parse, reference, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--save=png",), "--save goes with --metrics here; the sample command saves"),
-        (("--save=png", "--omegas=1,2", "--metrics=is", "--inception=w"), "--save keeps the images of one guidance"),
-        (("--metrics=is", "--inception=w", "--vae=some/vae"), "--vae decodes latents, and this model is of none"),
+        (("--save=png",), "--save needs --metrics here; the sample command saves"),
+        (
+            ("--save=png", "--omegas=1,2", "--metrics=is", "--inception=w"),
+            "--save keeps the images of a single guidance",
+        ),
+        (("--metrics=is", "--inception=w", "--vae=some/vae"), "--vae decodes latents, but this model makes images"),
     ],
 )
 def test_what_cannot_be_saved_or_decoded(run, parse, argv, message, tmp_path):

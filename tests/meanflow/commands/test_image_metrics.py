@@ -1,4 +1,4 @@
-"""A judge with a sampler and features of the test: which images are measured, by what, and in how many processes."""
+"""Image metrics with a sampler and features of the test: which images are measured, by what, in how many processes."""
 
 import json
 import weakref
@@ -94,12 +94,12 @@ def test_values_are_those_of_the_measures(config, framework):
     np.testing.assert_array_equal(shown, images)
 
 
-def test_a_judge_begins_anew_with_each_model(config, framework):
+def test_each_model_is_measured_anew(config, framework):
     one = image_metrics.ImageMetrics(config, framework.networks())
     first, other = one(config, sampler, 0.5)[0], one(config, sampler, 2.0)[0]
     assert other["fid"] != pytest.approx(first["fid"], rel=0.1)
     assert other == image_metrics.ImageMetrics(config, framework.networks())(config, sampler, 2.0)[0]
-    assert len(framework.made) == 2, "weights are read once for each judge"
+    assert len(framework.made) == 2, "weights are read once, not for each model"
 
 
 def test_samples_are_of_the_guidance_asked_for(config, framework):

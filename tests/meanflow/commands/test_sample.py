@@ -236,7 +236,7 @@ def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
         ("dit", ("--weights=w",), "--output is missing"),
         ("dit", (), "--workdir is missing"),
         ("dit", ("--weights=w", "--output=o", "--labels=1,x"), "--labels: .*'x'"),
-        ("unet", ("--weights=w", "--output=o", "--labels=1"), "knows no classes"),
+        ("unet", ("--weights=w", "--output=o", "--labels=1"), "is unconditional"),
     ],
 )
 def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, argv, message):
@@ -314,7 +314,7 @@ def test_latents_that_are_left_as_they_are(of_latents, parse, tmp_path):
 
 def test_latents_are_not_saved_as_images(of_latents, parse, tmp_path):
     parse(f"--output={tmp_path}", "--weights=w", "--vae=", "--save=png")
-    with pytest.raises(UserError, match="--save writes images, and the samples have 4 channels: name the autoencoder"):
+    with pytest.raises(UserError, match="--save writes images, but the samples have 4 channels: name the autoencoder"):
         sampling.sample(lambda *_: (of_latents, lambda *_: pytest.fail("it samples"), 1.0), NETWORKS)
 
 
@@ -379,8 +379,8 @@ def test_weights_of_the_same_latents(of_latents):
     [
         (json.dumps(latents.to_dict(latents.CONVENTIONS["sd"])),
          r"^the config \(config.latents\) has .* 'imm' .* but w.safetensors has latents of the convention 'sd' "),
-        ("{", "^w.safetensors has damaged metadata of its latents .*: convert it again"),
-        ("[]", r"^w.safetensors has damaged metadata of its latents \(\[\] is no convention of latents"),
+        ("{", "^w.safetensors has damaged metadata about its latents .*: convert it again"),
+        ("[]", r"^w.safetensors has damaged metadata about its latents \(\[\] is no convention of latents"),
     ],
 )  # fmt: skip
 def test_weights_of_other_latents(of_latents, text, message):

@@ -152,7 +152,7 @@ def test_the_config_of_two_times_is_the_teacher_s_but_for_its_embeddings():
 def test_only_edm2_has_embeddings_to_fit():
     config = options.get_config()
     config.update_from_flattened_dict({"method.name": "flow", "model.interval_embedder": False})
-    with pytest.raises(UserError, match="--teacher is of config.model.name dit: only edm2 has a time embedding to fit"):
+    with pytest.raises(UserError, match="--teacher has config.model.name dit: only edm2 has a time embedding to fit"):
         time_embedding.two_times(config)
 
 
@@ -210,9 +210,9 @@ def test_the_command_fits_and_measures_at_other_times(command, teacher, monkeypa
         (["--output=b.npz"], {}, "--output is 'b.npz'; name the .safetensors to write"),
         (["--output="], {}, "--output is ''"),
         ([], {"model.interval_embedder": True, "method.name": "rectified", "method.time_sampler": "re2_truncate",
-              "sample.sampler": "euler"}, "--teacher a.safetensors is of config.method.name rectified"),
-        ([], {"model.name": "dit"}, "--teacher is of config.model.name dit: only edm2 has a time embedding to fit"),
-        (["--ema=0"], {}, "--ema chooses weights of a work directory"),
+              "sample.sampler": "euler"}, "--teacher a.safetensors has config.method.name rectified"),
+        ([], {"model.name": "dit"}, "--teacher has config.model.name dit: only edm2 has a time embedding to fit"),
+        (["--ema=0"], {}, "--ema selects weights of a work directory"),
     ],
 )  # fmt: skip
 def test_what_the_command_refuses(command, argv, changes, words):
