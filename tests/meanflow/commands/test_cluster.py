@@ -130,7 +130,7 @@ def test_idle_gpus_are_named_once_a_node(caplog):
     cluster.warn_of_idle_gpus({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 8)
     assert not caplog.records
     cluster.warn_of_idle_gpus({}, 8)
-    assert "1 of the 8 GPUs of" in caplog.text
+    assert "1 of the 8 GPUs on" in caplog.text
 
 
 def test_tasks_that_do_not_know_of_each_other_are_refused():

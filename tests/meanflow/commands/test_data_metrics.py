@@ -71,7 +71,7 @@ def test_features_that_are_given_have_a_distance_of_their_own(config):
 
 def test_a_dataset_without_a_test_split(config, monkeypatch):
     images, labels = loader.load_arrays(config, "test")
-    monkeypatch.setattr(data_metrics.tfds_images, "split_names", lambda name, directory: ("train",))
+    monkeypatch.setattr(data_metrics.sources, "split_names", lambda name, directory: ("train",))
     assert "real_class_accuracy" not in data_metrics.evaluate_samples(images, labels, config)
 
 
