@@ -25,8 +25,7 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-# Those marked slow, too.
-test-all: install
+test-all: install  # those marked slow, too
 	$(BIN)/python -m pytest -m ""
 
 lint: install
@@ -34,7 +33,6 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
-# Every check of parity: float64, lower precisions and the outputs of the official code.
 parity: install
 	$(BIN)/python parity/check.py
 

@@ -1,1 +1,1 @@
-"""The cost of steps and samples, in time, FLOPs and memory.  Not installed; imports everything else but tests."""
+"""What steps and samples cost, in time, FLOPs and memory."""

@@ -1,8 +1,7 @@
 """A training step over the processes of torchrun: `torchrun --nproc_per_node=NUM -m benchmarks.torch_devices ...`.
 
-The first process prints one JSON object: seconds of each run, the metrics of the first steps and how much of the
-all-reduces overlaps with the backward pass, by DDP's own clock.  Arguments: CONFIG.json NUM RUNS.  Twin of
-jax_devices.py.
+The first process prints one JSON object: seconds of each run, the metrics of the first steps, and how much of the
+all-reduces the backward pass hides, by DDP's own clock.  Arguments: CONFIG.json NUM RUNS.  Twin of jax_devices.py.
 """
 
 import json
@@ -14,16 +13,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import cases, torch_steps
-from meanflow.config import resolve
+from meanflow.config import store
 from torch_impl import step as training
 from torch_impl.devices import start_torch
 
-FIRST = 3  # steps before the measured ones, whose metrics are reported
+FIRST = 3  # steps whose metrics are kept, before the measured ones
 
 
 def main(path, num_devices, runs):
     """Measure; the first process prints."""
-    config = resolve.from_json(pathlib.Path(path).read_text())
+    config = store.from_json(pathlib.Path(path).read_text())
     device = start_torch(config)
     rows, rank = config.train.batch_size // num_devices, dist.get_rank()
     batch = {name: a[rank * rows : (rank + 1) * rows] for name, a in cases.make_batch(config).items()}
@@ -33,7 +32,7 @@ def main(path, num_devices, runs):
     first = training.reduce_metrics([step.run() for _ in range(FIRST)])
     times = []
     for _ in range(runs):
-        dist.barrier()  # otherwise a process would count the time it waits for another
+        dist.barrier()  # else a process would count waiting for another that began later
         began = time.perf_counter()
         step.run()
         times.append(time.perf_counter() - began)
@@ -44,7 +43,7 @@ def main(path, num_devices, runs):
 
 
 def overlap(wrapper):
-    """Return seconds of the backward pass, of its all-reduces and of their overlap, and their number, for DDP."""
+    """Return seconds of the backward pass, of its all-reduces and of both at once, and how many; None if not DDP."""
     if not isinstance(wrapper, DistributedDataParallel):
         return None
     data = wrapper._get_ddp_logging_data()

@@ -37,7 +37,6 @@ class Case:
 
     name: str
     run: Callable[["Measure"], None]
-    network: str = ""  # cases of one network share compiled programs, so that they run one after another
 
 
 class Measure:

@@ -15,10 +15,9 @@ from flax import nnx
 
 from jax_impl import step, time_embedding, weights
 from jax_impl.methods import METHODS, common, flow, improved, reflow
-from jax_impl.models import edm2, imf_dit, layers, unet
-from jax_impl.models.tape import Tape, under_jvp
+from jax_impl.models import edm2, imf_dit, layers, tape, unet
 from meanflow.config import options as base
-from meanflow.config import resolve
+from meanflow.config import store
 from meanflow.sampling import edm, steps
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
@@ -28,12 +27,11 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y, given, known, heads, features) -> (u, v or both, or u and features; outputs)
+    apply: Any  # (params, z, t, r, y, given, taped, heads, jvp, features) -> (u, v or both, or u and features; tape)
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
     method: str  # name of the method that trains it
     teacher: Any = None  # the frozen network that its loss is given
-    head: str = "u"  # of a network with several, the one that is called
 
     @property
     def num_classes(self):
@@ -50,11 +48,6 @@ class Net(NamedTuple):
         """How many augmentation labels the network is told."""
         return self.module.augment_dim
 
-    @property
-    def takes_tape(self):
-        """Whether the network records for its own tangent."""
-        return self.module.takes_tape
-
     def dropout_masks(self, draws):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
@@ -63,12 +56,14 @@ class Net(NamedTuple):
         """Return the logarithm of the variance that the network expects [b]."""
         return nnx.merge(nnx.graphdef(self.module), self.params).log_variance(t, r)
 
-    def __call__(self, z, t, r, y, heads=None, tape: Any = None, features=False, **given):
+    def __call__(self, z, t, r, y, heads="u", jvp=False, features=False, **given):
         """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
-        known = tape.outputs if under_jvp(tape) else None
-        u, outputs = self.apply(self.params, z, t, r, y, given, known, heads or self.head, features)
-        if tape is not None:
-            tape.outputs = {} if under_jvp(tape) else jax.tree.map(tape.select, outputs)
+        outer = tape.active()
+        taped = outer.outputs if outer and outer.replays else None
+        u, outputs = self.apply(self.params, z, t, r, y, given, taped, heads, jvp, features)
+        if outer and not outer.replays:
+            for output in outputs:
+                outer.record(output)
         return u
 
 
@@ -134,9 +129,9 @@ def jvp(net, z, t, r, y, tangent, given=None, head="u"):
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
-    net = net._replace(head=head)
-    u, tape = common.average_velocity(net, z, t, r, y, given, rows)
-    return _to_numpy((u, common.total_derivative(net, z, tangent, t, r, y, given, rows, tape)))
+    one = functools.partial(net, heads=head)
+    u, taped = common.average_velocity(one, z, t, r, y, given, rows)
+    return _to_numpy((u, common.total_derivative(one, z, tangent, t, r, y, given, rows, taped)))
 
 
 def features(net, z, t, y):
@@ -335,27 +330,26 @@ def learning_rates(steps, c):
 
 def _model(config):
     """The config of the network alone, as text."""
-    alone = base.get_config()
+    alone = base.get_config(config.model.name, config.method.name)
     alone.model.update(config.model)
-    return resolve.to_json(alone)
+    return store.to_json(alone)
 
 
 @functools.cache
 def _network(model):
-    config = resolve.from_json(model)
+    config = store.from_json(model)
     graphdef, shapes = step.abstract_net(config)
     several = config.model.name == "imf_dit"
 
-    @functools.partial(jax.jit, static_argnames=("heads", "features"))
-    def apply(params, z, t, r, y, given, known, heads, features):
-        """known: the outputs of a tape, under the JVP; else None."""
+    @functools.partial(jax.jit, static_argnames=("heads", "jvp", "features"))
+    def apply(params, z, t, r, y, given, taped, heads, jvp, features):
+        """taped: outputs of affine layers that are known, or None."""
         options = ({"heads": heads} if several else {}) | ({"features": True} if features else {})
-        tape = Tape(lambda output: output)
-        if known is not None:
-            tape.outputs = known
-            tape.replay(())
-        u = nnx.merge(graphdef, params)(z, t, r, y, **given, **options, tape=tape)
-        return u, tape.finish() if known is not None else tape.outputs
+        inner = tape.Tape(lambda output: output)
+        inner.outputs.extend(taped or ())
+        with tape.recording(inner) if taped is None else tape.replaying(inner):
+            u = nnx.merge(graphdef, params)(z, t, r, y, **given, **options, jvp=jvp)
+        return u, inner.outputs
 
     return nnx.merge(graphdef, shapes), apply
 

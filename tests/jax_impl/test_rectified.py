@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 
 from jax_impl.methods import rectified
-from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
@@ -20,8 +19,8 @@ def float64():
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "rectified", "time_sampler": "re2_truncate", "flow_fraction": 0.5} | changes)
+    cfg = options.get_config("dit", "rectified").method
+    cfg.update({"flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -42,15 +41,13 @@ def wide(*rows):
 class Curved:
     """A nonlinear network of everything it is told, with one parameter a class; remembers (rows, under a JVP)."""
 
-    takes_tape = True
-
     num_classes = 9
 
     def __init__(self, parameter=1.0):
         self.parameter, self.calls = parameter * jnp.ones(10), []
 
-    def __call__(self, z, t, r, y, tape=None):
-        self.calls.append((len(y), under_jvp(tape)))
+    def __call__(self, z, t, r, y, jvp=False):
+        self.calls.append((len(y), jvp))
         parameter, t, r, y = wide(self.parameter[y], t, r, y)
         return parameter * jnp.sin(z * (1 + y / 10) + t * t - r / 2)
 
