@@ -25,7 +25,8 @@ demo: install
 test: install
 	$(BIN)/python -m pytest
 
-test-all: install  # those marked slow, too
+# Those marked slow, too.
+test-all: install
 	$(BIN)/python -m pytest -m ""
 
 lint: install
@@ -33,6 +34,7 @@ lint: install
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+# Every check of parity: float64, lower precisions and the outputs of the official code.
 parity: install
 	$(BIN)/python parity/check.py
 

@@ -1,1 +1,1 @@
-"""What steps and samples cost, in time, FLOPs and memory."""
+"""The cost of steps and samples, in time, FLOPs and memory.  Not installed; imports everything else but tests."""

@@ -1,4 +1,4 @@
-"""What is compared: the cases of a system, each a config, and the ratio of forwards that bounds its cost from below."""
+"""The steps that are compared: the cases of a system, each with its config and its lower bound in forwards."""
 
 import ast
 import copy
@@ -7,18 +7,12 @@ from typing import NamedTuple
 
 import numpy as np
 
-from meanflow.config import checks
 from meanflow.config import options as base
-from meanflow.config.networks import DIT_SIZES
-from meanflow.config.sections import find
+from meanflow.config import resolve
 from meanflow.errors import UserError
 
 FLOW_MATCHING = "flow matching"
-NETWORKS = {  # of each system its network and its method
-    "meanflow": ("dit", "meanflow"), "improved": ("imf_dit", "improved"), "decoupled": ("dmf_dit", "decoupled"),
-    "rectified": ("dit", "rectified"),
-}  # fmt: skip
-SYSTEMS = tuple(NETWORKS)
+SYSTEMS = ("meanflow", "improved", "decoupled", "rectified")
 GUIDANCE = ("none", "kappa0", "kappa", "all")
 OPTIONS_OF = {  # of config.method, by the kind of guidance
     "none": {"guidance": False},
@@ -32,48 +26,51 @@ class Case(NamedTuple):
 
     name: str
     config: base.Config
-    limit: float  # forwards F of a step (backward = 2F) over the 3F of flow matching
-    of: str = ""  # of a variant: name of the case that it varies
+    limit: float  # forwards F of a step (backward = 2F) divided by the 3F of flow matching
+    of: str = ""  # name of the case that a variant varies
     variant: str = ""  # eager | remat | none
 
 
 def system_config(system: str, size: str, head_depth: int) -> base.Config:
-    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a size of the DiT family."""
-    config = base.get_config(*NETWORKS[system])
-    config.model.update(DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
+    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a DiT size."""
+    config = base.get_config()
+    config.model.update(base.DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
     if system == "improved":
+        config.method.name, config.model.name = "improved", "imf_dit"
         config.model.update(mlp_ratio=8 / 3, head_depth=head_depth)
     if system == "decoupled":
+        config.method.name, config.model.name = "decoupled", "dmf_dit"
         config.model.dmf_depth = config.model.depth * 5 // 7  # 20 of 28 in XL
         config.method.update(omega=0.6, guidance_end=0.7, time_mean=(0.4, -1.2))
     if system == "rectified":
-        config.method.update(omega_sampler="uniform", omega_max=2.5)
+        config.method.update(name="rectified", time_sampler="re2_truncate", omega_sampler="uniform", omega_max=2.5)
     return config
 
 
 def override(config: base.Config, settings: Sequence[str]) -> base.Config:
-    """Return the config with `OPTION=VALUE` settings.  Raises UserError for an option or a value that cannot be."""
+    """Return the config with `OPTION=VALUE` settings.  Raises UserError for an unknown option or an invalid value."""
     config = copy.deepcopy(config)
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals:
-            raise UserError(f"--set {setting}: write OPTION=VALUE, such as train.batch_size=32")
+        if not equals or name not in resolve.flatten(config):
+            raise UserError(
+                f"--set {setting}: there is no option {name}; write OPTION=VALUE, see meanflow/config/options.py"
+            )
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
         try:
-            find(config, name)
             config.update_from_flattened_dict({name: value})
-        except (TypeError, UserError) as error:
+        except TypeError as error:
             raise UserError(f"--set {setting}: {error}") from error
     return config
 
 
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield (name, options by dotted name or a config, limit), flow matching first: flow rows alone, without guidance.
+    """Yield (name, options by dotted name, limit), flow matching first: flow rows alone, without guidance.
 
-    Re-MeanFlow's guidance always has both forwards; the U-Net, which has no classes, has none.
+    Re-MeanFlow's guidance always needs both forwards; the U-Net has no classes and so no guidance.
     """
     yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
     possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
@@ -86,9 +83,9 @@ def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 
 def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the same of improved MeanFlow.
+    """Yield the same for improved MeanFlow.
 
-    Flow matching is one head on flow rows alone: of as many blocks as u has, without guidance and tangent.
+    Flow matching uses one head on flow rows alone, with as many blocks as u has, without guidance and tangent.
     """
     one_head = {"model.head_depth": 0, "method.guidance": False}
     yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
@@ -101,15 +98,15 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 
 def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the same of decoupled MeanFlow, against the flow model that it starts from."""
-    yield FLOW_MATCHING, base.recompose(config, "dit", "flow"), 1.0
+    """Yield the same for decoupled MeanFlow, relative to the flow model that it starts from."""
+    yield FLOW_MATCHING, {"model.name": "dit", "model.interval_embedder": False, "method.name": "flow"}, 1.0
     for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
         if kind in kinds:
             yield f"guidance {kind}", {"method.guidance_type": guidance}, forwards / 3
 
 
 def flow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the one of a flow model."""
+    """Yield the only case of a flow model."""
     yield FLOW_MATCHING, {}, 1.0
 
 
@@ -122,14 +119,16 @@ CASES = {
 def make_cases(
     config: base.Config, shares: Sequence[float], kinds: Sequence[str] = GUIDANCE, variants: Sequence[str] = ()
 ) -> list[Case]:
-    """Return the cases of the system that `config.method.name` is, each followed by its variants.
+    """Return the cases of the system `config.method.name`, each followed by its variants.
 
-    shares: of rows with r < t; () is the system's default.  variants: eager (PyTorch, not compiled) and remat.
+    shares: fractions of rows with r < t; () for the system's default.  variants: eager (PyTorch, not compiled), remat.
     Raises UserError for a config that cannot be trained as it is.
     """
-    if "guidance_type" in config.method and config.method.guidance_type == "distill":
+    if config.method.guidance_type == "distill" and config.method.name == "decoupled":
         raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
     changes = {"eager": {"train.compile": False}, "remat": {"train.remat": True}}
+    if "remat" in variants and "train.remat" not in resolve.flatten(config):
+        raise UserError("--remat: there is no option config.train.remat")
     table = []
     for name, options, limit in CASES[config.method.name](config, shares or default_shares(config), kinds):
         case = Case(name, make_config(config, options), limit)
@@ -141,27 +140,22 @@ def make_cases(
 
 
 def default_shares(config: base.Config) -> tuple[float, ...]:
-    """Return the share of rows with r < t that is measured unless another is asked for."""
+    """Return the default fractions of rows with r < t."""
     return (0.5,) if config.method.name == "improved" else (0.25,)
 
 
-def make_config(config: base.Config, options: dict | base.Config) -> base.Config:
-    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices.
-
-    options: may be a whole config instead.
-    """
-    config = copy.deepcopy(config if isinstance(options, dict) else options)
-    one_stage = {"method.stage1_steps": 0} if "stage1_steps" in config.method else {}
-    changes = options if isinstance(options, dict) else {}
-    config.update_from_flattened_dict(one_stage | {"train.accumulate": 1, "train.fsdp": 1} | changes)
-    checks.check(config)
-    checks.check_trainable(config)
-    checks.check_divisible(config, config.train.fsdp, "devices")
+def make_config(config: base.Config, options: dict) -> base.Config:
+    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices."""
+    config = copy.deepcopy(config)
+    config.update_from_flattened_dict({"method.stage1_steps": 0, "train.accumulate": 1, "train.fsdp": 1} | options)
+    resolve.check(config)
+    resolve.check_trainable(config)
+    resolve.check_divisible(config, config.train.fsdp, "devices")
     return config
 
 
 def make_batch(config: base.Config) -> dict[str, np.ndarray]:
-    """Return a random batch of `config.train.batch_size` rows with all that the method and the network read."""
+    """Return a random batch of `config.train.batch_size` rows with everything the method and the network read."""
     c, num, rng = config.model, config.train.batch_size, np.random.default_rng(0)
     shape = (num, c.input_size, c.input_size, c.channels)
     batch = {
@@ -170,14 +164,14 @@ def make_batch(config: base.Config) -> dict[str, np.ndarray]:
     }
     if config.method.name == "rectified":
         batch["noise"] = rng.standard_normal(shape, np.float32)
-    if "augment_dim" in c and c.augment_dim:
+    if c.name == "unet" and c.augment_dim:
         batch["augment"] = rng.standard_normal((num, c.augment_dim), np.float32)
-    if "repa_dims" in c and c.repa_dims:
+    if c.name == "dit" and c.repa_dims:
         batch["features"] = rng.standard_normal((num, num_tokens(config), sum(c.repa_dims)), np.float32)
     return batch
 
 
 def num_tokens(config: base.Config) -> int:
-    """Return the number of tokens of an image: of a transformer patches, of a U-Net pixels."""
+    """Return the number of tokens of an image: patches for a transformer, pixels for a U-Net."""
     c = config.model
-    return (c.input_size // c.patch_size) ** 2 if "patch_size" in c else c.input_size**2
+    return c.input_size**2 if c.name in ("unet", "edm2") else (c.input_size // c.patch_size) ** 2

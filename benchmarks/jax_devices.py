@@ -1,6 +1,6 @@
 """A training step over several fake devices of the CPU: `python -m benchmarks.jax_devices CONFIG.json NUM RUNS`.
 
-Prints one JSON object: seconds of each run, the metrics of the first steps, and the collectives of the compiled step.
+Prints one JSON object: seconds of each run, the metrics of the first steps and the collectives of the compiled step.
 Twin of torch_devices.py.
 """
 
@@ -15,9 +15,9 @@ import jax
 import numpy as np
 
 from benchmarks import cases, jax_steps
-from meanflow.config import store
+from meanflow.config import resolve
 
-FIRST = 3  # steps whose metrics are kept, before the measured ones
+FIRST = 3  # steps before the measured ones, whose metrics are reported
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
@@ -25,7 +25,7 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32"
 def main(path, num_devices, runs):
     """Measure and print."""
     jax.config.update("jax_num_cpu_devices", num_devices)
-    config = store.from_json(pathlib.Path(path).read_text())
+    config = resolve.from_json(pathlib.Path(path).read_text())
     jax_steps.start(config)
     step = jax_steps.Step(config, cases.make_batch(config))
     first = [{name: float(a) for name, a in step.run().items()} for _ in range(FIRST)]
@@ -38,9 +38,9 @@ def main(path, num_devices, runs):
 
 
 def collectives(program):
-    """Return {kind: {"count": N, "bytes": B}} of a compiled program: B is the size of all results on one device.
+    """Return {kind: {"count": N, "bytes": B}} of a compiled program; B is the size of all results on one device.
 
-    An asynchronous pair counts where it is done.
+    An asynchronous pair counts once, at its end.
     """
     found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
     for result, kind in re.findall(rf"= (.*?) ({KINDS})(?:-done)?\(", program):

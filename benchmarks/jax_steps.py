@@ -20,7 +20,7 @@ class Step:
     """A compiled training step and its state."""
 
     def __init__(self, config, batch, mesh=None):
-        """Draw the state and compile.  batch: numpy arrays by name.  mesh: None is all devices."""
+        """Draw the state and compile.  batch: numpy arrays by name.  mesh: None for all devices."""
         mesh = mesh or step.make_mesh(config)
         graphdef, self._state = step.create_state(config, mesh)
         self._batch = step.put_batch(batch, mesh)
@@ -37,9 +37,9 @@ class Step:
         return self._compiled.as_text()
 
     def memory(self):
-        """Return bytes by name: peak_bytes, as XLA has planned it (arguments, among them the state, and temporaries).
+        """Return bytes by name.  peak_bytes: as planned by XLA, for arguments (including the state) and temporaries.
 
-        Only this number is the same whatever else the process holds.
+        Only this number does not depend on what else the process holds.
         """
         plan = self._compiled.memory_analysis()
         sizes = {name: getattr(plan, f"{name}_size_in_bytes") for name in ("temp", "argument", "output", "alias")}
@@ -69,10 +69,10 @@ def device():
 
 
 def count_step(config, batch):
-    """Return the FLOPs of a training step: what XLA counts in its program before it optimises.
+    """Return the FLOPs of a training step, as XLA counts them in the unoptimised program.
 
     A loop counts once, so there must be no micro-batches.  Attention is counted in its plain form.  Everything counts,
-    element-wise work, optimizer and EMA too.  The program is that of a CPU: XLA counts in no other before compiling.
+    including element-wise work, optimizer and EMA.  The program is for a CPU: XLA counts no other before compiling.
     """
     config, mesh = countable(config), local_mesh(jax.devices("cpu")[:1])
     graphdef, state = jax.eval_shape(lambda: step.create_state(config, mesh))
@@ -82,7 +82,7 @@ def count_step(config, batch):
 
 
 def count_forward(config, batch):
-    """Return the FLOPs of a loss without gradient: for flow matching one forward F of the network."""
+    """Return the FLOPs of a loss without gradient, which for flow matching is one forward F of the network."""
     config = countable(config)
     graphdef, params = step.abstract_net(config)
     method = METHODS[config.method.name]
@@ -97,16 +97,15 @@ def count_forward(config, batch):
 
 
 def countable(config):
-    """Return the config of a step whose operations can all be counted."""
+    """Return the config of a step in which all operations can be counted."""
     config = copy.deepcopy(config)
-    if "attention" in config.model:
-        config.model.attention = "plain"
+    config.model.attention = "plain"
     config.train.accumulate = 1
     return config
 
 
 class Matmul:
-    """Big square matmuls in the dtype and precision of a config: what the speed of steps is measured by."""
+    """Large square matmuls in the dtype and precision of a config: the yardstick for the speed of steps."""
 
     def __init__(self, config):
         """Make the factors."""
@@ -116,7 +115,7 @@ class Matmul:
         self._matmul = jax.jit(jnp.matmul)
 
     def run(self):
-        """Multiply, one after the other, and wait for the last product."""
+        """Multiply several times in sequence, and wait for the last product."""
         product = self._a
         for _ in range(MATMULS):
             product = self._matmul(product, self._a)

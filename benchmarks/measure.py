@@ -1,4 +1,4 @@
-"""Measures a table of cases: each step between two of flow matching, so that each ratio is of paired runs."""
+"""Measures a table of cases, each step between two of flow matching, so that ratios are of paired runs."""
 
 import importlib
 import itertools
@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 from benchmarks import cases, memory
 
-MATMUL = "matmul"  # measured as a step is: the speed of a machine may change while it is measured
+MATMUL = "matmul"  # timed like a step, because the speed of a machine may change during a measurement
 WARM_UP = 2  # steps of each case before the measured ones
 
 
 def measure(framework, table, runs, memory_of=None):
-    """Return a row for each case, a dictionary as `figures` makes it.
+    """Return one row per case, a dictionary made by `figures`.
 
-    table: list of cases of one batch size.  runs: paired runs.  memory_of: {case: bytes by name}, where it has been
-    measured already; None: in this process.
+    table: list of cases with one batch size.  runs: number of paired runs.  memory_of: {case: bytes by name} if already
+    measured; if None, memory is measured in this process.
     """
     steps = importlib.import_module(f"benchmarks.{framework}_steps")
     steps.start(table[0].config)
@@ -42,17 +42,17 @@ def measure(framework, table, runs, memory_of=None):
 
 
 def warm(step):
-    """Return the step after a few runs, the first of which may compile it."""
+    """Return the step after a few runs; the first may compile it."""
     for _ in range(WARM_UP):
         step.run()
     return step
 
 
 def take_turns(built, runs):
-    """Return {name: seconds of each run}, and the same of flow-matching steps: the mean of those before and after it.
+    """Return {name: seconds of each run} and {name: mean seconds of the flow-matching steps before and after}.
 
-    In a run every step is taken once, between two of flow matching, which is itself its pair: a machine that slows
-    down or recovers does so for both.
+    A run takes every step once, each between two of flow matching, so that a machine that slows down or recovers
+    affects both.  Flow matching is paired with itself.
     """
     times, around = {name: [] for name in built}, {name: [] for name in built}
     others = dict(built)
@@ -77,13 +77,12 @@ def seconds(step):
 
 
 def figures(case, times, ratios, counted, shared):
-    """Return what a case costs, by name, and what all cases share.
+    """Return the cost of a case by name, and what all cases share.
 
-    ratio: to the flow-matching steps around it, a median.  limit: the ratio of forwards.  ratio_at_matmul_rate: what
-    the ratio would be if all that the step does beyond flow matching ran as fast as a big matmul, beside the measured
-    flow-matching step.  counted_ratio: of counted FLOPs.  formula_flops: the limit times the 3F of flow matching;
-    achieved FLOP/s and their share of the matmul rate, from paired runs too, are of these, so that what is computed
-    for nothing does not count.
+    ratio: median, relative to the flow-matching steps around it.  limit: the ratio of forwards.  ratio_at_matmul_rate:
+    the ratio if everything beyond the measured flow-matching step ran as fast as a large matmul.  counted_ratio: of
+    counted FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their fraction of the
+    matmul rate, also from paired runs, refer to these, so that superfluous computation does not count.
     """
     median, config, ratio = statistics.median(times[case.name]), case.config, ratios[case.name]
     counted_ratio = counted[case.name] / counted[cases.FLOW_MATCHING]
@@ -100,12 +99,12 @@ def figures(case, times, ratios, counted, shared):
 
 
 def paired(times, others):
-    """Return the median of the paired ratios of one step to another."""
+    """Return the median of paired ratios of two steps."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def compare(table, rows, times):
-    """Add to the rows of plain cases how they and their variants compare, in time and peak memory."""
+    """Add to the rows how cases and their variants compare in time and peak memory."""
     by_name = {row["case"]: row for row in rows}
     for case, row in zip(table, rows, strict=True):
         if case.variant == "eager":
@@ -117,9 +116,9 @@ def compare(table, rows, times):
 
 
 def sweep(framework, points, runs, own_process=False):
-    """Return the rows of every table of cases in `points`, one after the other.
+    """Return the rows of every table of cases in `points`, in order.
 
-    own_process: measure memory in one for each case, before this one takes that of a GPU for itself.
+    own_process: measure the memory of each case in a process of its own, before this one reserves that of a GPU.
     """
     memories = [
         {case.name: memory.of_step(framework, case.config) for case in tqdm(table, "memory")} if own_process else None

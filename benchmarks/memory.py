@@ -1,8 +1,8 @@
 """Memory of one training step, measured in a process of its own: `python -m benchmarks.memory jax|torch CONFIG.json`.
 
-Prints one JSON object, in bytes.  peak_bytes: planned by XLA, allocated on a GPU in PyTorch, or on its CPU the state
-and the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: of resident memory on a CPU, in both.
-Only a fresh process shows that growth: what earlier steps freed is kept by the allocator, and used again.
+Prints one JSON object, in bytes.  peak_bytes: planned by XLA, or allocated on a GPU by PyTorch; for PyTorch on a CPU,
+the state plus the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: resident memory on a CPU.
+Only a fresh process shows the growth, because the allocator keeps and reuses what earlier steps freed.
 """
 
 import ctypes
@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from benchmarks import cases
-from meanflow.config import store
+from meanflow.config import resolve
 
 WARM_UP = 2  # steps before the measured one
 
@@ -28,7 +28,7 @@ def run(argv, config, *more, env=None):
     """Return the JSON that `python *argv CONFIG.json *more` prints.  Raises RuntimeError with stderr if it fails."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "config.json"
-        path.write_text(store.to_json(config))
+        path.write_text(resolve.to_json(config))
         argv = [sys.executable, *argv, str(path), *map(str, more)]
         done = subprocess.run(argv, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -52,7 +52,7 @@ def measure(framework, config):
 
 
 def resident(run):
-    """Return bytes by name: the peak of resident memory while `run()` runs, and its growth over that before."""
+    """Return bytes by name: the peak of resident memory during `run()`, and its growth over the memory before."""
     ctypes.CDLL(None).malloc_trim(0)
     pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
     before = status("VmRSS")
@@ -70,4 +70,4 @@ def status(name):
 
 if __name__ == "__main__":
     framework, path = sys.argv[1:]
-    print(json.dumps(measure(framework, store.from_json(pathlib.Path(path).read_text()))))
+    print(json.dumps(measure(framework, resolve.from_json(pathlib.Path(path).read_text()))))

@@ -1,24 +1,24 @@
-"""Error of u, du/dt, target and gradient in reduced precision against float64, at weights that are nowhere zero.
+"""Error of u, du/dt, target and gradient in reduced precision relative to float64, at weights that are nowhere zero.
 
     python benchmarks/precision.py --framework=jax
     python benchmarks/precision.py --framework=torch --system meanflow improved --seeds=4 --markdown=precision.md
     python benchmarks/precision.py --framework=torch --system digits --weights=weights.safetensors
 
-Systems are published presets at their own sizes, dropout off.  Modes, all with float32 parameters:
+Systems are published presets at full size, without dropout.  Modes, all with float32 parameters:
   float32        every product in float32
-  tpu            the same with factors rounded to bfloat16: what a TPU makes of float32 by default, as in the official
-                 JAX code
+  tpu            the same with factors rounded to bfloat16, as a TPU does by default, also for the official JAX code
   bfloat16       model.compute_dtype = bfloat16
   mixed          bfloat16 on rows with r = t and in guidance, float32 on rows with r < t: primal, gradient and tangent
   mixed_tangent  bfloat16, but du/dt by a float32 network without gradient: one more forward on rows with r < t
-Weights, batches and draws follow from seeds by numpy, exact in float32: every mode and both frameworks see the same.
-Random weights have deviation 1/sqrt(fan-in), embeddings 1; layers that start at zero (gates, adaLN, the last layer of
-a residual branch) --scales times as much, for how far training has carried them.
+Weights, batches and draws are made from seeds by numpy and are exact in float32: every mode and both frameworks see the
+same.  Random weights have deviation 1/sqrt(fan-in), embeddings 1; layers that start at zero (gates, adaLN, the last
+layer of a residual branch) have --scales times as much, depending on how far training has moved them.
 
-Yardstick: rounding matters where it shows beside what a gradient varies by from batch to batch.  Over independent
-batches i with gradients g_i and errors e_i, the mean gradient has a square of mean g_i.g_j, i != j, and the bias one of
-mean e_i.e_j, which no batch size averages out; the rest of both falls as 1/sqrt(batch size).  B is the published one.
-Random weights are far from any optimum, where batches agree: trained ones have far more noise over a mean gradient.
+Yardstick: rounding matters if it is visible relative to the variation of the gradient between batches.  For independent
+batches i with gradients g_i and errors e_i, the squared norm of the mean gradient is the mean of g_i.g_j over i != j,
+and that of the bias, which no batch size averages out, the mean of e_i.e_j; what remains of both falls as 1/sqrt(batch
+size).  B is the published batch size.  At random weights, far from any optimum, batches agree; at trained ones the
+noise is much larger relative to the mean gradient.
 MeanFlow B/2 in batches of 2 takes 10 GB of memory in PyTorch, 15 GB in JAX.
 """
 
@@ -39,7 +39,7 @@ from meanflow.config import paths
 
 
 class Mode(NamedTuple):
-    """Data types of matmuls, by where they are; `rounded`: factors of products in float32 are rounded to bfloat16."""
+    """Data types of matmuls by place.  rounded: factors of float32 products are rounded to bfloat16."""
 
     plain: str  # on rows with r = t, and in guidance
     primal: str  # on rows with r < t, of u and its gradient
@@ -55,7 +55,7 @@ MODES = {
     "mixed":         Mode("bfloat16", "float32", "float32"),
     "mixed_tangent": Mode("bfloat16", "bfloat16", "float32"),
 }  # fmt: skip
-# Preset, parts of names of layers that start at zero, and the tiny size for tests.
+# Preset, parts of the names of layers that start at zero, and the tiny size for tests.
 TRANSFORMER = {"input_size": 8, "num_classes": 7, "depth": 2, "width": 64, "num_heads": 4}
 UNET = {"input_size": 8, "width": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
 SYSTEMS = {
@@ -64,7 +64,7 @@ SYSTEMS = {
     "improved": (lambda: imf_imagenet.get_config("b2"), ("attn_scale", "mlp_scale"), TRANSFORMER | {"head_depth": 1}),
     "digits": (digits.get_config, ("adaLN_modulation",), TRANSFORMER),
 }
-# Least error of u in bfloat16, whose rounding is 2^-9: far above float32's, so that less is not bfloat16.
+# Smallest plausible error of u in bfloat16, which rounds by 2^-9: far above that of float32.
 LEAST_ERROR = 2**-12
 
 
@@ -72,14 +72,13 @@ def make_config(system, size):
     """Return the config of a system.  size: `preset` or `tiny`."""
     preset, _, tiny = SYSTEMS[system]
     config = preset()
-    if "dropout" in config.model:
-        config.model.dropout = 0.0
+    config.model.dropout = 0.0
     config.model.update(tiny if size == "tiny" else {})
     return config
 
 
 def random_weights(shapes, tables, gates, scale, seed=0):
-    """Return canonical weights {name: float32 array} that are nowhere zero, each drawn by its name and the seed.
+    """Return canonical weights {name: float32 array} that are nowhere zero, each drawn from its name and the seed.
 
     gates: parts of the names of layers that start at zero, whose deviation is `scale` times that of the others.
     """
@@ -104,7 +103,7 @@ def random_batch(config, num_rows, seed):
     rows = {
         "image": rng.standard_normal(shape, np.float32),
         "label": rng.integers(0, c.num_classes, num_rows),
-        "augment": rng.standard_normal((num_rows, c.augment_dim if "augment_dim" in c else 0), np.float32),
+        "augment": rng.standard_normal((num_rows, c.augment_dim), np.float32),
     }
     draws = {"noise": rng.standard_normal(shape, np.float32), "times": rng.standard_normal((num_rows, 2), np.float32)}
     uniforms = ("coin", "drop", "dropout", "omega", "t_min", "t_max")
@@ -112,7 +111,7 @@ def random_batch(config, num_rows, seed):
 
 
 def quantities_of(aux):
-    """Return {name: array} of what is compared: u of all rows, du/dt and target of those with r < t.
+    """Return {name: array} of what is compared: u of all rows, du/dt and target of rows with r < t.
 
     The target of u is v_g - (t - r) du/dt in both methods; improved MeanFlow writes it as the compound velocity.
     """
@@ -137,12 +136,12 @@ class Sum:
         self.squares.append(sum(square(a) for a in vector.values()))
 
     def of_mean(self):
-        """Return the squared norm of the expected vector, unbiased, so perhaps below 0: the mean of a.b over pairs."""
+        """Return the squared norm of the expected vector: the mean of a.b over pairs; it may be negative."""
         num = len(self.squares)
         return (sum(map(square, self.total.values())) - sum(self.squares)) / (num * (num - 1))
 
     def of_rest(self):
-        """Return the expected squared norm of what a vector differs by from the expected one."""
+        """Return the expected squared norm of the deviation of a vector from the expected one."""
         return statistics.fmean(self.squares) - self.of_mean()
 
 
@@ -158,9 +157,9 @@ def relative_error(got, want):
 
 
 def compare(got, want):
-    """Return what one gradient {name: array} is off by: errors {name: array}, and figures by name.
+    """Return the errors {name: array} of one gradient {name: array}, and figures by name.
 
-    along: the projection of the error on the gradient, over the gradient; below 0 it shrinks.
+    along: projection of the error on the gradient, relative to the gradient; negative if the gradient shrinks.
     """
     errors, squares, norms, along = {}, {}, {}, 0.0
     for name, a in want.items():
@@ -181,7 +180,7 @@ def compare(got, want):
 def study(framework, config, gates, args, weights=None):
     """Return {scale: {root mean squares, sampling noise, modes: {mode: figures}}}, medians over seeds.
 
-    framework: the module of one.  weights: canonical ones in place of random ones.
+    framework: the module of a framework.  weights: canonical weights instead of random ones.
     """
     shapes, tables = framework.shapes(config)
     reference, table = framework.make(config, REFERENCE), {}
@@ -214,19 +213,19 @@ def study(framework, config, gates, args, weights=None):
 
 
 def check(modes):
-    """Raise RuntimeError if a mode's error of u is not that of its data types."""
+    """Raise RuntimeError if a mode's error of u is too small for its data types."""
     for name, figures in modes.items():
         if MODES[name] != MODES["float32"] and not figures["u"] > LEAST_ERROR:
             raise RuntimeError(
-                f"mode {name} is off by {figures['u']:.1e} in u, as float32 is: its products were not rounded, or the "
-                "batch has no row on which they are (mixed rounds none but flow rows; give it more with --batch)"
+                f"mode {name} has an error of {figures['u']:.1e} in u, like float32: its products were not rounded, or "
+                "the batch has no row on which they are (mixed rounds only flow rows; give it more with --batch)"
             )
 
 
 def at_batch(errors, gradients, share):
-    """Return the bias of a gradient and the error of one of the published batch size, over the mean gradient.
+    """Return the bias of a gradient and its error at the published batch size, relative to the mean gradient.
 
-    share: rows of a measured batch over those of a published one.  nan if too few seeds show no mean gradient.
+    share: rows of a measured batch divided by those of a published one.  nan if too few seeds show no mean gradient.
     """
     norm, bias = max(gradients.of_mean(), 0.0) or math.nan, max(errors.of_mean(), 0.0)
     rest = errors.of_rest() * share
@@ -234,7 +233,7 @@ def at_batch(errors, gradients, share):
 
 
 def medians(rows):
-    """Return the median of each figure, of names the most frequent one."""
+    """Return the median of each figure, and for names the most frequent one."""
     values = {key: [row[key] for row in rows] for key in rows[0]}
     return {key: statistics.mode(v) if isinstance(v[0], str) else statistics.median(v) for key, v in values.items()}
 
@@ -246,18 +245,20 @@ def main():
     parser.add_argument("--system", nargs="+", choices=tuple(SYSTEMS), default=["meanflow", "cifar10", "improved"])
     parser.add_argument("--size", choices=("preset", "tiny"), default="preset")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
-    parser.add_argument("--scales", type=float, nargs="+", default=[0.3, 1.0], help="of layers that start at zero")
     parser.add_argument(
-        "--weights", type=paths.expand, help="canonical .safetensors of one system, in place of random weights"
+        "--scales", type=float, nargs="+", default=[0.3, 1.0], help="deviations of layers that start at zero"
     )
-    parser.add_argument("--batch", type=int, default=4, help="rows of a batch")
-    parser.add_argument("--seeds", type=int, default=3, help="batches, at least 2")
+    parser.add_argument(
+        "--weights", type=paths.expand, help="canonical .safetensors of one system, instead of random weights"
+    )
+    parser.add_argument("--batch", type=int, default=4, help="batch size")
+    parser.add_argument("--seeds", type=int, default=3, help="number of batches, at least 2")
     parser.add_argument("--json", type=paths.written, help="also write all figures here")
     parser.add_argument("--markdown", type=paths.written, help="also write the tables here")
-    parser.add_argument("--plot", type=paths.written, help="also draw them here")
+    parser.add_argument("--plot", type=paths.written, help="also plot them here")
     args = parser.parse_args()
     if args.seeds < 2 or (args.weights and len(args.system) > 1):
-        parser.error("--seeds must be at least 2, and --weights go with one --system")
+        parser.error("--seeds must be at least 2, and --weights needs exactly one --system")
     framework = importlib.import_module(f"benchmarks.precision_{args.framework}")
     weights, results = framework.weights.load(args.weights) if args.weights else None, {}
     args.scales = args.scales[:1] if weights else args.scales

@@ -1,4 +1,4 @@
-"""The study of precision in JAX: one loss and its gradients in a mode, from numpy to numpy.  See `precision`."""
+"""The study of precision in JAX: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
 
 import copy
 
@@ -10,31 +10,33 @@ from jax.extend import core
 
 from jax_impl import step, weights
 from jax_impl.methods import METHODS
-from jax_impl.models.tape import recording
+from jax_impl.models.tape import under_jvp
 
 FACTORS = ("dot_general", "conv_general_dilated")  # primitives whose inputs a TPU rounds
-PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # those that hold others, and in what
+PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # primitives that contain others
 
 
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called as the networks are, (z, t, r, y, **given, jvp), which see.  The methods call it without `jvp` for the
-    primal of all rows, and with it for the tangent alone, which they compute from what that primal's layers returned:
-    of another data type there is nothing to take, so the tangent then has a primal of its own.
+    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
+    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
     """
+
+    takes_tape = True
 
     def __init__(self, nets, mode):
         """nets: {dtype: network}, all of the same parameters.  mode: `precision.Mode`."""
         self.nets, self.mode, net = nets, mode, nets[mode.plain]
         self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
 
-    def __call__(self, *inputs, jvp=False, **given):
+    def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode
-        if jvp and len({plain, primal, tangent}) > 1:
-            with recording(None):
-                return self.nets[tangent](*inputs, **given, jvp=True)
-        u = self.nets[plain](*inputs, **given, jvp=jvp)
+        if len({plain, primal, tangent}) > 1:
+            if under_jvp(tape):
+                return self.nets[tangent](*inputs, **given)
+            tape = None
+        u = self.nets[plain](*inputs, **given, tape=tape)
         if plain == primal or r is t:
             return u
         of_row = (r < t)[:, None, None, None]
@@ -54,8 +56,8 @@ def shapes(config):
 def make(config, mode, compiled=False):
     """Return run(canonical weights, rows, draws) -> (aux, gradients by canonical name).
 
-    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is sooner
-    only for tiny networks; else operation by operation, each rounding its result as in PyTorch.
+    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is faster
+    only for tiny networks; otherwise operation by operation, each rounding its result as in PyTorch.
     """
     method, dtype = METHODS[config.method.name], "float64" if mode.plain == "float64" else "float32"
     with jax.enable_x64(True):
@@ -97,7 +99,7 @@ def in_dtype(config, dtype):
 def with_rounded_factors(function):
     """Return the function with the factors of its float32 products rounded to bfloat16, products summed in float32.
 
-    So a TPU multiplies float32 by default, and the official JAX code asks for nothing else.
+    This is how a TPU multiplies float32 by default, which the official JAX code does not change.
     """
 
     def evaluate(closed, *args):
@@ -114,7 +116,7 @@ def with_rounded_factors(function):
                 outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
             values.update(zip(eqn.outvars, outputs, strict=True))
-            for a in (*eqn.invars, *eqn.outvars):  # what nothing reads any more, or ever
+            for a in (*eqn.invars, *eqn.outvars):  # what nothing reads any more
                 if isinstance(a, core.Var) and last.get(a, i) == i:
                     values.pop(a, None)
         return [a.val if isinstance(a, core.Literal) else values[a] for a in closed.jaxpr.outvars]

@@ -1,4 +1,4 @@
-"""The study of precision in PyTorch: one loss and its gradients in a mode, from numpy to numpy.  See `precision`."""
+"""The study of precision in PyTorch: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
 
 import contextlib
 import copy
@@ -10,14 +10,14 @@ from torch.func import functional_call
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map
 
-from meanflow.float32 import full_float32
+from meanflow.torch_precision import full_float32
 from torch_impl import step, weights
 from torch_impl.devices import choose_device
 from torch_impl.methods import METHODS
-from torch_impl.models.tape import recording
+from torch_impl.models.tape import under_jvp
 
 aten = torch.ops.aten
-# Products, and which of their arguments are factors.
+# Products, and the positions of their factors.
 FACTORS = {
     aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1),
     aten.convolution_backward: (0, 1, 2),
@@ -27,22 +27,24 @@ FACTORS = {
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called as the networks are, (z, t, r, y, **given, jvp), which see.  The methods call it without `jvp` for the
-    primal of all rows, and with it for the tangent alone, which they compute from what that primal's layers returned:
-    of another data type there is nothing to take, so the tangent then has a primal of its own.
+    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
+    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
     """
+
+    takes_tape = True
 
     def __init__(self, nets, params, mode):
         """nets: {dtype: module}, called with `params` {name: tensor} in place of their own.  mode: `precision.Mode`."""
         self.nets, self.params, self.mode, net = nets, params, mode, nets[mode.plain]
         self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
 
-    def __call__(self, *inputs, jvp=False, **given):
+    def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode
-        if jvp and len({plain, primal, tangent}) > 1:
-            with recording(None):
-                return self.call(tangent, inputs, given | {"jvp": True})
-        u = self.call(plain, inputs, given | {"jvp": jvp})
+        if len({plain, primal, tangent}) > 1:
+            if under_jvp(tape):
+                return self.call(tangent, inputs, given)
+            tape = None
+        u = self.call(plain, inputs, given | {"tape": tape})
         if plain == primal or r is t:
             return u
         of_row = (r < t)[:, None, None, None]
@@ -54,10 +56,10 @@ class Mixed:
 
 
 class Products(TorchDispatchMode):
-    """Under it, products of bfloat16 factors are summed in float32 and rounded once, as on a GPU.
+    """A mode in which products of bfloat16 factors are summed in float32 and rounded once, as on a GPU.
 
-    A CPU without bfloat16 instructions does the same, some hundred times slower: here it multiplies in float32.
-    rounded: the factors of float32 products are rounded to bfloat16, the result is not, as on a TPU by default.
+    A CPU without bfloat16 instructions does the same about a hundred times slower; here it multiplies in float32.
+    rounded: the factors of float32 products are rounded to bfloat16, but not the result, as on a TPU by default.
     """
 
     def __init__(self, rounded):

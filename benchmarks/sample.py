@@ -4,9 +4,9 @@
     python benchmarks/sample.py --framework=torch --size=B --steps 1 2 4 --flow_steps=50 --batch=16 --json sample.json
     python benchmarks/sample.py --framework=torch --config=configs/imf_imagenet.py:b2
 
-Through the trainers' own samplers, from noise to images on the host, of random weights; samplers take turns, figures
-are medians.  Networks that cannot be flow models (those of improved MeanFlow and the U-Net) follow u(z, t, t) instead,
-which is as many forwards.
+Uses the trainers' own samplers with random weights, from noise to images on the host; samplers take turns, figures are
+medians.  Networks that cannot be flow models (improved MeanFlow's and the U-Net) follow u(z, t, t) instead, which takes
+as many forwards.
 """
 
 import argparse
@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import table
 from benchmarks.step import add_common, describe, make_config
-from meanflow.config import checks, options
+from meanflow.config import resolve
 from meanflow.errors import exit_on_user_error
 
 COLUMNS = {
@@ -36,37 +36,38 @@ COLUMNS = {
 
 def flow_model(config):
     """Return the config of a flow model of the same network, or of a flow map that follows u(z, t, t)."""
-    if config.model.name not in ("unet", "imf_dit"):
-        return options.recompose(config, "edm2" if config.model.name == "edm2" else "dit", "flow")
     config = copy.deepcopy(config)
-    config.sample.sampler = "velocity"
+    config.sample.sampler = "euler"
+    if config.model.name in ("unet", "imf_dit"):
+        config.sample.sampler = "velocity"
+    elif config.method.name != "flow":
+        config.method.name, config.model.interval_embedder = "flow", False
+        config.model.name = "edm2" if config.model.name == "edm2" else "dit"
     return config
 
 
 def make_table(config, steps, flow_steps, scale):
     """Return [(name, config, forwards for an image)]."""
     config = copy.deepcopy(config)
-    config.sample.update(sampler="euler", times=())
+    config.sample.update(sampler="euler", times=(), cfg_scale=1.0)
     if config.model.name == "imf_dit":
         config.model.v_heads = False  # sampling leaves the head of v out
     flow, entries = flow_model(config), []
     if config.method.name != "flow":
         entries += [("flow map", config, num, 1.0) for num in steps]
     entries.append(("flow model", flow, flow_steps, 1.0))
-    if config.model.name not in ("unet", "imf_dit"):  # one has no classes, the other is told its guidance
+    if config.model.name not in ("unet", "imf_dit"):  # one has no classes, the other is conditioned on its guidance
         entries.append((f"flow model, guided by {scale:g}", flow, flow_steps, scale))
     found = []
     for name, c, num, cfg_scale in entries:
         c = copy.deepcopy(c)
-        c.sample.update(steps=num, interval=(0.0, 1.0))
-        if "cfg_scale" in c.sample:
-            c.sample.cfg_scale = cfg_scale
-        found.append((name, checks.check(c), num * (1 if cfg_scale == 1 else 2)))
+        c.sample.update(steps=num, cfg_scale=cfg_scale, interval=(0.0, 1.0))
+        found.append((name, resolve.check(c), num * (1 if cfg_scale == 1 else 2)))
     return found
 
 
 def measure(args, config):
-    """Return a row for each sampler."""
+    """Return one row per sampler."""
     steps = importlib.import_module(f"benchmarks.{args.framework}_steps")
     steps.start(config)
     c, rng = config.model, np.random.default_rng(0)
@@ -93,13 +94,13 @@ def measure(args, config):
 
 
 def main(argv=None):
-    """Parse the command line, measure, print and write.  Raises UserError for mistakes on it."""
+    """Parse the command line, measure, print and write.  Raises UserError for a wrong flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
     parser.set_defaults(runs=5)  # of many forwards each
-    parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4), help="of the flow map")
-    parser.add_argument("--flow_steps", type=int, default=50, help="of the flow model")
-    parser.add_argument("--cfg_scale", type=float, default=1.5, help="of the guided flow model")
+    parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4), help="steps of the flow map")
+    parser.add_argument("--flow_steps", type=int, default=50, help="steps of the flow model")
+    parser.add_argument("--cfg_scale", type=float, default=1.5, help="guidance scale of the flow model")
     args = parser.parse_args(argv)
     config = make_config(args, args.batch, args.patch)
     table.write(measure(args, config), describe(args, config), args, COLUMNS)

@@ -1,11 +1,11 @@
-"""Cost of running one training step over several devices of a CPU, and proof that it stays the same step.
+"""Cost of running one training step on several CPU devices, and proof that the result stays the same.
 
     python benchmarks/scaling.py --framework=jax --devices 1 2 4
     python benchmarks/scaling.py --framework=torch --devices 1 2 --fsdp --json scaling.json
 
-The batch is the same in all, divided among the devices, and so are the cores, so that the ratio to one device is what
-sharing costs.  JAX has fake devices in one process, all on the same threads; PyTorch a process of torchrun for each
-device (gloo), with its part of the threads.  Each is measured in a process of its own.
+The same batch and the same cores are divided among the devices, so the ratio to one device is the cost of sharing.  JAX
+uses fake devices in one process, all on the same threads; PyTorch uses one torchrun process per device (gloo), each
+with its part of the threads.  Each is measured in a process of its own.
 """
 
 import argparse
@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks import cases, memory, table
 from benchmarks.step import add_common, describe, make_config
-from meanflow.config import checks
+from meanflow.config import resolve
 from meanflow.errors import exit_on_user_error
 
 COMPARED = ("loss", "raw_error", "grad_norm")
@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 def run(framework, config, num_devices, runs):
-    """Return the figures of a step over so many devices, measured in processes of its own."""
+    """Return the figures of a step on several devices, measured in processes of their own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     argv = ["-m", "benchmarks.jax_devices"]
     if framework == "torch":
@@ -46,7 +46,7 @@ def run(framework, config, num_devices, runs):
 
 
 def row(name, figures, one):
-    """Return the figures of a row; one: those of a single device."""
+    """Return the figures of a row.  one: those of a single device."""
     median = statistics.median(figures["times"])
     first, last = (difference(figures["metrics"][i], one["metrics"][i]) for i in (0, -1))
     found = {"case": name, "median_s": median, "ratio": median / statistics.median(one["times"])}
@@ -70,10 +70,12 @@ def difference(metrics, reference):
 
 
 def main(argv=None):
-    """Parse the command line, measure, print and write.  Raises UserError for mistakes on it."""
+    """Parse the command line, measure, print and write.  Raises UserError for a wrong flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
-    parser.add_argument("--devices", type=int, nargs="+", help="by default 1 2 4 in JAX, 1 2 in PyTorch")
+    parser.add_argument(
+        "--devices", type=int, nargs="+", help="numbers of devices; by default 1 2 4 in JAX, 1 2 in PyTorch"
+    )
     parser.add_argument("--fsdp", action="store_true", help="also with parameters sharded over all devices")
     args = parser.parse_args(argv)
     config = make_config(args, args.batch, args.patch)
@@ -81,7 +83,7 @@ def main(argv=None):
     wanted = [("1", 1, 1)] + [(str(num), num, 1) for num in devices if num > 1]
     wanted += [(f"{num}, FSDP", num, num) for num in devices if num > 1 and args.fsdp]
     for _, num, _ in wanted:
-        checks.check_divisible(config, num, "devices")
+        resolve.check_divisible(config, num, "devices")
     rows, one = [], None
     for name, num, fsdp in tqdm(wanted, "devices"):
         figures = run(args.framework, cases.make_config(config, {"train.fsdp": fsdp}), num, args.runs)

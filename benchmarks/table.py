@@ -1,4 +1,4 @@
-"""Rows of figures as Markdown, JSON and plots."""
+"""Writes rows of figures as Markdown, JSON and plots."""
 
 import json
 import pathlib
@@ -28,7 +28,7 @@ COLUMNS = {  # title: (name of the figure, format)
 
 
 def markdown(rows, columns=None):
-    """Return a table of the rows; columns that no row fills are left out, an empty cell is a dash."""
+    """Return a table of the rows, without empty columns; an empty cell is a dash."""
     columns = columns or COLUMNS
     shown = {title: spec for title, spec in columns.items() if any(row.get(spec[0]) is not None for row in rows)}
     lines = [shown.keys(), ["---"] * len(shown)]
@@ -37,7 +37,7 @@ def markdown(rows, columns=None):
 
 
 def cell(value, form):
-    """Return a figure as text: `MiB` and `1e9` are units, anything else a format."""
+    """Return a figure as text.  form: the unit `MiB` or `1e9`, or a format string."""
     if value is None:
         return "–"
     units = {"MiB": ("{:.4g}", 2**20), "1e9": ("{:.4g}", 1e9)}
@@ -48,7 +48,7 @@ def cell(value, form):
 
 
 def write(rows, setting, args, columns=None):
-    """Print the table; write it, too, to the files that the command line names.  setting: one line."""
+    """Print the table and write it to the files named on the command line.  setting: one line above it."""
     text = f"{setting}\n\n{markdown(rows, columns)}"
     print(text, end="")
     for path, content in ((args.markdown, text), (args.json, to_json(rows, setting))):
@@ -63,9 +63,9 @@ def to_json(rows, setting):
 
 
 def plot(rows, path: pathlib.Path, setting):
-    """Draw time and examples/s of a step against what the sweep varies, a line for each case.
+    """Plot time and examples/s of a step over what the sweep varies, with one line per case.
 
-    That is the batch, the tokens of an image or both; where both vary, a line for each value of the other.
+    That is the batch, the tokens of an image or both; if both vary, there is one line per value of the other.
     """
     import matplotlib
 
@@ -78,11 +78,13 @@ def plot(rows, path: pathlib.Path, setting):
     figure, grid = pyplot.subplots(2, len(axes_of), figsize=size, layout="constrained", squeeze=False)
     figure.suptitle(setting, wrap=True)
     for column, (x, other) in enumerate(axes_of):
-        for line, (y, label) in enumerate((("median_s", "seconds a step"), ("examples_per_s", "examples a second"))):
+        for line, (y, label) in enumerate(
+            (("median_s", "seconds per step"), ("examples_per_s", "examples per second"))
+        ):
             axis = grid[line][column]
             for name, points in lines_of(rows, x, other, y).items():
                 axis.plot(*zip(*points, strict=True), marker="o", label=name)
-            axis.set(xlabel={"batch": "rows of a batch", "tokens": "tokens of an image"}[x], ylabel=label)
+            axis.set(xlabel={"batch": "batch size", "tokens": "tokens per image"}[x], ylabel=label)
             axis.set(xscale="log", yscale="log")
             axis.xaxis.set_major_locator(ticker.FixedLocator(sorted({row[x] for row in rows})))
             axis.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))

@@ -1,7 +1,8 @@
 """A training step over the processes of torchrun: `torchrun --nproc_per_node=NUM -m benchmarks.torch_devices ...`.
 
-The first process prints one JSON object: seconds of each run, the metrics of the first steps, and how much of the
-all-reduces the backward pass hides, by DDP's own clock.  Arguments: CONFIG.json NUM RUNS.  Twin of jax_devices.py.
+The first process prints one JSON object: seconds of each run, the metrics of the first steps and how much of the
+all-reduces overlaps with the backward pass, by DDP's own clock.  Arguments: CONFIG.json NUM RUNS.  Twin of
+jax_devices.py.
 """
 
 import json
@@ -13,16 +14,16 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import cases, torch_steps
-from meanflow.config import store
+from meanflow.config import resolve
 from torch_impl import step as training
 from torch_impl.devices import start_torch
 
-FIRST = 3  # steps whose metrics are kept, before the measured ones
+FIRST = 3  # steps before the measured ones, whose metrics are reported
 
 
 def main(path, num_devices, runs):
     """Measure; the first process prints."""
-    config = store.from_json(pathlib.Path(path).read_text())
+    config = resolve.from_json(pathlib.Path(path).read_text())
     device = start_torch(config)
     rows, rank = config.train.batch_size // num_devices, dist.get_rank()
     batch = {name: a[rank * rows : (rank + 1) * rows] for name, a in cases.make_batch(config).items()}
@@ -32,7 +33,7 @@ def main(path, num_devices, runs):
     first = training.reduce_metrics([step.run() for _ in range(FIRST)])
     times = []
     for _ in range(runs):
-        dist.barrier()  # else a process would count waiting for another that began later
+        dist.barrier()  # otherwise a process would count the time it waits for another
         began = time.perf_counter()
         step.run()
         times.append(time.perf_counter() - began)
@@ -43,7 +44,7 @@ def main(path, num_devices, runs):
 
 
 def overlap(wrapper):
-    """Return seconds of the backward pass, of its all-reduces and of both at once, and how many; None if not DDP."""
+    """Return seconds of the backward pass, of its all-reduces and of their overlap, and their number, for DDP."""
     if not isinstance(wrapper, DistributedDataParallel):
         return None
     data = wrapper._get_ddp_logging_data()

@@ -19,7 +19,7 @@ class Step:
     """A training step, compiled if the config says so, and its state."""
 
     def __init__(self, config, batch, mesh=None):
-        """Draw the state.  batch: numpy arrays by name, this process's rows.  mesh: None is this process alone."""
+        """Draw the state.  batch: numpy arrays by name, of this process.  mesh: None for this process alone."""
         dynamo: Any = torch._dynamo
         dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = 1024  # each case compiles its own
         self._device = choose_device()
@@ -39,9 +39,9 @@ class Step:
         return self._state.loss
 
     def memory(self):
-        """Return bytes by name: peak_bytes is the state and what a step allocates on a GPU beside it.
+        """Return bytes by name.  peak_bytes: the state plus what a step allocates on a GPU.
 
-        On a CPU only state_bytes: there the growth of a process of its own is measured, see memory.py.
+        On a CPU only state_bytes: memory.py measures growth in a process of its own.
         """
         s = self._state
         moments = [a for p in s.net.parameters() for a in s.optimizer.state[p].values()]
@@ -79,15 +79,15 @@ def device():
 
 
 def count_step(config, batch):
-    """Return the FLOPs of a training step: those of matmuls and convolutions in loss and backward, not compiled.
+    """Return the FLOPs of a training step: matmuls and convolutions of loss and backward, without compiling.
 
-    Attention is counted in its plain form.  Nothing is computed: the tensors have shapes only.
+    Attention is counted in its plain form.  Nothing is computed: the tensors are on the meta device.
     """
     return _count(config, batch, backward=True)
 
 
 def count_forward(config, batch):
-    """Return the FLOPs of a loss without gradient: for flow matching one forward F of the network."""
+    """Return the FLOPs of a loss without gradient, which for flow matching is one forward F of the network."""
     return _count(config, batch, backward=False)
 
 
@@ -99,7 +99,7 @@ def _count(config, batch, backward):
     draws = method.draw(torch.Generator().manual_seed(0), rows["image"].shape, config.method)
     rows, draws = {name: a.to("meta") for name, a in rows.items()}, method.Draws(*(a.to("meta") for a in draws))
     counter: Any = FlopCounterMode(display=False)
-    counter.mod_tracker = WholeNetwork()  # its own hooks fail on modules that take parameters, run without gradient
+    counter.mod_tracker = WholeNetwork()  # its own hooks fail on modules whose parameters need no gradient
     with counter, torch.set_grad_enabled(backward):
         value, _ = loss(rows, draws)
         if backward:
@@ -108,7 +108,7 @@ def _count(config, batch, backward):
 
 
 class WholeNetwork:
-    """Stands in for what tells FlopCounterMode in which module it is: always the same."""
+    """Replaces FlopCounterMode's tracker of the current module: it is always the whole network."""
 
     parents = ("Global",)
 
@@ -120,16 +120,15 @@ class WholeNetwork:
 
 
 def countable(config):
-    """Return the config of a step whose operations can all be counted."""
+    """Return the config of a step in which all operations can be counted."""
     config = copy.deepcopy(config)
-    if "attention" in config.model:
-        config.model.attention = "plain"
+    config.model.attention = "plain"
     config.train.compile = False
     return config
 
 
 class Matmul:
-    """Big square matmuls in the dtype and precision of a config: what the speed of steps is measured by."""
+    """Large square matmuls in the dtype and precision of a config: the yardstick for the speed of steps."""
 
     def __init__(self, config):
         """Make the factors."""
@@ -139,7 +138,7 @@ class Matmul:
         self._a = torch.full((size, size), 1 / size, dtype=dtype, device=choose_device())  # a @ a = a
 
     def run(self):
-        """Multiply, one after the other, and wait for the last product."""
+        """Multiply several times in sequence, and wait for the last product."""
         product = self._a
         for _ in range(MATMULS):
             product = torch.matmul(product, self._a)

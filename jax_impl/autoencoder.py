@@ -11,7 +11,7 @@ import numpy as np
 from jax_impl.batches import in_batches
 from jax_impl.models.vae import AutoencoderKL
 from meanflow.config import latents as conventions
-from meanflow.data.latents import autoencoder, dataset
+from meanflow.data.latents import autoencoder, units
 
 
 def make_encoder(files, pixels, batch_size=8):
@@ -58,6 +58,6 @@ def make_decoder(files, convention, batch_size=8):
 
     def decode(z):
         autoencoder.check_latents(files, z)
-        return run(np.asarray(dataset.to_raw(z, convention), np.float32))[0]
+        return run(np.asarray(units.to_raw(z, convention), np.float32))[0]
 
     return decode

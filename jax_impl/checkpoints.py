@@ -19,8 +19,7 @@ from jax_impl import weights
 from jax_impl.devices import local_mesh, with_float64
 from jax_impl.step import TrainState, abstract_net, create_state
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import store
-from meanflow.config.workdir import open_workdir, read_workdir
+from meanflow.config import resolve
 from meanflow.errors import UserError
 
 DIRECTORY = "checkpoints/jax"
@@ -35,39 +34,26 @@ _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLIN
 _MISREAD = re.compile(r"[*?\[\\\udc80-\udcff]|:(?=/|$)|^/(gs|s3|az|hf)(?=/|$)")
 
 
-class Checkpoints:
-    """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
+class Checkpoints(checkpoints.CheckpointDirectory):
+    """The checkpoints of one work directory, to save and resume.  All processes create and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which of them stay.
+        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which checkpoints to keep.
 
         Raises UserError for a path that Orbax would misread.
         """
-        self.config = config
-        self.path = _path_in(workdir)
-        self.damaged: list[int] = []
+        super().__init__(_path_in(workdir), config, MARKER, f"{_RUN}/metadata", jax.process_index() == 0)
         handler = ocp.CompositeCheckpointHandler(_STATE, _RUN)
         self.checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_SAVE_SECONDS)
-
-    def open(self) -> None:
-        """Make the directory, set aside what `restore` found damaged, and delete what killed saves left.
-
-        Raises UserError if it cannot be written.
-        """
-        checkpoints.make_directory(self.path)
-        if jax.process_index() == 0:
-            checkpoints.set_aside(self.path, self.damaged)
-            checkpoints.delete_unfinished(self.path, MARKER, _is_whole)
-        self.damaged = []
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
 
-        progress: what else resuming needs, in terms of JSON: `loader`, its state, `window`, steps not logged yet, and
+        progress: what else resuming needs, as JSON values: `loader`, its state, `window`, the steps not yet logged, and
         `pending`, whether reports of this step are still to be made.
         """
         self.wait()
-        directory, run = self.path / str(int(state.step)), progress | {"config": store.to_json(self.config)}
+        directory, run = self.path / str(int(state.step)), progress | {"config": resolve.to_json(self.config)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(run))
         try:
             if jax.process_index() == 0:
@@ -97,26 +83,16 @@ class Checkpoints:
                 raise checkpoints.Damaged(problem or "another process cannot read it")
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), run
 
-        found, self.damaged = checkpoints.newest(
-            checkpoints.whole_steps(self.path, _is_whole), read, self.path, checkpoints.START_AGAIN
-        )
+        found, self.damaged = checkpoints.newest(self.steps(), read, self.path, checkpoints.START_AGAIN)
         return found
 
     def wait(self) -> None:
-        """Return when the last save is on disk.  Raises UserError if it could not be written."""
+        """Wait until the last save is on disk.  Raises UserError if it could not be written."""
         try:
             self.checkpointer.wait_until_finished()
         except (OSError, ValueError) as error:
             raise checkpoints.cannot_save(self.path, error) from error
-        if jax.process_index() == 0:
-            steps = checkpoints.whole_steps(self.path, _is_whole)
-            for step in checkpoints.expired(steps, self.config.train):
-                checkpoints.delete(self.path / str(step), MARKER)
-
-    def note(self, step: int, **changes) -> None:
-        """Change entries of the progress of a step that is on disk.  Raises UserError if that cannot be written."""
-        if jax.process_index() == 0:
-            checkpoints.amend(self.path / str(step) / _RUN / "metadata", changes)
+        self.tidy()
 
     def close(self) -> None:
         """Finish the last save and end."""
@@ -128,20 +104,12 @@ class Checkpoints:
 def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = None):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  step: of another checkpoint, or of a snapshot.
-    Nothing else of the checkpoint is read, and nothing in the directory changes.  Raises UserError if there is no such
+    ema: index into train.ema_decays; -1 for the raw parameters.  step: another checkpoint, or a snapshot.
+    Reads nothing else of the checkpoint and changes nothing in the directory.  Raises UserError if there is no such
     run, step or EMA.
     """
-    config = read_workdir(workdir)
     path = _path_in(workdir)
-    if not path.is_dir() and (path.parent / "torch").is_dir():
-        raise UserError(f"{workdir} holds no JAX checkpoint; one of PyTorch is converted by parity/convert.py")
-    if not -1 <= ema < len(config.train.ema_decays):
-        raise UserError(
-            f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
-        )
-    steps = checkpoints.whole_steps(path, _is_whole)
-    snapshot = snapshots.choose(workdir, None if ema < 0 else config.train.ema_decays[ema], step, steps)
+    config, snapshot, steps = snapshots.locate(workdir, path, MARKER, ema, step)
     if snapshot is not None:
         return config, weights.load(snapshot)
     graphdef, like = abstract_net(config)
@@ -153,14 +121,14 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
         arrays = _load(path / str(step), wanted)
         return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted])
 
-    params, _ = checkpoints.newest(steps if step is None else [step], read, path, checkpoints.CHOOSE_STEP)
+    params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
 
 
 @with_float64
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    lock = open_workdir(workdir, config, "jax")
+    lock = resolve.open_workdir(workdir, config, "jax")
     mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
@@ -182,10 +150,6 @@ def _path_in(workdir):
             f"{misread[0]!r} in a path; rename the directory"
         )
     return path
-
-
-def _is_whole(directory):
-    return (directory / MARKER).is_file()
 
 
 def _inspect(directory):

@@ -1,4 +1,4 @@
-"""Judge a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
+"""Evaluate a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
 
     python -m jax_impl.evaluate --workdir=runs/digits
     python -m jax_impl.evaluate --workdir=runs/b4 --metrics=fid,is,kid,pr --num_samples=50000 \\
@@ -7,10 +7,10 @@
         --reference=imagenet_256.npz --inception=inception.safetensors
     python -m jax_impl.evaluate --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
 
-The first compares the data themselves.  The second judges images, decoded if the model makes latents, by features of
-Inception; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
-makes the statistics of real images that the second compares with.  The last judges every guidance scale with every
-interval of it (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
+The first compares the data themselves.  The second evaluates images, decoded if the model makes latents, by Inception
+features; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
+makes the statistics of real images that the second compares with.  The last evaluates every guidance scale with
+every interval (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
 Several processes share the samples: on SLURM or TPU pods add --distributed, elsewhere --coordinator=HOST:PORT
 --num_processes=N --process=I to each.
 """
@@ -21,7 +21,7 @@ import functools
 import jax
 
 from jax_impl.devices import define_flags, gather, make_board, start_jax, wait_for_all
-from jax_impl.sample import TOOLS, load
+from jax_impl.sample import NETWORKS, load
 from meanflow.commands import evaluate
 from meanflow.commands.processes import ending_together
 from meanflow.config.flags import run
@@ -43,7 +43,7 @@ def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        evaluate.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        evaluate.evaluate(load, NETWORKS, functools.partial(start, stack=stack))
 
 
 if __name__ == "__main__":

@@ -1,11 +1,6 @@
-"""The training loop: batches in, steps, and what happens every so many steps."""
+"""Training in JAX: what a run starts from, and what the shared loop (`meanflow.commands.train`) asks of a framework."""
 
-import collections
-import contextlib
 import functools
-import math
-import os
-from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -18,7 +13,7 @@ from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, read_weights
 from jax_impl.devices import first_does, gather
 from jax_impl.models.attention import check_kernels
-from jax_impl.sample import TOOLS, make_sampler
+from jax_impl.sample import NETWORKS, make_sampler
 from jax_impl.step import (
     BATCH,
     abstract_state,
@@ -29,26 +24,15 @@ from jax_impl.step import (
     put_batch,
     state_shardings,
 )
-from meanflow import signals
-from meanflow.commands import snapshots
-from meanflow.commands.data_metrics import evaluate, evaluate_emas
-from meanflow.commands.frozen_networks import try_decoder
-from meanflow.commands.image_metrics import Judge
-from meanflow.commands.logs import MetricLog, Progress
-from meanflow.commands.sample import check_latents, generate
-from meanflow.config import checks, latents
-from meanflow.config.stages import stage_at
-from meanflow.config.workdir import check_workdir, open_workdir, read_workdir
+from meanflow.commands import train as training
+from meanflow.commands.logs import MetricLog
+from meanflow.commands.train import Termination
+from meanflow.config import resolve
 from meanflow.console_log import show_only_warnings
-from meanflow.data import digests as contents
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
 from meanflow.data.prefetch import Ahead
-from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
-from meanflow.sampling import grids
-
-GRID_SAMPLES = 64  # images in the grids shown during training
 
 
 def train(config, workdir):
@@ -57,75 +41,34 @@ def train(config, workdir):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
-    checks.check_trainable(config)
+    resolve.check_trainable(config)
     check_kernels(config.model)
     first = jax.process_index() == 0
     if not first:
         show_only_warnings()
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
-    check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
-    checks.check_divisible(config, jax.device_count(), "devices")
+    resolve.check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
+    resolve.check_divisible(config, jax.device_count(), "devices")
     mesh = make_mesh(config)
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     loader = Ahead(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
     teacher = load_teacher(config, mesh)
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)
-    sampler = make_sampler(config, graphdef, mesh)
-    reports = [*make_reports(config, sampler), make_snapshots(config, graphdef, workdir)]
+    reports = make_reports(config, graphdef, mesh, workdir)
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
-    digests = read_contents(config)
-    lock = first_does(lambda: open_workdir(workdir, config, "jax", digests))
+    digests = training.read_contents(config, read_weights)
+    lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax", digests))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
-    log, window = MetricLog(workdir, active=first), Window()
-    if progress:
-        window.steps = progress["window"]
-        if progress["loader"]:
-            loader.set_state(progress["loader"])
-        logging.info("resuming from step %d", state.step)
-    pending = bool(progress) and progress.get("pending", False)
-    log.rewind(int(state.step), "learning_rate" if pending else "")
-    parts = Parts(config, loader, checkpoints, log, window, reports, pending, lock)
-    with closing(parts):
-        return loop(parts, make_train_step(config, graphdef, mesh, teacher=teacher), state, mesh)
-
-
-class Parts(NamedTuple):
-    """What a run works with, beside its state."""
-
-    config: Any
-    loader: Ahead
-    checkpoints: Checkpoints
-    log: MetricLog
-    window: "Window"
-    reports: list  # of (every, report), see `make_reports`
-    pending: bool  # whether those of the step to go on from are still to be made
-    lock: Any  # of the work directory, in the first process
-
-
-@contextlib.contextmanager
-def closing(parts):
-    """Close the parts afterwards; not if a run of several processes failed, since saving waits for all of them."""
-    try:
-        yield
-    except BaseException:
-        if jax.process_count() > 1:
-            raise
-        close(parts)
-        raise
-    close(parts)
-
-
-def close(parts):
-    """End the last save, then the log and the loader, whose processes take longest to end."""
-    parts.checkpoints.close()
-    parts.log.close()
-    parts.loader.close()
-    if parts.lock is not None:
-        parts.lock.close()
+    log, step = MetricLog(workdir, active=first), int(state.step)
+    run = training.Run(config, loader, checkpoints, log, training.Window(fetch), reports, lock)
+    run.resume(step, progress)
+    train_step, termination = make_train_step(config, graphdef, mesh, teacher=teacher), Termination(make_post(mesh))
+    with training.closing(run, alone=jax.process_count() == 1):
+        return training.loop(run, train_step, state, step, termination, peak_memory)
 
 
 def start_state(config, mesh, checkpoints=None):
@@ -142,30 +85,10 @@ def start_state(config, mesh, checkpoints=None):
     if not config.train.load_from:
         return *create_state(config, mesh), None
     graphdef, fresh = build_net(config)
-    net, (own, canonical) = nnx.merge(graphdef, fresh), read_model(config.train.load_from, config)
-    checks.check_alike(config, own, "train.load_from")
-    return *create_state(config, mesh, weights.from_canonical(net, weights.adopt(net, fresh, canonical))), None
-
-
-def read_model(path, config):
-    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors.
-
-    Raises UserError naming both if they are of latents of another convention than those of `config`.
-    """
-    if not os.path.isdir(path):
-        check_latents(config, path, weights.metadata(path))
-        return None, weights.load(path)
-    own = read_workdir(path)
-    theirs = latents.of(own)
-    if theirs:
-        latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
-    return read_weights(path, own.sample.ema)
-
-
-def read_contents(config):
-    """Return {option: digest} of what the config's paths hold, in which a resumed run may not differ."""
-    distills = "guidance_type" in config.method and config.method.guidance_type == "distill"
-    return contents.of_config(config, read_model(config.method.teacher, config)[1] if distills else None)
+    net = nnx.merge(graphdef, fresh)
+    own, canonical = training.read_model(config.train.load_from, config, read_weights)
+    resolve.check_alike(config, own, "train.load_from")
+    return *create_state(config, mesh, weights.from_canonical(net, weights.transfer(net, fresh, canonical))), None
 
 
 def load_teacher(config, mesh):
@@ -173,175 +96,54 @@ def load_teacher(config, mesh):
 
     Raises UserError if `method.teacher` is no flow model, or one of other images or classes.
     """
-    if "guidance_type" not in config.method or config.method.guidance_type != "distill":
+    if not training.has_teacher(config):
         return None
-    own, canonical = read_model(config.method.teacher, config)
-    graphdef, params = build_net(checks.check_teacher(config, own))
+    own, canonical = training.read_model(config.method.teacher, config, read_weights)
+    graphdef, params = build_net(resolve.check_teacher(config, own))
     net = nnx.merge(graphdef, params)
-    params = weights.from_canonical(net, weights.adopt(net, params, canonical))
+    params = weights.from_canonical(net, weights.transfer(net, params, canonical))
     return graphdef, jax.device_put(params, state_shardings(params, mesh))
 
 
-def loop(parts, train_step, state, mesh):
-    """Run the steps; log, save and report when due.  Returns the last state.
-
-    A step is on disk before its reports begin, so a report that fails or is killed costs no checkpoint.  The
-    checkpoint says that they are pending until they are done, and a run that goes on from there makes them first.  A
-    run that is asked to stop leaves them, for there may be no time.
-    """
-    c, window = parts.config.train, parts.window
-    progress = Progress(c.steps, parts.log)
-    step, termination = int(state.step), Termination(mesh)
-    first = step
-    if c.checkpoint_at_start and step == 0:
-        save(parts, state)
-        parts.checkpoints.wait()
-    if parts.pending:
-        make_due(parts, step, state)
-        parts.checkpoints.note(step, pending=False)
-    while step < c.steps:
-        state, metrics = train_step(state, next(parts.loader), stage_at(parts.config, step))
-        step += 1
-        window.add(step, metrics)
-        progress(step)
-        if step == first + 1:
-            log_peak_memory(metrics)
-        stop = termination.requested()
-        if step % c.log_every == 0:
-            parts.log.write(step, window.close())
-        due = any(every and step % every == 0 for every, _ in parts.reports)
-        saved = stop or step % c.checkpoint_every == 0 or step == c.steps
-        if saved:
-            save(parts, state, pending=due)
-        if stop:
-            logging.info("asked to stop: saved step %d", step)
-            break
-        if saved and due:
-            parts.checkpoints.wait()
-        make_due(parts, step, state)
-        if saved and due:
-            parts.checkpoints.note(step, pending=False)
-    termination.close()
-    return state
+def fetch(metrics):
+    """Return the metrics of each step, [{name: scalar}], as floats."""
+    return [{name: float(value) for name, value in scalars.items()} for scalars in jax.device_get(metrics)]
 
 
-def save(parts, state, pending=False):
-    """Begin to save the state.  Raises UserError if a loss since the last log line is not finite.
-
-    pending: whether reports of its step are still to be made.
-    """
-    parts.window.check()
-    progress = {"loader": parts.loader.get_state(), "window": list(parts.window.steps), "pending": pending}
-    parts.checkpoints.save(state, progress)
-
-
-def make_due(parts, step, state):
-    """Make the reports that are due at a step."""
-    for every, report in parts.reports:
-        if every and step % every == 0:
-            report(step, state, parts.log)
-
-
-def log_peak_memory(metrics):
-    """Log the most memory that a device has needed so far, if it counts that; the CPU does not."""
+def peak_memory(metrics):
+    """Return the peak bytes used on a device once the step of these metrics is done; None on a CPU."""
     jax.block_until_ready(metrics)
-    stats = jax.local_devices()[0].memory_stats() or {}
-    if "peak_bytes_in_use" in stats:
-        logging.info("peak device memory after the first step: %.2f GiB", stats["peak_bytes_in_use"] / 2**30)
+    return (jax.local_devices()[0].memory_stats() or {}).get("peak_bytes_in_use")
 
 
-class Window:
-    """The metrics of the steps since the last log line, left on the device until they are needed."""
+def make_post(mesh):
+    """Return how processes agree to stop, see `Termination`; None for a single process.  Call in all processes."""
+    if jax.process_count() == 1:
+        return None
+    any_asked = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
 
-    def __init__(self):
-        self.steps = []
+    def post(asked):
+        local = np.full(jax.local_device_count(), asked, np.int32)
+        posted = any_asked(jax.make_array_from_process_local_data(NamedSharding(mesh, BATCH), local))
+        return lambda: bool(posted.addressable_data(0))
 
-    def add(self, step, metrics):
-        """Keep the scalars of a step."""
-        self.steps.append((step, metrics))
-
-    def check(self):
-        """Read the scalars back.  Raises UserError naming the first step whose loss is not finite."""
-        steps = jax.device_get(self.steps)
-        self.steps = [(step, {name: float(value) for name, value in metrics.items()}) for step, metrics in steps]
-        for step, metrics in self.steps:
-            if not math.isfinite(metrics["loss"]) or not math.isfinite(metrics["grad_norm"]):
-                raise UserError(
-                    f"the loss of step {step} is {metrics['loss']}, its gradient norm {metrics['grad_norm']}; the last "
-                    "checkpoint is from before it.  Try a lower train.learning_rate, a larger train.adam_eps or "
-                    "train.clip_norm"
-                )
-
-    def close(self):
-        """Return the mean of each scalar over the window, and start the next one."""
-        self.check()
-        steps, self.steps = self.steps, []
-        return {name: sum(m[name] for _, m in steps) / len(steps) for name in steps[0][1]}
+    return post
 
 
-class Termination:
-    """Decides after each step whether to stop because of a signal, alike in all processes.
-
-    They agree without waiting for each other: each posts whether it was asked, and reads the answer a step later.
-    """
-
-    def __init__(self, mesh):
-        """Call in all processes."""
-        self.sharding = NamedSharding(mesh, BATCH)
-        self.any = jax.jit(jnp.max, out_shardings=NamedSharding(mesh, PartitionSpec()))
-        self.posted = None
-
-    def requested(self):
-        """Return whether to stop after this step.  Call once a step."""
-        if jax.process_count() == 1:
-            return signals.asked()
-        asked = np.full(jax.local_device_count(), signals.asked(), np.int32)
-        before, self.posted = self.posted, self.any(jax.make_array_from_process_local_data(self.sharding, asked))
-        return before is not None and self.read(before)
-
-    def read(self, posted):
-        """Return whether any process had been asked."""
-        return bool(posted.addressable_data(0))
-
-    def close(self):
-        """End; the other processes do, too."""
-        if self.posted is not None:
-            self.read(self.posted)
-
-
-def make_snapshots(config, graphdef, workdir):
-    """Return (every, report) that writes the EMAs as canonical weights, see `snapshots`."""
-
-    def report(step, state, _):
-        emas = (weights.to_canonical(nnx.merge(graphdef, ema), ema) for ema in state.emas)
-        if jax.process_index() == 0:
-            snapshots.write(workdir, config, step, emas, weights.save)
-        else:
-            collections.deque(emas, 0)  # takes part in gathering what is sharded
-
-    return config.train.snapshot_every, report
-
-
-def make_reports(config, sampler):
-    """Return [(every, report)], each called as report(step, state, log): sample grids and evaluations.
+def make_reports(config, graphdef, mesh, workdir):
+    """Return the reports of a run, [(every, report)]: image grids, evaluations and snapshots.
 
     Raises UserError for what evaluations need and cannot be read.
     """
-    decode = try_decoder(config, TOOLS) if config.train.sample_every else None
     group = ProcessGroup(jax.process_index(), jax.process_count(), gather, together=True)
-    judge = Judge(config, TOOLS, group) if config.train.evaluate_every and config.evaluation.metrics else None
 
-    def sampled_params(state):
-        return state.params if config.sample.ema < 0 else state.emas[config.sample.ema]
+    def weights_of(state, ema):
+        return state.params if ema < 0 else state.emas[ema]
 
-    def grid(step, state, log):
-        images, _ = generate(config, sampler, sampled_params(state), GRID_SAMPLES)
-        log.image(step, "samples", grids.grid(images if decode is None else decode(images)))
+    def canonical_emas(state):
+        return (weights.to_canonical(nnx.merge(graphdef, ema), ema) for ema in state.emas)
 
-    def evaluation(step, state, log):
-        result = evaluate_emas(config, sampler, state.emas, judge) if config.evaluation.every_ema else {}
-        if not config.evaluation.every_ema or config.sample.ema < 0:
-            result |= (judge or evaluate)(config, sampler, sampled_params(state))[0]
-        log.write(step, result)
-
-    return [(config.train.sample_every, grid), (config.train.evaluate_every, evaluation)]
+    return [
+        *training.make_reports(config, make_sampler(config, graphdef, mesh), NETWORKS, group, weights_of),
+        training.make_snapshots(config, workdir, canonical_emas, active=group.process == 0),
+    ]

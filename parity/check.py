@@ -1,23 +1,31 @@
 """Checks that the JAX and the PyTorch implementation are the same mathematics, and that of the official code.
 
-    python parity/check.py [--golden DIR] [--only REGEX] [--json FILE] [--report FILE.html]
+    python parity/check.py [--golden DIR] [--only REGEX] [--jobs N] [--json FILE] [--report FILE.html]
 
 float64: both implementations under the same weights and draws, and each against a second derivation.  float32 and
 bfloat16: what each loses.  golden: both against stored outputs of the official repositories.
 Exit code 0 if every check holds, 1 if not, 2 for a mistake on the command line.
+
+Most of the time goes into compiling.  JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 keep
+the programs for the next run.
 """
 
 import argparse
+import contextlib
+import itertools
 import json
 import math
+import os
 import pathlib
 import re
 import sys
 import time
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 from meanflow.config import paths
 from meanflow.errors import UserError, exit_on_user_error
+from parity import workers
 from parity.adapters import frameworks, frozen_networks
 from parity.cases import extremes, objectives, precision
 from parity.checks import Case, Check, Measure
@@ -25,6 +33,9 @@ from parity.golden import fixtures as golden
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
 FORGET_EVERY = 32  # cases, then compiled programs are dropped: neighbours share some, but a process cannot hold all
+MEMORY = 4 * 2**30  # bytes for each process
+# Compiling takes most of the time, and half of it with XLA's plain emitters; the mathematics is the same.
+XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 
 
 class Result(NamedTuple):
@@ -43,7 +54,7 @@ class Result(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command line and return the exit code.  Raises UserError for mistakes on it."""
     args = parse(argv)
-    result = run(args.golden, args.only)
+    result = run(args.golden, args.only, args.jobs)
     print_table(result)
     if args.json:
         write(args.json, json.dumps([as_json(check) for check in result.checks], indent=2, allow_nan=False) + "\n")
@@ -67,6 +78,11 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="run the cases whose name contains a match, e.g. float64/split, golden/sit_torch/loss",
     )  # fmt: skip
     parser.add_argument(
+        "--jobs", metavar="N", type=positive, default=default_jobs(),
+        help="processes; 1 runs every case in the first one (default: one per core that this process may use, and per "
+        f"{MEMORY / 2**30:.0f} GiB of memory, here %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
         "--json", metavar="FILE", type=paths.written,
         help="write the checks there: a list of {case, framework, quantity, error, bound, ok}; framework is jax, torch "
         "or jax-torch; an error that is not a finite number is null",
@@ -77,41 +93,87 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@frameworks.full_precision()
-def run(golden_directory: pathlib.Path | None = None, only: str | None = None) -> Result:
-    """Run the cases whose name matches `only`, all if None.
+def positive(text: str) -> int:
+    """Return a positive integer.  Raises ValueError."""
+    if (number := int(text)) < 1:
+        raise ValueError
+    return number
 
-    Raises UserError if nothing matches, the expression is none, or a fixture cannot be read.
+
+def default_jobs() -> int:
+    """Return how many processes the cores and the memory of the machine allow."""
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    memory = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    return max(1, min(cores, memory // MEMORY))
+
+
+def run(golden_directory: pathlib.Path | None = None, only: str | None = None, jobs: int = 1) -> Result:
+    """Run the cases whose name matches `only` (None: all), in this process or, if `jobs` > 1, in that many others.
+
+    Raises UserError if nothing matches, `only` is no regular expression, a fixture cannot be read or a process is
+    killed.
     """
     try:
         pattern = re.compile(only or "")
     except re.error as error:
         raise UserError(f"--only {only!r} is not a regular expression: {error}") from error
     fixtures = golden.plan(golden_directory or GOLDEN)
-    own = [case for module in (objectives, extremes, precision, frozen_networks) for case in module.all_cases()]
-    every = own + fixtures.cases
-    selected = [case for case in every if pattern.search(case.name)]
+    selected = [case for case in every_case(fixtures) if pattern.search(case.name)]
     not_covered = [name for name in fixtures.not_covered if pattern.search(name)]
     if not selected and not not_covered:
         raise UserError(f"no case matches --only {only!r}; names begin with float64/, float32/, bfloat16/ or golden/")
-    checks = []
-    for number, case in enumerate(selected, 1):
-        checks += timed(case, number, len(selected))
-        if case.name in fixtures.keys and all(check.error < math.inf for check in checks if check.case == case.name):
-            fixture, keys = fixtures.keys[case.name]
-            not_covered += [f"golden/{fixture.name}/{key}" for key in keys if key not in fixture.used]
-        if number % FORGET_EVERY == 0:
-            frameworks.forget()
+    groups: dict[str, list[str]] = {}
+    for case in selected:
+        groups.setdefault(case.network, []).append(case.name)
+    if jobs > 1 and len(groups) > 1:
+        results = workers.run(groups, min(jobs, len(selected)), in_worker, golden_directory or GOLDEN)
+    else:
+        results = in_this_process(groups, fixtures)
+    found = {}
+    for done in results:
+        found[done.name] = done.result
+        print(f"[{len(found)}/{len(selected)}] {done.name} {done.seconds:.1f} s", file=sys.stderr, flush=True)
+    checks = [check for case in selected for check in found[case.name][0]]
+    not_covered += [name for case in selected for name in found[case.name][1]]
     return Result(checks, not_covered, strict=bool(golden_directory or only))
 
 
-def timed(case: Case, number: int, total: int) -> list[Check]:
-    """Run one case with a line of progress on stderr."""
-    began = time.perf_counter()
-    print(f"[{number}/{total}] {case.name} ...", end="", file=sys.stderr, flush=True)
-    checks = run_case(case)
-    print(f" {time.perf_counter() - began:.1f} s", file=sys.stderr, flush=True)
-    return checks
+def every_case(fixtures: golden.Plan) -> list[Case]:
+    """Return all cases, in the order of the table."""
+    own = [case for module in (objectives, extremes, precision, frozen_networks) for case in module.all_cases()]
+    return own + fixtures.cases
+
+
+def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan) -> Iterator[workers.Done]:
+    """Run cases, those of one network after another."""
+    with frameworks.full_precision():
+        run_one = runner(fixtures)
+        for name in itertools.chain(*groups.values()):
+            began = time.perf_counter()
+            yield workers.Done(name, run_one(name), time.perf_counter() - began)
+
+
+@contextlib.contextmanager
+def in_worker(directory: pathlib.Path) -> Iterator[Callable]:
+    """Prepare a process of `workers` for cases."""
+    with frameworks.full_precision():
+        yield runner(golden.plan(directory))
+
+
+def runner(fixtures: golden.Plan) -> Callable[[str], tuple[list[Check], list[str]]]:
+    """Return the function that runs a case by its name: its checks, and the golden results that it did not look at."""
+    cases, count = {case.name: case for case in every_case(fixtures)}, itertools.count(1)
+
+    def run_one(name):
+        checks, unread = run_case(cases[name]), []
+        if name in fixtures.keys and all(check.error < math.inf for check in checks):
+            fixture, keys = fixtures.keys[name]
+            unread = [f"golden/{fixture.name}/{key}" for key in keys if key not in fixture.used]
+        if next(count) % FORGET_EVERY == 0:
+            frameworks.forget()
+        return checks, unread
+
+    return run_one
 
 
 def run_case(case: Case) -> list[Check]:
@@ -171,5 +233,11 @@ def write(path: str, text: str) -> None:
 
 
 if __name__ == "__main__":
-    with exit_on_user_error():
-        sys.exit(main())
+    os.environ["XLA_FLAGS"] = (
+        f"{XLA_FLAGS} {os.environ.get('XLA_FLAGS', '')}"  # read when JAX compiles for the first time
+    )
+    try:
+        with exit_on_user_error():
+            sys.exit(main())
+    except KeyboardInterrupt:
+        sys.exit(130)

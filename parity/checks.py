@@ -37,6 +37,7 @@ class Case:
 
     name: str
     run: Callable[["Measure"], None]
+    network: str = ""  # cases of one network share compiled programs, so that they run one after another
 
 
 class Measure:

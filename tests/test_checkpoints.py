@@ -1,5 +1,6 @@
 """Checkpoints of both frameworks: which directories count as one, who reads what of them, and who may change them."""
 
+import json
 import shutil
 from types import SimpleNamespace
 from unittest import mock
@@ -21,7 +22,7 @@ from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
 from meanflow.commands import checkpoints, sample, snapshots
-from meanflow.config import store
+from meanflow.config import resolve
 from meanflow.errors import UserError
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -222,6 +223,20 @@ def test_an_entry_of_the_progress_is_changed(framework, config, run_of):
     assert progress["pending"] is True and progress["window"] == []
 
 
+def test_a_note_is_written_once_its_step_is_on_disk(config, run_of):
+    """By a later look, or at the latest when a save is waited for; nothing is written before."""
+    saver = jax_checkpoints.Checkpoints(run_of("jax", 3, 6), config)
+    marker, progress = (saver.path / "6" / name for name in (jax_checkpoints.MARKER, "run/metadata"))
+    marker.rename(marker.with_name("unfinished"))
+    before = progress.read_text()
+    saver.note(6, pending=False)
+    saver.write_notes()
+    assert progress.read_text() == before
+    marker.with_name("unfinished").rename(marker)
+    saver.tidy()
+    assert json.loads(progress.read_text())["pending"] is False and not saver.notes
+
+
 def listing(directory):
     """Return {path: when it changed} of everything in a directory."""
     return {str(p.relative_to(directory)): p.stat().st_mtime_ns for p in [directory, *directory.rglob("*")]}
@@ -290,7 +305,7 @@ def test_snapshots_say_what_they_are(config, tmp_path):
         said = metadata(path / "ema_0.99.safetensors")
         assert (said["step"], said["ema"], said["format"]) == ("40", "0.99", "canonical")
         sample.check_latents(config, "it", said)
-        assert store.from_json(said["config"]) == config
+        assert resolve.from_json(said["config"]) == config
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_nothing(config, tmp_path):

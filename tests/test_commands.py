@@ -56,9 +56,9 @@ class CifarPatches(tfds.core.GeneratorBasedBuilder):
 
 
 def test_the_published_run_on_images_like_cifar10(launcher, in_both, tmp_path):
-    from meanflow.data.images import tfds_images
+    from meanflow.data import sources
 
-    tfds_images.open_source("cifar_patches", "train", str(tmp_path))
+    sources.open_source("cifar_patches", "train", str(tmp_path))
     changes = {
         "data.name": tmp_path / "cifar_patches" / "1.0.0", "data.num_workers": 0, "model.width": 4,
         "model.channel_mult": (1,), "model.num_blocks": 1, "model.attn_resolutions": (),
@@ -193,7 +193,7 @@ def test_mistakes_of_sampling(framework, flags, message, refused, runs, tmp_path
 
 
 # A mistake in each command, and what the line on it names; {tmp} is an empty directory.
-FLOW = ("--config=configs/digits.py:flow",)
+FLOW = ("--config=configs/digits.py", "--config.method.name=flow", "--config.model.interval_embedder=False")
 MISTAKES = {
     "train": (("--config=configs/digits.py", "--config.data.name=digitz", "--workdir={tmp}/run"), "digitz"),
     "sample": (("--workdir={tmp}",), "{tmp} is not the work directory of a run"),

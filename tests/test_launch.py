@@ -93,7 +93,7 @@ def test_a_job_whose_time_is_up_saves_and_is_queued_again(start, tmp_path, code)
 
 def test_mistakes(start):
     for arguments, message in (
-        (("tensorflow", "a", "b"), "it must be jax or torch"), (("jax",), "config file"), (("jax", "a"), "work directory"),
+        (("tensorflow", "a", "b"), "must be jax or torch"), (("jax",), "config file"), (("jax", "a"), "work directory"),
     ):  # fmt: skip
         job = start(*arguments)
         assert job.wait() != 0 and message in job.stderr.read()

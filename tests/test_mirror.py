@@ -14,10 +14,8 @@ ALONE = {
 # Public names without a twin, and why.
 ONE_SIDED = {
     "models/layers.py": {
-        "linear": "NNX takes initialisers as arguments; a PyTorch layer is a class that casts",
-        "Linear": "the same",
         "matmul": "PyTorch's linear layers are one product already",
-        "convolve": "NNX takes what convolves as an argument",
+        "convolve": "PyTorch has conv2d",
         "gelu": "it is another form for inductor, whose tanh was seen to cost more",
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
@@ -58,7 +56,7 @@ ONE_SIDED = {
         "to_torch": "the same",
         "to_flax": "the same",
     },
-    "train.py": {"main": "JAX's entry is main.py"},
+    "train.py": {"main": "JAX's entry is main.py", "fetch": "PyTorch's, reduce_metrics, is in step.py"},
 }
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
 OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",

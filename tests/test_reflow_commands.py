@@ -6,21 +6,22 @@ import signal
 import numpy as np
 import pytest
 
-from meanflow.config import checks
-from meanflow.data.images import tfds_images
+from meanflow.config import resolve
+from meanflow.config.features import Feature
+from meanflow.data import sources
 
 REFLOW = {"jax": "jax_impl.reflow", "torch": "torch_impl/reflow.py"}
 FRAMEWORKS = pytest.mark.parametrize("framework", REFLOW)
 SIZES = ("--num_samples=298", "--shard_size=5", "--batch_size=4", "--steps=6")
 SHARDS = 60
 BOUND = 2e-3  # of pixels, of which the largest are 6
-NOISE = tfds_images.Extra("noise", (8, 8, 1), np.floating, "")
+NOISE = Feature("noise", (8, 8, 1), np.floating, "")
 
 
 @pytest.fixture(scope="module")
 def flow(tiny, tiny_flow):
     """Return a function (changes) -> the config of a tiny flow model."""
-    return lambda changes=(): checks.check(tiny(tiny_flow | {"train.matmul_precision": "highest"} | dict(changes)))
+    return lambda changes=(): resolve.check(tiny(tiny_flow | {"train.matmul_precision": "highest"} | dict(changes)))
 
 
 @pytest.fixture(scope="module")
@@ -48,9 +49,9 @@ def teacher(models, options, tiny_flow):
 def made(launcher, teacher, models, in_both, tmp_path_factory):
     """Return the directory with the couplings that each framework made, by name of the run."""
     directory = tmp_path_factory.mktemp("couplings")
-    guide = ("--guidance=1.5", f"--guide={models / 'guide.safetensors'}", "--guide_config=configs/digits.py:flow",
+    guide = ("--guidance=1.5", f"--guide={models / 'guide.safetensors'}", "--guide_config=configs/digits.py",
              "--guide_config.model.width=8", "--guide_config.model.depth=1", "--guide_config.model.num_heads=2",
-    )  # fmt: skip
+             "--guide_config.method.name=flow", "--guide_config.model.interval_embedder=False")  # fmt: skip
     runs = {"plain": (), "guided": guide}
 
     def scenario(framework):
@@ -69,7 +70,7 @@ def output(directory):
 
 def read(directory):
     """Return the images, noises and labels of couplings."""
-    source = tfds_images.open_source(str(directory), "train", "", NOISE)
+    source = sources.open_source(str(directory), "train", "", NOISE)
     pairs = [source[i] for i in range(len(source))]
     return tuple(np.array([pair[key] for pair in pairs]) for key in ("image", "noise", "label"))
 
@@ -149,7 +150,7 @@ def test_the_labels_of_a_dataset(launcher, teacher, flow, tmp_path):
     passes = ("--labels=dataset", "--num_passes=2", "--shard_size=1000", "--batch_size=200", "--steps=1")
     command = launcher.run(REFLOW["torch"], *teacher, *passes, output(tmp_path))
     assert command.wait() == 0, command.stderr
-    source = tfds_images.open_labels("digits", "train", flow().data.dir)
+    source = sources.open_labels("digits", "train", flow().data.dir)
     assert read(tmp_path)[2].tolist() == 2 * [source[i] for i in range(len(source))]
 
 

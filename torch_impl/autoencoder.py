@@ -9,7 +9,7 @@ import numpy as np
 import torch
 
 from meanflow.config import latents as conventions
-from meanflow.data.latents import autoencoder, dataset
+from meanflow.data.latents import autoencoder, units
 from torch_impl.batches import in_batches
 from torch_impl.models.vae import AutoencoderKL
 
@@ -59,6 +59,6 @@ def make_decoder(files, convention, batch_size=8):
 
     def decode(z):
         autoencoder.check_latents(files, z)
-        return run(np.asarray(dataset.to_raw(z, convention), np.float32))[0]
+        return run(np.asarray(units.to_raw(z, convention), np.float32))[0]
 
     return decode

@@ -21,8 +21,7 @@ from torch.distributed.tensor import DTensor
 
 from meanflow import files
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import store
-from meanflow.config.workdir import open_workdir, read_workdir
+from meanflow.config import resolve
 from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.step import TrainState, build_net, create_state
@@ -35,37 +34,25 @@ _UNPICKLING = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, Lo
 _BROKEN_TENSOR = ("PytorchStreamReader", "corrupt", "unexpected EOF")  # in messages of a RuntimeError of torch.load
 
 
-class Checkpoints:
-    """The checkpoints of one work directory, for saving and resuming.  All processes make and call it together."""
+class Checkpoints(checkpoints.CheckpointDirectory):
+    """The checkpoints of one work directory, to save and resume.  All processes create and call it together."""
 
     def __init__(self, workdir: str | os.PathLike, config):
-        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which of them stay."""
-        self.config = config
-        self.path = pathlib.Path(workdir).absolute() / DIRECTORY
+        """config: the run's; `train.keep_checkpoints` and `train.keep_every` say which checkpoints to keep."""
+        path = pathlib.Path(workdir).absolute() / DIRECTORY
+        super().__init__(path, config, MARKER, _RUN, _rank() == 0)
         self.saving: Any = None
-        self.damaged: list[int] = []
         # A save's collectives run in a thread of their own; in the training's group the two would get mixed up.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
-
-    def open(self) -> None:
-        """Make the directory, set aside what `restore` found damaged, and delete what killed saves left.
-
-        Raises UserError if it cannot be written.
-        """
-        checkpoints.make_directory(self.path)
-        if _rank() == 0:
-            checkpoints.set_aside(self.path, self.damaged)
-            checkpoints.delete_unfinished(self.path, MARKER, _is_whole)
-        self.damaged = []
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
 
-        progress: what else resuming needs, in terms of JSON: `loader`, its state, `window`, steps not logged yet, and
+        progress: what else resuming needs, as JSON values: `loader`, its state, `window`, the steps not yet logged, and
         `pending`, whether reports of this step are still to be made.
         """
         self.wait()
-        run = {"step": state.step} | progress | {"config": store.to_json(self.config)}
+        run = {"step": state.step} | progress | {"config": resolve.to_json(self.config)}
         writer = _Writer(self.path / str(state.step), json.dumps(run))
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies to host memory before it returns
         try:
@@ -92,12 +79,12 @@ class Checkpoints:
             _load(self.path / str(step), _named(like), self.group)
             return like._replace(step=step), run
 
-        steps = self._from_first(lambda: checkpoints.whole_steps(self.path, _is_whole))
+        steps = self._from_first(self.steps)
         found, self.damaged = checkpoints.newest(steps, read, self.path, checkpoints.START_AGAIN)
         return found
 
     def wait(self) -> None:
-        """Return when the last save is on disk.  Raises UserError if it could not be written."""
+        """Wait until the last save is on disk.  Raises UserError if it could not be written."""
         saving, self.saving = self.saving, None
         if saving is None:
             return
@@ -105,15 +92,7 @@ class Checkpoints:
             saving.result()
         except (OSError, RuntimeError, CheckpointException) as error:
             raise checkpoints.cannot_save(self.path, _cause(error)) from error
-        if _rank() == 0:
-            steps = checkpoints.whole_steps(self.path, _is_whole)
-            for step in checkpoints.expired(steps, self.config.train):
-                checkpoints.delete(self.path / str(step), MARKER)
-
-    def note(self, step: int, **changes) -> None:
-        """Change entries of the progress of a step that is on disk.  Raises UserError if that cannot be written."""
-        if _rank() == 0:
-            checkpoints.amend(self.path / str(step) / _RUN, changes)
+        self.tidy()
 
     def close(self) -> None:
         """Finish the last save and end."""
@@ -130,20 +109,12 @@ class Checkpoints:
 def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = None):
     """Return the config and the canonical weights {name: array} of a run's newest readable checkpoint.
 
-    ema: index into train.ema_decays; -1 for the raw parameters.  step: of another checkpoint, or of a snapshot.
-    Nothing else of the checkpoint is read, and nothing in the directory changes.  Raises UserError if there is no such
+    ema: index into train.ema_decays; -1 for the raw parameters.  step: another checkpoint, or a snapshot.
+    Reads nothing else of the checkpoint and changes nothing in the directory.  Raises UserError if there is no such
     run, step or EMA.
     """
-    config = read_workdir(workdir)
     path = pathlib.Path(workdir).absolute() / DIRECTORY
-    if not path.is_dir() and (path.parent / "jax").is_dir():
-        raise UserError(f"{workdir} holds no PyTorch checkpoint; one of JAX is converted by parity/convert.py")
-    if not -1 <= ema < len(config.train.ema_decays):
-        raise UserError(
-            f"there is no EMA {ema}; {workdir} has {len(config.train.ema_decays)}, -1 is the raw parameters"
-        )
-    steps = checkpoints.whole_steps(path, _is_whole)
-    snapshot = snapshots.choose(workdir, None if ema < 0 else config.train.ema_decays[ema], step, steps)
+    config, snapshot, steps = snapshots.locate(workdir, path, MARKER, ema, step)
     if snapshot is not None:
         return config, weights.load(snapshot)
     with torch.device("meta"):
@@ -157,17 +128,17 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
         _load(path / str(step), {"params": params} if ema < 0 else {"emas": {str(ema): params}})
         return params
 
-    params, _ = checkpoints.newest(steps if step is None else [step], read, path, checkpoints.CHOOSE_STEP)
+    params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(net, params)
 
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    lock = open_workdir(workdir, config, "torch")
+    lock = resolve.open_workdir(workdir, config, "torch")
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
     state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
-    run = {"step": 0, "loader": "", "window": [], "config": store.to_json(config)}
+    run = {"step": 0, "loader": "", "window": [], "config": resolve.to_json(config)}
     writer = _Writer(pathlib.Path(workdir).absolute() / DIRECTORY / "0", json.dumps(run))
     dcp.save(_named(state), storage_writer=writer, no_dist=True)
     lock.close()
@@ -190,10 +161,6 @@ class _Writer(dcp.FileSystemWriter):
         checkpoints.delete(pathlib.Path(self.path), MARKER)
         files.replace_text(pathlib.Path(self.path) / _RUN, self._run)
         return super().prepare_local_plan(plan)
-
-
-def _is_whole(directory):
-    return (directory / MARKER).is_file()
 
 
 def _inspect(directory):

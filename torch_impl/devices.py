@@ -9,12 +9,12 @@ import torch
 import torch.distributed as dist
 from absl import logging
 
-from meanflow import float32
+from meanflow import torch_precision
 from meanflow.commands import cluster
 from meanflow.commands.processes import Board
 from meanflow.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process judges or writes
+TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process evaluates or writes
 
 
 def choose_device():
@@ -29,7 +29,7 @@ def choose_device():
 
 def set_precision(config):
     """Set how precisely this process computes: train.matmul_precision of float32 matmuls and convolutions."""
-    float32.set_precision(config.train.matmul_precision)
+    torch_precision.set_precision(config.train.matmul_precision)
 
 
 def start_torch(config, num_threads=0):

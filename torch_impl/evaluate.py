@@ -1,4 +1,4 @@
-"""Judge a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
+"""Evaluate a trained model: generate, compare with real images, print one JSON line, write DIR/evaluation.json.
 
     torchrun torch_impl/evaluate.py --workdir=runs/digits
     torchrun torch_impl/evaluate.py --workdir=runs/b4 --metrics=fid,is,kid,pr --num_samples=50000 \\
@@ -7,10 +7,10 @@
         --reference=imagenet_256.npz --inception=inception.safetensors
     torchrun torch_impl/evaluate.py --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
 
-The first compares the data themselves.  The second judges images, decoded if the model makes latents, by features of
-Inception; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
-makes the statistics of real images that the second compares with.  The last judges every guidance scale with every
-interval of it (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
+The first compares the data themselves.  The second evaluates images, decoded if the model makes latents, by Inception
+features; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
+makes the statistics of real images that the second compares with.  The last evaluates every guidance scale with
+every interval (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
 Several processes share the samples: torchrun --nproc_per_node=8.
 """
 
@@ -25,7 +25,7 @@ from meanflow.config.flags import run
 from meanflow.console_log import setup_logging
 from meanflow.process_group import ProcessGroup
 from torch_impl.devices import gather, make_board, start_torch, wait_for_all
-from torch_impl.sample import TOOLS, load
+from torch_impl.sample import NETWORKS, load
 
 
 def start(config, stack):
@@ -42,7 +42,7 @@ def main():
     """Load and evaluate: once, or for every guidance of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
-        evaluate.evaluate(load, TOOLS, functools.partial(start, stack=stack))
+        evaluate.evaluate(load, NETWORKS, functools.partial(start, stack=stack))
     if dist.is_initialized():  # NCCL warns of a group that is left open
         dist.destroy_process_group()
 

@@ -1,8 +1,8 @@
 """Features of images by the Inception network, for the Fréchet distance and the Inception score."""
 
-from meanflow.float32 import full_float32
 from meanflow.metrics import preprocessing
 from meanflow.metrics.extractor import Extractor
+from meanflow.torch_precision import full_float32
 from torch_impl import weights
 from torch_impl.batches import in_batches
 from torch_impl.models.inception import Inception, resized

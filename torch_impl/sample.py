@@ -8,9 +8,8 @@ import torch
 
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks
+from meanflow.config import resolve
 from meanflow.config.flags import run
-from meanflow.config.workdir import read_workdir
 from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
@@ -20,7 +19,7 @@ from torch_impl.features import make_inception
 from torch_impl.methods import METHODS
 from torch_impl.step import build_net, put_batch
 
-TOOLS = FrozenNetworks(make_decoder, make_inception)
+NETWORKS = FrozenNetworks(make_decoder, make_inception)
 
 
 def make_sampler(config, device):
@@ -58,7 +57,7 @@ def load(workdir_path, weights_path, config):
     Samples in the precision that the model was trained in.  Sampling flags given on the command line replace those of
     the config.
     """
-    config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
+    config = sampling.override(resolve.check(config) if weights_path else resolve.read_workdir(workdir_path))
     set_precision(config)
     if weights_path:
         canonical = weights.load(weights_path)
@@ -72,7 +71,7 @@ def load(workdir_path, weights_path, config):
 def main():
     """Load, generate, write."""
     setup_logging()
-    sampling.sample(load, TOOLS)
+    sampling.sample(load, NETWORKS)
 
 
 if __name__ == "__main__":

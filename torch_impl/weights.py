@@ -6,19 +6,12 @@ unknown or a missing name is an error, a round trip is bitwise.
 
 import numpy as np
 import torch
-from absl import logging
 from torch.distributed.tensor import DTensor
 
-from meanflow.errors import UserError
 from meanflow.weights import canonical
 from meanflow.weights.files import load, metadata, save
 
-__all__ = ["adopt", "from_canonical", "load", "metadata", "save", "to_canonical"]
-
-# Names that a model may have more than the one it starts from begin so: MeanFlow's embedder of t - r, REPA's projectors
-# and the log-variance of decoupled MeanFlow; and those that it may have no use for, EDM2's own embedder of time too.
-ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
-UNUSED = ("projectors.", "logvar_linear.", "logvar_fourier.", "unet.emb_noise.")
+__all__ = ["from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
 
 
 def to_canonical(net, params):
@@ -49,21 +42,9 @@ def from_canonical(net, weights):
     return state
 
 
-def adopt(net, params, weights):
-    """Return canonical weights for `net` that start from `weights` of a model of its family.
+def transfer(net, params, weights):
+    """Return the canonical weights with which `net`, of fresh `params`, starts from those of a network of its family.
 
-    What `net` has more, of `ADDED`, is that of its own `params`, what it has no use for, of `UNUSED`, is left out; both
-    are named in a message.  All else must fit, see `from_canonical`.
+    See `canonical.transfer`.
     """
-    own = to_canonical(net, params)
-    if "unet.emb_noise_r.weight" in own.keys() - weights.keys() and "unet.emb_noise.weight" in weights:
-        raise UserError(
-            "the weights to start from are of an EDM2 network of one time, and this one is told two: fit its time "
-            "embeddings first (python torch_impl/time_embedding.py), and start from what that writes"
-        )
-    added = sorted(name for name in own.keys() - weights.keys() if name.startswith(ADDED))
-    unused = sorted(name for name in weights.keys() - own.keys() if name.startswith(UNUSED))
-    for text, names in (("start fresh", added), ("are left out", unused)):
-        if names:
-            logging.info("of the weights to start from, %s %s", ", ".join(names), text)
-    return {name: a for name, a in weights.items() if name not in unused} | {name: own[name] for name in added}
+    return canonical.transfer(to_canonical(net, params), weights, "python torch_impl/time_embedding.py")

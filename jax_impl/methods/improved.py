@@ -13,7 +13,6 @@ so (4 + 2p + 3a)/3 of a flow-matching step of the same depth.  The official code
 class a second time inside the interval, and everything on all rows.
 """
 
-import functools
 import math
 from typing import NamedTuple
 
@@ -83,7 +82,7 @@ def loss(net, batch, draws, cfg):
     z, v = path(x, draws.noise, t, cfg)
     dropped_y, kept = drop_labels(y, draws, net.num_classes, cfg)
     rows = split_rows(len(y), cfg)
-    (u, v_head), tape = average_velocity(functools.partial(net, heads="uv"), z, t, r, dropped_y, given, rows)
+    (u, v_head), tape = average_velocity(net, z, t, r, dropped_y, given, rows, heads="uv")
     v_c, v_g = guide(net, z, v, t, y, given, kept, take(v_head, rows, "flow"), cfg)
     du_dt = total_derivative(net, z, v_c, t, r, dropped_y, given, rows, tape)
     compound = u + expand(t - r, z) * du_dt

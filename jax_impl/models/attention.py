@@ -4,7 +4,8 @@ import jax
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_impl.models.layers import linear, rms_norm
+from jax_impl.models.layers import Linear, rms_norm
+from jax_impl.models.tape import under_jvp
 from meanflow.errors import UserError
 
 
@@ -26,19 +27,19 @@ class Attention(nnx.Module):
 
     def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype, rngs):
         self.num_heads, self.qk_norm, self.kernels = num_heads, qk_norm, kernels
-        self.qkv = linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
         if qk_norm:
             self.q_norm = HeadNorm(width // num_heads)
             self.k_norm = HeadNorm(width // num_heads)
-        self.proj = linear(width, width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, jvp=False):
+    def __call__(self, x, tape=None):
         batch, tokens, width = x.shape
-        q, k, v = jnp.moveaxis(self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1), (2, 3), (0, 2))
+        q, k, v = jnp.moveaxis(self.qkv(x, tape).reshape(batch, tokens, 3, self.num_heads, -1), (2, 3), (0, 2))
         if self.qk_norm:
             q, k = self.q_norm(q).astype(v.dtype), self.k_norm(k).astype(v.dtype)
-        x = attend(q, k, v, self.kernels[int(jvp)])
-        return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
+        x = attend(q, k, v, self.kernels[int(under_jvp(tape))])
+        return self.proj(x.swapaxes(1, 2).reshape(batch, tokens, width), tape)
 
 
 def attend(q, k, v, kernel="plain"):

@@ -12,27 +12,27 @@ from flax import nnx
 from jax_impl.models.attention import Attention
 from jax_impl.models.layers import (
     LabelEmbedder,
+    Linear,
     PatchEmbed,
     TimestepEmbedder,
     layer_norm,
-    linear,
     modulate,
     position_table,
     unpatchify,
     zeros,
 )
-from jax_impl.models.tape import rematerialised
+from jax_impl.models.tape import name_layers, rematerialised
 
 
 class Mlp(nnx.Module):
     """Two-layer MLP over tokens with the tanh-approximate GELU."""
 
     def __init__(self, width, hidden, *, dtype, rngs):
-        self.fc1 = linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = linear(hidden, width, dtype=dtype, rngs=rngs)
+        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
+        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
-        return self.fc2(nnx.gelu(self.fc1(x), approximate=True))
+    def __call__(self, x, tape=None):
+        return self.fc2(nnx.gelu(self.fc1(x, tape), approximate=True), tape)
 
 
 class Block(nnx.Module):
@@ -43,14 +43,14 @@ class Block(nnx.Module):
     def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype, rngs):
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype, rngs=rngs)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
-        self.adaLN_modulation = nnx.Dict({"1": linear(width, 6 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
+        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 6 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
 
     @rematerialised
-    def __call__(self, x, c, jvp=False):
-        modulation = self.adaLN_modulation["1"](c)
+    def __call__(self, x, c, tape=None):
+        modulation = self.adaLN_modulation["1"](c, tape)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = jnp.split(modulation, 6, axis=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), jvp)
-        x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), tape)
+        x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m), tape)
         return x
 
 
@@ -58,12 +58,12 @@ class FinalLayer(nnx.Module):
     """Map tokens [b n d] to patches [b n p*p*c], modulated by c as a block is; zero at initialisation."""
 
     def __init__(self, width, out_features, *, dtype, rngs):
-        self.linear = linear(width, out_features, dtype=dtype, kernel_init=zeros, rngs=rngs)
-        self.adaLN_modulation = nnx.Dict({"1": linear(width, 2 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
+        self.linear = Linear(width, out_features, dtype=dtype, kernel_init=zeros, rngs=rngs)
+        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 2 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
 
-    def __call__(self, x, c):
-        shift, scale = jnp.split(self.adaLN_modulation["1"](c), 2, axis=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+    def __call__(self, x, c, tape=None):
+        shift, scale = jnp.split(self.adaLN_modulation["1"](c, tape), 2, axis=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale), tape)
 
 
 class Projector(nnx.Module):
@@ -72,7 +72,7 @@ class Projector(nnx.Module):
     def __init__(self, width, hidden, out_features, *, dtype, rngs):
         sizes = {"0": (width, hidden), "2": (hidden, hidden), "4": (hidden, out_features)}
         for name, (in_features, out) in sizes.items():
-            setattr(self, name, linear(in_features, out, dtype=dtype, rngs=rngs))
+            setattr(self, name, Linear(in_features, out, dtype=dtype, rngs=rngs))
 
     def __call__(self, x):
         first, second, last = (getattr(self, name) for name in ("0", "2", "4"))
@@ -85,13 +85,13 @@ class DiT(nnx.Module):
 
     z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; a flow model, without
     interval_embedder, ignores r.  y: [b] int labels in [0, num_classes]; num_classes is the null class.
-    jvp: a tangent passes, which not every attention carries.  Returns u [b h w c] in float32 at least, and if
+    tape: see `Tape`.  Returns u [b h w c] in float32 at least, and if
     `features`, also a tuple of [b n dim] for each of repa_dims: what the projectors make of the tokens after repa_depth
     blocks.  `dtype` is that of the matmuls; kernels, qk_norm: see `Attention`.
     Raises ValueError for sizes that do not divide.
     """
 
-    dropout, augment_dim = 0.0, 0
+    dropout, augment_dim, takes_tape = 0.0, 0, True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
                  qk_norm=False, kernels=("plain", "plain"), interval_embedder=True, repa_dims=(), repa_depth=8,
@@ -112,38 +112,39 @@ class DiT(nnx.Module):
         self.blocks = nnx.List([Block(width, num_heads, mlp_ratio, **options) for _ in range(depth)])
         self.projectors = nnx.List([Projector(width, projector_dim, dim, dtype=dtype, rngs=rngs) for dim in repa_dims])
         self.final_layer = FinalLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
+        name_layers(self)
 
     @classmethod
     def from_config(cls, c, rngs):
         """Build from `config.model`."""
-        repa = {}
-        if "repa_dims" in c:  # of flow models
-            repa = {"repa_dims": c.repa_dims, "repa_depth": c.repa_depth, "projector_dim": c.projector_dim}
-        return cls(**sizes_of(c), interval_embedder=c.interval_embedder, **repa, rngs=rngs)
+        return cls(
+            **sizes_of(c), interval_embedder=c.interval_embedder, repa_dims=c.repa_dims, repa_depth=c.repa_depth,
+            projector_dim=c.projector_dim, rngs=rngs,
+        )  # fmt: skip
 
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
         return {"pos_embed": position_table(self.grid_size, self.width)[None]}
 
-    def __call__(self, z, t, r, y, jvp=False, features=False):
-        c = self.t_embedder(t)
+    def __call__(self, z, t, r, y, tape=None, features=False):
+        c = self.t_embedder(t, tape)
         if self.interval_embedder:
-            c = c + self.r_embedder(t - r)
+            c = c + self.r_embedder(t - r, tape)
         c = c + self.y_embedder(y)
-        u, tokens = self.transform(z, [nnx.silu(c)] * (len(self.blocks) + 1), jvp)
+        u, tokens = self.transform(z, [nnx.silu(c)] * (len(self.blocks) + 1), tape)
         return (u, tuple(projector(tokens) for projector in self.projectors)) if features else u
 
-    def transform(self, z, conditions, jvp):
+    def transform(self, z, conditions, tape):
         """Return the velocity [b h w c] and the tokens [b n width] after repa_depth blocks.
 
         conditions: [b width] for each block and one for the final layer, through SiLU: once, not in every block.
         """
-        x = self.x_embedder(z)
+        x = self.x_embedder(z, tape)
         x = tokens = x + self.tables()["pos_embed"]
         for i, block in enumerate(self.blocks):
-            x = block(x, conditions[i], jvp)
+            x = block(x, conditions[i], tape=tape)
             tokens = x if i + 1 == self.repa_depth else tokens
-        x = unpatchify(self.final_layer(x, conditions[-1]), self.channels)
+        x = unpatchify(self.final_layer(x, conditions[-1], tape), self.channels)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens
 
 

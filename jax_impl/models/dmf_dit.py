@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl.models.dit import DiT, sizes_of
-from jax_impl.models.layers import linear, timestep_features, zeros
+from jax_impl.models.layers import Linear, timestep_features, zeros
 
 LOG_VARIANCE_FEATURES = 128  # of each time
 
@@ -25,18 +25,18 @@ class DMFDiT(DiT):
         if dmf_depth > len(self.blocks):
             raise ValueError(f"dmf_depth {dmf_depth} is more than the {len(self.blocks)} blocks")
         self.dmf_depth = dmf_depth
-        self.logvar_linear = linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None, kernel_init=zeros, rngs=rngs)
+        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None, kernel_init=zeros, rngs=rngs)
 
     @classmethod
     def from_config(cls, c, rngs):
         """Build from `config.model`."""
         return cls(**sizes_of(c), dmf_depth=c.dmf_depth, rngs=rngs)
 
-    def __call__(self, z, t, r, y, jvp=False):
+    def __call__(self, z, t, r, y, tape=None):
         label = self.y_embedder(y)
-        early, late = (nnx.silu(self.t_embedder(time) + label) for time in (t, r))
+        early, late = (nnx.silu(self.t_embedder(time, tape) + label) for time in (t, r))
         num_late = len(self.blocks) - self.dmf_depth + 1
-        return self.transform(z, [early] * self.dmf_depth + [late] * num_late, jvp)[0]
+        return self.transform(z, [early] * self.dmf_depth + [late] * num_late, tape)[0]
 
     def log_variance(self, t, r):
         """Return the logarithm [b] of the variance that the error of u at times t, r [b] is expected to have."""

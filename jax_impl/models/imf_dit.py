@@ -11,9 +11,10 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
+from jax_impl.models import layers
 from jax_impl.models.attention import attend
-from jax_impl.models.layers import PatchEmbed, linear, rms_norm, timestep_features, unpatchify, zeros
-from jax_impl.models.tape import rematerialised
+from jax_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify, zeros
+from jax_impl.models.tape import name_layers, rematerialised, under_jvp
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -23,10 +24,11 @@ class Linear(nnx.Module):
 
     def __init__(self, in_features, out_features, gain, *, dtype, rngs, bias=False):
         init = nnx.initializers.normal(gain / math.sqrt(in_features)) if gain else zeros
-        self._flax_linear = linear(in_features, out_features, dtype=dtype, kernel_init=init, bias=bias, rngs=rngs)
+        options = {"dtype": dtype, "kernel_init": init, "bias": bias, "rngs": rngs}
+        self._flax_linear = layers.Linear(in_features, out_features, **options)
 
-    def __call__(self, x):
-        return self._flax_linear(x)
+    def __call__(self, x, tape=None):
+        return self._flax_linear(x, tape)
 
 
 class RMSNorm(nnx.Module):
@@ -51,9 +53,9 @@ class Embedder(nnx.Module):
             }
         )
 
-    def __call__(self, a):
+    def __call__(self, a, tape=None):
         x = timestep_features(a, self.features)
-        return self.mlp["2"](nnx.silu(self.mlp["0"](x)))
+        return self.mlp["2"](nnx.silu(self.mlp["0"](x, tape)), tape)
 
 
 class ClassEmbedder(nnx.Module):
@@ -97,15 +99,15 @@ class RotaryAttention(nnx.Module):
         self.k_norm = RMSNorm(width // num_heads)
         self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x, cos, sin, jvp=False):
+    def __call__(self, x, cos, sin, tape=None):
         batch, tokens, width = x.shape
         q, k, v = (
-            proj(x).reshape(batch, tokens, self.num_heads, -1).swapaxes(1, 2)
+            proj(x, tape).reshape(batch, tokens, self.num_heads, -1).swapaxes(1, 2)
             for proj in (self.q_proj, self.k_proj, self.v_proj)
         )
         q, k = rotate(self.q_norm(q), cos, sin), rotate(self.k_norm(k), cos, sin)
-        x = attend(q.astype(v.dtype), k.astype(v.dtype), v, self.kernels[int(jvp)])
-        return self.out_proj(x.swapaxes(1, 2).reshape(batch, tokens, width))
+        x = attend(q.astype(v.dtype), k.astype(v.dtype), v, self.kernels[int(under_jvp(tape))])
+        return self.out_proj(x.swapaxes(1, 2).reshape(batch, tokens, width), tape)
 
 
 class SwiGLU(nnx.Module):
@@ -116,8 +118,8 @@ class SwiGLU(nnx.Module):
         self.w3 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype, rngs=rngs)
         self.w2 = Linear(hidden, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
 
-    def __call__(self, x):
-        return self.w2(nnx.silu(self.w1(x)) * self.w3(x))
+    def __call__(self, x, tape=None):
+        return self.w2(nnx.silu(self.w1(x, tape)) * self.w3(x, tape), tape)
 
 
 class RotaryBlock(nnx.Module):
@@ -134,9 +136,9 @@ class RotaryBlock(nnx.Module):
         self.mlp_scale = nnx.Param(jnp.zeros(width))
 
     @rematerialised
-    def __call__(self, x, cos, sin, jvp=False):
-        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, jvp)
-        x = x + self.mlp_scale * self.mlp(self.norm2(x))
+    def __call__(self, x, cos, sin, tape=None):
+        x = x + self.attn_scale * self.attn(self.norm1(x), cos, sin, tape)
+        x = x + self.mlp_scale * self.mlp(self.norm2(x), tape)
         return x
 
 
@@ -147,8 +149,8 @@ class NormedLayer(nnx.Module):
         self.norm = RMSNorm(width)
         self.linear = Linear(width, out_features, 0.0, dtype=dtype, bias=True, rngs=rngs)
 
-    def __call__(self, x):
-        return self.linear(self.norm(x))
+    def __call__(self, x, tape=None):
+        return self.linear(self.norm(x), tape)
 
 
 class IMFDiT(nnx.Module):
@@ -156,14 +158,15 @@ class IMFDiT(nnx.Module):
 
     z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; only t - r is used.
     y: [b] int labels in [0, num_classes]; num_classes is the null class.  omega: [b] guidance scales, at least 1.
-    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both.  jvp: a tangent passes.
+    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both; the tape
+    serves the first.
     Returns u or v [b h w c], or a pair of them, in float32 at least.  `dtype` is that of the matmuls.
     `depth` counts the blocks on the way to u: depth - head_depth in the trunk, then head_depth for each head.  Without
     v_heads, as in released weights, its v is what the official code returns in eval mode: a final layer on the trunk,
     of no meaning.  It has no dropout and is told of no augmentation.  Raises ValueError for sizes that do not divide.
     """
 
-    dropout, augment_dim = 0.0, 0
+    dropout, augment_dim, takes_tape = 0.0, 0, True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
                  mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"), dtype=jnp.float32,
@@ -197,6 +200,7 @@ class IMFDiT(nnx.Module):
         self.v_heads = blocks(head_depth if v_heads else 0)
         self.u_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
         self.v_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
+        name_layers(self)
 
     @classmethod
     def from_config(cls, c, rngs):
@@ -212,29 +216,29 @@ class IMFDiT(nnx.Module):
         """Return the fixed tables of the canonical state dict: none, the rotary one is not in it."""
         return {}
 
-    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
-        x = jnp.concatenate([self.prefix_tokens(t - r, y, omega, t_min, t_max), self.x_embedder(z)], axis=1)
+    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", tape=None):
+        x = jnp.concatenate([self.prefix_tokens(t - r, y, omega, t_min, t_max, tape), self.x_embedder(z, tape)], axis=1)
         cos, sin = (jnp.asarray(a, x.dtype) for a in rotary_table(*self.rope_shape))
         for block in self.shared_blocks:
-            x = block(x, cos, sin, jvp)
-        velocities = tuple(self.velocity(head, x, cos, sin, jvp) for head in heads)
+            x = block(x, cos, sin, tape=tape)
+        velocities = tuple(self.velocity(head, x, cos, sin, tape if head == heads[0] else None) for head in heads)
         return velocities if len(heads) > 1 else velocities[0]
 
-    def prefix_tokens(self, h, y, omega, t_min, t_max):
+    def prefix_tokens(self, h, y, omega, t_min, t_max, tape=None):
         """Return the tokens [b n width] that stand before those of the patches: learnt ones plus what they carry."""
         carried = (
             (self.class_tokens, self.y_embedder(y)),
-            (self.omega_tokens, self.omega_embedder(1 - 1 / omega)),
-            (self.t_min_tokens, self.cfg_t_start_embedder(t_min)),
-            (self.t_max_tokens, self.cfg_t_end_embedder(t_max)),
-            (self.time_tokens, self.h_embedder(h)),
+            (self.omega_tokens, self.omega_embedder(1 - 1 / omega, tape)),
+            (self.t_min_tokens, self.cfg_t_start_embedder(t_min, tape)),
+            (self.t_max_tokens, self.cfg_t_end_embedder(t_max, tape)),
+            (self.time_tokens, self.h_embedder(h, tape)),
         )
         return jnp.concatenate([tokens + embedding[:, None] for tokens, embedding in carried], axis=1)
 
-    def velocity(self, head, x, cos, sin, jvp=False):
+    def velocity(self, head, x, cos, sin, tape=None):
         """Return the velocity [b h w c] that the head `u` or `v` makes of the trunk's tokens x [b n width]."""
         blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
         for block in blocks:
-            x = block(x, cos, sin, jvp)
-        x = unpatchify(final_layer(x[:, self.prefix :]), self.channels)
+            x = block(x, cos, sin, tape=tape)
+        x = unpatchify(final_layer(x[:, self.prefix :], tape), self.channels)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

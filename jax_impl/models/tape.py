@@ -1,64 +1,84 @@
-"""A forward of all rows that keeps what its affine layers return, and a tangent of some of them that reads it.
+"""Reuses the forward pass in the JVP: affine layers record their outputs, and the JVP computes only their tangents.
 
-u is wanted on every row, with its gradient, and du/dt, without, on a share p of the rows.  A JVP of those rows alone
-computes their u too, so that the batch, and its gradient, run in two parts.  Here the forward is one batch; the JVP
-takes what affine layers return from it, and computes only their tangents: p forwards more.
+u is wanted on every row, with its gradient; du/dt, without gradient, on the share p of rows with r < t.  A plain JVP
+of those rows would compute their u a second time: 2p forwards.  With the record it costs p.
+
+A tape serves one forward and one JVP of one network.  It is passed down as an argument, so no other pass sees it.
 """
 
-import contextlib
 import functools
+import itertools
+from typing import Any
 
 import jax
+from flax import nnx
 from jax.lax import stop_gradient
-
-_tape = None  # that of the pass that is being traced, if it has one
 
 
 class Tape:
-    """What the affine layers of one forward return on the selected rows, in the order of the calls."""
+    """The outputs of a forward's affine layers on the selected rows: by layer name, a list with one entry per call."""
 
-    def __init__(self, select):
-        """select: [b ...] -> [k ...], the rows whose tangents will be wanted."""
-        self.select, self.outputs, self.replays = select, [], False
+    def __init__(self, select, inputs=()):
+        """select: [b ...] -> [k ...], the rows whose tangents are wanted.  inputs: those of the forward."""
+        self.select, self.inputs, self.outputs, self.state = select, inputs, {}, "recording"
 
-    def record(self, y):
-        """Keep the selected rows of y [b ...], without their gradient."""
-        self.outputs.append(self.select(stop_gradient(y)))
+    def record(self, name, y):
+        """Keep the selected rows of y [b ...], without gradient."""
+        if name is None:
+            raise RuntimeError("an affine layer has no name: end the network's __init__ with name_layers(self)")
+        self.outputs.setdefault(name, []).append(self.select(stop_gradient(y)))
+
+    def close(self):
+        """Stop recording."""
+        self.state = "closed"
+
+    def replay(self, inputs):
+        """Let the layers read, in the JVP at the selected rows of `inputs`.  Raises RuntimeError for another pass's."""
+        if not all(a is b for a, b in itertools.zip_longest(self.inputs, inputs)):
+            raise RuntimeError("this tape was recorded at other inputs: pass the one of the same average_velocity")
+        self.state = "replaying"
+
+    def read(self, name):
+        """Remove and return the output of the layer's next call.  Raises RuntimeError if there is none."""
+        if not self.outputs.get(name):
+            raise RuntimeError(f"{name} runs in the JVP more often than in the forward that the tape recorded")
+        return self.outputs[name].pop(0)
+
+    def finish(self):
+        """Stop replaying.  Raises RuntimeError if the JVP left something unread."""
+        self.close()
+        unread = [name for name, outputs in self.outputs.items() if outputs]
+        if unread:
+            raise RuntimeError(f"the JVP skipped layers that the tape recorded in the forward: {', '.join(unread)}")
 
 
-@contextlib.contextmanager
-def recording(tape):
-    """Let affine layers write to the tape."""
-    global _tape
-    outer, _tape = _tape, tape
-    try:
-        yield
-    finally:
-        _tape = outer
+def name_layers(net):
+    """Give each affine layer its path in the network as `name`, under which it records."""
+    for path, module in nnx.iter_modules(net):
+        if hasattr(module, "name"):
+            module.name = ".".join(map(str, path))  # pyright: ignore
 
 
-@contextlib.contextmanager
-def replaying(tape):
-    """Let affine layers read from the tape, inside the JVP of the network that wrote it; once."""
-    tape.replays = True
-    with recording(tape):
-        yield
+def under_jvp(tape):
+    """Return whether the pass is a JVP that reads the tape, which may be None."""
+    return tape is not None and tape.state == "replaying"
 
 
-def active():
-    """Return the tape of the pass that is running, or None."""
-    return _tape
+def affine(function, x, weight, name, tape):
+    """Return function(x, weight), which is linear in x [b ...]; `name` is the layer's on the tape, which may be None.
 
-
-def affine(function, x, weight):
-    """Return function(x, weight), which is linear in x [b ...]."""
-    if _tape is None:
+    Raises RuntimeError if the shape is not that of the forward.
+    """
+    if tape is None or tape.state == "closed":
         return function(x, weight)
-    if not _tape.replays:
+    if tape.state == "recording":
         y = function(x, weight)
-        _tape.record(y)
+        tape.record(name, y)
         return y
-    return remembered(function, _tape.outputs.pop(0), x, weight)
+    y, shape = tape.read(name), jax.eval_shape(function, x, weight).shape
+    if y.shape != shape:
+        raise RuntimeError(f"{name} returned {y.shape} on these rows in the forward, but {shape} in the JVP")
+    return remembered(function, y, x, weight)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -74,24 +94,25 @@ def _(function, primals, tangents):
 
 
 def rematerialised(forward):
-    """Decorate the forward of a block: where its `remat` is set, nothing in it is kept for the backward pass.
+    """Decorate the forward of a block: if its `remat` is set, nothing inside it is kept for the backward pass.
 
-    It is computed again there, and memory is what the blocks hand on to each other.
+    The backward pass recomputes it, so memory holds only what blocks pass to each other.
     """
 
     @functools.wraps(forward)
-    def run(self, *args):
-        if not self.remat or (_tape and _tape.replays):
-            return forward(self, *args)
-        tape = Tape(_tape.select) if _tape else None
+    def run(self, *args, tape: Any = None):
+        if not self.remat or under_jvp(tape):
+            return forward(self, *args, tape=tape)
+        if getattr(tape, "state", "closed") == "closed":
+            return jax.checkpoint(functools.partial(forward, self))(*args)
 
-        def recorded():
-            with recording(tape):
-                return forward(self, *args), tape.outputs if tape else []
+        def recorded(*args):
+            inner = Tape(tape.select)
+            return forward(self, *args, tape=inner), inner.outputs
 
-        y, outputs = jax.checkpoint(recorded)()
-        if _tape:
-            _tape.outputs.extend(outputs)  # what is traced inside must come out as a result
+        y, outputs = jax.checkpoint(recorded)(*args)  # what is traced inside must come out as a result
+        for name, calls in outputs.items():
+            tape.outputs.setdefault(name, []).extend(calls)
         return y
 
     return run

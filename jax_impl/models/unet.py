@@ -6,6 +6,7 @@ qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py
 dicts of both have canonical names.
 """
 
+import functools
 import math
 from typing import Any
 
@@ -14,8 +15,8 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_impl.models.layers import convolve, linear, xavier_uniform
-from jax_impl.models.tape import rematerialised
+from jax_impl.models.layers import Linear, convolve, xavier_uniform
+from jax_impl.models.tape import affine, name_layers, rematerialised
 from meanflow.errors import UserError
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
@@ -116,6 +117,8 @@ class Conv(nnx.Module):
     filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
     """
 
+    name = None  # see `name_layers`
+
     def __init__(self, in_features, out_features, kernel_size, *, dtype, rngs, kernel_init=xavier_uniform,
                  resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
         self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
@@ -144,18 +147,17 @@ class Conv(nnx.Module):
         matrix = jnp.asarray(self.resample_matrix(), x.dtype)
         return jnp.einsum("ph,bhwc,qw->bpqc", matrix, x, matrix)
 
-    def convolved(self, x):
+    def convolved(self, x, tape=None):
         """Return the convolution of x [b h w c]."""
         padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
         x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
-        dimensions = ("NHWC", "HWIO", "NHWC")
-        return convolve(x, kernel, (1, 1), [(padding, padding)] * 2, None, None, dimensions) + bias
+        return affine(functools.partial(convolve, padding=padding), x, kernel, self.name, tape) + bias
 
-    def __call__(self, x):
+    def __call__(self, x, tape=None):
         if self.resample and not self.filter_last:
             x = self.resampled(x)
         if self.kernel_size:
-            x = self.convolved(x)
+            x = self.convolved(x, tape)
         return self.resampled(x) if self.filter_last else x
 
 
@@ -189,7 +191,7 @@ class Block(nnx.Module):
         sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype, "rngs": rngs}
         self.norm0 = GroupNorm(in_features)
         self.conv0 = Conv(in_features, out_features, 3, **sampling)
-        self.affine = linear(emb_features, out_features, dtype=dtype, rngs=rngs)
+        self.affine = Linear(emb_features, out_features, dtype=dtype, rngs=rngs)
         self.norm1 = GroupNorm(out_features)
         self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
         if in_features != out_features or resample:
@@ -202,16 +204,16 @@ class Block(nnx.Module):
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
 
     @rematerialised
-    def __call__(self, x, emb, keep):
-        residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(nnx.silu(self.norm0(x)))
-        x = nnx.silu(self.norm1(x + self.affine(emb)[:, None, None]))
+    def __call__(self, x, emb, keep, tape=None):
+        residual = x if self.skip is None else self.skip(x, tape)
+        x = self.conv0(nnx.silu(self.norm0(x)), tape)
+        x = nnx.silu(self.norm1(x + self.affine(emb, tape)[:, None, None]))
         if keep is not None:
             x = dropout(x, self.prob, keep[:, self.first : self.first + math.prod(x.shape[1:])])
-        x = self.conv1(x)
+        x = self.conv1(x, tape)
         x = add(residual, x) * SKIP_SCALE
         if self.attention:
-            x = add(x, self.proj(attend(self.qkv(self.norm2(x)), self.qkv_layout))) * SKIP_SCALE
+            x = add(x, self.proj(attend(self.qkv(self.norm2(x), tape), self.qkv_layout), tape)) * SKIP_SCALE
         return x
 
 
@@ -242,6 +244,8 @@ class UNet(nnx.Module):
     Raises UserError for sizes that do not divide, and for augment_dim with time_embedding separate.
     """
 
+    takes_tape = True
+
     def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
                  num_blocks, attn_resolutions, dropout, augment_dim, embedding_type, encoder_type, decoder_type,
                  resample_filter, time_embedding, qkv_layout, dtype=jnp.float32, rngs):  # fmt: skip
@@ -255,15 +259,15 @@ class UNet(nnx.Module):
         emb = width * channel_mult_emb
         self.map_noise = FourierFeatures(self.features, rngs=rngs) if embedding_type == "fourier" else None
         if time_embedding == "joint":
-            self.map_layer0 = linear(2 * self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1 = linear(emb, emb, dtype=None, rngs=rngs)
+            self.map_layer0 = Linear(2 * self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1 = Linear(emb, emb, dtype=None, rngs=rngs)
         else:
-            self.map_layer0 = linear(self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1 = linear(emb, emb // 2, dtype=None, rngs=rngs)
-            self.map_layer0_s = linear(self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1_s = linear(emb, emb // 2, dtype=None, rngs=rngs)
+            self.map_layer0 = Linear(self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1 = Linear(emb, emb // 2, dtype=None, rngs=rngs)
+            self.map_layer0_s = Linear(self.features, emb, dtype=None, rngs=rngs)
+            self.map_layer1_s = Linear(emb, emb // 2, dtype=None, rngs=rngs)
         if augment_dim:
-            self.map_augment = linear(augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
+            self.map_augment = Linear(augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
         enc, dec, num_entries = {}, {}, 0
 
         def block(in_features, out_features, size, attention=False, resample=None):
@@ -315,6 +319,7 @@ class UNet(nnx.Module):
                 dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         self.num_entries = num_entries
+        name_layers(self)
 
     @classmethod
     def from_config(cls, c, rngs):
@@ -342,56 +347,56 @@ class UNet(nnx.Module):
         features = positional_features(t, self.features) if self.map_noise is None else self.map_noise(t)
         return jnp.roll(features, self.features // 2, axis=-1)
 
-    def embed(self, t, r, augment):
+    def embed(self, t, r, augment, tape=None):
         """Return the condition [b d] of the blocks."""
         if self.time_embedding == "separate":
-            t = self.map_layer1(nnx.silu(self.map_layer0(self.embed_time(t))))
-            r = self.map_layer1_s(nnx.silu(self.map_layer0_s(self.embed_time(r))))
+            t = self.map_layer1(nnx.silu(self.map_layer0(self.embed_time(t), tape)), tape)
+            r = self.map_layer1_s(nnx.silu(self.map_layer0_s(self.embed_time(r), tape)), tape)
             return nnx.silu(jnp.concatenate([t, r], axis=-1))
         emb = jnp.concatenate([self.embed_time(t), self.embed_time(t - r)], axis=-1)
         if self.augment_dim:
             augment = jnp.zeros((len(t), self.augment_dim), t.dtype) if augment is None else augment
-            emb = emb + self.map_augment(augment)
-        return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb))))
+            emb = emb + self.map_augment(augment, tape)
+        return nnx.silu(self.map_layer1(nnx.silu(self.map_layer0(emb, tape)), tape))
 
-    def encode(self, x, emb, keep):
+    def encode(self, x, emb, keep, tape=None):
         """Return the lowest features and all features that the decoder is given, the last one last."""
         skips, aux = [], x
         for level, size in enumerate(self.sizes):
             name = f"{size}x{size}"
-            x = self.enc[f"{name}_down"](x, emb, keep) if level else self.enc[f"{name}_conv"](x)
+            x = self.enc[f"{name}_down"](x, emb, keep, tape=tape) if level else self.enc[f"{name}_conv"](x, tape)
             if level and self.encoder_type == "skip":
                 aux = self.enc[f"{name}_aux_down"](aux)
-                x = add(x, self.enc[f"{name}_aux_skip"](aux))
+                x = add(x, self.enc[f"{name}_aux_skip"](aux, tape))
             if level and self.encoder_type == "residual":
-                x = aux = add(x, self.enc[f"{name}_aux_residual"](aux)) * SKIP_SCALE
+                x = aux = add(x, self.enc[f"{name}_aux_residual"](aux, tape)) * SKIP_SCALE
             skips.append(x)
             for i in range(self.num_blocks):
-                x = self.enc[f"{name}_block{i}"](x, emb, keep)
+                x = self.enc[f"{name}_block{i}"](x, emb, keep, tape=tape)
                 skips.append(x)
         return x, skips
 
-    def decode(self, x, emb, keep, skips) -> Any:
+    def decode(self, x, emb, keep, skips, tape=None) -> Any:
         """Return the image [b h w c]."""
         image = None
         for size in reversed(self.sizes):
             name = f"{size}x{size}"
             if size == self.sizes[-1]:
-                x = self.dec[f"{name}_in0"](x, emb, keep)
-                x = self.dec[f"{name}_in1"](x, emb, keep)
+                x = self.dec[f"{name}_in0"](x, emb, keep, tape=tape)
+                x = self.dec[f"{name}_in1"](x, emb, keep, tape=tape)
             else:
-                x = self.dec[f"{name}_up"](x, emb, keep)
+                x = self.dec[f"{name}_up"](x, emb, keep, tape=tape)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{name}_block{i}"](jnp.concatenate([x, skips.pop()], axis=-1), emb, keep)
+                x = self.dec[f"{name}_block{i}"](jnp.concatenate([x, skips.pop()], axis=-1), emb, keep, tape=tape)
             if self.decoder_type == "skip" and image is not None:
                 image = self.dec[f"{name}_aux_up"](image)
             if self.decoder_type == "skip" or size == self.sizes[0]:
-                shown = self.dec[f"{name}_aux_conv"](nnx.silu(self.dec[f"{name}_aux_norm"](x)))
+                shown = self.dec[f"{name}_aux_conv"](nnx.silu(self.dec[f"{name}_aux_norm"](x)), tape)
                 image = shown if image is None else add(image, shown)
         return image
 
-    def __call__(self, z, t, r, y, augment=None, dropout=None, jvp=False):
-        emb = self.embed(t, r, augment)
-        x, skips = self.encode(z, emb, dropout)
-        x = self.decode(x, emb, dropout, skips)
+    def __call__(self, z, t, r, y, augment=None, dropout=None, tape=None):
+        emb = self.embed(t, r, augment, tape)
+        x, skips = self.encode(z, emb, dropout, tape)
+        x = self.decode(x, emb, dropout, skips, tape)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

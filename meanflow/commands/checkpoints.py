@@ -1,7 +1,7 @@
-"""What the checkpoints of both frameworks share: which steps are stored, and which to read, delete or set aside.
+"""What the checkpoints of both frameworks share: which steps are on disk, and which to read, delete or set aside.
 
 A checkpoint is the directory CHECKPOINTS/STEP.  It is whole once its marker is there, the file written last; anything
-else is a save that a kill cut short, and counts as no checkpoint.
+else is an interrupted save and does not count as a checkpoint.
 """
 
 import itertools
@@ -16,11 +16,12 @@ from typing import Any, TypeVar
 from absl import logging
 
 from meanflow import files
+from meanflow.config import options
 from meanflow.errors import UserError
 
 STEP = re.compile("0|[1-9][0-9]*")  # names of checkpoints
-UNFINISHED = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # or of saves under way
-# What a missing file raises; any other OSError is the disk's or the network's, and no damage.
+UNFINISHED = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # names of checkpoints and of saves under way
+# What a missing file raises.  Any other OSError is a problem of the disk or the network, not damage.
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 START_AGAIN, CHOOSE_STEP = "to start again, choose another --workdir", "--step chooses another"  # ways out
 Read = TypeVar("Read")
@@ -30,13 +31,65 @@ class Damaged(Exception):
     """A checkpoint has files that are missing, cut off or not what was written."""
 
 
-def whole_steps(path: pathlib.Path, is_whole: Callable[[pathlib.Path], bool]) -> list[int]:
-    """Return the steps, ascending, of the whole checkpoints in the directory `path`; none if there is no directory.
+class CheckpointDirectory:
+    """The checkpoints of one run as files: what both frameworks do before and after they save or restore."""
 
-    is_whole: tells whether a checkpoint's directory holds the marker.  Raises UserError if `path` cannot be read.
+    def __init__(self, path: pathlib.Path, config: options.Config, marker: str, run_file: str, active: bool):
+        """run_file: the file of a checkpoint that holds its progress as JSON.  active: whether this process writes."""
+        self.path, self.config, self.active = path, config, active
+        self.marker, self.run_file = marker, run_file
+        self.damaged: list[int] = []
+        self.notes: dict[int, dict[str, Any]] = {}
+
+    def open(self) -> None:
+        """Create the directory, set aside what `restore` found damaged, and delete interrupted saves.
+
+        Raises UserError if it cannot be written.
+        """
+        make_directory(self.path)
+        if self.active:
+            set_aside(self.path, self.damaged)
+            delete_unfinished(self.path, self.marker)
+        self.damaged = []
+
+    def steps(self) -> list[int]:
+        """Return the steps of the whole checkpoints, ascending.  Raises UserError if they cannot be listed."""
+        return whole_steps(self.path, self.marker)
+
+    def tidy(self) -> None:
+        """Write notes and delete expired checkpoints; call after a save."""
+        self.write_notes()
+        for step in expired(self.steps(), self.config.train) if self.active else ():
+            delete(self.path / str(step), self.marker)
+
+    def note(self, step: int, **changes) -> None:
+        """Change entries of the progress of a step: now if it is on disk, else in `write_notes` once it is.
+
+        Raises UserError if they cannot be written.
+        """
+        self.notes[step] = changes
+        self.write_notes()
+
+    def write_notes(self) -> None:
+        """Write the notes of the steps that are on disk by now.  Raises UserError if they cannot be written."""
+        for step in [step for step in self.notes if is_whole(self.path / str(step), self.marker)]:
+            changes = self.notes.pop(step)
+            if self.active:
+                amend(self.path / str(step) / self.run_file, changes)
+
+
+def is_whole(directory: pathlib.Path, marker: str) -> bool:
+    """Return whether a checkpoint is complete."""
+    return (directory / marker).is_file()
+
+
+def whole_steps(path: pathlib.Path, marker: str) -> list[int]:
+    """Return the steps, ascending, of the whole checkpoints in the directory `path`; none if it does not exist.
+
+    Raises UserError if `path` cannot be read.
     """
     try:
-        found = [d for d in path.iterdir() if STEP.fullmatch(d.name) and is_whole(d)] if path.is_dir() else []
+        found = [d for d in path.iterdir() if STEP.fullmatch(d.name) and is_whole(d, marker)] if path.is_dir() else []
     except OSError as error:
         raise cannot_read(path, error) from error
     return sorted(int(d.name) for d in found)
@@ -45,9 +98,9 @@ def whole_steps(path: pathlib.Path, is_whole: Callable[[pathlib.Path], bool]) ->
 def newest(
     steps: Iterable[int], read: Callable[[int], Read], path: pathlib.Path, way_out: str
 ) -> tuple[Read | None, list[int]]:
-    """Return `read(step)` of the newest of `steps` that is not damaged, and the damaged ones that are newer.
+    """Return `read(step)` of the newest of `steps` that is not damaged, and the newer, damaged ones.
 
-    read: raises `Damaged`.  Each damaged checkpoint is named in a warning.  Returns None if there are no steps; raises
+    read: raises `Damaged`.  Each damaged checkpoint is logged as a warning.  Returns None if there are no steps; raises
     UserError naming the `way_out` if all are damaged.
     """
     damaged = []
@@ -63,25 +116,27 @@ def newest(
 
 
 def can_resume(run: Any) -> bool:
-    """Return whether what a checkpoint keeps beside its arrays, parsed JSON, is all that resuming needs.
+    """Return whether the JSON object that a checkpoint keeps besides its arrays holds all that resuming needs.
 
-    These are `loader`, its state as JSON text or "", and `window`, [step, {name: value}] for each step not logged yet.
+    That is `loader`, its state as JSON text or "", and `window`, [step, {name: value}] for each step not yet logged.
     """
     try:
-        places = [json.loads(run["loader"])["step"]] if run["loader"] else []
+        positions = [json.loads(run["loader"])["step"]] if run["loader"] else []
         steps, metrics = [step for step, _ in run["window"]], [scalars for _, scalars in run["window"]]
     except (LookupError, TypeError, ValueError):
         return False
-    return all(type(step) is int for step in places + steps) and all(isinstance(scalars, dict) for scalars in metrics)
+    return all(type(step) is int for step in positions + steps) and all(
+        isinstance(scalars, dict) for scalars in metrics
+    )
 
 
 def expired(steps: list[int], c: Any) -> list[int]:
-    """Return which of the ascending `steps` to delete: all but the newest and the milestones.  c: `config.train`."""
+    """Return which of the ascending `steps` to delete: all except the newest and the milestones.  c: `config.train`."""
     return [step for step in steps[: -c.keep_checkpoints] if not (step and c.keep_every and step % c.keep_every == 0)]
 
 
 def set_aside(path: pathlib.Path, steps: Iterable[int]) -> None:
-    """Move damaged checkpoints out of the directory `path`, beside it."""
+    """Move damaged checkpoints out of the directory `path`, next to it."""
     for step in steps:
         aside = _unused(path.parent / f"{path.name}_damaged_{step}")
         (path / str(step)).rename(aside)
@@ -89,24 +144,24 @@ def set_aside(path: pathlib.Path, steps: Iterable[int]) -> None:
 
 
 def delete(path: pathlib.Path, marker: str) -> None:
-    """Delete a checkpoint, or whatever else has its name; the marker first, so half of one never counts as whole."""
+    """Delete a checkpoint, or whatever else has its name; the marker goes first, so a partial one is never whole."""
     if path.is_dir():
         (path / marker).unlink(missing_ok=True)
         shutil.rmtree(path)
     path.unlink(missing_ok=True)
 
 
-def delete_unfinished(path: pathlib.Path, marker: str, is_whole: Callable[[pathlib.Path], bool]) -> None:
-    """Delete the saves in the directory `path` that a kill cut short, if there are whole ones besides.
+def delete_unfinished(path: pathlib.Path, marker: str) -> None:
+    """Delete interrupted saves in the directory `path`, if it has whole checkpoints besides.
 
-    marker, is_whole: as in `delete` and `whole_steps`.  Raises UserError if they cannot be deleted.
+    Raises UserError if they cannot be deleted.
     """
-    whole = {str(step) for step in whole_steps(path, is_whole)}
+    whole = {str(step) for step in whole_steps(path, marker)}
     try:
         others = [d for d in path.iterdir() if UNFINISHED.fullmatch(d.name) and d.name not in whole]
         for entry in others if whole else []:
             delete(entry, marker)
-            logging.info("deleted %s, a save that was cut short", entry)
+            logging.info("deleted %s, an interrupted save", entry)
     except OSError as error:
         raise files.cannot_write(path, error) from error
 
@@ -121,7 +176,7 @@ def amend(path: pathlib.Path, changes: dict[str, Any]) -> None:
 
 
 def make_directory(path: pathlib.Path) -> None:
-    """Make the directory of the checkpoints.  Raises UserError if it cannot be made."""
+    """Create the directory of the checkpoints.  Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -129,21 +184,21 @@ def make_directory(path: pathlib.Path) -> None:
 
 
 def cannot_read(path: str | os.PathLike, error: BaseException) -> UserError:
-    """Return the error to raise where the disk, not the content, is why `path` could not be read."""
+    """Return the error for a `path` that the disk, not its content, keeps from being read."""
     return UserError(f"cannot read {path}: {first_line(error)}.  Nothing was changed; try again once that is solved")
 
 
 def cannot_save(path: str | os.PathLike, error: BaseException) -> UserError:
-    """Return the error to raise where a checkpoint in `path` could not be written."""
+    """Return the error for a checkpoint in `path` that could not be written."""
     return UserError(f"cannot save a checkpoint in {path}: {first_line(error)}.  Free the disk; older ones are whole")
 
 
 def first_line(error: BaseException) -> str:
-    """Return the first line of a message, the error's type if it has none."""
+    """Return the first line of an error's message, or its type if there is none."""
     return next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-    """Return the path, or if it is taken, one like it that is not."""
+    """Return the path, with a number appended if it is taken."""
     names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
     return next(p for p in itertools.chain([path], names) if not p.exists())

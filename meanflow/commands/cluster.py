@@ -1,4 +1,4 @@
-"""What the environment says of hosts, tasks and GPUs, and which devices share a sharded copy of the state."""
+"""Hosts, tasks and GPUs as the environment describes them, and which devices share a sharded copy of the state."""
 
 import itertools
 import pathlib
@@ -13,12 +13,12 @@ from absl import logging
 from meanflow.errors import UserError
 
 Environment = Mapping[str, str]
-OWN_GPUS = ("per_task", "single", "map", "mask")  # kinds of SLURM's --gpu-bind that give each task GPUs of its own
+OWN_GPUS = ("per_task", "single", "map", "mask")  # kinds of SLURM's --gpu-bind that give each task its own GPUs
 
 
 def visible_gpus(env: Environment) -> int:
-    """Return how many NVIDIA GPUs this process may use, without starting any of them; 0 if nothing can be found out."""
-    if "CUDA_VISIBLE_DEVICES" in env:  # CUDA itself stops at the first entry that is none
+    """Return how many NVIDIA GPUs this process may use, without initialising any; 0 if that cannot be found out."""
+    if "CUDA_VISIBLE_DEVICES" in env:  # CUDA itself stops at the first invalid entry
         entries = (entry.strip() for entry in env["CUDA_VISIBLE_DEVICES"].split(","))
         return len(list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, entries)))
     try:
@@ -31,37 +31,37 @@ def visible_gpus(env: Environment) -> int:
 
 
 def gpus_of_node(env: Environment, visible: int) -> int:
-    """Return how many GPUs this job has on this node, of which this process sees `visible`."""
+    """Return how many GPUs this job has on this node; this process sees `visible` of them."""
     allocated = env.get("SLURM_GPUS_ON_NODE", "")
     return max(visible, int(allocated) if allocated.isdigit() else 0)
 
 
 def tasks_of_step(env: Environment) -> int:
-    """Return how many tasks `srun` started together with this one, itself included; 1 without it."""
+    """Return how many tasks `srun` started, including this one; 1 without `srun`."""
     return int(env.get("SLURM_STEP_NUM_TASKS", 1)) if "SLURM_PROCID" in env else 1
 
 
 def place_on_node(env: Environment) -> tuple[int, int] | None:
-    """Return the number of this task on its node and how many there are; None if no scheduler says.
+    """Return the index of this task on its node and the number of tasks there; None if no scheduler says.
 
-    Open MPI comes before SLURM, as in `jax.distributed`.
+    Open MPI takes precedence over SLURM, as in `jax.distributed`.
     """
     if "OMPI_MCA_orte_hnp_uri" in env:
         return int(env["OMPI_COMM_WORLD_LOCAL_RANK"]), int(env["OMPI_COMM_WORLD_LOCAL_SIZE"])
     tasks = env.get("SLURM_STEP_TASKS_PER_NODE") or env.get("SLURM_TASKS_PER_NODE")
     if "SLURM_LOCALID" not in env or not tasks:
         return None
-    counts = []  # of each node: 4(x2),1 is 4, 4, 1
+    counts = []  # tasks per node: 4(x2),1 means 4, 4, 1
     for count, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", tasks):
         counts += [int(count)] * int(times or 1)
     return int(env["SLURM_LOCALID"]), counts[int(env.get("SLURM_NODEID", 0))]
 
 
 def gpus_of_task(env: Environment, visible: int) -> list[int] | None:
-    """Return which of the `visible` GPUs this task of a scheduler takes; None leaves that to JAX.
+    """Return which of the `visible` GPUs this task of a scheduler uses; None leaves the choice to JAX.
 
-    Left to itself, JAX takes one GPU for each task, so that one task on a node of eight leaves seven idle.  Here tasks
-    divide the GPUs that all of them see; GPUs that SLURM gave one task alone are all its own.
+    JAX by itself uses one GPU per task, so a single task on a node of eight would leave seven idle.  Here the tasks
+    divide the GPUs that all of them see; a task uses all GPUs that SLURM bound to it alone.
     Raises UserError if they cannot be divided.
     """
     place = place_on_node(env)
@@ -72,7 +72,7 @@ def gpus_of_task(env: Environment, visible: int) -> list[int] | None:
         return list(range(visible))
     if visible % num_tasks or "closest" in _gpu_binding(env):
         raise UserError(
-            f"{num_tasks} tasks on {socket.gethostname()} cannot share the {visible} GPUs that each of them sees: "
+            f"{num_tasks} tasks on {socket.gethostname()} cannot divide the {visible} GPUs that each of them sees: "
             "start one task per node or one per GPU, with srun --gpu-bind=none"
         )
     share = visible // num_tasks
@@ -87,7 +87,7 @@ def _has_own_gpus(env, visible):
 
 
 def _gpus_per_task(env):
-    """Return what --gpus-per-task (2, a100:2) or --tres-per-task (cpu=4,gres/gpu:a100=2) asked for, 0 without them."""
+    """Return what --gpus-per-task (2, a100:2) or --tres-per-task (cpu=4,gres/gpu:a100=2) requested, 0 without them."""
     found = re.search(r"^(?:\w+:)?(\d+)$", env.get("SLURM_GPUS_PER_TASK", "")) or re.search(
         r"gres[/:]gpu(?::[a-z]\w*)?[=:](\d+)", env.get("SLURM_TRES_PER_TASK", "")
     )
@@ -99,45 +99,45 @@ def _gpu_binding(env):
 
 
 def tasks_joined(env: Environment) -> int:
-    """Return how many tasks PyTorch's processes belong to: one for each torchrun, or for each rank without it."""
+    """Return how many tasks PyTorch's processes belong to: one per torchrun, or one per rank without it."""
     return int(env.get("GROUP_WORLD_SIZE") or env.get("WORLD_SIZE") or 1)
 
 
 def gpu_of_rank(env: Environment, visible: int) -> int:
-    """Return which of the `visible` GPUs a PyTorch process computes on, by the LOCAL_RANK that torchrun gives it.
+    """Return which of the `visible` GPUs a PyTorch process uses: the one with torchrun's LOCAL_RANK.
 
-    A process that sees a single GPU takes that, unless torchrun gave it to several: SLURM numbers the GPUs of each task
-    from 0.  Raises UserError if there are more processes than GPUs.
+    A process that sees a single GPU uses it, unless torchrun started several for it: SLURM numbers the GPUs of each
+    task from 0.  Raises UserError if there are more processes than GPUs.
     """
     rank = int(env.get("LOCAL_RANK", 0))
     if rank >= visible:
         if visible == 1 and "TORCHELASTIC_RUN_ID" not in env:
             return 0
         raise UserError(
-            f"process {rank} on {socket.gethostname()} has no GPU, because only {visible} can be used there: start "
+            f"process {rank} on {socket.gethostname()} has no GPU: only {visible} can be used there.  Start "
             f"torchrun with --nproc_per_node={visible}, or hide the GPUs by CUDA_VISIBLE_DEVICES= to compute on the CPU"
         )
     return rank
 
 
 def warn_of_idle_gpus(env: Environment, visible: int) -> None:
-    """Log a warning, once on each host, if fewer PyTorch processes run there than GPUs are `visible`."""
+    """Log a warning, once per host, if fewer PyTorch processes run there than GPUs are `visible`."""
     rank, num_ranks = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     if rank == 0 and num_ranks < visible:
         logging.warning(
-            "%d of the %d GPUs of %s are used; torchrun --nproc_per_node=%d uses all",
+            "%d of the %d GPUs on %s are used; torchrun --nproc_per_node=%d uses all",
             num_ranks, visible, socket.gethostname(), visible,
         )  # fmt: skip
 
 
 def check_started_together(env: Environment, joined: int, remedy: str) -> None:
-    """Raise UserError if `srun` started more tasks than have `joined`, so that several would do the same work.
+    """Raise UserError if `srun` started more tasks than have `joined`: several would do the same work.
 
-    remedy: what to do about it.
+    remedy: how to start them instead.
     """
     if tasks_of_step(env) > joined:
         raise UserError(
-            f"srun started {tasks_of_step(env)} tasks that do not know of each other, "
+            f"srun started {tasks_of_step(env)} tasks that have not joined each other, "
             f"so each would do all the work: {remedy}"
         )
 
@@ -145,9 +145,9 @@ def check_started_together(env: Environment, joined: int, remedy: str) -> None:
 def check_groups(hosts: Sequence[Hashable], fsdp: int, kind: str) -> None:
     """Raise UserError unless `train.fsdp` divides the devices into groups that keep hosts whole.
 
-    hosts: the host of each device, in the order in which they form groups.  kind: what the message calls the devices.
-    A group either lies within one host or consists of whole hosts; the latter is logged, because parameters then cross
-    the network in every step.
+    hosts: the host of each device, in the order in which they form groups.  kind: what the message calls devices.
+    A group lies within one host or consists of whole hosts; the latter is logged, because parameters then cross the
+    network in every step.
     """
     if not _keeps_hosts(hosts, fsdp):
         sizes = [size for size in range(1, len(hosts) + 1) if _keeps_hosts(hosts, size)]

@@ -1,4 +1,4 @@
-"""Judges generated images against the real ones, and keeps the verdict in the work directory."""
+"""Metrics of generated data against the dataset itself; the result is kept in the work directory."""
 
 import copy
 import functools
@@ -13,8 +13,7 @@ import numpy as np
 from meanflow import files
 from meanflow.commands import sample as sampling
 from meanflow.config import options
-from meanflow.data import loader
-from meanflow.data.images import tfds_images
+from meanflow.data import loader, sources
 from meanflow.errors import UserError
 from meanflow.metrics import scores
 from meanflow.process_group import ALONE, ProcessGroup
@@ -25,22 +24,22 @@ Features = dict[str, Callable[[np.ndarray], np.ndarray]]
 
 
 class Real(NamedTuple):
-    """What generated images are compared with; see `load_real`."""
+    """The real data that samples are compared with; see `load_real`."""
 
     images: np.ndarray  # [n h w c] in data units, of the split config.evaluation.split
     labels: np.ndarray  # [n]
-    bound: dict[str, float]  # {real_metric: value}, what a perfect model would reach
+    bound: dict[str, float]  # {real_metric: value} that a perfect model would reach
 
 
 def load_real(config: options.Config) -> Real:
-    """Return the real images, and the `real_...` metrics of those of the split `test` if it is another one.
+    """Return the real images, and the `real_...` metrics of the split `test` unless that is the split itself.
 
     Raises UserError as `load_arrays` does.
     """
     config = copy.deepcopy(config)
     config.data.name = config.evaluation.dataset or config.data.name
     images, labels = loader.load_arrays(config, config.evaluation.split)
-    splits = tfds_images.split_names(config.data.name, config.data.dir)
+    splits = sources.split_names(config.data.name, config.data.dir)
     bound = {}
     if config.evaluation.classifier and TEST_SPLIT in splits and config.evaluation.split != TEST_SPLIT:
         bound = _compare(*loader.load_arrays(config, TEST_SPLIT), images, labels, config)
@@ -58,7 +57,7 @@ def evaluate(
     """Return {metric: value} of config.evaluation.num_samples samples, and the samples [n h w c].
 
     sampler, weights: see `sampling`.  features, real: see `evaluate_samples`.  Several processes share the sampling,
-    and the first one judges: the others get no metrics.
+    and the first one computes the metrics: the others get none.
     """
     if not group.process:
         real = real or load_real(config)
@@ -70,14 +69,14 @@ def evaluate(
 
 
 def evaluate_emas(
-    config: options.Config, sampler: sampling.Sampler, emas: Any, judge: Callable | None = None
+    config: options.Config, sampler: sampling.Sampler, emas: Any, measure: Callable | None = None
 ) -> dict[str, float]:
     """Return {metric_ema_DECAY: value} of each of config.train.ema_decays, and {metric: value} of the sampled one.
 
-    judge: (config, sampler, weights) -> {metric: value}, samples; None: `evaluate`.
+    measure: (config, sampler, weights) -> {metric: value}, samples; `evaluate` if None.
     """
-    judge = judge or functools.partial(evaluate, real=load_real(config))
-    results = [judge(config, sampler, ema)[0] for ema in emas]
+    measure = measure or functools.partial(evaluate, real=load_real(config))
+    results = [measure(config, sampler, ema)[0] for ema in emas]
     named = zip(config.train.ema_decays, results, strict=True)
     values = {
         f"{name}_ema_{d}": value for d, result in named for name, value in result.items() if name != "num_samples"
@@ -94,14 +93,13 @@ def evaluate_samples(
 ) -> dict[str, float]:
     """Compare generated images with the real split config.evaluation.split.
 
-    images [n h w c] in data units, n >= 2; labels [n], the classes they were generated for.
-    features: {metric: function of images [n h w c] in data units -> features [n d]}: spaces for more such distances.
-    real: what `load_real` returned, for several calls to share; None: load it.
-    Returns num_samples; frechet_distance_pixels (of raw pixels, not of Inception features: not an FID); the distances
-    in the spaces of `features`; with
-    config.evaluation.classifier also class_accuracy in [0, 1], and, if the dataset has another split `test`, the same
-    two numbers of its real images, `real_...`: what a perfect model would reach.
-    Raises UserError for images that are not finite, too few or of the wrong shape, and whatever `load_arrays` raises.
+    images: [n h w c] in data units, n >= 2.  labels: [n], the classes they were generated for.
+    features: {metric: function of images [n h w c] in data units -> features [n d]}, for further Fréchet distances.
+    real: the result of `load_real`, to share between calls; loaded if None.
+    Returns num_samples; frechet_distance_pixels (of raw pixels, so not an FID); the distances in the spaces of
+    `features`; with config.evaluation.classifier also class_accuracy in [0, 1] and, if the dataset has a separate split
+    `test`, both metrics of its real images as `real_...`, which a perfect model would reach.
+    Raises UserError for images that are not finite, too few or of the wrong shape, and as `load_arrays` does.
     """
     real = real or load_real(config)
     _check(images, labels, real.images)
@@ -110,12 +108,12 @@ def evaluate_samples(
 
 
 def check_real(config: options.Config, real: Real) -> None:
-    """Raise UserError for real images that samples cannot be compared with; call it before the samples are made."""
+    """Raise UserError for real images that samples cannot be compared with.  Call it before sampling."""
     c = config.evaluation
     if len(real.images) < 2:
-        raise UserError(f"a distance needs two real images or more: config.evaluation.split {c.split} has fewer")
+        raise UserError(f"a distance needs at least two real images: config.evaluation.split {c.split} has fewer")
     if c.classifier and len(np.unique(real.labels)) < 2:
-        raise UserError("the real images are all of one class: set --config.evaluation.classifier=False")
+        raise UserError("all real images have the same class: set --config.evaluation.classifier=False")
 
 
 def write_evaluation(workdir: str | os.PathLike, result: dict[str, Any]) -> str:

@@ -1,4 +1,4 @@
-"""The evaluate commands: one verdict on a model, or one for each of many guidances."""
+"""The evaluate commands: one evaluation of a model, or one for each guidance setting of a sweep."""
 
 import copy
 import functools
@@ -11,13 +11,11 @@ import numpy as np
 from absl import flags, logging
 
 from meanflow import files
-from meanflow.commands import data_metrics, guidance_sweep, stored_images
-from meanflow.commands import image_metrics as judging
+from meanflow.commands import data_metrics, evaluate_images, guidance_sweep, image_metrics
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks, options, paths
+from meanflow.config import options, paths, resolve, rules
 from meanflow.config.flags import workdir
-from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
@@ -25,111 +23,110 @@ from meanflow.sampling import grids
 JSON_NAME, PAGE_NAME = "sweep.json", "sweep.html"
 GRID_NAME, GRID_SAMPLES = "evaluation.png", 64
 SAVED = "evaluation"  # directory of --save, in the work directory
-OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags of config.evaluation
+OPTIONS = ("num_samples", "metrics", "reference", "inception", "convention", "dino")  # flags that set config.evaluation
 Start = Callable[[options.Config], ProcessGroup]
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 def define_flags() -> None:
     """Define the flags of the evaluate commands."""
     sampling.define_flags()
     sampling.define_saving_flags()
-    flags.DEFINE_list("metrics", None, "Of images: fid, is, kid, pr, fd_dinov2; config.evaluation.metrics by default.")
-    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: .npz with mu and sigma, or EDM2's .pkl.")
-    flags.DEFINE(paths.READ, "inception", None, "Weights of Inception: a .safetensors that parity/convert.py makes.")
-    flags.DEFINE_enum("convention", None, options.CONVENTIONS, "How images reach Inception.")
-    flags.DEFINE(paths.READ, "dino", None, "DINOv2 of fd_dinov2: a directory, or a name on the Hugging Face hub.")
-    flags.DEFINE_list("omegas", None, "Guidance scales to judge, each with each of --intervals, e.g. 1,2,4,8.")
-    flags.DEFINE_list("intervals", None, "Guidance intervals to judge, start:end each, e.g. 0:1,0.4:0.65.")
-    stored_images.define_flags()
+    flags.DEFINE_list("metrics", None, "Image metrics: fid, is, kid, pr, fd_dinov2; default: evaluation.metrics.")
+    flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: an .npz with mu and sigma, or EDM2's .pkl.")
+    flags.DEFINE(paths.READ, "inception", None, "Inception's weights: a .safetensors made by parity/convert.py.")
+    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "Preprocessing for Inception.")
+    flags.DEFINE(paths.READ, "dino", None, "DINOv2 for fd_dinov2: a directory, or a name on the Hugging Face hub.")
+    flags.DEFINE_list("omegas", None, "Guidance scales to evaluate, each with each of --intervals, e.g. 1,2,4,8.")
+    flags.DEFINE_list("intervals", None, "Guidance intervals to evaluate, each start:end, e.g. 0:1,0.4:0.65.")
+    evaluate_images.define_flags()
 
 
 def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> None:
-    """Load and judge as the command line says: once, or every pair of --omegas and --intervals; print and write that.
+    """Evaluate as the command line says, once or for every pair of --omegas and --intervals; print and write results.
 
-    load: as of `sampling.sample`.  start: config -> the group of this process, called before anything is computed.
-    A directory that cannot be written is no error if that shows before the sampling: results are printed.
-    Raises UserError for what cannot be read or sampled, and if writing fails, after the results were printed.
+    load: see `sampling.sample`.  start: config -> the process group, called before anything is computed.
+    If the directory turns out not to be writable before sampling, results are only printed.
+    Raises UserError for what cannot be read or sampled, and, after printing the results, if writing them fails.
     """
-    for flag, run in (("make_reference", stored_images.make_reference), ("samples", stored_images.judge_samples)):
+    without_model = {"make_reference": evaluate_images.make_reference, "samples": evaluate_images.evaluate_samples}
+    for flag, run in without_model.items():
         if flags.FLAGS[flag].value:
             run(framework, start, overridden(options.get_config()))
             return
-    group = start(read_workdir(workdir()))
+    group = start(resolve.read_workdir(workdir()))
     config, sampler, weights = load(workdir(), "", None)
     config = overridden(config)
     configs = guided(config)
     if configs and flags.FLAGS.save:
-        raise UserError("--save keeps the images of one guidance: choose it by --omega and --interval, not by lists")
-    judge = make_judge(config, framework, group)
+        raise UserError("--save keeps the images of a single guidance setting: choose it by --omega and --interval")
+    measure = make_measure(config, framework, group)
     writable = not group.process and is_writable(workdir())
     if configs:
-        rows, images = guidance_sweep.sweep(configs, lambda config: judge(config, sampler, weights))
+        rows, images = guidance_sweep.sweep(configs, lambda config: measure(config, sampler, weights))
         if not group.process:
             print(guidance_sweep.table(rows))
             print("\n".join(guidance_sweep.best_lines(rows)), flush=True)
         if writable:
             print(write(workdir(), config, rows, images))
         return
-    result, images = judge(config, sampler, weights)
+    result, images = measure(config, sampler, weights)
     if not group.process:
-        result |= judging.provenance(config.evaluation)
+        result |= image_metrics.provenance(config.evaluation)
         print(json.dumps(result), flush=True)  # before it is written, which may fail
     if writable:
         data_metrics.write_evaluation(workdir(), result)
         grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
-    if not group.process and isinstance(judge, judging.Judge) and judge.unsaved:
-        raise judge.unsaved
+    if not group.process and isinstance(measure, image_metrics.ImageMetrics) and measure.unsaved:
+        raise measure.unsaved
 
 
 def is_writable(path: str) -> bool:
-    """Return whether results can be written to a directory; a warning says that they are printed only."""
+    """Return whether results can be written to a directory; otherwise log that they are only printed."""
     try:
         files.check_writable(pathlib.Path(path) / data_metrics.FILE_NAME)
     except UserError as error:
-        logging.warning("%s  Results are printed, and not written", error)
+        logging.warning("%s  Results are printed but not written", error)
         return False
     return True
 
 
 def overridden(config: options.Config) -> options.Config:
-    """Return a copy of the config with the flags of evaluation given.  Raises UserError as `checks.check`."""
+    """Return a copy of the config with the evaluation flags that were given.  Raises UserError as `resolve.check`."""
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"metrics": tuple(given["metrics"])} if "metrics" in given else {}
     config = copy.deepcopy(config)
     config.evaluation.update(given)
     if not flags.FLAGS.make_reference:
-        checks.check(config)
+        resolve.check(config)
     return config
 
 
-def make_judge(config: options.Config, framework: FrozenNetworks, group: ProcessGroup) -> Callable:
+def make_measure(config: options.Config, framework: FrozenNetworks, group: ProcessGroup) -> Callable:
     """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c])."""
     if config.evaluation.metrics:
-        return judging.Judge(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
+        return image_metrics.ImageMetrics(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
     if flags.FLAGS.save:
-        raise UserError("--save goes with --metrics here; the sample command saves images without judging them")
+        raise UserError("--save needs --metrics here; the sample command saves images without metrics")
     real = data_metrics.load_real(config)
     data_metrics.check_real(config, real)
     return functools.partial(data_metrics.evaluate, real=real, group=group)
 
 
 def guided(config: options.Config) -> list[options.Config]:
-    """Return copies of the config for all pairs of --omegas and --intervals, every omega of one interval after another.
+    """Return copies of the config for all pairs of --omegas and --intervals, interval by interval.
 
-    Without one of the flags its pairs have the config's value; without both the list is empty.
-    Raises UserError for values of no sense, and for guidance that the network cannot be told.
+    A flag that is not given takes the config's value; without either the list is empty.
+    Raises UserError for invalid values, and for a network that is not conditioned on guidance.
     """
     f = flags.FLAGS
     given = [name for name in ("omegas", "intervals") if f[name].value is not None]
     sampling.check_told(config, given)
     for name in given:
         if not f[name].value or f[name.removesuffix("s")].value is not None:
-            raise UserError(f"--{name} must name one value or more, and not stand beside --{name.removesuffix('s')}")
-    if not given:
-        return []
+            raise UserError(f"--{name} needs at least one value and excludes --{name.removesuffix('s')}")
     omegas, intervals = (config.sample.omega,), (config.sample.interval,)
     if "omegas" in given:
         omegas = sampling.numbers("omegas", f.omegas)
@@ -138,17 +135,17 @@ def guided(config: options.Config) -> list[options.Config]:
         if any(len(interval) != 2 for interval in intervals):
             raise UserError(f"--intervals takes start:end each, e.g. 0:1,0.4:0.65, not {','.join(f.intervals)}")
     configs = []
-    for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas):
+    for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas) if given else ():
         configs.append(copy.deepcopy(config))
         configs[-1].sample.update(omega=omega, interval=interval)
-        checks.check(configs[-1])
+        resolve.check(configs[-1])
     return configs
 
 
 def write(
     workdir: str | os.PathLike, config: options.Config, rows: list[guidance_sweep.Row], images: dict[float, np.ndarray]
 ) -> pathlib.Path:
-    """Write the rows to sweep.json and the page to sweep.html, each atomically.  Returns the page's path.
+    """Write the rows to sweep.json and a page to sweep.html, each atomically.  Returns the page's path.
 
     Raises UserError if they cannot be written.
     """

@@ -15,14 +15,14 @@ Decode = Callable[[np.ndarray], np.ndarray]  # latents [b h w c] in data units -
 
 
 class FrozenNetworks(NamedTuple):
-    """What a framework computes beside samples; numpy in and out."""
+    """Constructors of a framework's frozen networks; the networks take and return numpy arrays."""
 
-    make_decoder: Callable[[Any, latents.Convention], Decode]  # of what `autoencoder.read` returns
-    make_inception: Callable[[str, str], Extract]  # of the path of its weights and a convention's name
+    make_decoder: Callable[[Any, latents.Convention], Decode]  # from the result of `autoencoder.read`
+    make_inception: Callable[[str, str], Extract]  # from the path of its weights and the name of a convention
 
 
 def try_decoder(config: options.Config, networks: FrozenNetworks) -> Decode | None:
-    """Return what `decoder` does, or None, with a warning, where that would be an error: for pictures on the way."""
+    """Return `decoder(config, networks)`, or None with a warning where that fails: for image grids during training."""
     try:
         return decoder(config, networks)
     except UserError as error:
@@ -31,9 +31,9 @@ def try_decoder(config: options.Config, networks: FrozenNetworks) -> Decode | No
 
 
 def decoder(config: options.Config, networks: FrozenNetworks) -> Decode | None:
-    """Return what decodes the samples of a model of latents, by --vae or else config.latents.vae; None: nothing does.
+    """Return the decoder of a latent model's samples, from --vae or else config.latents.vae; None without one.
 
-    Raises UserError for an autoencoder that cannot be read, or one of other latents than the model's.
+    Raises UserError for an autoencoder that cannot be read or has other latents than the model.
     """
     name, convention = _autoencoder(config)
     if not name or convention is None:
@@ -42,23 +42,23 @@ def decoder(config: options.Config, networks: FrozenNetworks) -> Decode | None:
     channels = files.settings["latent_channels"]
     if channels != config.model.channels:
         raise UserError(
-            f"the autoencoder {name} has latents of {channels} channels, the model of {config.model.channels}: name "
-            "the one that made the data, by --vae"
+            f"the autoencoder {name} has latents of {channels} channels, the model has {config.model.channels}: "
+            "name the one that made the data by --vae"
         )
     return networks.make_decoder(files, convention)
 
 
 def image_side(config: options.Config) -> int:
-    """Return the side, in pixels, of the samples of a model, decoded by what `decoder` takes.  Raises as that."""
+    """Return the side in pixels of a model's samples once decoded.  Raises UserError as `decoder` does."""
     name, _ = _autoencoder(config)
     return config.model.input_size * (autoencoder.read_factor(name) if name else 1)
 
 
 def _autoencoder(config: options.Config) -> tuple[str, latents.Convention | None]:
-    """Return the name of the autoencoder, "" if nothing decodes, and the convention of the model's latents."""
+    """Return the name of the autoencoder, "" without one, and the convention of the model's latents."""
     flag = flags.FLAGS["vae"].value if "vae" in flags.FLAGS else None
     convention = latents.of(config)
     if convention is None and flag:
-        raise UserError("--vae decodes latents, and this model is of none: config.latents.scale is ()")
+        raise UserError("--vae decodes latents, but this model makes images: config.latents.scale is ()")
     name = config.latents.vae if flag is None else flag
     return ("" if convention is None else name), convention

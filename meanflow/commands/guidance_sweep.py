@@ -1,4 +1,4 @@
-"""One model under many guidances: a row for each, and their table.
+"""Evaluates one model under many guidance settings: a row for each, and their table.
 
 A row is {"omega": scale, "interval": (start, end), metric: value, ...}, the metrics as of `data_metrics.evaluate`.
 """
@@ -12,25 +12,25 @@ from tqdm import tqdm
 
 from meanflow.config import options
 
-SHOWN = 36  # samples of each scale on the page
-# Of the metrics; of any other, such as a distance, lower is better.
+SHOWN = 36  # samples per scale on the page
+# For all other metrics, such as distances, lower is better.
 HIGHER_IS_BETTER = ("class_accuracy", "inception_score", "precision", "recall")
 Row = dict
-Judge = Callable[[options.Config], tuple[dict[str, float], np.ndarray]]
+Measure = Callable[[options.Config], tuple[dict[str, float], np.ndarray]]
 
 
-def sweep(configs: list[options.Config], judge: Judge) -> tuple[list[Row], dict[float, np.ndarray]]:
-    """Return a row for each config, and {omega: the first samples [n h w c]} of those with the first one's interval.
+def sweep(configs: list[options.Config], measure: Measure) -> tuple[list[Row], dict[float, np.ndarray]]:
+    """Return a row per config, and {omega: first samples [n h w c]} of the configs that have the first one's interval.
 
-    judge: config -> ({metric: value}, samples [n h w c]), called once for each.
+    measure: config -> ({metric: value}, samples [n h w c]), called once per config.
     """
     rows, images = [], {}
     for config in tqdm(configs, "guidance", unit="pair", disable=None):
         c = config.sample
-        result, samples = judge(config)
+        result, samples = measure(config)
         rows.append({"omega": c.omega, "interval": c.interval} | result)
-        if result:  # of the first process
-            logging.info("%s", json.dumps(rows[-1]))  # should a later pair fail
+        if result:  # in the first process
+            logging.info("%s", json.dumps(rows[-1]))  # in case a later pair fails
         if c.interval == configs[0].sample.interval:
             images[c.omega] = samples[:SHOWN].copy()  # a view would keep them all
     return rows, images
@@ -43,13 +43,13 @@ def metrics_of(rows: list[Row]) -> list[str]:
 
 
 def best(rows: list[Row]) -> dict[str, Row]:
-    """Return {metric: the best row}, the first of equals."""
+    """Return {metric: best row}, the first one on ties."""
     sign = {name: -1 if name in HIGHER_IS_BETTER else 1 for name in metrics_of(rows)}
     return {name: min(rows, key=lambda row, name=name: sign[name] * row[name]) for name in sign}
 
 
 def best_lines(rows: list[Row]) -> list[str]:
-    """Return a line for each metric: the best value, and the flags that sample so."""
+    """Return a line per metric: its best value and the flags that reproduce it."""
     return [
         f"best {name}: {row[name]:.4g} with --omega={row['omega']:g} --interval={row['interval'][0]:g},"
         f"{row['interval'][1]:g}"
@@ -58,7 +58,7 @@ def best_lines(rows: list[Row]) -> list[str]:
 
 
 def cells(rows: list[Row]) -> list[list[str]]:
-    """Return the table as texts: the names, a line for each row, and one of the real test images where they count."""
+    """Return the table as text: a header, a line per row, and one for the real test images if they were evaluated."""
     names = metrics_of(rows)
     lines = [["omega", "interval", *names]]
     for row in rows:

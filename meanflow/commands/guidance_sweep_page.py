@@ -1,4 +1,4 @@
-"""The result of a sweep of guidance as one self-contained HTML page."""
+"""The result of a guidance sweep as one self-contained HTML page."""
 
 import html as text
 import math
@@ -19,9 +19,9 @@ img { max-width: 100% }
 
 
 def html(config: options.Config, rows: list[guidance_sweep.Row], images: dict[float, np.ndarray]) -> str:
-    """Return the page: the metrics over omega, the table, and samples of each omega.
+    """Return the page: metrics over omega, the table, and samples for each omega.
 
-    rows, images: as of `guidance_sweep.sweep`.  config: of the run, for what all rows share.
+    rows, images: see `guidance_sweep.sweep`.  config: the run's, for what all rows share.
     """
     c = config.sample
     steps = f"times {c.times}" if c.times else f"{c.steps} step{'s' if c.steps > 1 else ''}"
@@ -29,10 +29,10 @@ def html(config: options.Config, rows: list[guidance_sweep.Row], images: dict[fl
     shown = f"interval {guidance_sweep.interval_text(rows[0]['interval'])}"
     parts = [
         f"<h1>Guidance of {text.escape(config.name)}</h1>",
-        f"<p>{config.evaluation.num_samples} samples a row, of one noise and the same labels (seed {c.seed}); {steps}, "
-        f"{ema}.</p>",
+        f"<p>{config.evaluation.num_samples} samples per row, all with the same noise and labels (seed {c.seed}); "
+        f"{steps}, {ema}.</p>",
         "".join(f"<p>{text.escape(line)}</p>" for line in guidance_sweep.best_lines(rows)),
-        image(curves(rows), "each metric over omega, one line an interval"),
+        image(curves(rows), "each metric over omega, one line per interval"),
         f"<h2>Table</h2>{table(rows)}",
         f"<h2>Samples, {shown}</h2>{image(pictures(images), f'samples of each omega, {shown}')}",
     ]
@@ -41,13 +41,13 @@ def html(config: options.Config, rows: list[guidance_sweep.Row], images: dict[fl
 
 
 def table(rows: list[guidance_sweep.Row]) -> str:
-    """Return the table of `guidance_sweep.cells`."""
+    """Return the table of `guidance_sweep.cells` in HTML."""
     names, *lines = ("".join(f"<td>{text.escape(cell)}</td>" for cell in line) for line in guidance_sweep.cells(rows))
     return f"<table><tr>{names.replace('td>', 'th>')}</tr>{''.join(f'<tr>{line}</tr>' for line in lines)}</table>"
 
 
 def curves(rows: list[guidance_sweep.Row]) -> Figure:
-    """Plot every metric over omega, one line an interval; dashed: of the real test images."""
+    """Plot every metric over omega, one line per interval; dashed: real test images."""
     names, omegas = guidance_sweep.metrics_of(rows), sorted({row["omega"] for row in rows})
     figure = Figure(figsize=(11, 4.2 * math.ceil(len(names) / 2)), layout="constrained")
     panels = figure.subplots(math.ceil(len(names) / 2), min(len(names), 2), squeeze=False).ravel()
@@ -69,7 +69,7 @@ def curves(rows: list[guidance_sweep.Row]) -> Figure:
 
 
 def pictures(images: dict[float, np.ndarray]) -> Figure:
-    """Draw a grid of the samples [n h w c] of each omega; the n-th is always of the same noise and label."""
+    """Draw a grid of samples [n h w c] for each omega; the n-th always has the same noise and label."""
     columns = 4 if len(images) > 2 else 2
     lines = math.ceil(len(images) / columns)
     figure = Figure(figsize=(11, 11.6 / columns * lines), layout="constrained")

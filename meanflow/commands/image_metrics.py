@@ -1,4 +1,4 @@
-"""Judges a model by images: samples, decoded, into features, into metrics, over all devices and processes."""
+"""Image metrics of a model: samples, decoded, to features, to metrics, over all devices and processes."""
 
 import pathlib
 import types
@@ -18,12 +18,12 @@ from meanflow.metrics.extractor import Extract, Extractor
 from meanflow.process_group import ALONE, ProcessGroup
 from meanflow.sampling import grids, saving
 
-SHOWN = 64  # samples of the grid
-INCEPTION, DINO = {"pool", "logits"}, {"dino"}  # features, by what makes them
+SHOWN = 64  # samples in the grid
+INCEPTION, DINO = {"pool", "logits"}, {"dino"}  # features of each network
 
 
-class Judge:
-    """The metrics of config.evaluation.metrics; made once for many models of one config."""
+class ImageMetrics:
+    """Computes config.evaluation.metrics; created once for many models of one config."""
 
     def __init__(
         self,
@@ -33,10 +33,10 @@ class Judge:
         output: pathlib.Path | None = None,
         save: str | None = None,
     ):
-        """save: of `saving.KINDS`: writes all images into the directory `output`; None: nothing is written.
+        """save: one of `saving.KINDS`, to write all images into the directory `output`; None writes nothing.
 
-        Raises UserError for an autoencoder, weights or statistics that cannot be read or do not belong together, for
-        too few samples, and for an output that cannot be written.
+        Raises UserError for an autoencoder, weights or statistics that cannot be read or do not match, for too few
+        samples, and for an output that cannot be written.
         """
         c = config.evaluation
         self.metrics, self.group, self.output, self.save = tuple(c.metrics), group, output, save
@@ -54,11 +54,11 @@ class Judge:
         self._check_channels(config)
 
     def __call__(self, config: options.Config, sampler: sample.Sampler, weights: Any) -> tuple[dict, np.ndarray]:
-        """Return {metric: value} of config.evaluation.num_samples samples, and the first of them, [n h w c].
+        """Return {metric: value} for config.evaluation.num_samples samples, and the first samples, [n h w c].
 
-        config: one of the same data and evaluation, with another guidance, say.  sampler, weights: see `sampling`.
-        Every process calls it; all but the first get no metrics, and the first of their own samples.  If images cannot
-        be saved, there are metrics all the same, and `self.unsaved` is the error.
+        config: may differ in its sampling options, such as guidance.  sampler, weights: see `sample`.
+        Every process calls it; all but the first get no metrics, and their own first samples.  If images cannot be
+        saved, the metrics are still computed and `self.unsaved` holds the error.
         """
         num = config.evaluation.num_samples
         saver = saving.Saver(self.output, self.save) if self.save and self.output else None
@@ -90,7 +90,7 @@ class Judge:
         try:
             function(*args)
         except UserError as error:
-            logging.error("%s  The images are judged all the same", error)
+            logging.error("%s  The images are evaluated nevertheless", error)
             self.unsaved = error
 
     def _decoded(self, samples: np.ndarray) -> np.ndarray:
@@ -104,22 +104,22 @@ class Judge:
     def _check_channels(self, config: options.Config) -> None:
         if self.decode is None and config.model.channels not in (1, 3):
             raise UserError(
-                f"the samples have {config.model.channels} channels, and config.evaluation.metrics are of images: name "
+                f"the samples have {config.model.channels} channels, but config.evaluation.metrics need images: name "
                 "the autoencoder that decodes them by --vae or config.latents.vae, with config.latents.scale"
             )
 
 
 def read_references(c: options.Config) -> dict[str, references.Reference]:
-    """Return {metric: statistics of real images} as far as the metrics of `config.evaluation` need them.
+    """Return {metric: statistics of real images} for the metrics of `config.evaluation` that need them.
 
-    Raises UserError if they cannot be read, are of another convention, or lack what a metric compares with.
+    Raises UserError if they cannot be read, have another convention, or lack what a metric compares with.
     """
     found = {metric: references.read(c.reference, metric) for metric in c.metrics if metric != "is"}
     for metric, reference in found.items():
         if metric != "fd_dinov2" and reference.convention not in ("", c.convention):
             raise UserError(
                 f"{c.reference} (config.evaluation.reference) holds statistics of the convention "
-                f"{reference.convention}, but config.evaluation.convention is {c.convention}: make others, or set it"
+                f"{reference.convention}, but config.evaluation.convention is {c.convention}: make new ones, or set it"
             )
         if metric in accumulate.BY_ROWS and reference.features is None:
             raise UserError(
@@ -130,17 +130,17 @@ def read_references(c: options.Config) -> dict[str, references.Reference]:
 
 
 def check_sizes(c: options.Config, found: dict[str, references.Reference], size: tuple[int, int]) -> None:
-    """Raise UserError if statistics are of images of another height and width; log that they do not tell.
+    """Raise UserError if statistics belong to images of another height and width; log it if they do not say.
 
-    c: `config.evaluation`.  size: (h, w) of the images to be judged.
+    c: `config.evaluation`.  size: (h, w) of the images to evaluate.
     """
     for metric, reference in found.items():
         accumulate.check_size(metric, reference, size)
     silent = [metric for metric, reference in found.items() if reference.image_size is None]
     if silent:
         logging.info(
-            "%s does not tell the size of its images: %s is meaningful only if they are of %d x %d pixels, as those "
-            "judged", c.reference, " and ".join(silent), *size,
+            "%s does not state the size of its images: %s is meaningful only if they have %d x %d pixels, as those "
+            "evaluated", c.reference, " and ".join(silent), *size,
         )  # fmt: skip
 
 
@@ -150,9 +150,9 @@ def extractor(
     framework: FrozenNetworks,
     found: Mapping[str, references.Reference] = types.MappingProxyType({}),
 ) -> Extract:
-    """Return what makes the features of images uint8 [b h w c] that the metrics of `config.evaluation` need.
+    """Return the function from images uint8 [b h w c] to the features that the metrics of `config.evaluation` need.
 
-    Raises UserError if `found`, statistics by metric, are of features of another width.
+    Raises UserError if `found`, statistics by metric, has features of another width.
     """
     needed, parts = accumulate.needs(metrics), []
     if needed & INCEPTION:
@@ -176,5 +176,5 @@ def extractor(
 
 
 def provenance(c: options.Config) -> dict[str, str]:
-    """Return what metrics depend on beside the images, from `config.evaluation`; nothing without such metrics."""
+    """Return what image metrics depend on besides the images, from `config.evaluation`; empty without metrics."""
     return {"convention": c.convention, "reference": c.reference} if c.metrics else {}

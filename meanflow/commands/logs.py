@@ -1,4 +1,4 @@
-"""Logs of a run, the same from both trainers: TensorBoard, the console and metrics.jsonl.
+"""Logs of a run, the same for both trainers: TensorBoard, the console and metrics.jsonl.
 
 clu and TensorFlow take seconds to import, so they are imported only where a log is opened.
 """
@@ -24,8 +24,8 @@ SHOWN = 80  # bytes of a damaged line
 class MetricLog:
     """The log of one run in its work directory.
 
-    Scalars go to WORKDIR/metrics.jsonl (one object a line, {"step": 100, "loss": ...}), to TensorBoard event files in
-    WORKDIR/tensorboard and to the console.  With active=False (every rank but the first) all methods do nothing.
+    Scalars go to WORKDIR/metrics.jsonl (one object per line, {"step": 100, "loss": ...}), to TensorBoard event files in
+    WORKDIR/tensorboard and to the console.  With active=False (all ranks but the first) all methods do nothing.
     Raises UserError if the directory cannot be written.
     """
 
@@ -37,7 +37,7 @@ class MetricLog:
             self._open(pathlib.Path(workdir) / TENSORBOARD)
 
     def write(self, step: int, values: dict[str, float]) -> None:
-        """Log scalars (anything that `float` takes) at `step`.  The line is on disk when this returns."""
+        """Log scalars (anything `float` accepts) at `step`.  The line is on disk when this returns."""
         if not self.active:
             return
         values = {name: float(value) for name, value in values.items()}
@@ -55,12 +55,12 @@ class MetricLog:
             self.tensorboard.write_images(step, {name: grid[None]})
 
     def rewind(self, step: int, wanted: str = "") -> None:
-        """Drop the lines of metrics.jsonl after `step`, so that a resumed run leaves the file of an unbroken one.
+        """Drop the lines of metrics.jsonl after `step`, so that a resumed run ends with the file of an unbroken one.
 
-        wanted: lines of `step` itself without this name are dropped too, since they will be written again.
-        Also drops a last line that was cut short by a kill, and the zeros that a power loss may leave behind it.
-        TensorBoard's files stay as they are, and hold the steps done again twice.  Raises UserError for any other line
-        that is no line of a log, or if the file cannot be read.
+        wanted: lines of `step` itself that lack this name are dropped too, since they will be written again.
+        Also drops a last line that a kill cut short, and trailing zeros that a power loss may leave.
+        TensorBoard's files are left alone, so they hold repeated steps twice.  Raises UserError for any other line
+        that is not a log line, or if the file cannot be read.
         """
         if not self.active or not self._path.exists():
             return
@@ -68,7 +68,7 @@ class MetricLog:
             *lines, last = self._path.read_bytes().rstrip(b"\0").split(b"\n")
         except OSError as error:
             raise UserError(f"cannot read {self._path}: {error.strerror}; move it away") from error
-        if last.endswith(b"}"):  # whole but for its end of line
+        if last.endswith(b"}"):  # complete except for its newline
             lines.append(last)
         elif last:
             logging.warning("%s: dropped an unfinished last line of %d bytes", self._path, len(last))
@@ -81,12 +81,12 @@ class MetricLog:
         files.replace_bytes(self._path, b"".join(kept))
 
     def flush(self) -> None:
-        """Bring TensorBoard's files up to date."""
+        """Flush TensorBoard's files."""
         if self.active:
             self.tensorboard.flush()
 
     def close(self) -> None:
-        """Flush and end the log."""
+        """Flush and close the log."""
         if self.active:
             self.tensorboard.close()
 
@@ -112,10 +112,10 @@ class MetricLog:
 
 
 class Progress:
-    """Tells on the console how far a run is: steps/s, percentage, ETA; the rate goes to TensorBoard too."""
+    """Shows the progress of a run on the console: steps/s, percentage, ETA; steps/s go to TensorBoard too."""
 
     def __init__(self, num_steps: int, log: MetricLog):
-        """num_steps: optimizer steps of the whole run.  log: an inactive one keeps this silent."""
+        """num_steps: optimizer steps of the whole run.  log: shows nothing if inactive."""
         self._report = None
         if log.active:
             from clu import periodic_actions
@@ -125,6 +125,6 @@ class Progress:
             )
 
     def __call__(self, step: int) -> None:
-        """Call after every step with the number of steps done; reports every `PROGRESS_SECONDS` and at the end."""
+        """Call after every step with the number of steps done; shows it every `PROGRESS_SECONDS` and at the end."""
         if self._report is not None:
             self._report(step)

@@ -1,4 +1,4 @@
-"""The processes of one command: if one fails, all end, at once and without waiting for each other."""
+"""The processes of one command: if one fails, all end immediately, without waiting for each other."""
 
 import contextlib
 import os
@@ -11,32 +11,32 @@ from typing import NamedTuple
 
 from meanflow.errors import UserError
 
-POLL_SECONDS = 0.5  # between looks at the board
-GRACE_SECONDS = 2.0  # that the one that failed has to end first, so that launchers name it
-KEEPER_SECONDS = 60.0  # that the keeper of the board waits for the others to end; one that compiles sees a note late
+POLL_SECONDS = 0.5  # between reads of the board
+GRACE_SECONDS = 2.0  # for the failed process to end first, so that launchers name it
+KEEPER_SECONDS = 60.0  # the board's keeper waits for the others; a compiling process reads a note late
 
 
 class Board(NamedTuple):
-    """Where a process that fails leaves a note for the others.  No function waits for another process.
+    """Where a failing process leaves a note for the others.  No function waits for another process.
 
     All raise OSError or RuntimeError if the board is gone.
     """
 
-    process: int  # number of this process
+    process: int  # index of this process
     post: Callable[[str], None]
     read: Callable[[], str]  # the note, empty if there is none
-    end: Callable[[], None]  # tells that this process ends
-    all_end: Callable[[], bool]  # whether every process has told so
-    keeper: bool  # the board goes with this process, so it ends last
+    end: Callable[[], None]  # announces that this process ends
+    all_end: Callable[[], bool]  # whether every process has announced it
+    keeper: bool  # the board ends with this process, so it ends last
 
 
 @contextlib.contextmanager
 def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator[None]:
     """Run a command as one of several processes.
 
-    board: None for a process alone, for which this does nothing.  finish: waits for all processes, after success.
-    If this process fails, it prints its error, leaves a note and ends: with exit code 2 for a `UserError`, else 1.  If
-    another fails, this one prints one line and ends with exit code 1, even while it waits for a collective.
+    board: None for a single process, for which this does nothing.  finish: waits for all processes, on success.
+    If this process fails, it prints its error, leaves a note and ends with exit code 2 for a `UserError`, else 1.  If
+    another one fails, this one prints one line and ends with exit code 1, even while waiting in a collective.
     """
     if board is None:
         yield
@@ -47,7 +47,7 @@ def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator
     try:
         yield
         finish()
-    except BaseException as error:  # whatever it is, the others must not wait for this process
+    except BaseException as error:  # of any kind: the others must not wait for this process
         if over.is_set():
             watch.join()  # it is ending this process
         over.set()
@@ -57,7 +57,7 @@ def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator
 
 
 def _watch(board, over):
-    """Look at the board until this process is over; end it if there is a note."""
+    """Read the board until this process is over; end it if there is a note."""
     while not over.wait(POLL_SECONDS):
         note = _look(board)
         if note and not over.wait(GRACE_SECONDS):
@@ -70,11 +70,11 @@ def _look(board):
     try:
         return board.read()
     except (OSError, RuntimeError):
-        return "the process that holds this run together has ended, so this one ends too"
+        return "the process that coordinates this run has ended, so this one ends too"
 
 
 def _end(board, error):
-    """End this process after an error of its own, or one that another process caused by failing."""
+    """End this process after an error of its own, or one caused by the failure of another process."""
     note = _look(board)
     if note and not isinstance(error, UserError):  # a collective broke because its partner is gone
         _leave(board, f"error: {note}", 1)
@@ -89,7 +89,7 @@ def _end(board, error):
 
 
 def _leave(board, text, code):
-    """Print and end, the keeper last, without what Python does at exit, which may wait for other processes."""
+    """Print and end, the keeper last, skipping Python's exit handlers, which may wait for other processes."""
     print(text.rstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
     deadline = time.monotonic() + KEEPER_SECONDS
@@ -98,5 +98,5 @@ def _leave(board, text, code):
         while board.keeper and time.monotonic() < deadline and not board.all_end():
             time.sleep(POLL_SECONDS)
     if board.keeper:
-        time.sleep(POLL_SECONDS)  # from telling to ending
+        time.sleep(POLL_SECONDS)  # from the announcement to the end
     os._exit(code)

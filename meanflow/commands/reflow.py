@@ -1,4 +1,4 @@
-"""What both reflow commands share: flags, the checks of teacher and guide, and the couplings that they ask for."""
+"""The framework-free half of the reflow commands: flags, checks of teacher and guide, and the couplings."""
 
 import os
 import pathlib
@@ -9,19 +9,17 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from meanflow.config import checks, latents, options, paths, store
+from meanflow.config import latents, options, paths, resolve
 from meanflow.config.flags import config as config_flag
-from meanflow.config.workdir import read_workdir
-from meanflow.data import couplings, digests, records
-from meanflow.data.images import tfds_images
+from meanflow.data import couplings, digests, records, sources
 from meanflow.errors import UserError
 from meanflow.sampling import edm
 
-SEED = 1  # other than config.sample.seed, or a student would be judged by the noise of its own couplings
-EDM2_SIGMA_MAX = 80.0  # the largest noise level that its networks are told
-ALIKE = ("model.input_size", "model.channels", "model.num_classes")  # of teacher and guide
+SEED = 1  # differs from config.sample.seed, or a student would be evaluated on the noise of its own couplings
+EDM2_SIGMA_MAX = 80.0  # the largest noise level its networks are conditioned on
+ALIKE = ("model.input_size", "model.channels", "model.num_classes")  # equal in teacher and guide
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 class Model(NamedTuple):
@@ -37,33 +35,33 @@ MakeCoupler = Callable[[list[Model], tuple[float, ...], float], couplings.Couple
 
 
 def define_flags() -> None:
-    """Define the flags of the reflow commands, --config aside."""
+    """Define the flags of the reflow commands, except --config."""
     flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
-    flags.DEFINE(paths.READ, "guide", "", "A worse flow model, to be guided away from (autoguidance), with --guidance.")
-    config_flags.DEFINE_config_file("guide_config", None, "Config of the --guide, if that is a .safetensors.")
-    flags.DEFINE_float("guidance", 1.0, "Guidance scale, away from no class or, if given, from --guide; 1: none.")
-    flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
+    flags.DEFINE(paths.READ, "guide", "", "A weaker flow model to guide away from (autoguidance), with --guidance.")
+    config_flags.DEFINE_config_file("guide_config", None, "Config of --guide if that is a .safetensors.")
+    flags.DEFINE_float("guidance", 1.0, "Guidance scale, away from no class or, if given, --guide; 1: none.")
+    flags.DEFINE_integer("ema", None, "EMA of a work directory; -1: raw parameters; default: its config.sample.ema.")
     flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
-    flags.DEFINE(paths.WRITTEN, "output", "", "Directory of the dataset: new, or one to go on with.")
-    flags.DEFINE_enum("labels", "random", ["random", "dataset"], "Labels: random, or those of the teacher's data.")
-    flags.DEFINE_integer("num_samples", None, "Pairs, with random labels.", lower_bound=1)
-    flags.DEFINE_integer("num_passes", None, "Passes through the dataset, with its labels; default: 1.", lower_bound=1)
-    flags.DEFINE_integer("steps", 32, "Steps of the sampler, each of two evaluations but the last.", lower_bound=1)
-    flags.DEFINE_float("sigma_min", 0.002, "Least noise level before 0.")
-    flags.DEFINE_float("sigma_max", 80.0, "First noise level.")
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory of the dataset; an unfinished one is continued.")
+    flags.DEFINE_enum("labels", "random", ["random", "dataset"], "Random labels, or those of the teacher's dataset.")
+    flags.DEFINE_integer("num_samples", None, "Number of pairs, with --labels=random.", lower_bound=1)
+    flags.DEFINE_integer("num_passes", None, "Passes through the data of --labels=dataset; default: 1.", lower_bound=1)
+    flags.DEFINE_integer("steps", 32, "Sampler steps, two evaluations each except the last.", lower_bound=1)
+    flags.DEFINE_float("sigma_min", 0.002, "Smallest noise level before 0.")
+    flags.DEFINE_float("sigma_max", 80.0, "Initial noise level.")
     flags.DEFINE_float("rho", 7.0, "Noise levels are uniform in sigma^(1/rho).")
-    flags.DEFINE_float("distance_clip", 0.0, "Keep pairs whose mean squared distance is below; 0: all.", lower_bound=0)
-    flags.DEFINE_integer("batch_size", 128, "Pairs made at once by a process.", lower_bound=1)
+    flags.DEFINE_float("distance_clip", 0.0, "Keep pairs with mean squared distance below this; 0: all.", lower_bound=0)
+    flags.DEFINE_integer("batch_size", 128, "Pairs that a process makes at once.", lower_bound=1)
     flags.DEFINE_integer(
-        "shard_size", couplings.SHARD_SIZE, "Pairs of a file; a kill loses one a process.", lower_bound=1
+        "shard_size", couplings.SHARD_SIZE, "Pairs per file; if killed, each process redoes one.", lower_bound=1
     )
-    flags.DEFINE_integer("seed", SEED, "Seed of noise and random labels; not that of sampling.", lower_bound=0)
+    flags.DEFINE_integer("seed", SEED, "Seed of noise and random labels; differs from that of sampling.", lower_bound=0)
 
 
 def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     """Make the couplings that the command line asks for, and print their directory.
 
-    start: (config) -> (number of this process, how many there are).  load: (path, config, step) -> canonical weights.
+    start: (config) -> (index of this process, number of processes).  load: (path, config, step) -> canonical weights.
     make_coupler: (models, noise levels, guidance) -> coupler, see `couplings.make`; the models are the teacher and,
     optionally, its guide.  Raises UserError for what cannot be read, made or written.
     """
@@ -72,7 +70,7 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
         raise UserError("--output is missing: name the directory of the couplings")
     configs = read_configs()
     if f.sigma_max > EDM2_SIGMA_MAX and any(config.model.name == "edm2" for config in configs):
-        raise UserError(f"--sigma_max is {f.sigma_max}; a network of EDM2 knows no noise above {EDM2_SIGMA_MAX:g}")
+        raise UserError(f"--sigma_max is {f.sigma_max}; EDM2 networks know no noise above {EDM2_SIGMA_MAX:g}")
     schedule = edm.Schedule(f.steps, f.sigma_min, f.sigma_max, f.rho)
     sigmas = edm.noise_levels(schedule)
     process, num_processes = start(configs[0])
@@ -85,21 +83,21 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     for name, model in zip(("teacher", "guide"), models, strict=False):
         settings |= {
             f"{name}.weights": digests.of_weights(model.weights),
-            **store.flatten(model.config.model, f"{name}.model."),
+            **resolve.flatten(model.config.model, f"{name}.model."),
         }
     metadata = {"teacher": os.path.abspath(f.teacher), "guide": f.guide and os.path.abspath(f.guide)}
     convention = latents.of(configs[0])
-    if convention:  # of the couplings as of the teacher's own data
+    if convention:  # the couplings have that of the teacher's data
         metadata |= {"convention": latents.to_dict(convention), "vae": configs[0].latents.vae}
     missing = couplings.make(pathlib.Path(f.output), plan, coupler, settings, metadata, process, num_processes)
     records.announce(f.output, missing)
 
 
 def read_configs() -> list[options.Config]:
-    """Return the configs of --teacher and, if it is given, --guide.
+    """Return the configs of --teacher and, if given, --guide.
 
-    Raises UserError for flags that do not go together, and unless they are flow models on the linear path of the same
-    images and classes.
+    Raises UserError for contradictory flags, and unless both are flow models on the linear path with the same image
+    size, channels and classes.
     """
     f = flags.FLAGS
     if f.workdir:
@@ -114,16 +112,16 @@ def read_configs() -> list[options.Config]:
     if not f.guide:
         return [teacher]
     guide = read_config("guide", f.guide, "guide_config", f.guide_config, None)
-    ours, theirs = store.flatten(teacher), store.flatten(guide)
+    ours, theirs = resolve.flatten(teacher), resolve.flatten(guide)
     for name in ALIKE:
         if ours[name] != theirs[name]:
             raise UserError(
-                f"--guide {f.guide} has config.{name} {theirs[name]}, --teacher {ours[name]}: they must agree"
+                f"--guide {f.guide} has config.{name} {theirs[name]}, --teacher {ours[name]}: they must be equal"
             )
     if (ours["model.compute_dtype"] == "float64") != (theirs["model.compute_dtype"] == "float64"):
         raise UserError(
             f"--guide {f.guide} has config.model.compute_dtype {theirs['model.compute_dtype']}, --teacher "
-            f"{ours['model.compute_dtype']}: either both or none compute in float64"
+            f"{ours['model.compute_dtype']}: either both or neither must compute in float64"
         )
     return [teacher, guide]
 
@@ -136,31 +134,29 @@ def read_config(
             raise UserError(
                 f"--{of_config} goes with a .safetensors: --{flag} {path} is a work directory, with its own"
             )
-        config = read_workdir(path)
+        config = resolve.read_workdir(path)
         config.sample.ema = config.sample.ema if ema is None else ema
     elif config is None:
-        raise UserError(f"--{flag} {path} is no work directory, and a .safetensors needs its config: --{of_config}")
+        raise UserError(f"--{flag} {path} is not a work directory, and a .safetensors needs its config: --{of_config}")
     elif ema is not None or step is not None:
         option = "step" if ema is None else "ema"
-        raise UserError(f"--{option} chooses weights of a work directory, and --{flag} {path} is none")
-    checks.check(config)
+        raise UserError(f"--{option} selects weights of a work directory, and --{flag} {path} is not one")
+    resolve.check(config)
     if config.method.name != "flow":
-        raise UserError(f"--{flag} {path} is of config.method.name {config.method.name}: couplings need a flow model")
+        raise UserError(f"--{flag} {path} has config.method.name {config.method.name}: couplings need a flow model")
     if config.method.path != "linear":
-        raise UserError(
-            f"--{flag} {path} is of config.method.path {config.method.path}: couplings need the linear path"
-        )
+        raise UserError(f"--{flag} {path} has config.method.path {config.method.path}: couplings need the linear path")
     return config
 
 
 def make_plan(config: options.Config) -> couplings.Plan:
-    """Return the plan of the flags.  config: the teacher's.  Raises UserError for flags that do not go together."""
+    """Return the plan that the flags describe.  config: the teacher's.  Raises UserError for contradictory flags."""
     f, c, labels = flags.FLAGS, config.model, None
     if (f.num_samples if f.labels == "dataset" else f.num_passes) is not None:
         other = {"dataset": "num_samples goes with --labels=random", "random": "num_passes goes with --labels=dataset"}
         raise UserError(f"--{other[f.labels]}, not with --labels={f.labels}")
     if f.labels == "dataset":
-        labels = tfds_images.open_labels(config.data.name, config.data.split, config.data.dir)
+        labels = sources.open_labels(config.data.name, config.data.split, config.data.dir)
         num_samples = (f.num_passes or 1) * len(labels)
     elif f.num_samples is None:
         raise UserError("--num_samples is missing: say how many pairs to make")

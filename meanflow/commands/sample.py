@@ -1,9 +1,9 @@
-"""Generates images from a trained model of either framework, and what both sample commands do beside that.
+"""The framework-free half of the sample commands: flags, and images from a trained model.
 
-A sampler is a function (weights, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units, numpy in and
-out, of weights as its framework holds them.  c is a `config.sample`, of which it reads the guidance that the network is
-told (omega, interval); the rest is fixed when the sampler is made.  fresh is the noise that it draws anew, [k b h w c],
-None for samplers that draw none.
+A sampler is a function (weights, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.  All are
+numpy except the weights, which are as its framework holds them.  c: a `config.sample`, from which the sampler reads the
+guidance that the network is conditioned on (omega, interval); everything else is fixed when it is made.  fresh: fresh
+noise for the steps that add some, [k b h w c]; None for samplers without.
 """
 
 import copy
@@ -20,7 +20,7 @@ from tqdm import tqdm
 from meanflow import files
 from meanflow.commands import frozen_networks
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks, latents, options, paths
+from meanflow.config import latents, options, paths, resolve, rules
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
 from meanflow.errors import UserError
@@ -28,48 +28,46 @@ from meanflow.process_group import ALONE, ProcessGroup, gather_rows, pack
 from meanflow.sampling import grids, saving
 from meanflow.sampling import noise as noise_and_labels
 
-NUM_SAMPLES = 100  # images that the sample commands generate unless told otherwise
-# Flags of config.sample.
+NUM_SAMPLES = 100  # images that the sample commands generate by default
+# Flags that set config.sample.
 OPTIONS = (
     "steps", "times", "shift", "sampler", "gamma", "diffusion", "diffusion_scale", "official", "cfg_scale", "omega",
     "interval", "ema", "batch_size", "seed",
 )  # fmt: skip
-SAMPLERS = ("euler", "restart", "ctm", "velocity", "heun", "sde")  # of flow maps, and of flow models
-V_HEADS = "v_heads."  # canonical names of the blocks of the head of v begin so
+V_HEADS = "v_heads."  # prefix of the canonical names of the v head's blocks
 Sampler = Callable[[Any, np.ndarray, np.ndarray, options.Config, np.ndarray | None], np.ndarray]
 Load = Callable[[str | None, str, options.Config | None], tuple[options.Config, Sampler, Any]]
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 def define_flags() -> None:
-    """Define the flags of all commands that sample: those of `OPTIONS` and the number of images."""
+    """Define the flags of all commands that sample: those in `OPTIONS` and the number of images."""
     flags.DEFINE_integer(
-        "num_samples", None, f"Images; {NUM_SAMPLES} to look at, config.evaluation.num_samples to judge.", lower_bound=1
+        "num_samples", None, f"Images; {NUM_SAMPLES}, or config.evaluation.num_samples to evaluate.", lower_bound=1
     )
-    flags.DEFINE_integer("steps", None, "Steps of sampling; config.sample.steps by default.", lower_bound=1)
-    flags.DEFINE_list("times", None, "Times from 1 down to 0 instead of uniform steps, e.g. 1,0.5,0.")
+    flags.DEFINE_integer("steps", None, "Sampling steps; default: config.sample.steps.", lower_bound=1)
+    flags.DEFINE_list("times", None, "Times from 1 down to 0, instead of uniform steps, e.g. 1,0.5,0.")
     flags.DEFINE_float("shift", None, "Shift of uniform steps towards noise; 1: none.")
-    flags.DEFINE_enum("sampler", None, SAMPLERS, "How to sample; config.sample.sampler by default.")
-    flags.DEFINE_float("gamma", None, "Share of the noise that the sampler ctm draws anew, in [0, 1].")
-    flags.DEFINE_enum("diffusion", None, ["sigma", "elbo"], "Coefficient of the sampler sde.")
+    samplers = dict.fromkeys(rules.FLOW_MAP_SAMPLERS + rules.FLOW_SAMPLERS)
+    flags.DEFINE_enum("sampler", None, list(samplers), "Sampler; default: config.sample.sampler.")
+    flags.DEFINE_float("gamma", None, "Fraction of the noise that the sampler ctm replaces, in [0, 1].")
+    flags.DEFINE_enum("diffusion", None, ["sigma", "elbo"], "Diffusion coefficient of the sampler sde.")
     flags.DEFINE_float("diffusion_scale", None, "Factor of that coefficient.")
-    flags.DEFINE_bool("official", None, "Sample with the mistakes of the official code; docs/differences.md.")
-    flags.DEFINE_float("cfg_scale", None, "Guidance at sampling, for models trained without it; 1: none.")
-    flags.DEFINE_float("omega", None, "Guidance scale that the network is told; improved MeanFlow only.")
-    flags.DEFINE_list("interval", None, "Start and end of the guidance, e.g. 0.4,0.65.")
-    flags.DEFINE_integer("ema", None, "Which EMA to sample from; -1: the raw parameters.")
-    flags.DEFINE_integer(
-        "step", None, "Checkpoint or snapshot to read; the newest checkpoint by default.", lower_bound=0
-    )
+    flags.DEFINE_bool("official", None, "Reproduce the mistakes of the official samplers; docs/differences.md.")
+    flags.DEFINE_float("cfg_scale", None, "Guidance scale at sampling, for models trained without guidance; 1: none.")
+    flags.DEFINE_float("omega", None, "Guidance scale the network is conditioned on; improved MeanFlow only.")
+    flags.DEFINE_list("interval", None, "Guidance interval in time, e.g. 0.4,0.65.")
+    flags.DEFINE_integer("ema", None, "EMA to sample from; -1: the raw parameters.")
+    flags.DEFINE_integer("step", None, "Checkpoint or snapshot to read; default: the newest checkpoint.", lower_bound=0)
     flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
     flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
 
 
 def define_saving_flags() -> None:
-    """Define the flags of what is written beside the grid."""
-    flags.DEFINE_enum("save", None, saving.KINDS, "Also write every image: as PNG, or all as one .npz of uint8.")
-    flags.DEFINE(paths.READ, "vae", None, "Autoencoder that decodes latents, directory or hub name; empty: leave them.")
+    """Define the flags for what is written besides the grid."""
+    flags.DEFINE_enum("save", None, saving.KINDS, "Also write every image: PNG files, or one .npz of uint8.")
+    flags.DEFINE(paths.READ, "vae", None, "Autoencoder to decode latents: directory or hub name; empty: do not decode.")
 
 
 def define_sample_flags() -> None:
@@ -78,21 +76,21 @@ def define_sample_flags() -> None:
     flags.DEFINE(
         paths.READ, "weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir."
     )
-    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for samples.png and samples.npz; WORKDIR/samples by default.")
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for samples.png and samples.npz; default: WORKDIR/samples.")
     define_saving_flags()
-    flags.DEFINE_list("labels", [], "Classes to generate, repeated in turn, e.g. 0,1,2; drawn at random by default.")
+    flags.DEFINE_list("labels", [], "Classes to cycle through, e.g. 0,1,2; default: random.")
 
 
 def sample(load: Load, framework: FrozenNetworks) -> None:
     """Load, generate, decode and write as the command line says, and print the PNG's path.
 
-    load: (work directory, path of weights, config) -> config, sampler, its weights; either the first is given or the
-    others are.  Raises UserError for what cannot be read, sampled or written.
+    load: (work directory, path of weights, config) -> config, sampler, its weights; given either the first or the
+    others.  Raises UserError for what cannot be read, sampled or written.
     """
     f = flags.FLAGS
     if config_flag() is not None and not f.weights:
         raise UserError(
-            "--config goes with --weights: a work directory has its own, of which flags change the sampling"
+            "--config goes with --weights: a work directory has its own, whose sampling options are set by flags"
         )
     if f.weights and f.step is not None:
         raise UserError("--step chooses a checkpoint of a work directory, and --weights is a file: leave one out")
@@ -101,11 +99,11 @@ def sample(load: Load, framework: FrozenNetworks) -> None:
         files.check_writable(os.path.join(output, name))
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
-        raise UserError("--labels: this network knows no classes (config.model.name is unet)")
+        raise UserError("--labels: this network is unconditional (config.model.name is unet)")
     decode = frozen_networks.decoder(config, framework)
     if f.save and decode is None and config.model.channels not in (1, 3):
         raise UserError(
-            f"--save writes images, and the samples have {config.model.channels} channels: name the autoencoder that "
+            f"--save writes images, but the samples have {config.model.channels} channels: name the autoencoder that "
             "decodes them by --vae or config.latents.vae, with config.latents.scale"
         )
     samples, labels = generate(config, sampler, weights, f.num_samples or NUM_SAMPLES, labels)
@@ -128,9 +126,9 @@ def generate(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return `num_samples` images float32 [n h w c] in data units and their labels int32 [n], as numpy.
 
-    Several processes share the work; all but the first get arrays of no images.  Arguments and errors as `batches`.
+    Several processes share the work; all but the first get empty arrays.  Arguments and errors as in `batches`.
     """
-    assert not group.together, "each process has all batches then: call `batches`"
+    assert not group.together, "then each process has all batches: call `batches`"
     parts = batches(config, sampler, weights, num_samples, labels, group)
     rows = gather_rows([{"indices": i, "images": x, "labels": y} for i, x, y in parts], group)
     none = np.empty((0, 1, 1, 1), np.float32), np.empty(0, np.int32)
@@ -147,9 +145,9 @@ def batches(
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the indices [b], images float32 [b h w c] in data units and labels int32 [b] of this process's batches.
 
-    Sample i depends on (config.sample.seed, i) alone, and the batches are the same for any number of processes, which
-    take them in turn, or each all of them (group.together).  labels: classes repeated in turn; empty: drawn at random.
-    Raises UserError for a label outside the classes.
+    Sample i depends only on (config.sample.seed, i).  The batches are the same for any number of processes, which take
+    them in turn or (group.together) each make all of them.  labels: classes to cycle through; drawn at random if empty.
+    Raises UserError for a label that is not a class.
     """
     c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
     check_labels(labels, config.model.num_classes)
@@ -162,7 +160,7 @@ def batches(
         indices = np.arange(start, min(start + size, num_samples))
         noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)
         y = np.asarray(labels, np.int32)[indices % len(labels)] if len(labels) else y
-        missing = size - len(indices)  # fill up the last batch: one compilation serves all
+        missing = size - len(indices)  # pad the last batch, so that everything compiles once
         noise, padded = (np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)) for a in (noise, y))
         if fresh is not None and missing:
             fresh = np.pad(fresh, [(0, 0), (0, missing)] + [(0, 0)] * len(shape))
@@ -170,7 +168,7 @@ def batches(
 
 
 def check_labels(labels: Sequence[int], num_classes: int) -> None:
-    """Raise UserError for a label outside [0, num_classes]; num_classes itself asks for no class."""
+    """Raise UserError for a label outside [0, num_classes]; num_classes itself means no class."""
     for label in labels:
         if not 0 <= label <= num_classes:
             raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1} ({num_classes}: no class)")
@@ -179,40 +177,37 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
 def override(config: options.Config) -> options.Config:
     """Return a copy of the config with the sampling flags that were given.
 
-    Raises UserError for times or an interval that are no numbers, for guidance that the network cannot be told, and as
-    `checks.check`.
+    Raises UserError for times or intervals that are not numbers, for --omega if the network is not conditioned on
+    guidance, and as `resolve.check` does.
     """
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     check_told(config, given.keys() & {"omega"})
-    for name in given.keys() - set(config.sample):
-        flags_of = ", ".join(f"--{option}" for option in OPTIONS if option in config.sample)
-        raise UserError(f"--{name}: a model of config.method.name {config.method.name} is sampled by {flags_of}")
     given |= {name: numbers(name, given[name]) for name in ("times", "interval") if name in given}
     if "steps" in given:
         given.setdefault("times", ())
     config = copy.deepcopy(config)
     config.sample.update(given)
-    return checks.check(config)
+    return resolve.check(config)
 
 
 def step() -> int | None:
-    """Return --step, which checkpoint of the work directory to read; None: the newest."""
+    """Return --step, the checkpoint of the work directory to read; None for the newest."""
     return flags.FLAGS.step
 
 
 def check_told(config: options.Config, names: Iterable[str]) -> None:
-    """Raise UserError if flags of these names are given for a network that is not told its guidance."""
+    """Raise UserError if flags of these names are given for a network that is not conditioned on guidance."""
     names = sorted(names)
-    if names and "omega" not in config.sample:
+    if names and config.method.name != "improved":
         raise UserError(
-            f"--{names[0]} is for networks that are told their guidance, and config.method.name is "
+            f"--{names[0]} is for networks conditioned on guidance, but config.method.name is "
             f"{config.method.name}: one trained without guidance takes --cfg_scale"
         )
 
 
 def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
-    """Return the numbers, as a tuple, that the list flag --`flag` gives as texts.  Raises UserError for another."""
+    """Return the values of the list flag --`flag` as numbers.  Raises UserError if one is not a number."""
     try:
         return tuple(kind(text) for text in texts)
     except ValueError as error:
@@ -220,26 +215,26 @@ def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
 
 
 def check_latents(config: options.Config, path: str, metadata: dict[str, str]) -> None:
-    """Raise UserError naming both if the weights of `path` were trained on latents of another convention.
+    """Raise UserError naming both conventions if the weights of `path` were trained on latents of another one.
 
-    metadata: of the .safetensors, in which parity/convert.py keeps the convention.
+    metadata: of the .safetensors, where parity/convert.py writes the convention.
     """
     if "latents" not in metadata:
         return
     try:
         theirs = latents.from_dict(json.loads(metadata["latents"]))
     except (json.JSONDecodeError, UserError) as error:
-        raise UserError(f"{path} has damaged metadata of its latents ({error}): convert it again") from error
+        raise UserError(f"{path} has damaged metadata about its latents ({error}): convert it again") from error
     latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
 
 
 def without_v_heads(
     config: options.Config, weights: dict[str, np.ndarray]
 ) -> tuple[options.Config, dict[str, np.ndarray]]:
-    """Return the config and the canonical weights {name: array} of the network that samples.
+    """Return the config and the canonical weights {name: array} of the network to sample from.
 
-    That of improved MeanFlow needs no head of v, and released weights have none: its blocks are left out of both, so
-    that weights with and without them load alike.  Any other network is left as it is.
+    Improved MeanFlow samples without its v head, and released weights lack it: it is removed from both, so that weights
+    with and without it load alike.  Other networks are unchanged.
     """
     if config.model.name != "imf_dit":
         return config, weights
@@ -253,7 +248,7 @@ def output_directory() -> str:
     if flags.FLAGS.output:
         return flags.FLAGS.output
     if flags.FLAGS.weights and not flags.FLAGS.workdir:
-        raise UserError("--output is missing: name the directory for the samples")
+        raise UserError("--output is missing: name a directory for the samples")
     return os.path.join(workdir(), "samples")
 
 
@@ -262,7 +257,7 @@ def write(
 ) -> pathlib.Path:
     """Write samples.npz (images [n h w c], labels [n]) and samples.png into a directory.  Returns the PNG's path.
 
-    undecoded: what the images were decoded from, [n h w c]; kept in samples.npz too.
+    undecoded: the latents that the images were decoded from, [n h w c]; written to samples.npz too.
     """
     output = pathlib.Path(output)
     kept = {"images": images, "labels": labels} | ({} if undecoded is None else {"latents": undecoded})

@@ -1,6 +1,6 @@
 """Snapshots of a run: each EMA as canonical weights, WORKDIR/snapshots/STEP/ema_DECAY.safetensors.
 
-They are small beside a checkpoint, and every command that takes canonical weights reads them.
+They are much smaller than a checkpoint, and every command that takes canonical weights reads them.
 """
 
 import contextlib
@@ -12,8 +12,8 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from meanflow import files
-from meanflow.commands.checkpoints import STEP
-from meanflow.config import latents, options, store
+from meanflow.commands.checkpoints import STEP, whole_steps
+from meanflow.config import latents, options, resolve
 from meanflow.errors import UserError
 
 DIRECTORY = "snapshots"
@@ -37,7 +37,7 @@ def steps(workdir: str | os.PathLike, decay: float) -> list[int]:
 def write(workdir: str | os.PathLike, config: options.Config, step: int, emas: Iterable[Weights], save: Save) -> None:
     """Write a snapshot, each file atomically.
 
-    emas: canonical weights {name: array} of each of `train.ema_decays`, made one at a time.  save: (path, weights,
+    emas: canonical weights {name: array} for each of `train.ema_decays`, made one at a time.  save: (path, weights,
     metadata), which writes safetensors.  Raises UserError if it cannot be written.
     """
     for decay, weights in zip(config.train.ema_decays, emas, strict=True):
@@ -55,31 +55,43 @@ def write(workdir: str | os.PathLike, config: options.Config, step: int, emas: I
 
 
 def metadata(config: options.Config, step: int, decay: float) -> dict[str, str]:
-    """Return what a snapshot says of itself: its step, its EMA, the config, the convention of the latents."""
+    """Return the metadata of a snapshot: step, EMA, config and convention of the latents."""
     convention = latents.of(config)
     of_latents = {} if convention is None else {"latents": json.dumps(latents.to_dict(convention))}
     source = f"step {step}, EMA of decay {decay}"
     return {"format": "canonical", "source": source, "step": str(step), "ema": str(decay)} | of_latents | {
-        "config": store.to_json(config)
+        "config": resolve.to_json(config)
     }  # fmt: skip
 
 
-def choose(workdir: str | os.PathLike, decay: float | None, step: int | None, stored: list[int]) -> pathlib.Path | None:
-    """Return the snapshot to read the EMA of a step from, or None for its checkpoint.
+def locate(
+    workdir: str | os.PathLike, path: pathlib.Path, marker: str, ema: int, step: int | None
+) -> tuple[options.Config, pathlib.Path | None, list[int]]:
+    """Return a run's config, and where its weights are: a snapshot, or None and the steps of checkpoints to try.
 
-    decay: None for the raw parameters, of which there are no snapshots.  step: None for the newest checkpoint.
-    stored: the steps of the checkpoints.  Raises UserError listing the steps that are there if that is none of them.
+    path, marker: of the framework's checkpoints.  ema: index into train.ema_decays; -1: the raw parameters, of which
+    there are no snapshots.  step: None for the newest checkpoint.  Raises UserError if there is no such run, step or
+    EMA; it lists those that there are.
     """
-    if step in stored or (step is None and stored):
-        return None
-    small = [] if decay is None else steps(workdir, decay)
-    if step in small and decay is not None:
-        return path_of(workdir, step, decay)
-    there = f"checkpoints of steps {_listed(stored)}" if stored else "no checkpoint"
+    config = resolve.read_workdir(workdir)
+    decays = config.train.ema_decays
+    ours, other = ("JAX", "torch") if path.name == "jax" else ("PyTorch", "jax")
+    if not path.is_dir() and (path.parent / other).is_dir():
+        theirs = "PyTorch" if other == "torch" else "JAX"
+        raise UserError(f"{workdir} holds no {ours} checkpoint; one of {theirs} is converted by parity/convert.py")
+    if not -1 <= ema < len(decays):
+        raise UserError(f"there is no EMA {ema}; {workdir} has {len(decays)}, -1 is the raw parameters")
+    whole = whole_steps(path, marker)
+    if step in whole or (step is None and whole):
+        return config, None, whole if step is None else [step]
+    small = [] if ema < 0 else steps(workdir, decays[ema])
+    if step in small:
+        return config, path_of(workdir, step, decays[ema]), []
+    there = f"checkpoints of steps {_listed(whole)}" if whole else "no checkpoint"
     there += f", snapshots of steps {_listed(small)}" if small else ""
     if step is None:
         raise UserError(f"{workdir} has {there}" + ("; choose one by --step" if small else " yet"))
-    raise UserError(f"{workdir} has no step {step}, only {there}" if stored or small else f"{workdir} has {there} yet")
+    raise UserError(f"{workdir} has no step {step}, only {there}" if whole or small else f"{workdir} has {there} yet")
 
 
 def _listed(numbers: list[int]) -> str:

@@ -12,8 +12,8 @@ import numpy as np
 from absl import flags, logging
 
 from meanflow.commands import reflow
-from meanflow.config import checks, paths
 from meanflow.config import options as base
+from meanflow.config import paths, resolve
 from meanflow.config.flags import config as config_flag
 from meanflow.errors import UserError
 
@@ -23,18 +23,18 @@ ROUNDS, BISECTIONS = 50, 100  # further rounds gain less than 1 %
 ONE, TWO = "unet.emb_noise.weight", ("unet.emb_noise_t.weight", "unet.emb_noise_r.weight")
 LOG_VARIANCE = "logvar_"  # prefix of the weights that only EDM2's own training uses
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 Weights = dict[str, np.ndarray]
 
 
 def define_flags() -> None:
-    """Define the flags of the time-embedding commands, --config aside."""
+    """Define the flags of the time-embedding commands, except --config."""
     flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
-    flags.DEFINE_integer("ema", None, "Which EMA of a work directory; -1: the raw parameters; default: its own choice.")
+    flags.DEFINE_integer("ema", None, "EMA of a work directory; -1: raw parameters; default: its config.sample.ema.")
     flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
     flags.DEFINE(paths.WRITTEN, "output", "", "The .safetensors to write, for --config.train.load_from.")
-    flags.DEFINE_integer("seed", 0, "Of the times.", lower_bound=0)
+    flags.DEFINE_integer("seed", 0, "Seed of the times.", lower_bound=0)
 
 
 def time_embedding(
@@ -59,7 +59,7 @@ def time_embedding(
     set_precision(teacher)
     given, config = load(f.teacher, teacher, f.step), two_times(teacher)
     if ONE not in given:
-        raise UserError(f"--teacher {f.teacher} has no {ONE}: it is not of a network of one time")
+        raise UserError(f"--teacher {f.teacher} has no {ONE}: it does not belong to a network of one time")
     rng = np.random.default_rng(f.seed)
     fitted = fit(given, *draw_times(rng, NUM_TIMES))
     save(f.output, fitted, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
@@ -71,14 +71,15 @@ def time_embedding(
 
 def two_times(teacher: base.Config) -> base.Config:
     """Return the config of the network of two times for a teacher's.  Raises UserError unless that is EDM2."""
+    config = base.get_config()
     if teacher.model.name != "edm2":
         raise UserError(
-            f"--teacher is of config.model.name {teacher.model.name}: only edm2 has a time embedding to fit; a student "
+            f"--teacher has config.model.name {teacher.model.name}: only edm2 has a time embedding to fit; a student "
             "of another network starts from the teacher itself by --config.train.load_from"
         )
-    config = base.get_config("edm2", "rectified")
     config.model.update(teacher.model, interval_embedder=True, logvar_channels=0)
-    return checks.check(config)
+    config.method.update(name="rectified", time_sampler="re2_truncate")
+    return resolve.check(config)
 
 
 def copied(teacher: Weights) -> Weights:
@@ -89,8 +90,8 @@ def copied(teacher: Weights) -> Weights:
 
 def fit(teacher: Weights, t: np.ndarray, r: np.ndarray) -> Weights:
     """Return a teacher's weights for a network of two times with embeddings fitted at times t >= r [k]."""
-    fourier = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
-    return copied(teacher) | dict(zip(TWO, fit_embeddings(*fourier, teacher[ONE], t, r), strict=True))
+    freqs, phases = (teacher[f"unet.emb_fourier.{name}"] for name in ("freqs", "phases"))
+    return copied(teacher) | dict(zip(TWO, fit_embeddings(freqs, phases, teacher[ONE], t, r), strict=True))
 
 
 def draw_times(rng: np.random.Generator, num: int) -> tuple[np.ndarray, np.ndarray]:

@@ -7,7 +7,7 @@ import pathlib
 import numpy as np
 
 from meanflow.config import options
-from meanflow.data.images import tfds_images
+from meanflow.data import sources
 
 NUM_RECORDS = 256  # that a digest reads, spread over the dataset
 
@@ -15,17 +15,17 @@ NUM_RECORDS = 256  # that a digest reads, spread over the dataset
 def of_config(config: options.Config, teacher: dict[str, np.ndarray] | None = None) -> dict[str, str]:
     """Return {option: digest} of the data of a run and, where it has them, its encoder and its teacher.
 
-    teacher: canonical weights {name: array}.  Raises UserError as `datasets.open_source`.
+    teacher: canonical weights {name: array}.  Raises UserError as `sources.open_source`.
     """
     c = config.data
     found = {"data.name": of_dataset(c.name, c.split, c.dir)}
-    found |= {"data.encoder": of_path(c.encoder)} if "encoder" in c and c.encoder else {}
+    found |= {"data.encoder": of_path(c.encoder)} if c.encoder else {}
     return found | ({} if teacher is None else {"method.teacher": of_weights(teacher)})
 
 
 def of_dataset(name: str, split: str, directory: str) -> str:
     """Return the digest of a split, of its length and `NUM_RECORDS` of its records.  Arguments as `open_source`."""
-    records = tfds_images.open_records(name, split, directory)
+    records = sources.open_records(name, split, directory)
     total = hashlib.sha256(f"{len(records)} records".encode())
     for index in np.unique(np.linspace(0, len(records) - 1, NUM_RECORDS).astype(int)):
         for key, value in sorted(records[int(index)].items()):

@@ -10,8 +10,9 @@ import numpy as np
 from absl import logging
 
 from meanflow.config import latents, options
-from meanflow.data.images import tfds_images
-from meanflow.data.latents.dataset import sample_posterior, to_data_units
+from meanflow.config.features import Feature
+from meanflow.data import sources
+from meanflow.data.latents.units import sample_posterior, to_data_units
 from meanflow.errors import UserError
 
 MAX_KEPT_BYTES = 2**28  # in each loader process, of decoded images
@@ -31,7 +32,7 @@ class Examples:
     Raises UserError for a record that does not fit the model.
     """
 
-    source: tfds_images.ImageSource
+    source: sources.ImageSource
     title: str  # of the dataset, for messages
     shape: tuple[int, int, int]
     num_classes: int
@@ -92,9 +93,9 @@ class Examples:
         raise UserError(f"{where} is an image of {image.dtype}: only uint8 and floating images can be read")
 
 
-def open_examples(config: options.Config, split: str, extra: tfds_images.Extra | None = None) -> Examples:
+def open_examples(config: options.Config, split: str, extra: Feature | None = None) -> Examples:
     """Return a split of config.data.name.  Raises UserError as `open_source`, and for latents of another convention."""
-    source = tfds_images.open_source(config.data.name, split, config.data.dir, extra)
+    source = sources.open_source(config.data.name, split, config.data.dir, extra)
     title = f"{config.data.name} ({split})"
     return Examples(source, title, shape_of(config), config.model.num_classes, latents.of(with_latents(config)))
 

@@ -1,7 +1,7 @@
 """Features of clean images from a frozen DINOv2, which REPA draws a network's own features to.
 
 Source: arXiv:2410.06940; official repository sihyun-yu/REPA, utils.py (load_encoders) and train.py
-(preprocess_raw_image).  PyTorch alone has these networks, so both trainers use this one.
+(preprocess_raw_image).  Only PyTorch has these networks, so both trainers use this module.
 
 Departs from the source: runs in float32, where the official trainer lets the encoder run in its mixed precision; any
 number of tokens, where the official code has 256 or, for images of 512 pixels, 1024.
@@ -11,9 +11,7 @@ import math
 from typing import Any
 
 import numpy as np
-import torch
 from safetensors import SafetensorError
-from torch.nn import functional as F
 
 from meanflow.errors import UserError
 
@@ -33,17 +31,20 @@ class Encoder:
         self._side = grid * model.config.patch_size
         self._num_others = 1 + getattr(model.config, "num_register_tokens", 0)  # the class token is the first
 
-    @torch.inference_mode()
     def __call__(self, images: np.ndarray) -> np.ndarray:
         """Return the features float32 [b grid^2 d], after the final layer norm, in row-major order.
 
         images: [b h w c] with 1 or 3 channels, float32 in data units ([-1, 1]) or uint8.
         """
-        x = torch.tensor(images, device=self.model.device)
-        x = x / 255 if x.dtype == torch.uint8 else (x + 1) / 2
-        x = (x - x.new_tensor(MEAN)) / x.new_tensor(STD)  # which makes three channels of one
-        x = F.interpolate(x.permute(0, 3, 1, 2), (self._side, self._side), mode="bicubic")
-        return self.model(x).last_hidden_state[:, self._num_others :].cpu().numpy()
+        import torch
+        from torch.nn import functional as F
+
+        with torch.inference_mode():
+            x = torch.tensor(images, device=self.model.device)
+            x = x / 255 if x.dtype == torch.uint8 else (x + 1) / 2
+            x = (x - x.new_tensor(MEAN)) / x.new_tensor(STD)  # makes three channels of one
+            x = F.interpolate(x.permute(0, 3, 1, 2), (self._side, self._side), mode="bicubic")
+            return self.model(x).last_hidden_state[:, self._num_others :].cpu().numpy()
 
 
 def load(name_or_path: str, grid: int, width: int) -> Encoder:
@@ -64,6 +65,8 @@ def load_model(name_or_path: str, where: str, width: int | None = None) -> Any:
 
     where: what messages call it.  width: of its features; None: any.  The rest and errors as of `load`.
     """
+    import torch
+
     try:
         import transformers  # optional, and slow to import
     except ModuleNotFoundError as error:
@@ -108,6 +111,9 @@ def _resample_positions(embeddings: Any, grid: int) -> None:
 
     Left to itself, transformers resamples those of a DINOv2 without registers with no low-pass filter.
     """
+    import torch
+    from torch.nn import functional as F
+
     table = embeddings.position_embeddings.detach()
     first, patches = table[:, :1], table[:, 1:]
     size = math.isqrt(patches.shape[1])

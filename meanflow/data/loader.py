@@ -14,11 +14,11 @@ import grain
 import numpy as np
 from absl import flags, logging
 
-from meanflow import signals
+from meanflow import child_processes, signals, torch_precision
 from meanflow.config import options as base
-from meanflow.data import augment
-from meanflow.data.examples import open_examples, posterior, shape_of
-from meanflow.data.images import tfds_images
+from meanflow.config.features import Feature, Tokens, needs
+from meanflow.data import augment, features
+from meanflow.data.examples import open_examples, posterior
 from meanflow.errors import UserError
 
 FLIP_PROB = 0.5
@@ -33,9 +33,9 @@ class Loader(Iterator):
     """Endless batches of one process; made by `make_loader`.
 
     Each batch is {'image': float32 [b h w c] in data units, 'label': int32 [b]}, and with config.data.augment
-    'augment': float32 [b k], the labels of the augmentation.  With config.model.repa_dims there is 'features' too:
-    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders joined along d.  With
-    config.method.name=rectified there is 'noise', float32 [b h w c], of which a flow model made the images.
+    'augment': float32 [b k], the labels of the augmentation.  In addition they have what the method needs, see
+    `meanflow.config.features`: 'noise', float32 [b h w c], of which a flow model made the images, or 'features',
+    float32 [b n d], of n = (input_size / patch_size)^2 tokens in row-major order, the encoders concatenated along d.
     """
 
     def __init__(
@@ -102,7 +102,7 @@ class Loader(Iterator):
     def _read(self) -> dict[str, np.ndarray]:
         if self._iterator is not None:
             return next(self._iterator)
-        with signals.sheltered():
+        with child_processes.sheltered():
             self._iterator = self._start()
             return next(self._iterator)
 
@@ -125,7 +125,7 @@ class Loader(Iterator):
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they have their defaults
             options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
-            batches = batches.mp_prefetch(options, signals.end_with_parent)
+            batches = batches.mp_prefetch(options, child_processes.end_with_parent)
         return iter(batches)
 
 
@@ -140,13 +140,13 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     image where there are any, and else mirrors arrays as they are; the mirror image of a latent is only nearly the
     latent of the mirror image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and
     is for pixels.
-    With config.model.repa_dims the dataset has `features` beside the images, or config.data.encoder makes them, of the
-    images that the network sees or, if these are neither grey nor RGB, of the `pixels` beside them.  It runs in this
-    process on the rows of this process: their number changes its features by rounding.  With
-    config.method.name=rectified the dataset has `noise` beside the images, and both are mirrored together.
+    What is stored with an image is mirrored with it.  config.data.encoder reads the images as the network sees them or,
+    if these are neither grey nor RGB, the `pixels` stored with them.  It runs in this process on the rows of this
+    process, whose number changes its features by rounding.
     Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
-    data.augment, empty split, whatever `open_source` and `encoder.load` raise, data.augment with what is stored beside
-    the images; while iterating, for a record that does not fit config.model, or channels that it cannot change.
+    data.augment, empty split, whatever `needs`, `open_source` and `features.load` raise, data.augment with a feature
+    stored with the images; while iterating, for a record that does not fit config.model, or channels that data.augment
+    cannot change.
     """
     if batch_size <= 0 or batch_size % num_processes:
         raise UserError(
@@ -155,15 +155,10 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed is {config.seed}; it must be in [0, 2^32)")
-    num_labels = augment.num_labels(config.data.augment)
-    embedded = config.model.augment_dim if "augment_dim" in config.model else 0
-    if config.data.augment.prob > 0 and embedded not in (0, num_labels):
-        raise UserError(
-            f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
-            f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not told of them"
-        )
-    extra, encode = _extra(config), _load_encoder(config)
-    examples = open_examples(config, config.data.split, extra)
+    feature, tokens = needs(config)
+    _check_augment(config, feature)
+    encode = _load_encoder(config, tokens) if tokens else None
+    examples = open_examples(config, config.data.split, feature)
     identity = {
         "split": config.data.split,
         "num_examples": len(examples),
@@ -198,67 +193,24 @@ def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray
     return images, labels
 
 
-def _has_repa(config: base.Config) -> bool:
-    return "repa_dims" in config.model and len(config.model.repa_dims) > 0
-
-
-def _extra(config: base.Config) -> tfds_images.Extra | None:
-    """Return what a record is to have beside image and label; None: nothing.
-
-    Raises UserError if it would have to be augmented with the image.
-    """
-    extra = _noise(config) if config.method.name == "rectified" else _of_repa(config)
-    if extra and config.data.augment.prob > 0:
-        way_out = ", or train on pixels with --config.data.encoder" if extra.key != "noise" else ""
+def _check_augment(config: base.Config, feature: Feature | None) -> None:
+    """Raise UserError if config.data.augment contradicts the network, or would change images but not their feature."""
+    c, num_labels = config.data.augment, augment.num_labels(config.data.augment)
+    if c.prob > 0 and config.model.augment_dim not in (0, num_labels):
         raise UserError(
-            f"config.data.augment changes the images, but not the `{extra.key}` stored beside them, of which the model "
-            f"learns: set --config.data.augment.prob=0{way_out}"
+            f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
+            f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not conditioned on them"
         )
-    return extra
-
-
-def _noise(config: base.Config) -> tfds_images.Extra:
-    remedy = (
-        "config.method.name=rectified learns from couplings: make them with `python -m jax_impl.reflow` or `torchrun "
-        "torch_impl/reflow.py`, and set --config.data.name to their directory"
-    )
-    return tfds_images.Extra("noise", shape_of(config), np.floating, remedy)
-
-
-def _of_repa(config: base.Config) -> tfds_images.Extra | None:
-    c = config.model
-    if not _has_repa(config) or (config.data.encoder and c.channels in (1, 3)):
-        return None
-    if config.data.encoder:
-        remedy = (
-            f"config.data.encoder can read images of 1 or 3 channels, and these have {c.channels} "
-            "(config.model.channels): store the images that they are the latents of beside them, as `pixels`, uint8 of "
-            "shape [h w 3]; or store their `features`, and leave config.data.encoder empty"
-        )
-        return tfds_images.Extra("pixels", (None, None, 3), np.uint8, remedy)
-    remedy = (
-        "REPA learns from the features that frozen encoders have of the images: store them beside the images, "
-        "with a row for each token (config.model.input_size / config.model.patch_size, squared) and the encoders "
-        "along the last axis, as wide as config.model.repa_dims; or name one encoder by --config.data.encoder"
-    )
-    shape = ((c.input_size // c.patch_size) ** 2, sum(c.repa_dims))
-    return tfds_images.Extra("features", shape, np.floating, remedy)
-
-
-def _load_encoder(config: base.Config) -> Callable[[np.ndarray], np.ndarray] | None:
-    if not (_has_repa(config) and config.data.encoder):
-        return None
-    c = config.model
-    if len(c.repa_dims) > 1:
+    if c.prob > 0 and feature:
         raise UserError(
-            f"config.model.repa_dims is {c.repa_dims}, but config.data.encoder is only one encoder: give one width, or "
-            "store the `features` of all encoders beside the images and leave config.data.encoder empty"
+            f"config.data.augment changes the images, but not the `{feature.key}` stored with them, which the model "
+            f"learns from: set --config.data.augment.prob=0{feature.unaugmented}"
         )
-    from meanflow import float32
-    from meanflow.data import features  # import PyTorch, which the JAX trainer has no other use for
 
-    float32.set_precision(config.train.matmul_precision)
-    return features.load(config.data.encoder, c.input_size // c.patch_size, sum(c.repa_dims))
+
+def _load_encoder(config: base.Config, tokens: Tokens) -> Callable[[np.ndarray], np.ndarray]:
+    torch_precision.set_precision(config.train.matmul_precision)
+    return features.load(config.data.encoder, tokens.grid, tokens.width)
 
 
 def _flip(example: dict[str, np.ndarray], rng: np.random.Generator) -> dict[str, np.ndarray]:

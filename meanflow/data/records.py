@@ -5,7 +5,8 @@
     DIRECTORY/metadata.json, dataset_info.json, features.json     once all shards are there
     DIRECTORY/.NAME-SPLIT.notes/00000.json ...     notes on shards, for the metadata; gone once these are there
 
-`tfds_images.open_source(DIRECTORY, SPLIT, "")` reads it.  To go on after a kill is to do the same again.
+`sources.open_source(DIRECTORY, SPLIT, "")` reads it, as does TFDS.  If a process is killed, do the same again: only
+the shard that it was writing is redone.
 """
 
 import contextlib
@@ -18,15 +19,14 @@ import uuid
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NamedTuple
 
-import tensorflow_datasets as tfds
+import numpy as np
 from absl import logging
 from array_record.python import array_record_module  # pyright: ignore  # compiled, without types
-from tensorflow_datasets.core import example_serializer
 
-from meanflow.data.images import tfds_images
+from meanflow.data.record_reader import FEATURES, FILE_FORMAT, SETTINGS, Feature
 from meanflow.errors import UserError
 
-METADATA, FEATURES = "metadata.json", "features.json"
+METADATA = "metadata.json"
 VERSION = "1.0.0"
 OPTIONS = "group_size:1"  # as TFDS writes them: each record can be read alone
 
@@ -36,14 +36,13 @@ class Layout(NamedTuple):
 
     directory: pathlib.Path
     name: str  # of the dataset: lower case, digits and underscores
-    features: tfds.features.FeaturesDict
+    features: Mapping[str, Feature]
     num_shards: int
     split: str = "train"
 
     def shard(self, number: int) -> pathlib.Path:
         """Return the path of a shard."""
-        template = _template(self)
-        return self.directory / template.sharded_filepath(shard_index=number, num_shards=self.num_shards).name
+        return self.directory / f"{self.name}-{self.split}.{FILE_FORMAT}-{number:05}-of-{self.num_shards:05}"
 
     def note(self, number: int) -> pathlib.Path:
         """Return the path of the note on a shard, see `keep_note`."""
@@ -70,7 +69,7 @@ def begin(layout: Layout, settings: Mapping[str, Any]) -> None:
     Raises UserError naming the settings that differ, for a directory of other files, or one that cannot be written.
     """
     settings = json.loads(json.dumps({**settings, "num_shards": layout.num_shards}))
-    path = layout.directory / tfds_images.SETTINGS
+    path = layout.directory / SETTINGS
     with _writing(layout.directory):
         layout.directory.mkdir(parents=True, exist_ok=True)
         there = [entry.name for entry in layout.directory.iterdir() if not entry.name.startswith(".")]
@@ -160,15 +159,17 @@ def read_notes(layout: Layout) -> list[Any]:
 
 def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any]]) -> int:
     """Write a shard under a name of its own, and rename it when it is whole.  Returns the number of its records."""
-    specs: Any = layout.features.get_serialized_info()
-    serializer = example_serializer.ExampleSerializer(specs)
+    from tensorflow_datasets.core import example_serializer  # slow to import, and only needed to write
+
+    features = _tfds_features(layout)
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     final, count = layout.shard(number), 0
     with _unfinished(layout, final.name) as directory:
         path = directory / final.name
         with _writing(layout.directory):
             writer = array_record_module.ArrayRecordWriter(str(path), OPTIONS)
         for record in records:
-            example = serializer.get_tf_example(layout.features.encode_example(record))
+            example = serializer.get_tf_example(features.encode_example(record))
             with _writing(layout.directory):
                 writer.write(example.SerializeToString(deterministic=True))  # as features.serialize_example is not
             count += 1
@@ -192,13 +193,21 @@ def _complete(layout: Layout, metadata: Any) -> None:
         if (layout.directory / FEATURES).exists():  # another process was faster, and has cleared the notes away
             return
         raise
+    import tensorflow_datasets as tfds
+
     identity = tfds.core.DatasetIdentity(layout.name, tfds.core.Version(VERSION), str(layout.directory), "")
-    info = tfds.core.DatasetInfo(builder=identity, features=layout.features)
+    info = tfds.core.DatasetInfo(builder=identity, features=_tfds_features(layout))
     num_bytes = sum(shard.stat().st_size for shard in shards)
-    split = tfds.core.SplitInfo(
-        name=layout.split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=_template(layout)
+    template = tfds.core.ShardedFileTemplate(
+        data_dir=layout.directory,  # pyright: ignore  # any path will do
+        dataset_name=layout.name,
+        split=layout.split,
+        filetype_suffix=FILE_FORMAT,
     )
-    info.set_file_format(tfds_images.FILE_FORMAT)
+    split = tfds.core.SplitInfo(
+        name=layout.split, shard_lengths=lengths, num_bytes=num_bytes, filename_template=template
+    )
+    info.set_file_format(FILE_FORMAT)
     info.set_splits(tfds.core.SplitDict([split]))
     with _writing(layout.directory), _unfinished(layout, METADATA) as directory:
         info.write_to_directory(directory)
@@ -218,13 +227,17 @@ def _num_records(shard: pathlib.Path) -> int:
         raise UserError(f"{shard} is damaged ({error}): delete it, and run the command again") from error
 
 
-def _template(layout: Layout) -> tfds.core.ShardedFileTemplate:
-    return tfds.core.ShardedFileTemplate(
-        data_dir=layout.directory,  # pyright: ignore  # any path will do
-        dataset_name=layout.name,
-        split=layout.split,
-        filetype_suffix=tfds_images.FILE_FORMAT,
-    )
+def _tfds_features(layout: Layout) -> Any:
+    """Return the features of a dataset as TFDS has them."""
+    from tensorflow_datasets import features
+
+    makers = {
+        "array": lambda shape: features.Tensor(shape=shape, dtype=np.float32, encoding="bytes"),
+        "image": lambda shape: features.Image(shape=shape, encoding_format="png"),
+        "integer": lambda _: features.Scalar(np.int64),
+        "text": lambda _: features.Text(),
+    }
+    return features.FeaturesDict({name: makers[kind](shape) for name, (kind, shape) in layout.features.items()})
 
 
 def _create(path: pathlib.Path, text: str) -> None:

@@ -36,7 +36,7 @@ def encode(model: Any, images: np.ndarray) -> np.ndarray:
     import torch  # slow to import, and for this one metric only
     from torch.nn import functional as F
 
-    from meanflow.float32 import full_float32
+    from meanflow.torch_precision import full_float32
 
     with torch.inference_mode(), full_float32():
         x = torch.tensor(images, device=model.device).permute(0, 3, 1, 2).to(torch.float32)

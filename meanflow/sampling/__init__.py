@@ -1,1 +1,1 @@
-"""What sampling needs in both frameworks: noise, image grids and files of images.  Imports `config`."""
+"""What both frameworks sample with: steps, noise, image grids and image files.  Imports `config`."""

@@ -1,4 +1,4 @@
-"""Arranges images in a grid that can be looked at."""
+"""Arranges images in a grid for viewing."""
 
 import io
 import math
@@ -9,21 +9,21 @@ import numpy as np
 from meanflow import files
 from meanflow.errors import UserError
 
-MIN_SIDE = 32  # pixels: smaller images are magnified at least this far
+MIN_SIDE = 32  # pixels: smaller images are magnified to at least this
 
 
-# How images in [-1, 1] become integers: the public code does not agree.
+# How images in [-1, 1] become integers: public codebases differ.
 ROUNDINGS = {
-    "round": lambda x: np.rint(255 * (x + 1) / 2),  # the inverse of the loader's; improved MeanFlow in PyTorch
+    "round": lambda x: np.rint(255 * (x + 1) / 2),  # inverse of the loader's; improved MeanFlow in PyTorch
     "shift": lambda x: 127.5 * x + 128,  # then truncated: the official JAX code, EDM2
     "floor": lambda x: 255 * (x + 1) / 2,  # then truncated: py-meanflow, decoupled MeanFlow, Re-MeanFlow's latents
 }
 
 
 def to_uint8(images: np.ndarray, rounding: str = "round") -> np.ndarray:
-    """Return images in [-1, 1] as uint8 in [0, 255]; values outside are clipped.  Any shape.
+    """Return images in [-1, 1], of any shape, as uint8 in [0, 255]; values outside are clipped.
 
-    rounding: one of `ROUNDINGS`, in the precision of the images.  Raises UserError for values that are not finite.
+    rounding: one of `ROUNDINGS`, applied in the images' precision.  Raises UserError for values that are not finite.
     """
     if not np.isfinite(images).all():
         raise UserError("some images have values that are not finite: the model has diverged")
@@ -33,9 +33,9 @@ def to_uint8(images: np.ndarray, rounding: str = "round") -> np.ndarray:
 def grid(images: np.ndarray, columns: int | None = None, padding: int = 1, scale: int | None = None) -> np.ndarray:
     """Return images [n h w c] in [-1, 1] as one picture, uint8 [H W 3] or [H W 1], filled row by row.
 
-    columns: as near a square as can be if None.  padding: black pixels around each image.
-    scale: each pixel becomes scale x scale; None: such that a side has at least `MIN_SIDE` pixels.
-    Of four or more channels (latents) the first three are shown as red, green and blue; of two, the first.
+    columns: if None, as square as possible.  padding: black pixels around each image.
+    scale: each pixel becomes scale x scale; if None, such that a side has at least `MIN_SIDE` pixels.
+    With four or more channels (latents) the first three are shown as RGB, with two the first.
     Raises UserError for values that are not finite.
     """
     num, height, width, channels = images.shape
@@ -52,11 +52,11 @@ def grid(images: np.ndarray, columns: int | None = None, padding: int = 1, scale
 
 
 def save_png(path: str | os.PathLike, images: np.ndarray, columns: int | None = None) -> None:
-    """Write the grid of images [n h w c] in [-1, 1] to `path`, atomically; parent directories are made.
+    """Write a grid of images [n h w c] in [-1, 1] to `path`, atomically; creates parent directories.
 
     Raises UserError if the path cannot be written, or for values that are not finite.
     """
-    import PIL.Image  # kept out of the import of this module, which the trainers need at every start
+    import PIL.Image  # slow: imported only here, because the trainers import this module
 
     picture = grid(images, columns)
     picture = picture[..., 0] if picture.shape[-1] == 1 else picture

@@ -1,20 +1,20 @@
-"""Noise and labels of generated images, the same in both frameworks and for any batching."""
+"""Noise and labels of samples, the same in both frameworks and for any batch size."""
 
 import numpy as np
 
-DETERMINISTIC = ("euler", "heun", "velocity")  # samplers that draw no noise but the first
+DETERMINISTIC = ("euler", "heun", "velocity")  # samplers that use no noise but the initial
 
 
 def num_fresh(c):
-    """Return how many times the sampler of `config.sample` draws noise anew: in every step but the last."""
+    """Return how many steps of the sampler of `config.sample` add fresh noise: all but the last, or none."""
     return 0 if c.sampler in DETERMINISTIC else (len(c.times) - 1 if c.times else c.steps) - 1
 
 
 def draw(indices, shape, num_classes, seed, num_fresh=0):
-    """Return the noise and labels of the samples `indices`: unit normals, and labels int32 [n] in [0, num_classes).
+    """Return noise, labels and fresh noise of the samples `indices`.
 
-    The noise is float32 [n *shape], and that which is drawn anew [num_fresh n *shape], None if num_fresh is 0.
-    Sample i depends on (seed, i) alone: neither batch size, nor number of devices, nor framework changes it.
+    noise: unit normals float32 [n *shape].  labels: int32 [n] in [0, num_classes).  fresh noise: [num_fresh n *shape],
+    None if num_fresh is 0.  Sample i depends only on (seed, i), not on batch size, devices or framework.
     """
     noise, labels = np.empty((len(indices), *shape), np.float32), np.empty(len(indices), np.int32)
     fresh = np.empty((num_fresh, *noise.shape), np.float32) if num_fresh else None
@@ -28,5 +28,5 @@ def draw(indices, shape, num_classes, seed, num_fresh=0):
 
 
 def in_dtype_of(config, noise):
-    """Return noise in the dtype that a sampler's state keeps: float64 if the model computes in it, else float32."""
+    """Return noise in the dtype of a sampler's state: float64 if the model computes in float64, else float32."""
     return noise.astype("float64" if config.model.compute_dtype == "float64" else "float32")

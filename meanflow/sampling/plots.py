@@ -1,4 +1,4 @@
-"""Puts figures on web pages."""
+"""Embeds figures in HTML pages."""
 
 import base64
 import html
@@ -8,7 +8,7 @@ from matplotlib.figure import Figure
 
 
 def image(figure: Figure, description: str) -> str:
-    """Return a figure as an <img> that needs no other file; `description` is its text where it cannot be shown."""
+    """Return a figure as a self-contained <img>; `description` is its alternative text."""
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=110)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -1,4 +1,4 @@
-"""Saves generated images one by one: as PNG files, or as one .npz in the layout of ADM's evaluator."""
+"""Saves generated images as PNG files, or as one .npz in the layout of ADM's evaluator."""
 
 import io
 import json
@@ -15,15 +15,15 @@ INDEX = "dataset.json"  # labels of the PNG files, in EDM2's layout
 
 
 class Saver:
-    """Takes the images of this process batch by batch; made anew for each set of samples.
+    """Takes the images of this process batch by batch; create one for each set of samples.
 
     png: DIRECTORY/000123.png for sample 123, and dataset.json with {"labels": [["000123.png", label], ...]}.
-    npz: DIRECTORY/samples_uint8.npz with arr_0 uint8 [n h w c] and arr_1 the labels, all held in memory until then,
-    and those of all processes in that of the first.
+    npz: DIRECTORY/samples_uint8.npz with arr_0 uint8 [n h w c] and arr_1 the labels.  All images are held in memory
+    until then, in the end by the first process.
     """
 
     def __init__(self, directory: pathlib.Path, kind: str):
-        """kind: of `KINDS`.  Raises UserError if the directory cannot be made."""
+        """kind: one of `KINDS`.  Raises UserError if the directory cannot be created."""
         self.directory, self.kind = directory, kind
         self.parts: list[dict[str, np.ndarray]] = []
         try:
@@ -32,7 +32,7 @@ class Saver:
             raise files.cannot_write(directory, error) from error
 
     def add(self, indices: np.ndarray, images: np.ndarray, labels: np.ndarray) -> None:
-        """Take samples: their indices [b], images uint8 [b h w c], labels [b].  Raises UserError if it cannot write."""
+        """Take a batch: indices [b], images uint8 [b h w c], labels [b].  Raises UserError if writing fails."""
         part = {"indices": np.asarray(indices), "labels": np.asarray(labels)}
         if self.kind == "png":
             for index, image in zip(indices, images, strict=True):
@@ -42,7 +42,7 @@ class Saver:
         self.parts.append(part)
 
     def finish(self, group: ProcessGroup) -> pathlib.Path:
-        """Write what holds all processes' samples; every process calls it, the first one writes.  Returns the path."""
+        """Write the index or the .npz of all processes' samples; every process calls it.  Returns the path."""
         rows = gather_rows(self.parts, group)
         path = self.directory / (INDEX if self.kind == "png" else "samples_uint8.npz")
         if group.process:
@@ -56,7 +56,7 @@ class Saver:
         return path
 
     def _remove_others(self, names: set[str]) -> None:
-        """Remove the images of an earlier run that had more of them."""
+        """Remove surplus images of an earlier, larger set."""
         for path in self.directory.glob("*.png"):
             if re.fullmatch(r"\d{6,}\.png", path.name) and path.name not in names:
                 path.unlink()
@@ -69,7 +69,7 @@ def name(index: int) -> str:
 
 def png(image: np.ndarray) -> bytes:
     """Return an image uint8 [h w 1 or 3] as the bytes of a PNG."""
-    import PIL.Image  # kept out of the import of this module, which commands need at every start
+    import PIL.Image  # slow: imported only here, because all commands import this module
 
     buffer = io.BytesIO()
     PIL.Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image[..., :3]).save(buffer, format="PNG")

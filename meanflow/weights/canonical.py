@@ -1,10 +1,11 @@
-"""Checks canonical weights, numpy arrays by the names of the official PyTorch code, for both implementations."""
+"""Canonical weights, numpy arrays by the names of the official PyTorch code: checks, and what a network starts from."""
 
 import math
 import re
 from collections.abc import Iterable, Mapping
 
 import numpy as np
+from absl import logging
 
 from meanflow.errors import UserError
 
@@ -18,6 +19,10 @@ KINDS = {  # of networks, each with a parameter that only it has
     "a DiT (dit, dmf_dit)": "blocks.0.mlp.fc1.weight",
 }
 CLASSES = ("y_embedder.embedding_table.weight", "y_embedder.embedding_table._flax_embedding.weight")
+# Prefixes of the parameters that a network may have in addition to those of the one it starts from (MeanFlow's embedder
+# of t - r, REPA's projectors, decoupled MeanFlow's log-variance), and of those that it may not need.
+ADDED = ("r_embedder.", "projectors.", "logvar_linear.")
+UNUSED = ("projectors.", "logvar_linear.", "logvar_fourier.", "unet.emb_noise.")
 SCALARS = "_gain"  # names of scalars end so; PyTorch files may give them an axis of length 1, which FSDP needs
 NOT_FLOATING = "biucOSU"  # kinds of numpy types
 Shapes = Mapping[str, tuple[int, ...]]
@@ -47,6 +52,26 @@ def check(weights: Mapping[str, np.ndarray], expected: Shapes, tables: Mapping[s
         dtype = np.asarray(weights[name]).dtype
         if dtype.kind in NOT_FLOATING:
             raise UserError(f"{name} is of type {dtype}: weights must be floating-point numbers, not quantised")
+
+
+def transfer(own: Mapping[str, np.ndarray], given: Mapping[str, np.ndarray], fit_command: str) -> dict[str, np.ndarray]:
+    """Return the weights with which a network starts from `given`, those of another network of its family.
+
+    own: the network's fresh weights.  Parameters that only it has (`ADDED`) keep their fresh values; weights that only
+    the other one has (`UNUSED`) are dropped.  Both are logged; everything else must fit, see `check`.
+    fit_command: makes an EDM2 network of one time a start for one of two, named by the UserError raised if it must run.
+    """
+    if "unet.emb_noise_r.weight" in own.keys() - given.keys() and "unet.emb_noise.weight" in given:
+        raise UserError(
+            "the weights to start from belong to an EDM2 network of one time, but this one takes two: fit its time "
+            f"embeddings first ({fit_command}) and start from its output"
+        )
+    added = sorted(name for name in own.keys() - given.keys() if name.startswith(ADDED))
+    unused = sorted(name for name in given.keys() - own.keys() if name.startswith(UNUSED))
+    for text, names in (("start fresh", added), ("are left out", unused)):
+        if names:
+            logging.info("of the weights to start from, %s %s", ", ".join(names), text)
+    return {name: a for name, a in given.items() if name not in unused} | {name: own[name] for name in added}
 
 
 def check_table(name: str, given: np.ndarray, table: np.ndarray, hint: str = "") -> None:

@@ -48,12 +48,14 @@ def all_cases() -> list[Case]:
     """Return the cases of the frozen networks, in the order of the report."""
     methods = ("encode", "decode")
     float64 = [
-        Case(f"float64/{name}/{method}", functools.partial(float64_vae, name, method))
+        Case(f"float64/{name}/{method}", functools.partial(float64_vae, name, method), "vae")
         for name in VAES
         for method in methods
     ]
     float64 += [Case("float64/inception/features", float64_inception), Case("float64/inception/resize", float64_resize)]
-    float32 = [Case(f"float32/vae/{method}", functools.partial(float32_vae, "vae", method)) for method in methods]
+    float32 = [
+        Case(f"float32/vae/{method}", functools.partial(float32_vae, "vae", method), "vae") for method in methods
+    ]
     return [*float64, *float32]
 
 

@@ -15,9 +15,10 @@ from flax import nnx
 
 from jax_impl import step, time_embedding, weights
 from jax_impl.methods import METHODS, common, flow, improved, reflow
-from jax_impl.models import edm2, imf_dit, layers, tape, unet
+from jax_impl.models import edm2, imf_dit, layers, unet
+from jax_impl.models.tape import Tape, under_jvp
 from meanflow.config import options as base
-from meanflow.config import store
+from meanflow.config import resolve
 from meanflow.sampling import edm, steps
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
@@ -27,11 +28,12 @@ class Net(NamedTuple):
     """A network as a function of (z, t, r, y), under given parameters."""
 
     module: Any  # the network for its names and tables; its own parameters are only shapes
-    apply: Any  # (params, z, t, r, y, given, taped, heads, jvp, features) -> (u, v or both, or u and features; tape)
+    apply: Any  # (params, z, t, r, y, given, known, heads, features) -> (u, v or both, or u and features; outputs)
     params: Any  # nnx.State
     dtype: str  # of inputs and draws
     method: str  # name of the method that trains it
     teacher: Any = None  # the frozen network that its loss is given
+    head: str = "u"  # of a network with several, the one that is called
 
     @property
     def num_classes(self):
@@ -48,6 +50,11 @@ class Net(NamedTuple):
         """How many augmentation labels the network is told."""
         return self.module.augment_dim
 
+    @property
+    def takes_tape(self):
+        """Whether the network records for its own tangent."""
+        return self.module.takes_tape
+
     def dropout_masks(self, draws):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
@@ -56,14 +63,12 @@ class Net(NamedTuple):
         """Return the logarithm of the variance that the network expects [b]."""
         return nnx.merge(nnx.graphdef(self.module), self.params).log_variance(t, r)
 
-    def __call__(self, z, t, r, y, heads="u", jvp=False, features=False, **given):
+    def __call__(self, z, t, r, y, heads=None, tape: Any = None, features=False, **given):
         """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
-        outer = tape.active()
-        taped = outer.outputs if outer and outer.replays else None
-        u, outputs = self.apply(self.params, z, t, r, y, given, taped, heads, jvp, features)
-        if outer and not outer.replays:
-            for output in outputs:
-                outer.record(output)
+        known = tape.outputs if under_jvp(tape) else None
+        u, outputs = self.apply(self.params, z, t, r, y, given, known, heads or self.head, features)
+        if tape is not None:
+            tape.outputs = {} if under_jvp(tape) else jax.tree.map(tape.select, outputs)
         return u
 
 
@@ -129,9 +134,9 @@ def jvp(net, z, t, r, y, tangent, given=None, head="u"):
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
-    one = functools.partial(net, heads=head)
-    u, taped = common.average_velocity(one, z, t, r, y, given, rows)
-    return _to_numpy((u, common.total_derivative(one, z, tangent, t, r, y, given, rows, taped)))
+    net = net._replace(head=head)
+    u, tape = common.average_velocity(net, z, t, r, y, given, rows)
+    return _to_numpy((u, common.total_derivative(net, z, tangent, t, r, y, given, rows, tape)))
 
 
 def features(net, z, t, y):
@@ -330,26 +335,27 @@ def learning_rates(steps, c):
 
 def _model(config):
     """The config of the network alone, as text."""
-    alone = base.get_config(config.model.name, config.method.name)
+    alone = base.get_config()
     alone.model.update(config.model)
-    return store.to_json(alone)
+    return resolve.to_json(alone)
 
 
 @functools.cache
 def _network(model):
-    config = store.from_json(model)
+    config = resolve.from_json(model)
     graphdef, shapes = step.abstract_net(config)
     several = config.model.name == "imf_dit"
 
-    @functools.partial(jax.jit, static_argnames=("heads", "jvp", "features"))
-    def apply(params, z, t, r, y, given, taped, heads, jvp, features):
-        """taped: outputs of affine layers that are known, or None."""
+    @functools.partial(jax.jit, static_argnames=("heads", "features"))
+    def apply(params, z, t, r, y, given, known, heads, features):
+        """known: the outputs of a tape, under the JVP; else None."""
         options = ({"heads": heads} if several else {}) | ({"features": True} if features else {})
-        inner = tape.Tape(lambda output: output)
-        inner.outputs.extend(taped or ())
-        with tape.recording(inner) if taped is None else tape.replaying(inner):
-            u = nnx.merge(graphdef, params)(z, t, r, y, **given, **options, jvp=jvp)
-        return u, inner.outputs
+        tape = Tape(lambda output: output)
+        if known is not None:
+            tape.outputs = known
+            tape.replay(())
+        u = nnx.merge(graphdef, params)(z, t, r, y, **given, **options, tape=tape)
+        return u, tape.finish() if known is not None else tape.outputs
 
     return nnx.merge(graphdef, shapes), apply
 

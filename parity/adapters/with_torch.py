@@ -5,15 +5,14 @@ The twin of `with_jax`, function by function.
 
 import contextlib
 import copy
-import functools
 from typing import Any, NamedTuple
 
 import numpy as np
 import torch
 from torch import nn
 
-from meanflow.float32 import full_float32
 from meanflow.sampling import edm, steps
+from meanflow.torch_precision import full_float32
 from torch_impl import step, time_embedding, weights
 from torch_impl.methods import METHODS, common, flow, improved, reflow
 from torch_impl.models import edm2, imf_dit, layers, unet
@@ -26,6 +25,7 @@ class Net(NamedTuple):
     dtype: torch.dtype  # of inputs and draws
     method: str  # name of the method that trains it
     teacher: Any = None  # the frozen network that its loss is given
+    head: str = "u"  # of a network with several, the one that is called
 
     @property
     def num_classes(self):
@@ -42,6 +42,11 @@ class Net(NamedTuple):
         """How many augmentation labels the network is told."""
         return self.module.augment_dim
 
+    @property
+    def takes_tape(self):
+        """Whether the network records for its own tangent."""
+        return self.module.takes_tape
+
     def dropout_masks(self, draws):
         """Return the masks of draws [b]."""
         return self.module.dropout_masks(draws)
@@ -50,10 +55,10 @@ class Net(NamedTuple):
         """Return the logarithm of the variance that the network expects [b]."""
         return self.module.log_variance(t, r)
 
-    def __call__(self, z, t, r, y, heads="u", jvp=False, features=False, **given):
+    def __call__(self, z, t, r, y, heads=None, tape=None, features=False, **given):
         """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
-        options = {"heads": heads} if isinstance(self.module, imf_dit.IMFDiT) else {}
-        return self.module(z, t, r, y, **given, **options, **({"features": True} if features else {}), jvp=jvp)
+        options = {"heads": heads or self.head} if isinstance(self.module, imf_dit.IMFDiT) else {}
+        return self.module(z, t, r, y, **given, **options, **({"features": True} if features else {}), tape=tape)
 
 
 @contextlib.contextmanager
@@ -115,9 +120,9 @@ def jvp(net, z, t, r, y, tangent, given=None, head="u"):
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
     rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
-    one = functools.partial(net, heads=head)
-    u, taped = common.average_velocity(one, z, t, r, y, given, rows)
-    return _to_numpy(u), _to_numpy(common.total_derivative(one, z, tangent, t, r, y, given, rows, taped))
+    net = net._replace(head=head)
+    u, tape = common.average_velocity(net, z, t, r, y, given, rows)
+    return _to_numpy(u), _to_numpy(common.total_derivative(net, z, tangent, t, r, y, given, rows, tape))
 
 
 @torch.no_grad()

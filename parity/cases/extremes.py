@@ -7,7 +7,7 @@ import functools
 
 import numpy as np
 
-from parity.cases import objectives
+from parity.cases import objectives, settings
 from parity.checks import Case
 
 # Of float32 uniforms in [0, 1) the largest, the least, the least above it; normals whose logistic is 0 or 1.
@@ -19,7 +19,7 @@ TIMES = (0.995, 0.25, 80 / 81, 0.75, *UNIFORMS)
 COINS = {"flow_rows": "coin", "flow_fraction": 0.5, "label_drop_prob": 0.5}
 FRONT = {"flow_rows": "front", "flow_fraction": 0.6, "label_drop": "front", "label_drop_prob": 0.5}
 QUARTERS = {"guidance_start": 0.25, "guidance_end": 0.75}
-RECTIFIED = objectives.RE2 | objectives.DRAWN_SCALES | COINS
+RECTIFIED = settings.RE2 | settings.DRAWN_SCALES | COINS
 # Of each case its network, its number of rows and its settings.
 EXTREMES = {
     "meanflow_uniform": ("dit", 12, COINS | QUARTERS | {"time_sampler": "uniform", "omega": 2.5, "kappa": 0.0}),
@@ -29,7 +29,7 @@ EXTREMES = {
     "meanflow_clipped": ("dit", 8, COINS | {"time_sampler": "arctan_official", "guidance": False}),
     "meanflow_unclipped": ("dit", 3, COINS | {"time_sampler": "arctan_official", "clip_interval": False}),
     "meanflow_truncated": ("dit", 7, COINS | {"time_order": "truncated", "path": "cosine", "adaptive_power": 0.5}),
-    "meanflow_squared": ("dit", 2, FRONT | objectives.SQUARED | {"adaptive_power": 0.75, "time_sampler": "arctan"}),
+    "meanflow_squared": ("dit", 2, FRONT | settings.SQUARED | {"adaptive_power": 0.75, "time_sampler": "arctan"}),
     "improved_uniform": ("imf", 12, COINS | {"time_sampler": "uniform"}),
     "improved_normal": ("imf", 5, FRONT | {"omega_power": 3.0, "adaptive_power": 0.5}),
     "improved_one_row": ("imf", 1, FRONT | {"omega_power": 0.0, "omega_max": 1.0}),
@@ -53,7 +53,11 @@ EXTREMES = {
 def all_cases() -> list[Case]:
     """Return the cases."""
     return [
-        Case(f"float64/extreme/{name}", functools.partial(objectives.loss, network, setting, inputs=Extreme(num_rows)))
+        Case(
+            f"float64/extreme/{name}",
+            functools.partial(objectives.loss, network, setting, inputs=Extreme(num_rows)),
+            network,
+        )
         for name, (network, num_rows, setting) in EXTREMES.items()
     ]
 
@@ -92,10 +96,8 @@ def ends(name: str, cfg) -> tuple[float, ...]:
         return TIMES if c.time_sampler in ("uniform", "re2_truncate") else NORMALS
     if name == "interval":
         return NORMALS
-    first = {
-        "coin": lambda: c.flow_fraction, "drop": lambda: c.label_drop_prob, "omega": lambda: 1 / max(c.omega_max - 1, 1)
-    }.get(name, lambda: 0.5)  # fmt: skip
-    return (first(), *UNIFORMS)
+    threshold = {"coin": (c.flow_fraction,), "drop": (c.label_drop_prob,), "omega": (1 / max(c.omega_max - 1, 1),)}
+    return threshold.get(name, (0.5,)) + UNIFORMS
 
 
 def near_the_rules(draws: dict, cfg) -> None:

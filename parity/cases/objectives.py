@@ -1,4 +1,4 @@
-"""Our own cases in float64: the two implementations against each other, and each against a second derivation."""
+"""Our own cases in float64: the implementations against each other, `loss_reference` and the oracle."""
 
 import functools
 
@@ -6,223 +6,76 @@ import numpy as np
 
 from meanflow.commands import time_embedding as fitting
 from meanflow.config import options as base
-from meanflow.config import store
+from meanflow.config import resolve
 from meanflow.sampling import noise
 from parity import oracle
 from parity.adapters.frameworks import FRAMEWORKS
+from parity.cases.settings import (
+    COUPLINGS,
+    DIVIDED,
+    EDM2,
+    NETWORK_SAMPLERS,
+    NETWORK_SETTINGS,
+    NETWORKS,
+    SAMPLERS,
+    SETTINGS,
+    TEACHER,
+    TRAINED,
+)
 from parity.checks import Case, Measure
 
 BOUND = 1e-10  # relative: both sum the same terms in another order, which costs a few units of 1e-16
-# The central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
-# 1e-16/h, both relative to values of order 1: 1e-10 or so at h = 1e-5, and a few orders of margin for the derivative.
+# A central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
+# 1e-16/h, both relative to values of order 1: about 1e-10 at h = 1e-5, plus a few orders of margin for the derivative.
 DIFFERENCE_BOUND, DIFFERENCE_STEP = 1e-7, 1e-5
 BATCH_SIZE, STEPS, PART = 12, 10, 4  # PART: rows of a micro-batch
-COMMON = {"input_size": 8, "channels": 3, "num_classes": 7, "compute_dtype": "float64"}
-UNET = COMMON | {
-    "name": "unet", "width": 8, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,), "dropout": 0.3,
-    "augment_dim": 6,
-}  # fmt: skip
-IMF = COMMON | {
-    "name": "imf_dit", "patch_size": 2, "depth": 3, "head_depth": 1, "width": 32, "num_heads": 4, "mlp_ratio": 8 / 3,
-    "num_class_tokens": 3, "num_omega_tokens": 2, "num_interval_tokens": 1, "num_time_tokens": 2,
-}  # fmt: skip
-TRANSFORMER = COMMON | {"patch_size": 2, "depth": 2, "width": 32, "num_heads": 4, "mlp_ratio": 3.0}
-DMF = TRANSFORMER | {"name": "dmf_dit", "depth": 3, "dmf_depth": 2}
-EDM2 = COMMON | {
-    "name": "edm2", "width": 8, "channel_mult": (1, 2), "channel_mult_emb": 2, "channel_mult_noise": 1, "num_blocks": 1,
-    "attn_resolutions": (4,), "head_width": 8, "sigma_data": 0.7,
-}  # fmt: skip
-# The frozen flow model that distills its guidance, of other sizes than the network that it teaches.
-TEACHER = TRANSFORMER | {"interval_embedder": False, "depth": 1, "width": 16, "num_heads": 2}
-# Tiny networks, by the name that their cases carry; the transformer's cases carry none.
-NETWORKS = {
-    "dit": TRANSFORMER,
-    "unet": UNET,
-    "unet_separate": UNET | {
-        "time_embedding": "separate", "qkv_layout": "interleaved", "resample_filter": (1, 1), "channel_mult_noise": 1,
-        "augment_dim": 0,
-    },
-    "unet_residual": UNET | {"embedding_type": "fourier", "encoder_type": "residual", "decoder_type": "skip"},
-    "unet_skip": UNET | {"encoder_type": "skip", "decoder_type": "skip", "channel_mult": (1, 1, 2)},
-    "imf": IMF,
-    "dmf": DMF,
-    "dmf_qk": DMF | {"qk_norm": True, "dmf_depth": 1},
-    "dmf_sit": TRANSFORMER | {
-        "interval_embedder": False, "depth": 3, "repa_dims": (12, 8), "repa_depth": 2, "projector_dim": 20
-    },
-    "edm2": EDM2,
-    "edm2_flow": EDM2 | {
-        "interval_embedder": False, "channel_mult": (2, 1, 1), "attn_resolutions": (8, 2), "head_width": 4,
-        "logvar_channels": 6,
-    },
-}  # fmt: skip
-GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
-OMEGA = {"omega": 2.5, "kappa": 0.0, "guidance_start": 0.2, "guidance_end": 0.8}
-SQUARED = {"weighting": "adaptive_squared", "adaptive_eps": 1e-3}
-# Settings of config.method, each compared in every quantity; unnamed options keep their default.
-SETTINGS = {
-    "split/kappa0": OMEGA,
-    "split/kappa": GUIDED | {"adaptive_power": 0.75},
-    "split/noguid": {"guidance": False, "time_sampler": "uniform"},
-    "split/cosine": GUIDED | {"path": "cosine", "weighting": "uniform", "label_drop_prob": 0.5},
-    "split/squared": OMEGA | SQUARED | {"adaptive_power": 0.5, "time_mean": (0.3, -0.2), "time_std": (1.5, 1.2)},
-    "split/front_drop": GUIDED | {"label_drop": "front", "label_drop_prob": 0.4, "clip_interval": False},
-    "split/all_flow": GUIDED | {"flow_fraction": 1.0},
-    "split/no_flow": GUIDED | {"flow_fraction": 0.0, "path": "cosine"},
-    "front/kappa0": OMEGA | {"flow_rows": "front", "flow_fraction": 0.5, "path": "cosine"},
-    "front/kappa": GUIDED | {"flow_rows": "front", "label_drop": "front", "label_drop_prob": 0.3},
-    "front/noguid": {"flow_rows": "front", "guidance": False, "clip_interval": False, "weighting": "uniform"},
-    "coin/kappa0": OMEGA | SQUARED | {"flow_rows": "coin", "flow_fraction": 0.3, "time_sampler": "uniform"},
-    "coin/kappa": GUIDED | {"flow_rows": "coin", "flow_fraction": 0.25, "label_drop_prob": 0.3},
-    "coin/noguid": SQUARED | {"flow_rows": "coin", "guidance": False, "adaptive_power": 0.75, "path": "cosine"},
-}
-V0 = {
-    "guidance": False, "flow_fraction": 0.25, "time_mean": (-2.0, -2.0), "time_std": (2.0, 2.0),
-    "adaptive_power": 0.75, "adaptive_eps": 1e-3, "clip_interval": False,
-}  # fmt: skip
-V1 = V0 | {"time_order": "truncated", "time_mean": (-0.6, -4.0), "time_std": (1.6, 1.6)}
-DMF_TIMES = {"time_mean": (0.4, -1.2), "time_std": (1.0, 0.9)}
-RE2 = {"name": "rectified", "time_sampler": "re2_truncate", "adaptive_power": 0.5}
-DRAWN_SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
-MODEL_GUIDANCE = {"omega": 0.6, "guidance_start": 0.1, "guidance_end": 0.7}
-# The same for other networks, by network and name.  A U-Net has no classes, but the objective must not know that.
-NETWORK_SETTINGS = {
-    "unet/v0": V0,
-    "unet/v1": V1 | {"time_mean": (-0.6, -0.9)},
-    "unet/v1_coin": V1 | {"flow_rows": "coin", "flow_fraction": 0.5, "weighting": "uniform"},
-    "unet/kappa": GUIDED | {"flow_fraction": 0.25},
-    "unet_separate/cosine": V0 | {"path": "cosine", "time_sampler": "uniform", "flow_fraction": 0.5},
-    "imf/split": {"flow_fraction": 0.5},
-    "imf/power": {"flow_fraction": 0.5, "omega_power": 2.0, "omega_max": 5.0, "adaptive_power": 0.75},
-    "imf/uniform": {"flow_fraction": 0.25, "weighting": "uniform", "omega_power": 0.5, "label_drop_prob": 0.5},
-    "imf/noguid": {"flow_fraction": 0.5, "guidance": False, "path": "cosine", "time_sampler": "uniform"},
-    "imf/front": {"flow_fraction": 0.5, "flow_rows": "front", "label_drop": "front", "label_drop_prob": 0.4},
-    "imf/coin": {"flow_fraction": 0.5, "flow_rows": "coin", "adaptive_eps": 1e-3, "adaptive_power": 0.5},
-    "imf/all_flow": {"flow_fraction": 1.0},
-    "imf/no_flow": {"flow_fraction": 0.0, "weighting": "uniform"},
-    "dmf/mg": DMF_TIMES | MODEL_GUIDANCE | {"label_drop_prob": 0.3},
-    "dmf/default": {"guidance_type": "default", "path": "cosine", "time_sampler": "arctan", "adaptive_eps": 0.1},
-    "dmf/distill": DMF_TIMES | MODEL_GUIDANCE | {"guidance_type": "distill", "teacher": "TEACHER", "omega": 1.5},
-    "dmf/uniform": MODEL_GUIDANCE | {"time_sampler": "uniform", "label_drop": "front", "time_order": "truncated"},
-    "dmf/all_pairs": DMF_TIMES | MODEL_GUIDANCE | {"log_variance_pairs": "all", "flow_time_std": 0.7},
-    "dmf/official_times": DMF_TIMES | {"time_sampler": "arctan_official", "path": "cosine", "flow_time_mean": 0.5},
-    "dmf_qk/mg": DMF_TIMES | MODEL_GUIDANCE,
-    "dmf_sit/repa": {"label_drop_prob": 0.3},
-    "dmf_sit/cosine": {"path": "cosine", "time_sampler": "arctan", "flow_time_mean": -0.3, "repa_coeff": 2.0},
-    "dmf_sit/uniform": {"time_sampler": "uniform", "label_drop": "front", "label_drop_prob": 0.4},
-    "edm2/re2": RE2 | DRAWN_SCALES,
-    "edm2/clip": RE2 | DRAWN_SCALES | {"distance_clip": 2.0, "label_drop_prob": 0.4},
-    "edm2_flow/flow": {"label_drop_prob": 0.3, "flow_time_mean": -0.4},
-    # Of the method rather than of its network, with a transformer that compiles sooner.
-    "dit/remeanflow_clip": RE2 | DRAWN_SCALES | {"distance_clip": 2.1, "flow_fraction": 0.5},
-    "dit/remeanflow_coin": RE2 | DRAWN_SCALES | {"flow_rows": "coin", "interval_mean": 0.3, "interval_std": 0.7},
-    "dit/remeanflow_constant": RE2 | {"omega": 1.4, "kappa": 0.3, "flow_rows": "front", "adaptive_eps": 1e-3},
-    "dit/remeanflow_noguid": RE2 | {"guidance": False, "label_drop": "front", "flow_fraction": 0.0},
-    "dit/remeanflow_uniform": RE2 | DRAWN_SCALES | {"time_sampler": "uniform", "weighting": "adaptive_squared"},
-    "dit/remeanflow_unweighted": RE2 | DRAWN_SCALES | {"weighting": "uniform", "omega_max": 2.0},
-}
-# Of these the batch is also computed in parts.
-DIVIDED = (
-    "split/kappa", "front/kappa", "coin/kappa", "imf/front", "dmf/uniform", "dmf_sit/repa", "dit/remeanflow_clip",
-)  # fmt: skip
-SAMPLERS = {
-    "steps1": {"steps": 1},
-    "steps2": {"steps": 2},
-    "steps5": {"steps": 5},
-    "times": {"times": (1.0, 0.8, 0.35, 0.0)},
-    "steps1_cfg": {"steps": 1, "cfg_scale": 1.5},
-    "steps3_cfg": {"steps": 3, "cfg_scale": 2.5},
-}
-# The same of decoupled MeanFlow and of flow models, guided in an interval, with noise drawn anew.
-INSIDE = {"cfg_scale": 1.5, "interval": (0.2, 0.8)}
-NETWORK_SAMPLERS = {
-    "dmf/euler": {"steps": 4, "shift": 1.5} | INSIDE,
-    "dmf/restart": {"steps": 3, "sampler": "restart", "path": "cosine"},
-    "dmf/ctm": {"steps": 4, "sampler": "ctm", "gamma": 0.7, "shift": 2.0} | INSIDE,
-    "dmf/ctm_cosine": {"times": (1.0, 0.7, 0.4, 0.0), "sampler": "ctm", "path": "cosine"},
-    "dmf/ctm_official": {"steps": 3, "sampler": "ctm", "official": True, "path": "cosine"},
-    "dmf_sit/euler": {"steps": 5, "shift": 1.5} | INSIDE,
-    "dmf_sit/euler_official": {"steps": 5, "official": True} | INSIDE,
-    "dmf_sit/heun": {"steps": 4} | INSIDE,
-    "dmf_sit/sde": {"steps": 5, "sampler": "sde", "shift": 1.5} | INSIDE,
-    "dmf_sit/sde_elbo": {"times": (0.95, 0.6, 0.2, 0.0), "sampler": "sde", "diffusion": "elbo", "path": "cosine"},
-}
-NETWORK_SAMPLERS |= {
-    "dmf/velocity": {"steps": 4, "sampler": "velocity", "shift": 1.5} | INSIDE,
-    "edm2/steps1": {"steps": 1},
-    "edm2/velocity": {"times": (80 / 81, 0.6, 0.2, 1e-8), "sampler": "velocity"},
-    "edm2_flow/heun": {"steps": 4, "sampler": "heun"} | INSIDE,
-}
-# Couplings: the scale of the guidance, and whether an autoguidance network gives it.
-COUPLINGS = {"plain": (1.0, False), "guided": (1.7, False), "autoguided": (1.7, True)}
-GUIDED_SAMPLES = {"omega": 3.5, "interval": (0.25, 0.75)}
-TRAINING = {
-    "adamw_cosine_clip": {
-        "optimizer": "adamw", "weight_decay": 0.1, "learning_rate": 3e-3, "beta2": 0.999, "schedule": "cosine",
-        "warmup_steps": 3, "warmup_from": 1e-4, "steps": 9, "clip_norm": 1.0, "ema_decays": (0.9, 0.99),
-    },
-    "adam_constant": {"learning_rate": 1e-3, "beta1": 0.8, "adam_eps": 1e-6, "ema_decays": (0.95, 0.5)},
-}  # fmt: skip
 
 
 def all_cases() -> list[Case]:
     """Return the cases in float64."""
     cases = []
+
+    def add(name, function, network, *args):
+        cases.append(Case(f"float64/{name}", functools.partial(function, network, *args), network))
+
     for network in NETWORKS:
-        prefix = "float64/" if network == "dit" else f"float64/{network}/"
         for function in (forward, jvp, difference):
-            cases.append(Case(prefix + function.__name__, functools.partial(function, network)))
-    cases += [Case(f"float64/{name}", functools.partial(loss, "dit", setting)) for name, setting in SETTINGS.items()]
-    for name, setting in NETWORK_SETTINGS.items():
-        cases.append(Case(f"float64/{name}", functools.partial(loss, name.split("/")[0], setting)))
+            add(f"{'' if network == 'dit' else f'{network}/'}{function.__name__}", function, network)
+    losses = {name: ("dit", setting) for name, setting in SETTINGS.items()}
+    losses |= {name: (name.split("/")[0], setting) for name, setting in NETWORK_SETTINGS.items()}
+    for name, arguments in losses.items():
+        add(name, loss, *arguments)
     for name in DIVIDED:
-        network = name.split("/")[0] if name in NETWORK_SETTINGS else "dit"
-        setting = (SETTINGS | NETWORK_SETTINGS)[name]
-        cases.append(Case(f"float64/parts/{name}", functools.partial(parts, network, setting)))
-    for name, options in TRAINING.items():
-        cases.append(Case(f"float64/train/{name}", functools.partial(train, "dit", {"method": GUIDED}, options)))
-    periodic = TRAINING["adam_constant"] | {"ema_every": 4}
-    cases.append(Case("float64/unet/train/ema_every", functools.partial(train, "unet", {"method": V0}, periodic)))
-    cases += [Case(f"float64/sample/{name}", functools.partial(sample, "dit", o)) for name, o in SAMPLERS.items()]
-    cases.append(Case("float64/unet/sample/steps2", functools.partial(sample, "unet", SAMPLERS["steps2"])))
-    improved = {"method": NETWORK_SETTINGS["imf/power"]}
-    options = TRAINING["adam_constant"]
-    cases.append(Case("float64/imf/train/adam", functools.partial(train, "imf", improved, options)))
-    cases += [
-        Case(f"float64/imf/sample/{name}", functools.partial(sample, "imf", SAMPLERS[name] | GUIDED_SAMPLES))
-        for name in ("steps1", "steps2", "times")
-    ]
-    decoupled = {"method": NETWORK_SETTINGS["dmf/mg"]}
-    cases.append(
-        Case("float64/dmf/train/clip", functools.partial(train, "dmf", decoupled, TRAINING["adamw_cosine_clip"]))
-    )
+        add(f"parts/{name}", parts, *losses[name])
+    for name, (network, setting, options) in TRAINED.items():
+        add(name, train, network, setting, options)
+    for name, options in SAMPLERS.items():
+        add(f"sample/{name}", sample, "dit", options)
     for name, options in NETWORK_SAMPLERS.items():
         network, sampler = name.split("/")
-        cases.append(Case(f"float64/{network}/sample/{sampler}", functools.partial(sample, network, options)))
-    rectified = {"method": NETWORK_SETTINGS["edm2/re2"]}
-    options = TRAINING["adamw_cosine_clip"]
-    cases.append(Case("float64/edm2/train/clip", functools.partial(train, "edm2", rectified, options)))
-    cases += [Case(f"float64/edm2_flow/couple/{name}", functools.partial(couple, *o)) for name, o in COUPLINGS.items()]
-    cases.append(Case("float64/edm2/time_embedding", time_embedding))
+        add(f"{network}/sample/{sampler}", sample, network, options)
+    for name, options in COUPLINGS.items():
+        add(f"edm2_flow/couple/{name}", couple, "edm2_flow", *options)
+    add("edm2/time_embedding", time_embedding, "edm2")
     return cases
 
 
 def forward(network: str, measure: Measure) -> None:
-    """The network's output of every head, with r < t and with r = t, and without what it need not be given."""
+    """The network's output from every head, with r < t and with r = t, and without its optional inputs."""
     cfg = config(network)
     x, _, _, y, _ = jvp_inputs(cfg)
     t, r = times()
     cases = {"u": (r, given(cfg), "u"), "u at r = t": (t, given(cfg), "u")}
     cases |= {"u (nothing given)": (r, {}, "u")} if cfg.model.name == "unet" and given(cfg) else {}
     cases |= {"v": (t, given(cfg), "v")} if "v" in heads(cfg) else {}
-    for quantity, (r_given, beside, head) in cases.items():
-        u = {name: f.forward(net, x, t, r_given, y, beside, head) for name, f, net in nets(cfg)}
+    for quantity, (end, optional, head) in cases.items():
+        u = {name: f.forward(net, x, t, end, y, optional, head) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
-    if "repa_dims" in cfg.model and cfg.model.repa_dims:
+    if cfg.model.repa_dims:
         got = {name: f.features(net, x, t, y) for name, f, net in nets(cfg)}
         for i, (ours, theirs) in enumerate(zip(got["jax"], got["torch"], strict=True)):
             measure.compare("jax-torch", f"features {i}", ours, theirs, BOUND)
-    if cfg.model.name == "dmf_dit" or ("logvar_channels" in cfg.model and cfg.model.logvar_channels):
+    if cfg.model.name == "dmf_dit" or cfg.model.logvar_channels:
         got = {name: f.log_variance(net, t, r) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", "log_variance", got["jax"], got["torch"], BOUND)
 
@@ -242,15 +95,15 @@ def difference(network: str, measure: Measure) -> None:
     z, t, r, y, v = jvp_inputs(cfg)
     h = DIFFERENCE_STEP
     for name, f, net in nets(cfg):
-        ahead, behind = (f.forward(net, z + step * v, t + step, r, y, given(cfg)) for step in (h, -h))
+        later, earlier = (f.forward(net, z + step * v, t + step, r, y, given(cfg)) for step in (h, -h))
         _, du_dt = f.jvp(net, z, t, r, y, v, given(cfg))
-        measure.compare(name, "du_dt (central difference)", du_dt, (ahead - behind) / (2 * h), DIFFERENCE_BOUND)
+        measure.compare(name, "du_dt (central difference)", du_dt, (later - earlier) / (2 * h), DIFFERENCE_BOUND)
 
 
 def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
-    """The loss with its quantities and gradients: against `loss_reference`, the oracle, and the other framework's.
+    """The loss with its quantities and gradients, against `loss_reference`, the oracle and the other framework.
 
-    inputs: (config) -> rows and draws by name; None: those of `batch`.
+    inputs: (config) -> rows and draws by name; by default those of `batch`.
     """
     cfg = config(network, method=setting)
     rows, draws = (inputs or batch)(cfg)
@@ -269,9 +122,9 @@ def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
 
 
 def oracle_of(cfg, rows, draws) -> tuple:
-    """Return the loss, its quantities by name and its gradients, from the oracle.
+    """Return the oracle's loss, quantities by name, and gradients.
 
-    It knows neither framework; the network that it is given is PyTorch's, which compiles nothing.
+    The oracle is independent of both frameworks; it is evaluated once, on PyTorch's network, which compiles nothing.
     """
     f = FRAMEWORKS["torch"]
     net = f.build(cfg, random_weights(cfg))
@@ -285,13 +138,12 @@ def oracle_of(cfg, rows, draws) -> tuple:
 
 
 def teacher(f, cfg):
-    """Return the frozen flow model that the config asks for, or None."""
-    given = "teacher" in cfg.method and cfg.method.teacher
-    return f.build(teacher_config(), random_weights(teacher_config())) if given else None
+    """Return the frozen flow model if the config has a teacher, else None."""
+    return f.build(teacher_config(), random_weights(teacher_config())) if cfg.method.teacher else None
 
 
 def against_reference(measure, framework, result, reference):
-    """Compare a loss with that of `loss_reference`, its worst quantity and gradient."""
+    """Compare a loss, its worst quantity and its worst gradient with those of `loss_reference`."""
     (value, aux, grads), (expected, expected_aux, expected_grads) = result, reference
     aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
     measure.compare(framework, "loss (reference)", value, expected, BOUND)
@@ -300,7 +152,7 @@ def against_reference(measure, framework, result, reference):
 
 
 def against_formula(measure, framework, result, formula):
-    """Compare a loss with that of the oracle, and each quantity that the oracle has."""
+    """Compare a loss, every quantity that the oracle has, and the worst gradient with the oracle's."""
     (value, aux, grads), (expected, expected_aux, expected_grads) = result, formula
     aux, expected_aux = (on_jvp_rows(quantities, expected_aux) for quantities in (aux, expected_aux))
     measure.compare(framework, "loss (formula)", value, expected, BOUND)
@@ -310,16 +162,16 @@ def against_formula(measure, framework, result, formula):
 
 
 def on_jvp_rows(quantities, expected):
-    """Return quantities by name, with du/dt and its tangent v_c as 0 on the flow rows that are `expected`.
+    """Return quantities by name, with du/dt and the tangent v_c set to 0 on the flow rows of `expected`.
 
-    On those of a static split a loss has no du/dt, and v_c is that of the label after the drop.
+    On flow rows of a static split nothing reads them: a loss has no du/dt, and v_c is that of the dropped label.
     """
     jvp_row = (expected["r"] < expected["t"])[:, None, None, None]
     return {name: a * jvp_row if name in ("du_dt", "v_c") else a for name, a in quantities.items()}
 
 
 def parts(network: str, setting: dict, measure: Measure) -> None:
-    """The loss of a batch and what becomes of each row, against those of its parts."""
+    """The loss of a batch and the result of each row, against those of its micro-batches."""
     cfg = config(network, method=setting)
     rows, draws = batch(cfg)
     slices = [slice(i, i + PART) for i in range(0, BATCH_SIZE, PART)]
@@ -335,9 +187,9 @@ def parts(network: str, setting: dict, measure: Measure) -> None:
         measure.compare_worst(name, "grad (mean of parts)", means, grads, BOUND)
 
 
-def train(network: str, setting: dict, options: dict, measure: Measure) -> None:
-    """Parameters and EMAs after ten steps of the trainers' own update, on each framework's own gradients."""
-    cfg = config(network, train=options, **setting)
+def train(network: str, method: dict, options: dict, measure: Measure) -> None:
+    """Parameters and EMAs after ten steps of the trainers' own update, with each framework's own gradients."""
+    cfg = config(network, train=options, method=method)
     batches = [batch(cfg, seed) for seed in range(STEPS)]
     result = {name: f.train(net, cfg, batches) for name, f, net in nets(cfg)}
     (trees, scalars), (torch_trees, torch_scalars) = result["jax"], result["torch"]
@@ -358,9 +210,9 @@ def sample(network: str, options: dict, measure: Measure) -> None:
     measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
 
 
-def couple(guidance: float, with_guide: bool, measure: Measure) -> None:
-    """Couplings of a flow model of EDM2, guided by itself or by another."""
-    cfg = config("edm2_flow")
+def couple(network: str, guidance: float, with_guide: bool, measure: Measure) -> None:
+    """Couplings of an EDM2 flow model, guided by itself or by another network."""
+    cfg = config(network)
     (rows, draws), images = batch(cfg), {}
     for name, f, net in nets(cfg):
         guide = (f.build(teacher_config(), random_weights(teacher_config())),) if with_guide else ()
@@ -368,9 +220,9 @@ def couple(guidance: float, with_guide: bool, measure: Measure) -> None:
     measure.compare("jax-torch", "samples", images["jax"], images["torch"], BOUND)
 
 
-def time_embedding(measure: Measure) -> None:
-    """Errors of two time embeddings to the one of their teacher: copies of it, and fitted ones."""
-    student, teacher = config("edm2"), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
+def time_embedding(network: str, measure: Measure) -> None:
+    """Errors of two time embeddings against their teacher's: a copy of it, and a fitted one."""
+    student, teacher = config(network), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
     t, r = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(2, 50)), axis=0)[::-1].copy()
     errors = {}
     for name, f, of_teacher in nets(teacher):
@@ -382,26 +234,27 @@ def time_embedding(measure: Measure) -> None:
 
 
 def config(network: str = "dit", **changes: dict) -> base.Config:
-    """Return the config of a tiny network; changes: options of a section by its name, e.g. method={'kappa': 0}."""
-    model = NETWORKS[network]
-    cfg = base.get_config(model.get("name", "dit"), changes.get("method", {}).get("name") or method_of(model))
-    cfg.model.update(model)
+    """Return the config of a tiny network.  changes: options by section, e.g. method={'kappa': 0}."""
+    cfg = base.get_config()
+    cfg.model.update(NETWORKS[network])
+    cfg.method.name = method_of(cfg.model)
     for section, options in changes.items():
         cfg[section].update(options)
     return cfg
 
 
-def method_of(model: dict) -> str:
-    """Return the name of the method that trains a network of `NETWORKS` unless its settings name another."""
-    if not model.get("interval_embedder", True):
+def method_of(model: base.Config) -> str:
+    """Return the name of the method that trains the network of `config.model`."""
+    if model.name in ("dit", "edm2") and not model.interval_embedder:
         return "flow"
-    return {"imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "rectified"}.get(model.get("name", ""), "meanflow")
+    return {"imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "rectified"}.get(model.name, "meanflow")
 
 
 def teacher_config() -> base.Config:
     """Return the config of the frozen flow model."""
-    cfg = base.get_config("dit", "flow")
+    cfg = base.get_config()
     cfg.model.update(TEACHER)
+    cfg.method.name = "flow"
     return cfg
 
 
@@ -411,20 +264,21 @@ def nets(cfg) -> list[tuple]:
 
 
 def heads(cfg) -> str:
-    """Return the letters of the velocities that the network of the config predicts."""
+    """Return the heads of the config's network, one letter each."""
     return "uv" if cfg.model.name == "imf_dit" else "u"
 
 
 def random_weights(cfg) -> dict[str, np.ndarray]:
-    """Return canonical weights that are non-zero everywhere: zero layers would hide all but themselves."""
-    alone = base.get_config(cfg.model.name, cfg.method.name)
+    """Return canonical weights, non-zero everywhere: zero layers would hide everything before them."""
+    alone = base.get_config()
     alone.model.update(cfg.model, compute_dtype="float64")
-    return _random_weights(store.to_json(alone))
+    alone.method.name = cfg.method.name
+    return _random_weights(resolve.to_json(alone))
 
 
 @functools.cache
 def _random_weights(text: str) -> dict[str, np.ndarray]:
-    cfg = store.from_json(text)
+    cfg = resolve.from_json(text)
     rng = np.random.RandomState(1)
     torch = FRAMEWORKS["torch"]
     fresh = torch.fresh_weights(cfg, [0])[0]
@@ -433,7 +287,7 @@ def _random_weights(text: str) -> dict[str, np.ndarray]:
 
 
 def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
-    """Return images, labels and what else a batch of the config holds, and the draws, by name, in float64."""
+    """Return the batch that the config's method and network take, and the draws, by name, in float64."""
     rng = np.random.RandomState(100 + seed)
     c = cfg.model
     shape = (BATCH_SIZE, c.input_size, c.input_size, c.channels)
@@ -452,23 +306,23 @@ def batch(cfg, seed: int = 0) -> tuple[dict, dict]:
     if cfg.method.name in ("flow", "decoupled"):
         return rows_of(cfg, x, y, rng), flow_draws(cfg, draws, rng)
     own = ("omega", "t_min", "t_max") if cfg.method.name == "improved" else ("dropout",)
-    # Exact in any precision, as the masks that follow from `dropout` must be.
+    # Representable in float32, so that dropout masks are the same in every precision.
     draws |= {name: rng.uniform(size=BATCH_SIZE).astype(np.float32).astype(np.float64) for name in own}
     return rows_of(cfg, x, y, rng), draws
 
 
 def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
-    """Return a batch of images and labels with what else a batch of the config holds."""
+    """Return the batch by name: images, labels, and the augmentation labels or features that the network takes."""
     c, rows = cfg.model, {"image": x, "label": y}
     if c.name == "unet" and c.augment_dim:
         rows["augment"] = rng.normal(size=(BATCH_SIZE, c.augment_dim))
-    if "repa_dims" in c and c.repa_dims:
+    if c.repa_dims:
         rows["features"] = rng.normal(size=(BATCH_SIZE, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)))
     return rows
 
 
 def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
-    """Return the draws of the flow term, with those of the MeanFlow term if the method has one."""
+    """Return the draws of the flow term and, if the method has one, of the MeanFlow term."""
     times_flow = rng.uniform(size=BATCH_SIZE) if cfg.method.time_sampler == "uniform" else rng.normal(size=BATCH_SIZE)
     if cfg.method.name == "flow":
         return {"noise": draws["noise"], "times": times_flow, "drop": draws["drop"]}
@@ -477,12 +331,12 @@ def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
 
 
 def given(cfg) -> dict[str, np.ndarray]:
-    """Return what the network of the config is given in training beside (z, t, r, y), by name."""
+    """Return the network's inputs in training in addition to (z, t, r, y), by name."""
     rows, draws = batch(cfg)
     if cfg.model.name == "imf_dit":
         return {"omega": 1 + 7 * draws["omega"], "t_min": draws["t_min"] / 2, "t_max": (1 + draws["t_max"]) / 2}
-    beside = {name: a for name, a in rows.items() if name == "augment"}
-    return beside | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
+    augment = {name: a for name, a in rows.items() if name == "augment"}
+    return augment | ({"dropout": draws["dropout"]} if cfg.model.name == "unet" and cfg.model.dropout else {})
 
 
 def times() -> tuple[np.ndarray, np.ndarray]:

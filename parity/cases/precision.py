@@ -5,7 +5,7 @@ import functools
 import numpy as np
 
 from parity.adapters.frameworks import FRAMEWORKS
-from parity.cases import objectives
+from parity.cases import objectives, settings
 from parity.checks import Case, Measure
 
 # Largest relative error by (data type, kind of quantity): five times the largest of two settings measured on an
@@ -16,10 +16,10 @@ BOUNDS = {
 }
 POWER = {"adaptive_power": 0.75}  # p = 1 would make every row's loss 1
 METHODS = {
-    "dit": objectives.SETTINGS["coin/kappa"] | POWER, "unet": objectives.SETTINGS["coin/kappa"] | POWER,
-    "imf": objectives.NETWORK_SETTINGS["imf/split"] | POWER, "dmf": objectives.NETWORK_SETTINGS["dmf/mg"],
-    "edm2": objectives.NETWORK_SETTINGS["edm2/re2"],
-    "dmf_fused": objectives.NETWORK_SETTINGS["dmf/mg"], "dmf_sit": objectives.NETWORK_SETTINGS["dmf_sit/repa"],
+    "dit": settings.SETTINGS["coin/kappa"] | POWER, "unet": settings.SETTINGS["coin/kappa"] | POWER,
+    "imf": settings.NETWORK_SETTINGS["imf/split"] | POWER, "dmf": settings.NETWORK_SETTINGS["dmf/mg"],
+    "edm2": settings.NETWORK_SETTINGS["edm2/re2"],
+    "dmf_fused": settings.NETWORK_SETTINGS["dmf/mg"], "dmf_sit": settings.NETWORK_SETTINGS["dmf_sit/repa"],
 }  # fmt: skip
 # Networks beside those of `cases`: a fused kernel computes its softmax in float32, so there is no float64 of it.
 FUSED = {"dmf_fused": "dmf"}
@@ -32,7 +32,7 @@ VALUES = (
 def all_cases() -> list[Case]:
     """Return the cases in float32 and bfloat16."""
     return [
-        Case(f"{dtype}/{name}", functools.partial(compare, dtype, architecture, function))
+        Case(f"{dtype}/{name}", functools.partial(compare, dtype, architecture, function), f"{dtype} {architecture}")
         for dtype in BOUNDS
         for name, architecture, function in (
             ("network", "dit", network),

@@ -8,6 +8,7 @@ import functools
 import json
 import pathlib
 import zipfile
+import zlib
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -44,28 +45,31 @@ class Settings(dict):
 
 
 class Fixture:
-    """The arrays and settings of one file.  Raises UserError if it cannot be read."""
+    """The arrays and settings of one file; an array is read when it is asked for.  Raises UserError."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.name = path, path.stem
         try:
-            with np.load(path, allow_pickle=False) as file:
-                self.arrays = {key: file[key] for key in file.files}
-        except (OSError, ValueError, EOFError, zipfile.BadZipFile) as error:
+            self.arrays = np.load(path, allow_pickle=False)  # a mapping, and its file stays open
+            text = str(self.arrays["config"]) if "config" in self.arrays else ""
+        except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"cannot read {path} as a golden fixture: {error}") from error
         try:
-            self.config = json.loads(str(self.arrays["config"]), object_hook=Settings)
-        except (KeyError, json.JSONDecodeError) as error:
+            self.config = json.loads(text, object_hook=Settings)
+        except json.JSONDecodeError as error:
             raise UserError(f"{path} has no JSON under the key 'config': is it a golden fixture?") from error
         self.system = self.config.get("system", self.name)
         self.used: set[str] = set()
 
     def get(self, key: str) -> np.ndarray:
-        """Return an array and note that it was used.  Raises MissingKey."""
+        """Return an array and note that it was used.  Raises MissingKey, or UserError if it is damaged."""
         if key not in self.arrays:
             raise MissingKey(f"{self.name} has no {key!r}")
         self.used.add(key)
-        return self.arrays[key]
+        try:
+            return self.arrays[key]
+        except (OSError, ValueError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+            raise UserError(f"cannot read {key!r} of {self.path}, which may be damaged: {error}") from error
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
         """Return {rest of the key: array} of all keys that begin with `prefix`, noted as used."""
@@ -113,7 +117,7 @@ def plan_fixture(fixture: Fixture, system, result: Plan) -> None:
         if run is None:
             result.not_covered.extend(f"golden/{fixture.name}/{key}" for key in keys)
             continue
-        case = Case(f"golden/{fixture.name}/{group}", functools.partial(run, fixture))
+        case = Case(f"golden/{fixture.name}/{group}", functools.partial(run, fixture), fixture.name)
         result.cases.append(case)
         result.keys[case.name] = (fixture, keys)
 

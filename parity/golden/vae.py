@@ -6,7 +6,7 @@ import numpy as np
 
 from jax_impl import autoencoder as jax_autoencoder
 from meanflow.config.latents import CONVENTIONS
-from meanflow.data.latents import autoencoder, dataset
+from meanflow.data.latents import autoencoder, units
 from meanflow.sampling import grids
 from meanflow.weights.names import flax_tree_to_canonical
 from parity.adapters import frozen_networks
@@ -65,7 +65,7 @@ def compute(call, quantity: str, inputs: np.ndarray, fixture) -> np.ndarray:
     mean, log_variance = call("encode", inputs)
     std = np.exp(log_variance / 2)
     if quantity == "sample":
-        return dataset.sample_posterior(np.concatenate([mean, std], -1), nhwc(fixture.get("in/eps")))
+        return units.sample_posterior(np.concatenate([mean, std], -1), nhwc(fixture.get("in/eps")))
     return {"mean": mean, "logvar": log_variance, "std": std}[quantity]
 
 
@@ -86,7 +86,7 @@ def system(name: str, fixture, measure: Measure) -> None:
 def latent(key: str, convention, second: str, fixture) -> np.ndarray:
     """Return the result of one operation on latents, [b h w c] or, of EDM2's constants, [c]."""
     if key == "decode_input":
-        return dataset.to_raw(nhwc(fixture.get("in/z")), convention)
+        return units.to_raw(nhwc(fixture.get("in/z")), convention)
     if key == "rgb_encode":
         return nhwc(fixture.get("in/u8")).astype(np.float32) / 127.5 - 1
     if key in ("scale", "bias"):
@@ -94,8 +94,8 @@ def latent(key: str, convention, second: str, fixture) -> np.ndarray:
         return scale if key == "scale" else -shift * scale
     mean, spread = np.split(nhwc(fixture.get(f"in/mean_{second}")), 2, axis=-1)
     spread = spread if second == "std" else np.exp(spread / 2)
-    raw = dataset.sample_posterior(np.concatenate([mean, spread], -1), nhwc(fixture.get("in/eps")))
-    return dataset.to_data_units(raw, convention)
+    raw = units.sample_posterior(np.concatenate([mean, spread], -1), nhwc(fixture.get("in/eps")))
+    return units.to_data_units(raw, convention)
 
 
 def coded(framework: str, quantity: str, convention, fixture, measure: Measure) -> None:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from benchmarks import precision, precision_jax, precision_torch
+from jax_impl.models.tape import Tape
 
 FRAMEWORKS = {"jax": precision_jax, "torch": precision_torch}
 COMPARED = {"jax": ("float32", "bfloat16"), "torch": tuple(precision.MODES)}  # JAX compiles slowly
@@ -90,13 +91,15 @@ def test_mixed_tangent_has_the_primal_of_bfloat16_and_the_tangent_of_float32(err
 @pytest.mark.parametrize("mode", ["mixed", "mixed_tangent"])
 def test_mixed_modes_in_jax_call_the_network_of_each_data_type_where_they_say(mode):
     class Net(SimpleNamespace):
-        def __call__(self, z, t, r, y, jvp=False):
+        def __call__(self, z, t, r, y, tape=None):
             return self.factor * z, self.factor * z
 
     sizes = {"num_classes": 1, "dropout": 0.0, "augment_dim": 0}
     nets = {"bfloat16": Net(factor=2.0, **sizes), "float32": Net(factor=3.0, **sizes)}
     net, z, t, r = precision_jax.Mixed(nets, precision.MODES[mode]), jnp.ones((2, 1, 1, 1)), jnp.ones(2), jnp.arange(2)
-    _, tangents = jax.jvp(lambda z: net(z, t, r, None, jvp=True), (z,), (z,))
+    tape = Tape(lambda a: a)
+    tape.replay(())
+    _, tangents = jax.jvp(lambda z: net(z, t, r, None, tape=tape), (z,), (z,))
     assert [a.ravel().tolist() for a in tangents] == [[3, 3], [3, 3]]
     assert [a.ravel().tolist() for a in net(z, t, t, None)] == [[2, 2], [2, 2]]
     wanted = [3, 2] if mode == "mixed" else [2, 2]

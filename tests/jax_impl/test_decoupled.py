@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from jax_impl.methods import decoupled
+from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = options.get_config("dmf_dit", "decoupled").method
-    cfg.update({"omega": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "decoupled", "omega": 0.5} | changes)
     return cfg
 
 
@@ -38,13 +39,15 @@ def wide(*rows):
 class Curved:
     """A nonlinear network of everything it is told, with one parameter; remembers (rows, under a JVP) of its calls."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self, parameter=1.0):
         self.parameter, self.calls = parameter, []
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls.append((len(y), jvp))
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls.append((len(y), under_jvp(tape)))
         t, r, y = wide(t, r, y)
         return self.parameter * jnp.sin(z * (1 + y / 10) + t * t - r / 2)
 

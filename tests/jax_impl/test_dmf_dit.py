@@ -4,22 +4,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
 
 from jax_impl import weights
+from jax_impl.methods import common
 from jax_impl.models import attention
 from jax_impl.models.layers import timestep_features
 from jax_impl.step import build_net
+from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
     "name": "dmf_dit", "input_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "depth": 2, "width": 16,
-    "num_heads": 2,
+    "num_heads": 2, "dmf_depth": 1, "projector_dim": 8,
 }  # fmt: skip
-OWN = {"dmf_dit": {"dmf_depth": 1}, "imf_dit": {"head_depth": 1}}  # options of one network alone
 FLOW = {"name": "dit", "interval_embedder": False}
-REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1, "projector_dim": 8}
+REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
+ROWS = common.Rows(groups=1, flow=0, rest=2)
 
 
 @pytest.fixture(autouse=True)
@@ -31,9 +32,8 @@ def float64():
 
 def graph(**changes):
     """Return the graph definition and the parameters' shapes of a network of the tiny sizes, in float64."""
-    config = tiny.of_network(
-        SIZES | {"compute_dtype": "float64"} | OWN.get(changes.get("name", "dmf_dit"), {}) | changes
-    )
+    config = options.get_config()
+    config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
     return jax.eval_shape(lambda: build_net(config))
 
 
@@ -61,7 +61,8 @@ def distance(a, b):
 
 
 def test_the_log_variance_is_zero_at_first_and_then_a_function_of_both_times():
-    config = tiny.of_network(SIZES | {"dmf_depth": 1})
+    config = options.get_config()
+    config.model.update(SIZES)
     graphdef, shapes = graph()
     _, t, r, _ = inputs()
     assert not nnx.merge(graphdef, jax.jit(lambda: build_net(config)[1])()).log_variance(t, r).any()
@@ -114,24 +115,36 @@ def test_a_kernel_is_used_where_no_tangent_passes(name, monkeypatch):
     used = []
     for kernel, attend in attention.KERNELS.items():
         monkeypatch.setitem(attention.KERNELS, kernel, lambda *a, k=kernel, f=attend: used.append(k) or f(*a))
-    changes = {"name": name, "attention": "fused", "compute_dtype": "float32"}
+    changes = {"name": name, "attention": "fused", "compute_dtype": "float32", "head_depth": 1}
     graphdef, shapes = graph(**changes)
     told = jnp.ones(2, jnp.float32)
     given = {"omega": told, "t_min": 0 * told, "t_max": told} if name == "imf_dit" else {}
-    for jvp, expected in ((False, {"fused"}), (True, {"plain"})):
+
+    def derivative(params, z, t, r, y):
+        net = nnx.merge(graphdef, params)
+        _, tape = common.average_velocity(net, z, t, r, y, given, ROWS)
+        assert set(used) == {"fused"} and len(used) >= 2
         used.clear()
-        jax.eval_shape(compiled(graphdef, **given, jvp=jvp), shapes, *inputs(jnp.float32))
-        assert set(used) == expected and len(used) >= 2
+        return common.total_derivative(net, z, z, t, r, y, given, ROWS, tape)
+
+    jax.eval_shape(derivative, shapes, *inputs(jnp.float32))
+    assert set(used) == {"plain"} and len(used) >= 2
 
 
 def test_a_fused_network_has_the_plain_derivative():
     (z, t, r, y), derivatives = inputs(jnp.float32), []
-    tangents = (jnp.ones_like(z), jnp.ones_like(t), jnp.zeros_like(r))
-    for kernel in ("plain", "fused"):
-        graphdef, shapes = graph(attention=kernel, compute_dtype="float32")
-        net = nnx.merge(graphdef, some(shapes))
-        push = jax.jit(lambda z, t, r, net=net: jax.jvp(lambda *a: net(*a, y, jvp=True), (z, t, r), tangents))
-        derivatives.append(push(z, t, r))
-    for plain, fused in zip(*derivatives, strict=True):
-        np.testing.assert_array_equal(plain, fused)
-    assert float(jnp.abs(derivatives[0][1]).max()) > 1e-3
+
+    plain, fused = (
+        nnx.merge(graphdef, some(shapes))
+        for graphdef, shapes in (graph(attention=kernel, compute_dtype="float32") for kernel in ("plain", "fused"))
+    )
+
+    @jax.jit
+    def derivative_of(net, z, t, r):
+        _, tape = common.average_velocity(plain, z, t, r, y, {}, ROWS)
+        return common.total_derivative(net, z, jnp.ones_like(z), t, r, y, {}, ROWS, tape)
+
+    for net in (plain, fused):
+        derivatives.append(derivative_of(net, z, t, r))
+    np.testing.assert_array_equal(*derivatives)
+    assert float(jnp.abs(derivatives[0]).max()) > 1e-3

@@ -6,14 +6,15 @@ import numpy as np
 import pytest
 
 from jax_impl.methods import common, improved
+from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = options.get_config("imf_dit", "improved").method
-    cfg.update({"flow_fraction": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -33,13 +34,15 @@ def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():
 class Told:
     """A network whose velocities say what it was told, so that guidance can be computed by hand."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
-        self.calls.append((len(z), heads, jvp))
+    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", tape=None):
+        self.calls.append((len(z), heads, under_jvp(tape)))
         v = (y + omega / 10 + 100 * t_min + 1000 * (1 - t_max))[:, None, None, None] + z
         u = (t - r)[:, None, None, None] * z
         velocities = tuple({"u": u, "v": v}[head] for head in heads)

@@ -135,7 +135,7 @@ def test_one_task_on_a_node_takes_all_its_gpus(joined):
 
 
 def test_tasks_that_cannot_share_the_gpus_end_with_one_message(joined):
-    with pytest.raises(UserError, match=r"^3 tasks on .* cannot share the 8 GPUs"):
+    with pytest.raises(UserError, match=r"^3 tasks on .* cannot divide the 8 GPUs"):
         joined(["--distributed"], **SLURM, SLURM_STEP_TASKS_PER_NODE="3(x2)")
 
 

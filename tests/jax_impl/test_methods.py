@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_impl.methods import common, meanflow
+from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
@@ -41,13 +42,15 @@ def test_a_draw_is_a_function_of_its_key():
 class Constant:
     """A network whose velocity is its label, so that guidance can be computed by hand."""
 
+    takes_tape = True
+
     num_classes, dropout, augment_dim = 9, 0.0, 0
 
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls += 0 if jvp else len(y)  # a JVP takes its primal from the forward
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls += 0 if under_jvp(tape) else len(y)  # a JVP takes its primal from the forward
         return jnp.broadcast_to(y.astype(z.dtype)[:, None, None, None], z.shape)
 
 

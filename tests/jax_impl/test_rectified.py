@@ -6,6 +6,7 @@ import numpy as np
 import pytest
 
 from jax_impl.methods import rectified
+from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
@@ -19,8 +20,8 @@ def float64():
 
 
 def settings(**changes):
-    cfg = options.get_config("dit", "rectified").method
-    cfg.update({"flow_fraction": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "rectified", "time_sampler": "re2_truncate", "flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -41,13 +42,15 @@ def wide(*rows):
 class Curved:
     """A nonlinear network of everything it is told, with one parameter a class; remembers (rows, under a JVP)."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self, parameter=1.0):
         self.parameter, self.calls = parameter * jnp.ones(10), []
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls.append((len(y), jvp))
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls.append((len(y), under_jvp(tape)))
         parameter, t, r, y = wide(self.parameter[y], t, r, y)
         return parameter * jnp.sin(z * (1 + y / 10) + t * t - r / 2)
 

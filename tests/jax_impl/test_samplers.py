@@ -20,8 +20,7 @@ def float64():
 
 
 def settings(**changes):
-    flow = changes.get("sampler") in ("heun", "sde")
-    cfg = options.get_config(method="flow" if flow else "meanflow").sample
+    cfg = options.get_config().sample
     cfg.update(changes)
     return cfg
 

@@ -1,32 +1,36 @@
-"""A tangent that takes the outputs of affine layers from the forward, and blocks that are computed twice."""
+"""A JVP that reads the outputs of affine layers from the forward, and blocks that are computed twice."""
 
-import functools
+import concurrent.futures
+import threading
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-import tiny
 from flax import nnx
+from jax.lax import stop_gradient
 
 from jax_impl import step
 from jax_impl.methods import METHODS, common
-from jax_impl.models import tape
-from meanflow.config import checks
+from jax_impl.models.layers import Linear
+from jax_impl.models.tape import name_layers, under_jvp
+from meanflow.config import options as base
+from meanflow.config import resolve
 
-TRANSFORMER = {"model.depth": 2, "model.width": 16, "model.num_heads": 2}
 NETWORKS = {
-    "dit": {"method.name": "meanflow"} | TRANSFORMER,
-    "imf_dit": {"method.name": "improved", "model.head_depth": 1} | TRANSFORMER,
-    "dmf_dit": {"method.name": "decoupled", "model.dmf_depth": 1} | TRANSFORMER,
+    "dit": {"method.name": "meanflow"},
+    "imf_dit": {"method.name": "improved"},
+    "dmf_dit": {"method.name": "decoupled"},
     "unet": {
-        "method.guidance": False, "sample.cfg_scale": 1.0, "evaluation.classifier": False, "model.width": 16,
+        "method.name": "meanflow", "method.guidance": False, "sample.cfg_scale": 1.0, "evaluation.classifier": False,
         "model.dropout": 0.2, "model.augment_dim": 6, "model.attn_resolutions": (4,), "model.num_blocks": 1,
     },
     "edm2": {
-        "method.name": "rectified", "model.width": 16, "model.attn_resolutions": (4,), "model.num_blocks": 1,
+        "method.name": "rectified", "method.time_sampler": "re2_truncate", "model.attn_resolutions": (4,),
+        "model.num_blocks": 1,
     },
 }  # fmt: skip
+COMPILED = ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "dit")]
 
 
 @pytest.fixture(autouse=True)
@@ -38,8 +42,10 @@ def float64():
 
 def build(name, **options):
     """Return the config, the network's graph definition and random weights."""
-    config = tiny.compose({"model.name": name, "model.compute_dtype": "float64"} | NETWORKS[name] | options)
-    graphdef, params = step.build_net(checks.check(config))
+    config = base.get_config()
+    config.model.update(name=name, compute_dtype="float64", depth=2, width=16, num_heads=2, head_depth=1, dmf_depth=1)
+    config.update_from_flattened_dict(NETWORKS[name] | options)
+    graphdef, params = step.build_net(resolve.check(config))
     rng = np.random.default_rng(0)
     return config, graphdef, jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape)), params)
 
@@ -58,7 +64,7 @@ def rows_of(config, net, num=8):
 
 
 @pytest.mark.parametrize("remat", [False, True])
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_the_tangent_is_that_of_the_whole_network(name, remat):
     config, graphdef, params = build(name, **{"train.remat": remat})
     net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, rest=1)
@@ -77,16 +83,6 @@ def test_the_tangent_is_that_of_the_whole_network(name, remat):
     assert float(jnp.abs(slope[rest]).max()) > 1e-3 and not du_dt[~rest].any()
 
 
-def test_a_tape_of_other_rows_gives_another_tangent():
-    config, graphdef, params = build("dit")
-    net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, rest=1)
-    z, v, t, r, y, given = rows_of(config, net)
-    _, taped = common.average_velocity(net, z, t, r, y, given, rows)
-    _, wrong = common.average_velocity(net, z[::-1], t, r, y, given, rows)
-    right, other = (common.total_derivative(net, z, v, t, r, y, given, rows, a) for a in (taped, wrong))
-    assert float(jnp.abs(right - other).max()) > 1e-3
-
-
 def loss_of(config, graphdef, params):
     """Return the loss of a batch as a function of the parameters."""
     rng, c = np.random.default_rng(2), config.model
@@ -97,7 +93,7 @@ def loss_of(config, graphdef, params):
     return jax.jit(jax.grad(lambda params: method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]))
 
 
-@pytest.mark.parametrize("name", NETWORKS)
+@pytest.mark.parametrize("name", COMPILED)
 def test_rematerialised_blocks_have_the_same_gradients(name):
     plain, again = (build(name, **{"train.remat": remat}) for remat in (False, True))
     text, grads = [], []
@@ -120,6 +116,7 @@ def planned(config):
     return compiled.memory_analysis().temp_size_in_bytes
 
 
+@pytest.mark.slow
 def test_a_step_with_rematerialised_blocks_needs_less_memory(monkeypatch):
     sizes = {"model.depth": 4, "model.width": 64, "train.batch_size": 32}
     (plain, _, _), (again, _, _) = (build("dit", **sizes, **{"train.remat": remat}) for remat in (False, True))
@@ -129,10 +126,142 @@ def test_a_step_with_rematerialised_blocks_needs_less_memory(monkeypatch):
     assert planned(again) > 0.9 * needs  # what XLA makes of it by itself
 
 
-def test_no_tape_is_left_when_a_forward_fails():
-    config, graphdef, params = build("dit")
-    net = nnx.merge(graphdef, params)
-    z, _, t, r, y, given = rows_of(config, net)
-    with pytest.raises(TypeError):
-        common.average_velocity(functools.partial(net, unknown=1), z, t, r, y, given, common.Rows(1, 0, 8))
-    assert tape.active() is None
+class Sum(nnx.Module):
+    """u = t z + the sum of sin(layer(k z)) over the layers that a pass calls, k = 1, 2, ... for each layer's calls.
+
+    forward, jvp: names of the layers, `a` and `b`, in the order of the calls.  teacher: a network called between them.
+    """
+
+    takes_tape = True
+
+    def __init__(self, forward="ab", jvp=None, teacher=None, meet=None, named=True):
+        self.plans, self.teacher, self.meet = (forward, jvp or forward), teacher, meet
+        rng = np.random.default_rng(2)
+        for name in "ab":
+            setattr(self, name, Linear(3, 3, dtype=None, rngs=nnx.Rngs(0)))
+            getattr(self, name).kernel[...] = jnp.asarray(rng.standard_normal((3, 3)))
+        if named:
+            name_layers(self)
+
+    def __call__(self, z, t, r, y, tape=None):
+        u, calls = z * t[:, None], dict.fromkeys("ab", 0)
+        for name in self.plans[under_jvp(tape)]:
+            calls[name] += 1
+            u = u + jnp.sin(getattr(self, name)(calls[name] * z, tape))
+            if self.teacher is not None:
+                u = u + stop_gradient(self.teacher(z, t, r, y))
+            if self.meet is not None:
+                self.meet.wait(60)
+        return u
+
+
+TWO_ROWS = common.Rows(groups=2, flow=1, rest=1)
+
+
+def some_rows(seed=0):
+    """Return states, tangents, times t and r, and labels of four rows."""
+    rng = np.random.default_rng(seed)
+    z, v = (jnp.asarray(rng.standard_normal((4, 3))) for _ in range(2))
+    t, r = (jnp.asarray(a) for a in (rng.uniform(0.6, 0.9, 4), rng.uniform(0.1, 0.4, 4)))
+    return z, v, t, r, jnp.arange(4)
+
+
+def derivative(net, rows, tape=None):
+    """Return du/dt on the rows with r < t, as the methods compute it.  tape: another than the network's own."""
+    z, v, t, r, y = rows
+    own = common.average_velocity(net, z, t, r, y, {}, TWO_ROWS)[1]
+    return common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tape or own)[1::2]
+
+
+def plain(net, rows):
+    """Return the same by a JVP of the whole network, which records nothing."""
+    z, v, t, r, y = rows
+    tangents = (v, jnp.ones_like(t), jnp.zeros_like(r))
+    return jax.jvp(lambda z, t, r: net(z, t, r, y), (z, t, r), tangents)[1][1::2]
+
+
+@pytest.mark.parametrize(("forward", "jvp"), [("ab", "ab"), ("ab", "ba"), ("aab", "aba")])
+def test_the_order_of_layers_does_not_matter(forward, jvp):
+    net, rows = Sum(forward, jvp), some_rows()
+    np.testing.assert_allclose(derivative(net, rows), plain(net, rows), rtol=1e-12, atol=1e-12)
+
+
+@pytest.mark.parametrize(
+    ("forward", "jvp", "message"),
+    [
+        ("ab", "a", "the JVP skipped layers that the tape recorded in the forward: b"),
+        ("aab", "ab", "the JVP skipped layers that the tape recorded in the forward: a"),
+        ("ab", "aba", "a runs in the JVP more often than in the forward that the tape recorded"),
+        ("a", "ab", "b runs in the JVP more often than in the forward that the tape recorded"),
+    ],
+)
+def test_a_jvp_of_other_layers_than_the_forward_is_an_error(forward, jvp, message):
+    with pytest.raises(RuntimeError, match=message):
+        derivative(Sum(forward, jvp), some_rows())
+
+
+def test_a_tape_is_read_once():
+    net, (z, v, t, r, y) = Sum(), some_rows()
+    _, tape = common.average_velocity(net, z, t, r, y, {}, TWO_ROWS)
+    common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tape)
+    with pytest.raises(RuntimeError, match="a runs in the JVP more often"):
+        common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tape)
+
+
+def test_a_tape_of_other_inputs_is_an_error():
+    net, (z, _, t, r, y) = Sum(), some_rows()
+    _, tape = common.average_velocity(net, z[::-1], t, r, y, {}, TWO_ROWS)
+    with pytest.raises(RuntimeError, match="this tape was recorded at other inputs"):
+        derivative(net, some_rows(), tape)
+
+
+def test_outputs_of_another_shape_are_an_error():
+    net, (z, v, t, r, y) = Sum(), some_rows()
+    _, tape = common.average_velocity(net, z, t, r, y, {}, TWO_ROWS)
+    tape.outputs["b"][0] = tape.outputs["b"][0][:1]
+    with pytest.raises(RuntimeError, match=r"b returned \(1, 3\) .*in the forward, but \(2, 3\) in the JVP"):
+        common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tape)
+
+
+def test_a_layer_without_a_name_does_not_record():
+    with pytest.raises(RuntimeError, match="no name: end the network's __init__ with name_layers"):
+        derivative(Sum(named=False), some_rows())
+
+
+def test_other_passes_between_forward_and_jvp_change_nothing():
+    net, other, rows, others = Sum(), Sum("ba"), some_rows(0), some_rows(1)
+    expected = plain(net, rows), plain(net, others), plain(other, rows)
+    passes = ((net, rows), (net, others), (other, rows))
+    tapes = [common.average_velocity(net, z, t, r, y, {}, TWO_ROWS)[1] for net, (z, _, t, r, y) in passes]
+    for i in (1, 2, 0):
+        net, (z, v, t, r, y) = passes[i]
+        net(z, t, r, y)
+        found = common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tapes[i])[1::2]
+        np.testing.assert_allclose(found, expected[i], rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_called_inside_another_records_nothing():
+    net, rows = Sum(teacher=Sum()), some_rows()
+    np.testing.assert_allclose(derivative(net, rows), plain(net, rows), rtol=1e-12, atol=1e-12)
+
+
+def test_forwards_in_two_threads_do_not_meet():
+    rows, meet = [some_rows(seed) for seed in range(2)], threading.Barrier(2)
+    nets = [Sum(meet=meet), Sum("ba", meet=meet)]
+
+    def forward(net, rows):
+        z, _, t, r, y = rows
+        return common.average_velocity(net, z, t, r, y, {}, TWO_ROWS)[1]
+
+    with concurrent.futures.ThreadPoolExecutor(2) as pool:
+        tapes = list(pool.map(jax.enable_x64(True)(forward), nets, rows))
+    for net, (z, v, t, r, y), tape in zip(nets, rows, tapes, strict=True):
+        net.meet = None
+        found = common.total_derivative(net, z, v, t, r, y, {}, TWO_ROWS, tape)[1::2]
+        np.testing.assert_allclose(found, plain(net, (z, v, t, r, y)), rtol=1e-12, atol=1e-12)
+
+
+def test_a_network_that_takes_no_tape_has_a_plain_jvp():
+    net, rows = Sum(), some_rows()
+    foreign = lambda *inputs: net(*inputs)  # noqa: E731
+    np.testing.assert_allclose(derivative(foreign, rows), plain(net, rows), rtol=1e-12, atol=1e-12)

@@ -48,12 +48,3 @@ def test_a_run_that_is_not_asked_leaves_the_handlers_as_they_were():
         pass
     assert [signal.getsignal(number) for number in signals.STOP] == before
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(signals.STOP)
-
-
-def test_processes_under_shelter_outlive_ctrl_c_too():
-    with signals.sheltered():
-        process = child()
-    process.send_signal(signal.SIGINT)
-    process.communicate()
-    assert process.returncode == 0
-    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & {signal.SIGINT, *signals.STOP}

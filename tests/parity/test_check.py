@@ -70,11 +70,31 @@ def test_only_matches_nothing():
         check.main(["--only", "("])
 
 
-def test_help_and_exit_codes_of_the_script(launcher):
-    shown = launcher.run("parity/check.py", "--help")
-    assert shown.poll() == 0
-    assert all(flag in shown.stdout for flag in ("--golden", "--only", "--json", "--report"))
+def test_help_names_every_flag(capsys):
+    with pytest.raises(SystemExit, match="^0$"):
+        check.main(["--help"])
+    shown = capsys.readouterr().out
+    assert all(flag in shown for flag in ("--golden", "--only", "--jobs", "--json", "--report"))
+
+
+def test_exit_code_of_the_script(launcher):
     assert launcher.run("parity/check.py", "--only", "zzz").poll() == 2
+
+
+def test_jobs_is_positive(capsys):
+    for text in ("0", "-1", "two"):
+        with pytest.raises(SystemExit, match="^2$"):
+            check.main(["--jobs", text])
+    assert "invalid positive value" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_several_processes_find_the_same_in_the_same_order(monkeypatch):
+    only, given = "(ema_lr_optim/lr|sit_torch/time|metrics/is)", []
+    alone = check.run(only=only)
+    original = check.workers.run
+    monkeypatch.setattr(check.workers, "run", lambda *args: given.append(args) or original(*args))
+    assert check.run(only=only, jobs=2) == alone and given[0][1] == 2
 
 
 def test_empty_golden_directory(tmp_path):
@@ -141,12 +161,9 @@ def test_unknown_system(golden, monkeypatch):
 
 
 def test_every_option_of_the_method_is_varied():
-    settings = objectives.SETTINGS | objectives.NETWORK_SETTINGS
-    for name, allowed in options.all_options().items():
-        section, _, option = name.partition(".")
-        if section != "method":
-            continue
-        values = {str(setting.get(option, getattr(allowed, "default", allowed))) for setting in settings.values()}
+    defaults, settings = options.get_config().method, objectives.SETTINGS | objectives.NETWORK_SETTINGS
+    for option in defaults:
+        values = {str(setting.get(option, defaults[option])) for setting in settings.values()}
         assert len(values) > 1 or option in ("name", "stage1_steps", "stage_order"), option  # stages are the trainers'
 
 

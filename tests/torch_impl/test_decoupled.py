@@ -9,11 +9,12 @@ import torch
 
 from meanflow.config import options
 from torch_impl.methods import common, decoupled
+from torch_impl.models.tape import under_jvp
 
 
 def settings(**changes):
-    cfg = options.get_config("dmf_dit", "decoupled").method
-    cfg.update({"omega": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "decoupled", "omega": 0.5} | changes)
     return cfg
 
 
@@ -33,13 +34,15 @@ def wide(*rows):
 class Curved:
     """A nonlinear network of everything it is told, with one parameter; remembers (rows, under a JVP) of its calls."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self, parameter=1.0):
         self.parameter, self.calls = parameter, []
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls.append((len(y), jvp))
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls.append((len(y), under_jvp(tape)))
         t, r, y = wide(t, r, y)
         return self.parameter * torch.sin(z * (1 + y / 10) + t * t - r / 2)
 
@@ -207,7 +210,7 @@ class FlowMap:
     def __init__(self, x):
         self.x = x
 
-    def __call__(self, z, t, r, y, jvp=False):
+    def __call__(self, z, t, r, y):
         t, r = wide(t, r)
         e = (z - torch.cos(t * math.pi / 2) * self.x) / torch.sin(t * math.pi / 2)
         v = (torch.cos(t * math.pi / 2) * e - torch.sin(t * math.pi / 2) * self.x) * math.pi / 2

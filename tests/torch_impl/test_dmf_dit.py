@@ -1,30 +1,28 @@
 """The transformer of decoupled MeanFlow, what flow models add to the DiT, and the kernels of attention."""
 
-import functools
-
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from meanflow.config import options
+from torch_impl.methods import common
 from torch_impl.models import attention
 from torch_impl.models.layers import timestep_features
 from torch_impl.step import build_net
 
 SIZES = {
     "name": "dmf_dit", "input_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "depth": 2, "width": 16,
-    "num_heads": 2,
+    "num_heads": 2, "dmf_depth": 1, "projector_dim": 8,
 }  # fmt: skip
-OWN = {"dmf_dit": {"dmf_depth": 1}, "imf_dit": {"head_depth": 1}}  # options of one network alone
 FLOW = {"name": "dit", "interval_embedder": False}
-REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1, "projector_dim": 8}
+REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
+ROWS = common.Rows(groups=1, flow=0, rest=2)
 
 
 def fresh(**changes):
     """Return a network of the tiny sizes, in float64."""
-    config = tiny.of_network(
-        SIZES | {"compute_dtype": "float64"} | OWN.get(changes.get("name", "dmf_dit"), {}) | changes
-    )
+    config = options.get_config()
+    config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
     return build_net(config)
 
 
@@ -158,23 +156,24 @@ def test_a_kernel_is_used_where_no_tangent_passes(name, monkeypatch):
     used = []
     for kernel, attend in attention.KERNELS.items():
         monkeypatch.setitem(attention.KERNELS, kernel, lambda *a, k=kernel, f=attend: used.append(k) or f(*a))
-    net, told = build(name=name, attention="fused", compute_dtype="float32"), torch.ones(2)
+    net, told = build(name=name, attention="fused", compute_dtype="float32", head_depth=1), torch.ones(2)
     given = {"omega": told, "t_min": 0 * told, "t_max": told} if name == "imf_dit" else {}
-    for jvp, expected in ((False, {"fused"}), (True, {"plain"})):
-        used.clear()
-        net(*inputs(torch.float32), **given, jvp=jvp)
-        assert set(used) == expected and len(used) >= 2
+    z, t, r, y = inputs(torch.float32)
+    _, tape = common.average_velocity(net, z, t, r, y, given, ROWS)
+    assert set(used) == {"fused"} and len(used) >= 2
+    used.clear()
+    common.total_derivative(net, z, z, t, r, y, given, ROWS, tape)
+    assert set(used) == {"plain"} and len(used) >= 2
 
 
 def test_a_fused_network_has_the_plain_derivative():
     (z, t, r, y), derivatives = inputs(torch.float32), []
-    tangents = (torch.ones_like(z), torch.ones_like(t), torch.zeros_like(r))
-    for kernel in ("plain", "fused"):
-        net = functools.partial(build(attention=kernel, compute_dtype="float32"), y=y, jvp=True)
-        derivatives.append(torch.func.jvp(net, (z, t, r), tangents))
-    for plain, fused in zip(*derivatives, strict=True):
-        assert torch.equal(plain, fused)
-    assert float(derivatives[0][1].abs().max()) > 1e-3
+    plain, fused = (build(attention=kernel, compute_dtype="float32") for kernel in ("plain", "fused"))
+    for net in (plain, fused):
+        _, tape = common.average_velocity(plain, z, t, r, y, {}, ROWS)
+        derivatives.append(common.total_derivative(net, z, torch.ones_like(z), t, r, y, {}, ROWS, tape))
+    assert torch.equal(derivatives[0], derivatives[1])
+    assert float(derivatives[0].abs().max()) > 1e-3
 
 
 def test_features_are_projections_of_the_tokens_after_some_blocks():

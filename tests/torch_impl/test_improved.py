@@ -8,11 +8,12 @@ import torch
 
 from meanflow.config import options
 from torch_impl.methods import common, improved
+from torch_impl.models.tape import under_jvp
 
 
 def settings(**changes):
-    cfg = options.get_config("imf_dit", "improved").method
-    cfg.update({"flow_fraction": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -61,13 +62,15 @@ def test_intervals_are_whole_on_flow_rows_and_hold_a_half_elsewhere(flow_rows):
 class Told:
     """A network whose velocities say what it was told, so that guidance can be computed by hand."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self):
         self.calls = []
 
-    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", jvp=False):
-        self.calls.append((len(z), heads, jvp))
+    def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", tape=None):
+        self.calls.append((len(z), heads, under_jvp(tape)))
         v = (y + omega / 10 + 100 * t_min + 1000 * (1 - t_max))[:, None, None, None] + z
         u = (t - r)[:, None, None, None] * z
         velocities = tuple({"u": u, "v": v}[head] for head in heads)
@@ -130,7 +133,7 @@ def test_the_network_is_told_the_drawn_interval_but_guidance_the_whole_one():
 
 
 def test_sampling_tells_the_network_its_guidance():
-    c, seen = options.get_config("imf_dit", "improved").sample, []
+    c, seen = options.get_config().sample, []
     c.update(steps=2, omega=3.5, interval=(0.25, 0.75))
 
     def net(z, t, r, y, omega, t_min, t_max):

@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
+from meanflow.commands import train as training
 from meanflow.errors import UserError
 from torch_impl import devices, step, train
 
@@ -71,7 +72,7 @@ def test_each_process_has_its_own_gpu(started, caplog):
     assert (found["backend"], found["timeout"]) == ("cpu:gloo,cuda:nccl", devices.TIMEOUT)
     assert "process 5 of 16 on " in caplog.text and ": cuda:5, of 8 GPUs" in caplog.text
     assert started(1, RANK="5", LOCAL_RANK="5")[0] == torch.device("cuda", 0)  # srun --gpus-per-task=1
-    with pytest.raises(UserError, match="process 5 on .* has no GPU, because only 4 can be used"):
+    with pytest.raises(UserError, match="process 5 on .* has no GPU: only 4 can be used"):
         started(4, RANK="5", LOCAL_RANK="5", LOCAL_WORLD_SIZE="8")
 
 
@@ -101,13 +102,13 @@ def test_processes_that_cannot_be_joined(started, tiny, monkeypatch):
         devices.start_torch(tiny())
 
 
-def test_processes_wait_for_the_one_that_judges(tiny, monkeypatch):
+def test_processes_wait_for_the_one_that_evaluates(tiny, monkeypatch, tmp_path):
     """Not in the next step, whose groups of a sharded state give up sooner."""
-    order = []
+    order, config = [], tiny({"train.evaluate_every": 1, "evaluation.every_ema": False})
     monkeypatch.setattr(train, "dist", SimpleNamespace(get_rank=lambda: 1, get_world_size=lambda: 2))
-    monkeypatch.setattr(train, "evaluate", lambda *_: (order.append("judged"), ({}, None))[1])
+    monkeypatch.setattr(training, "evaluate", lambda *_: (order.append("evaluated"), ({}, None))[1])
     monkeypatch.setattr(train.weights, "to_canonical", lambda *_: {})
     monkeypatch.setattr(train, "wait_for_all", lambda: order.append("waited"))
-    _, (_, evaluation) = train.make_reports(tiny({"train.evaluate_every": 1, "evaluation.every_ema": False}), None)
+    _, (_, evaluation), _ = train.make_reports(config, torch.device("cpu"), tmp_path)
     evaluation(1, SimpleNamespace(net=torch.nn.Identity(), emas=({}, {})), SimpleNamespace(write=lambda *_: None))
-    assert order == ["judged", "waited"]
+    assert order == ["evaluated", "waited"]

@@ -7,6 +7,7 @@ import torch
 from configs import digits
 from meanflow.config import options
 from torch_impl.methods import common, meanflow
+from torch_impl.models.tape import under_jvp
 from torch_impl.step import build_net
 
 
@@ -88,13 +89,15 @@ def test_front_drops_as_many_labels_as_the_coin_but_the_first():
 class Constant:
     """A network whose velocity is its label, so that guidance can be computed by hand."""
 
+    takes_tape = True
+
     num_classes, dropout, augment_dim = 9, 0.0, 0
 
     def __init__(self):
         self.calls = 0
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls += 0 if jvp else len(y)  # a JVP takes its primal from the forward
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls += 0 if under_jvp(tape) else len(y)  # a JVP takes its primal from the forward
         return y.to(z.dtype)[:, None, None, None].expand_as(z)
 
 
@@ -121,8 +124,10 @@ def test_a_step_runs_as_few_rows_as_it_says():
 class Masked:
     """A network of one nonlinear layer, which masks and labels change; it keeps what it was called with.
 
-    A call under the JVP says so by `jvp`.
+    A call under the JVP says so by its tape.
     """
+
+    takes_tape = True
 
     num_classes, dropout, augment_dim = 9, 0.5, 2
 
@@ -132,8 +137,8 @@ class Masked:
     def dropout_masks(self, draws):
         return draws[:, None] * torch.tensor([3, 5, 7, 11]) % 1 > 0.5
 
-    def __call__(self, z, t, r, y, augment=None, dropout=None, jvp=False):
-        self.calls.append((len(y), augment is not None, dropout is not None, jvp))
+    def __call__(self, z, t, r, y, augment=None, dropout=None, tape=None):
+        self.calls.append((len(y), augment is not None, dropout is not None, under_jvp(tape)))
         scale = 1 + y[:, None, None, None] + (0 if augment is None else augment.sum(1)[:, None, None, None])
         u = torch.sin(z * scale + (t * t + r)[:, None, None, None])
         return u if dropout is None else torch.where(dropout.reshape(z.shape), 2 * u, 0)

@@ -6,14 +6,15 @@ import torch
 
 from meanflow.config import options
 from torch_impl.methods import common, rectified
+from torch_impl.models.tape import under_jvp
 
 TIME_MAX = 80 / 81
 SCALES = {"omega_sampler": "uniform", "omega_max": 3.5}
 
 
 def settings(**changes):
-    cfg = options.get_config("dit", "rectified").method
-    cfg.update({"flow_fraction": 0.5} | changes)
+    cfg = options.get_config().method
+    cfg.update({"name": "rectified", "time_sampler": "re2_truncate", "flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -43,13 +44,15 @@ def wide(*rows):
 class Curved:
     """A nonlinear network of everything it is told, with one parameter a class; remembers (rows, under a JVP)."""
 
+    takes_tape = True
+
     num_classes = 9
 
     def __init__(self, parameter=1.0):
         self.parameter, self.calls = parameter * torch.ones(10, dtype=torch.float64), []
 
-    def __call__(self, z, t, r, y, jvp=False):
-        self.calls.append((len(y), jvp))
+    def __call__(self, z, t, r, y, tape=None):
+        self.calls.append((len(y), under_jvp(tape)))
         parameter, t, r, y = wide(self.parameter[y], t, r, y)
         return parameter * torch.sin(z * (1 + y / 10) + t * t - r / 2)
 

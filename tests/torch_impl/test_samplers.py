@@ -12,8 +12,7 @@ from torch_impl.methods import samplers
 
 
 def settings(**changes):
-    flow = changes.get("sampler") in ("heun", "sde")
-    cfg = options.get_config(method="flow" if flow else "meanflow").sample
+    cfg = options.get_config().sample
     cfg.update(changes)
     return cfg
 

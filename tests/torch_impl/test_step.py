@@ -152,7 +152,7 @@ class Layers(torch.nn.Module):
 
     def forward(self, z, t):
         h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, :, None, None])
-        return self.out(h, self.out_gain)
+        return self.out(h, gain=self.out_gain)
 
 
 def error_of_forwards(net, batch, draws, cfg):

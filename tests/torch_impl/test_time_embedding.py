@@ -106,4 +106,4 @@ def test_a_network_of_two_times_does_not_start_from_one_of_one(teacher):
 
 def adopted(config, given):
     """Return what a network takes over of weights to start from."""
-    return weights.adopt(*fresh(config), given)
+    return weights.transfer(*fresh(config), given)

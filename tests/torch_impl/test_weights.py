@@ -179,7 +179,7 @@ def test_a_model_starts_from_another_of_its_family(before, after, fresh, left_ou
     given |= {name: rng.randn(*a.shape).astype(a.dtype) for name, a in given.items() if name != "pos_embed"}
     net, params, own = fresh_network(after)
     with caplog.at_level("INFO", logger="absl"):
-        state = weights.from_canonical(net, weights.adopt(net, params, given))
+        state = weights.from_canonical(net, weights.transfer(net, params, given))
         found = {name: a.numpy() for name, a in state.items()}
     new, gone = sorted(own.keys() - given.keys()), sorted(given.keys() - own.keys())
     assert all(name.startswith(fresh) for name in new) and bool(new) == bool(fresh)
@@ -207,7 +207,7 @@ def test_all_else_must_fit(before, after, change, message):
     (net, params, _), given = fresh_network(after), dict(fresh_network(before)[2])
     change(given)
     with pytest.raises(UserError, match=message):
-        weights.from_canonical(net, weights.adopt(net, params, given))
+        weights.from_canonical(net, weights.transfer(net, params, given))
 
 
 EDM2 = {
@@ -264,13 +264,13 @@ def test_edm2_starts_without_what_only_its_own_training_or_a_teacher_uses(caplog
     _, _, given = edm2_network()
     net, params, own = edm2_network(logvar_channels=0)
     with caplog.at_level("INFO", logger="absl"):
-        adopted = weights.adopt(net, params, given)
+        adopted = weights.transfer(net, params, given)
     assert adopted.keys() == own.keys() == {name for name in given if not name.startswith("logvar_")}
     assert [record.getMessage() for record in caplog.records] == [
         "of the weights to start from, logvar_fourier.freqs, logvar_fourier.phases, logvar_linear.weight are left out"
     ]
     net, params, _ = edm2_network(interval_embedder=True)
-    with pytest.raises(UserError, match=r"this one is told two: fit its time embeddings .*torch_impl/time_embedding"):
-        weights.adopt(net, params, given)
+    with pytest.raises(UserError, match=r"this one takes two: fit its time embeddings .*torch_impl/time_embedding"):
+        weights.transfer(net, params, given)
     fitted = given | {f"unet.emb_noise_{time}.weight": given["unet.emb_noise.weight"] for time in "tr"}
-    assert weights.adopt(net, params, fitted).keys() == fitted.keys() - {"unet.emb_noise.weight"}
+    assert weights.transfer(net, params, fitted).keys() == fitted.keys() - {"unet.emb_noise.weight"}

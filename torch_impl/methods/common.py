@@ -6,7 +6,7 @@ from typing import NamedTuple
 import torch
 
 from meanflow.config import division
-from torch_impl.models.tape import Tape, recording, replaying
+from torch_impl.models.tape import Tape
 
 
 class Rows(NamedTuple):
@@ -64,7 +64,7 @@ def arrange(draws, cfg):
     `front`, of flow rows or dropped labels, then works as `coin`: what happens to a row follows from its own draws,
     however the batch is divided among devices and micro-batches.
     """
-    if "coin" in draws._fields and cfg.flow_rows == "front":
+    if cfg.flow_rows == "front" and "coin" in draws._fields:
         num_flow = int(len(draws.coin) * cfg.flow_fraction)
         row = torch.arange(len(draws.coin), device=draws.coin.device)
         draws = draws._replace(coin=(row >= num_flow).to(draws.coin.dtype))
@@ -126,11 +126,15 @@ def weigh(err, cfg):
     return weight, weight * err
 
 
-def average_velocity(net, z, t, r, y, given, rows):
-    """Return u = net(z, t, r, y, **given) on all rows, with gradient, and the tape that `total_derivative` reads."""
-    tape = Tape(lambda a: take(a, rows, "rest"))
-    with recording(tape):
-        return net(z, t, r, y, **given), tape
+def average_velocity(net, z, t, r, y, given, rows, **options):
+    """Return u = net(z, t, r, y, **given) on all rows, with gradient, and the tape that `total_derivative` reads.
+
+    options: arguments of the network that are no arrays of rows.
+    """
+    tape = Tape(lambda a: take(a, rows, "rest"), (z, t, r, y))
+    u = net(z, t, r, y, **given, **options, **with_tape(net, tape))
+    tape.close()
+    return u, tape
 
 
 @torch.no_grad()
@@ -143,15 +147,21 @@ def total_derivative(net, z, v, t, r, y, given, rows, tape):
     du_dt = torch.zeros_like(z)
     if not rows.rest:
         return du_dt
-    flow = take(du_dt, rows, "flow")
+    tape.replay((z, t, r, y))
+    flow, taped = take(du_dt, rows, "flow"), with_tape(net, tape)
     z, v, t, r, y = (take(a, rows, "rest") for a in (z, v, t, r, y))
     given = {name: take(a, rows, "rest") for name, a in given.items()}
     tangents = (v, torch.ones_like(t), torch.zeros_like(r))
-    with replaying(tape):
-        _, du_dt = torch.func.jvp(  # pyright: ignore
-            lambda z, t, r: net(z, t, r, y, **given, jvp=True), (z, t, r), tangents
-        )
+    _, du_dt = torch.func.jvp(  # pyright: ignore
+        lambda z, t, r: net(z, t, r, y, **given, **taped), (z, t, r), tangents
+    )
+    tape.finish()
     return join(flow, du_dt, rows)
+
+
+def with_tape(net, tape):
+    """Return the tape as an argument of a network that has `takes_tape`; the JVP of any other computes everything."""
+    return {"tape": tape} if getattr(net, "takes_tape", False) else {}
 
 
 def take(a, rows, part):

@@ -6,6 +6,7 @@ from torch import nn
 
 from torch_impl.models.flash import check_flash, flash
 from torch_impl.models.layers import Linear, rms_norm
+from torch_impl.models.tape import under_jvp
 
 
 class HeadNorm(nn.Module):
@@ -34,13 +35,13 @@ class Attention(nn.Module):
             self.k_norm = HeadNorm(width // num_heads)
         self.proj = Linear(width, width, dtype=dtype)
 
-    def forward(self, x, jvp=False):
+    def forward(self, x, tape=None):
         batch, tokens, width = x.shape
-        q, k, v = self.qkv(x).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
+        q, k, v = self.qkv(x, tape).reshape(batch, tokens, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)
         if self.qk_norm:
             q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
-        x = attend(q, k, v, self.kernels[int(jvp)])  # torch 2.11 compiles no bool index
-        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width))
+        x = attend(q, k, v, self.kernels[int(under_jvp(tape))])  # torch 2.11 compiles no bool index
+        return self.proj(x.transpose(1, 2).reshape(batch, tokens, width), tape)
 
 
 def attend(q, k, v, kernel="plain"):

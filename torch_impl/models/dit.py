@@ -23,7 +23,7 @@ from torch_impl.models.layers import (
     unpatchify,
     zeros,
 )
-from torch_impl.models.tape import rematerialised
+from torch_impl.models.tape import name_layers, rematerialised
 
 
 class Mlp(nn.Module):
@@ -34,8 +34,8 @@ class Mlp(nn.Module):
         self.fc1 = Linear(width, hidden, dtype=dtype)
         self.fc2 = Linear(hidden, width, dtype=dtype)
 
-    def forward(self, x):
-        return self.fc2(gelu(self.fc1(x)))
+    def forward(self, x, tape=None):
+        return self.fc2(gelu(self.fc1(x, tape)), tape)
 
 
 class Block(nn.Module):
@@ -50,11 +50,11 @@ class Block(nn.Module):
         self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 6 * width, dtype=dtype, kernel_init=zeros)})
 
     @rematerialised
-    def forward(self, x, c, jvp=False):
-        modulation = self.adaLN_modulation["1"](c)
+    def forward(self, x, c, tape=None):
+        modulation = self.adaLN_modulation["1"](c, tape)
         shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = modulation.chunk(6, dim=-1)
-        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), jvp)
-        x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m))
+        x = x + gate_a[:, None] * self.attn(modulate(layer_norm(x), shift_a, scale_a), tape)
+        x = x + gate_m[:, None] * self.mlp(modulate(layer_norm(x), shift_m, scale_m), tape)
         return x
 
 
@@ -66,9 +66,9 @@ class FinalLayer(nn.Module):
         self.linear = Linear(width, out_features, dtype=dtype, kernel_init=zeros)
         self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 2 * width, dtype=dtype, kernel_init=zeros)})
 
-    def forward(self, x, c):
-        shift, scale = self.adaLN_modulation["1"](c).chunk(2, dim=-1)
-        return self.linear(modulate(layer_norm(x), shift, scale))
+    def forward(self, x, c, tape=None):
+        shift, scale = self.adaLN_modulation["1"](c, tape).chunk(2, dim=-1)
+        return self.linear(modulate(layer_norm(x), shift, scale), tape)
 
 
 class Projector(nn.Module):
@@ -91,13 +91,13 @@ class DiT(nn.Module):
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; a flow model, without
     interval_embedder, ignores r.  y: [b] int labels in [0, num_classes]; num_classes is the null class.
-    jvp: a tangent passes, which not every attention carries.  Returns u [b c h w] in float32 at least, and if
+    tape: see `Tape`.  Returns u [b c h w] in float32 at least, and if
     `features`, also a tuple of [b n dim] for each of repa_dims: what the projectors make of the tokens after repa_depth
     blocks.  `dtype` is that of the matmuls; kernels, qk_norm: see `Attention`.
     Raises ValueError for sizes that do not divide.
     """
 
-    dropout, augment_dim = 0.0, 0
+    dropout, augment_dim, takes_tape = 0.0, 0, True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
                  qk_norm=False, kernels=("plain", "plain"), interval_embedder=True, repa_dims=(), repa_depth=8,
@@ -119,40 +119,41 @@ class DiT(nn.Module):
         self.blocks = nn.ModuleList([Block(width, num_heads, mlp_ratio, **options) for _ in range(depth)])
         self.projectors = nn.ModuleList([Projector(width, projector_dim, dim, dtype=dtype) for dim in repa_dims])
         self.final_layer = FinalLayer(width, patch_size**2 * channels, dtype=dtype)
+        name_layers(self)
         for name, table in self.tables().items():
             self.register_buffer(name, torch.from_numpy(table))
 
     @classmethod
     def from_config(cls, c):
         """Build from `config.model`."""
-        repa = {}
-        if "repa_dims" in c:  # of flow models
-            repa = {"repa_dims": c.repa_dims, "repa_depth": c.repa_depth, "projector_dim": c.projector_dim}
-        return cls(**sizes_of(c), interval_embedder=c.interval_embedder, **repa)
+        return cls(
+            **sizes_of(c), interval_embedder=c.interval_embedder, repa_dims=c.repa_dims, repa_depth=c.repa_depth,
+            projector_dim=c.projector_dim,
+        )  # fmt: skip
 
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
         return {"pos_embed": position_table(self.grid_size, self.width)[None]}
 
-    def forward(self, z, t, r, y, jvp=False, features=False):
-        c = self.t_embedder(t)
+    def forward(self, z, t, r, y, tape=None, features=False):
+        c = self.t_embedder(t, tape)
         if self.interval_embedder:
-            c = c + self.r_embedder(t - r)
+            c = c + self.r_embedder(t - r, tape)
         c = c + self.y_embedder(y)
-        u, tokens = self.transform(z, [F.silu(c)] * (len(self.blocks) + 1), jvp)
+        u, tokens = self.transform(z, [F.silu(c)] * (len(self.blocks) + 1), tape)
         return (u, tuple(projector(tokens) for projector in self.projectors)) if features else u
 
-    def transform(self, z, conditions, jvp):
+    def transform(self, z, conditions, tape):
         """Return the velocity [b c h w] and the tokens [b n width] after repa_depth blocks.
 
         conditions: [b width] for each block and one for the final layer, through SiLU: once, not in every block.
         """
-        x = self.x_embedder(z)
+        x = self.x_embedder(z, tape)
         x = tokens = x + self.pos_embed
         for i, block in enumerate(self.blocks):
-            x = block(x, conditions[i], jvp)
+            x = block(x, conditions[i], tape=tape)
             tokens = x if i + 1 == self.repa_depth else tokens
-        x = unpatchify(self.final_layer(x, conditions[-1]), self.channels)
+        x = unpatchify(self.final_layer(x, conditions[-1], tape), self.channels)
         return x.to(torch.promote_types(x.dtype, torch.float32)), tokens
 
 

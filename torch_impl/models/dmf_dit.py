@@ -32,11 +32,11 @@ class DMFDiT(DiT):
         """Build from `config.model`."""
         return cls(**sizes_of(c), dmf_depth=c.dmf_depth)
 
-    def forward(self, z, t, r, y, jvp=False):
+    def forward(self, z, t, r, y, tape=None):
         label = self.y_embedder(y)
-        early, late = (F.silu(self.t_embedder(time) + label) for time in (t, r))
+        early, late = (F.silu(self.t_embedder(time, tape) + label) for time in (t, r))
         num_late = len(self.blocks) - self.dmf_depth + 1
-        return self.transform(z, [early] * self.dmf_depth + [late] * num_late, jvp)[0]
+        return self.transform(z, [early] * self.dmf_depth + [late] * num_late, tape)[0]
 
     def log_variance(self, t, r):
         """Return the logarithm [b] of the variance that the error of u at times t, r [b] is expected to have."""

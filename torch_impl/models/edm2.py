@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from meanflow.errors import UserError
-from torch_impl.models.tape import affine, rematerialised
+from torch_impl.models.tape import affine, name_layers, rematerialised
 
 TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: as which a network of one time is told t = 1, of infinite sigma
 TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
@@ -101,20 +101,21 @@ class MPConv(nn.Module):
     Its weight is normalised in every forward: only its direction counts.
     """
 
+    name = None  # see `name_layers`
+
     def __init__(self, in_features, out_features, kernel_size, *, dtype=None):
         super().__init__()
         self.kernel_size, self.compute_dtype = kernel_size, dtype
         window = (kernel_size, kernel_size) if kernel_size else ()
         self.weight = nn.Parameter(torch.randn(out_features, in_features, *window))
 
-    def forward(self, x, gain=1.0):
+    def forward(self, x, tape=None, gain=1.0):
         weight = normalize(self.weight, tuple(range(1, self.weight.ndim)))
         weight = weight * (gain / math.sqrt(weight[0].numel()))
         dtype = self.compute_dtype or torch.promote_types(x.dtype, torch.float32)
         x, weight = x.to(dtype), weight.to(dtype)
-        if not self.kernel_size:
-            return affine(F.linear, x, weight)
-        return affine(functools.partial(F.conv2d, padding=self.kernel_size // 2), x, weight)
+        layer = functools.partial(F.conv2d, padding=self.kernel_size // 2) if self.kernel_size else F.linear
+        return affine(layer, x, weight, self.name, tape)
 
 
 def attend(qkv, head_width):
@@ -159,23 +160,24 @@ class Block(nn.Module):
             self.attn_qkv = MPConv(out_features, 3 * out_features, 1, dtype=dtype)
             self.attn_proj = MPConv(out_features, out_features, 1, dtype=dtype)
 
-    def skip(self, x):
+    def skip(self, x, tape=None):
         """Return x with as many channels as the block has."""
-        return x if self.conv_skip is None else widen(self.conv_skip(x))
+        return x if self.conv_skip is None else widen(self.conv_skip(x, tape))
 
     @rematerialised
-    def forward(self, x, emb):
+    def forward(self, x, emb, tape=None):
         x = resample(x, self.mode)
         if self.flavor == "enc":
-            x = normalize(self.skip(x), (1,))
-        y = widen(self.conv_res0(mp_silu(x)))
-        y = mp_silu(y * (1 + self.emb_linear(emb, self.emb_gain))[:, :, None, None])
-        y = widen(self.conv_res1(y))
+            x = normalize(self.skip(x, tape), (1,))
+        y = widen(self.conv_res0(mp_silu(x), tape))
+        y = mp_silu(y * (1 + self.emb_linear(emb, tape, self.emb_gain))[:, :, None, None])
+        y = widen(self.conv_res1(y, tape))
         if self.flavor == "dec":
-            x = self.skip(x)
+            x = self.skip(x, tape)
         x = mp_sum(x, y, RESIDUAL_BALANCE)
         if self.attention:
-            x = mp_sum(x, widen(self.attn_proj(attend(self.attn_qkv(x), self.head_width))), ATTENTION_BALANCE)
+            y = attend(self.attn_qkv(x, tape), self.head_width)
+            x = mp_sum(x, widen(self.attn_proj(y, tape)), ATTENTION_BALANCE)
         return x.clamp(-MAX_ACTIVATION, MAX_ACTIVATION)
 
 
@@ -229,39 +231,40 @@ class UNet(nn.Module):
         self.enc, self.dec = nn.ModuleDict(enc), nn.ModuleDict(dec)
         self.out_conv = MPConv(features, channels, 3, dtype=dtype)
 
-    def embed_times(self, t, r):
+    def embed_times(self, t, r, tape=None):
         """Return the embedding [b d] of times t, r [b]: flow times in a network of two.
 
         In one of one time t is log(sigma) / 4, and r is ignored.
         """
         if self.interval_embedder:
-            return mp_sum(self.emb_noise_t(self.emb_fourier(t)), self.emb_noise_r(self.emb_fourier(r)))
-        return self.emb_noise(self.emb_fourier(t))
+            return mp_sum(self.emb_noise_t(self.emb_fourier(t), tape), self.emb_noise_r(self.emb_fourier(r), tape))
+        return self.emb_noise(self.emb_fourier(t), tape)
 
-    def embed(self, t, r, y):
+    def embed(self, t, r, y, tape=None):
         """Return the condition [b d] of times, see `embed_times`, and labels y [b]; the null label adds nothing."""
-        emb = self.embed_times(t, r)
+        emb = self.embed_times(t, r, tape)
         one_hot = F.one_hot(y, self.num_classes + 1)[:, :-1].to(emb.dtype) * math.sqrt(self.num_classes)
-        return mp_silu(mp_sum(emb, self.emb_label(one_hot), LABEL_BALANCE))
+        return mp_silu(mp_sum(emb, self.emb_label(one_hot, tape), LABEL_BALANCE))
 
-    def forward(self, x, emb):
+    def forward(self, x, emb, tape=None):
         x, skips = torch.cat([x, torch.ones_like(x[:, :1])], dim=1), []
         for level, size in enumerate(self.sizes):
             name = f"{size}x{size}"
-            x = self.enc[f"{name}_down"](x, emb) if level else widen(self.enc[f"{name}_conv"](x))
+            x = self.enc[f"{name}_down"](x, emb, tape=tape) if level else widen(self.enc[f"{name}_conv"](x, tape))
             skips.append(x)
             for i in range(self.num_blocks):
-                x = self.enc[f"{name}_block{i}"](x, emb)
+                x = self.enc[f"{name}_block{i}"](x, emb, tape=tape)
                 skips.append(x)
         for size in reversed(self.sizes):
             name = f"{size}x{size}"
             if size == self.sizes[-1]:
-                x = self.dec[f"{name}_in1"](self.dec[f"{name}_in0"](x, emb), emb)
+                x = self.dec[f"{name}_in0"](x, emb, tape=tape)
+                x = self.dec[f"{name}_in1"](x, emb, tape=tape)
             else:
-                x = self.dec[f"{name}_up"](x, emb)
+                x = self.dec[f"{name}_up"](x, emb, tape=tape)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{name}_block{i}"](mp_cat(x, skips.pop(), CONCAT_BALANCE), emb)
-        return widen(self.out_conv(x, self.out_gain))
+                x = self.dec[f"{name}_block{i}"](mp_cat(x, skips.pop(), CONCAT_BALANCE), emb, tape=tape)
+        return widen(self.out_conv(x, tape, self.out_gain))
 
 
 class EDM2(nn.Module):
@@ -273,7 +276,7 @@ class EDM2(nn.Module):
     trains it here.  Raises UserError for sizes that do not divide.
     """
 
-    augment_dim, dropout = 0, 0.0  # of neither it has any
+    dropout, augment_dim, takes_tape = 0.0, 0, True
 
     def __init__(self, *, interval_embedder, logvar_channels, sigma_data, dtype=torch.float32, **sizes):
         super().__init__()
@@ -282,6 +285,7 @@ class EDM2(nn.Module):
         if logvar_channels:
             self.logvar_fourier = MPFourier(logvar_channels)
             self.logvar_linear = MPConv(logvar_channels, 1, 0)
+        name_layers(self)
 
     @classmethod
     def from_config(cls, c):
@@ -302,9 +306,9 @@ class EDM2(nn.Module):
         """Return the logarithm of the variance that EDM2 expects of the error of its denoised images, [b]."""
         return self.logvar_linear(self.logvar_fourier(log_sigma(t)))[:, 0]
 
-    def forward(self, z, t, r, y, jvp=False):
+    def forward(self, z, t, r, y, tape=None):
         t = t if self.interval_embedder else told(t)
-        emb = self.unet.embed(t if self.interval_embedder else log_sigma(t), r, y)
+        emb = self.unet.embed(t if self.interval_embedder else log_sigma(t), r, y, tape)
         t, s = t[:, None, None, None], self.sigma_data
         q = (t**2 + (s * (1 - t)) ** 2).sqrt()
-        return (t - s**2 * (1 - t)) / q**2 * z - s / q * self.unet(z / q, emb)
+        return (t - s**2 * (1 - t)) / q**2 * z - s / q * self.unet(z / q, emb, tape)

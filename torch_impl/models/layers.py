@@ -36,6 +36,8 @@ class Linear(nn.Linear):
     The bias is added to the product, not inside it: compiled, that joins what comes next, and costs no pass of its own.
     """
 
+    name = None  # see `name_layers`
+
     def __init__(self, in_features, out_features, *, dtype, kernel_init=xavier_uniform, bias=True):
         super().__init__(in_features, out_features, bias=bias)
         self.compute_dtype = dtype
@@ -43,9 +45,9 @@ class Linear(nn.Linear):
         if bias:
             zeros(self.bias)
 
-    def forward(self, x):
+    def forward(self, x, tape=None):
         dtype = self.compute_dtype or x.dtype
-        y = affine(F.linear, x.to(dtype), self.weight.to(dtype))
+        y = affine(F.linear, x.to(dtype), self.weight.to(dtype), self.name, tape)
         return y if self.bias is None else y + self.bias.to(dtype)
 
 
@@ -114,10 +116,10 @@ class TimestepEmbedder(nn.Module):
             }
         )
 
-    def forward(self, t):
+    def forward(self, t, tape=None):
         x = timestep_features(t, self.features)
-        x = F.silu(self.mlp["0"](x))
-        return self.mlp["2"](x)
+        x = F.silu(self.mlp["0"](x, tape))
+        return self.mlp["2"](x, tape)
 
 
 class LabelEmbedder(nn.Module):
@@ -135,6 +137,8 @@ class LabelEmbedder(nn.Module):
 class PatchEmbed(nn.Module):
     """Cut images [b c h w] into patches and map each to a token [b n width]."""
 
+    name = None  # see `name_layers`
+
     def __init__(self, patch_size, channels, width, *, dtype):
         super().__init__()
         self.compute_dtype = dtype
@@ -142,9 +146,9 @@ class PatchEmbed(nn.Module):
         xavier_uniform(self.proj.weight)
         zeros(self.proj.bias)
 
-    def forward(self, x):
+    def forward(self, x, tape=None):
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.proj.weight, self.proj.bias))  # pyright: ignore
-        x = affine(functools.partial(F.conv2d, stride=self.proj.stride), x, weight)
+        x = affine(functools.partial(F.conv2d, stride=self.proj.stride), x, weight, self.name, tape)
         return x.flatten(2).transpose(1, 2) + bias
 
 

@@ -17,7 +17,7 @@ from torch import nn
 
 from meanflow.errors import UserError
 from torch_impl.models.layers import Linear
-from torch_impl.models.tape import affine, rematerialised
+from torch_impl.models.tape import affine, name_layers, rematerialised
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 MASK32 = 2**32 - 1
@@ -134,6 +134,8 @@ class Conv(nn.Module):
     filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
     """
 
+    name = None  # see `name_layers`
+
     def __init__(self, in_features, out_features, kernel_size, *, dtype, kernel_init=nn.init.xavier_uniform_,
                  resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
         super().__init__()
@@ -166,17 +168,17 @@ class Conv(nn.Module):
         matrix = self.matrix.to(x.dtype)
         return matrix @ x @ matrix.T
 
-    def convolved(self, x):
+    def convolved(self, x, tape=None):
         """Return the convolution of x [b c h w]."""
         padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.weight, self.bias))
-        return affine(functools.partial(F.conv2d, padding=padding), x, weight) + bias[:, None, None]
+        return affine(functools.partial(F.conv2d, padding=padding), x, weight, self.name, tape) + bias[:, None, None]
 
-    def forward(self, x):
+    def forward(self, x, tape=None):
         if self.resample and not self.filter_last:
             x = self.resampled(x)
         if self.kernel_size:
-            x = self.convolved(x)
+            x = self.convolved(x, tape)
         return self.resampled(x) if self.filter_last else x
 
 
@@ -224,16 +226,16 @@ class Block(nn.Module):
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero)
 
     @rematerialised
-    def forward(self, x, emb, keep):
-        residual = x if self.skip is None else self.skip(x)
-        x = self.conv0(F.silu(self.norm0(x)))
-        x = F.silu(self.norm1(x + self.affine(emb)[:, :, None, None]))
+    def forward(self, x, emb, keep, tape=None):
+        residual = x if self.skip is None else self.skip(x, tape)
+        x = self.conv0(F.silu(self.norm0(x)), tape)
+        x = F.silu(self.norm1(x + self.affine(emb, tape)[:, :, None, None]))
         if keep is not None:
             x = dropout(x, self.prob, keep[:, self.first : self.first + math.prod(x.shape[1:])])
-        x = self.conv1(x)
+        x = self.conv1(x, tape)
         x = add(residual, x) * SKIP_SCALE
         if self.attention:
-            x = add(x, self.proj(attend(self.qkv(self.norm2(x)), self.qkv_layout))) * SKIP_SCALE
+            x = add(x, self.proj(attend(self.qkv(self.norm2(x), tape), self.qkv_layout), tape)) * SKIP_SCALE
         return x
 
 
@@ -263,6 +265,8 @@ class UNet(nn.Module):
     Returns u [b c h w] in float32 at least.  `dtype` is that of the matmuls and convolutions.
     Raises UserError for sizes that do not divide, and for augment_dim with time_embedding separate.
     """
+
+    takes_tape = True
 
     def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
                  num_blocks, attn_resolutions, dropout, augment_dim, embedding_type, encoder_type, decoder_type,
@@ -338,6 +342,7 @@ class UNet(nn.Module):
                 dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
         self.enc, self.dec = nn.ModuleDict(enc), nn.ModuleDict(dec)
         self.num_entries = num_entries
+        name_layers(self)
 
     @classmethod
     def from_config(cls, c):
@@ -365,56 +370,56 @@ class UNet(nn.Module):
         features = positional_features(t, self.features) if self.map_noise is None else self.map_noise(t)
         return torch.roll(features, self.features // 2, -1)
 
-    def embed(self, t, r, augment):
+    def embed(self, t, r, augment, tape=None):
         """Return the condition [b d] of the blocks."""
         if self.time_embedding == "separate":
-            t = self.map_layer1(F.silu(self.map_layer0(self.embed_time(t))))
-            r = self.map_layer1_s(F.silu(self.map_layer0_s(self.embed_time(r))))
+            t = self.map_layer1(F.silu(self.map_layer0(self.embed_time(t), tape)), tape)
+            r = self.map_layer1_s(F.silu(self.map_layer0_s(self.embed_time(r), tape)), tape)
             return F.silu(torch.cat([t, r], dim=-1))
         emb = torch.cat([self.embed_time(t), self.embed_time(t - r)], dim=-1)
         if self.augment_dim:
             augment = t.new_zeros(len(t), self.augment_dim) if augment is None else augment
-            emb = emb + self.map_augment(augment)
-        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb))))
+            emb = emb + self.map_augment(augment, tape)
+        return F.silu(self.map_layer1(F.silu(self.map_layer0(emb, tape)), tape))
 
-    def encode(self, x, emb, keep):
+    def encode(self, x, emb, keep, tape=None):
         """Return the lowest features and all features that the decoder is given, the last one last."""
         skips, aux = [], x
         for level, size in enumerate(self.sizes):
             name = f"{size}x{size}"
-            x = self.enc[f"{name}_down"](x, emb, keep) if level else self.enc[f"{name}_conv"](x)
+            x = self.enc[f"{name}_down"](x, emb, keep, tape=tape) if level else self.enc[f"{name}_conv"](x, tape)
             if level and self.encoder_type == "skip":
                 aux = self.enc[f"{name}_aux_down"](aux)
-                x = add(x, self.enc[f"{name}_aux_skip"](aux))
+                x = add(x, self.enc[f"{name}_aux_skip"](aux, tape))
             if level and self.encoder_type == "residual":
-                x = aux = add(x, self.enc[f"{name}_aux_residual"](aux)) * SKIP_SCALE
+                x = aux = add(x, self.enc[f"{name}_aux_residual"](aux, tape)) * SKIP_SCALE
             skips.append(x)
             for i in range(self.num_blocks):
-                x = self.enc[f"{name}_block{i}"](x, emb, keep)
+                x = self.enc[f"{name}_block{i}"](x, emb, keep, tape=tape)
                 skips.append(x)
         return x, skips
 
-    def decode(self, x, emb, keep, skips) -> Any:
+    def decode(self, x, emb, keep, skips, tape=None) -> Any:
         """Return the image [b c h w]."""
         image = None
         for size in reversed(self.sizes):
             name = f"{size}x{size}"
             if size == self.sizes[-1]:
-                x = self.dec[f"{name}_in0"](x, emb, keep)
-                x = self.dec[f"{name}_in1"](x, emb, keep)
+                x = self.dec[f"{name}_in0"](x, emb, keep, tape=tape)
+                x = self.dec[f"{name}_in1"](x, emb, keep, tape=tape)
             else:
-                x = self.dec[f"{name}_up"](x, emb, keep)
+                x = self.dec[f"{name}_up"](x, emb, keep, tape=tape)
             for i in range(self.num_blocks + 1):
-                x = self.dec[f"{name}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keep)
+                x = self.dec[f"{name}_block{i}"](torch.cat([x, skips.pop()], dim=1), emb, keep, tape=tape)
             if self.decoder_type == "skip" and image is not None:
                 image = self.dec[f"{name}_aux_up"](image)
             if self.decoder_type == "skip" or size == self.sizes[0]:
-                shown = self.dec[f"{name}_aux_conv"](F.silu(self.dec[f"{name}_aux_norm"](x)))
+                shown = self.dec[f"{name}_aux_conv"](F.silu(self.dec[f"{name}_aux_norm"](x)), tape)
                 image = shown if image is None else add(image, shown)
         return image
 
-    def forward(self, z, t, r, y, augment=None, dropout=None, jvp=False):
-        emb = self.embed(t, r, augment)
-        x, skips = self.encode(z, emb, dropout)
-        x = self.decode(x, emb, dropout, skips)
+    def forward(self, z, t, r, y, augment=None, dropout=None, tape=None):
+        emb = self.embed(t, r, augment, tape)
+        x, skips = self.encode(z, emb, dropout, tape)
+        x = self.decode(x, emb, dropout, skips, tape)
         return x.to(torch.promote_types(x.dtype, torch.float32))

@@ -11,10 +11,9 @@ from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from absl import logging
 
-from meanflow.data import couplings
+from meanflow.data import label_files
 from meanflow.errors import UserError
 
-INDEX = couplings.INDEX  # the list of labels
 # What operating systems add to zips and disks; @eaDir of Synology's holds thumbnails.
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 ARCHIVES = ("7z", "bz2", "gz", "rar", "tar", "tgz", "zip")
@@ -98,16 +97,16 @@ class Zip:
 
 
 def read_index(files: Folder | Zip) -> dict[str, int] | None:
-    """Return the labels by name of INDEX among the files, names as `plain_path`; None if it holds null for labels.
+    """Return the labels by name in the index of the files, names as `plain_path`; None if it has null for labels.
 
-    Raises UserError as `couplings.parse_index`.
+    Raises UserError as `label_files.parse`.
     """
-    path = f"{files.path}/{INDEX}"
+    path = f"{files.path}/{label_files.INDEX}"
     try:
-        content = files.read(INDEX)
+        content = files.read(label_files.INDEX)
     except (OSError, LookupError, *DAMAGED) as error:
         raise UserError(f"cannot read the labels of {path}: {error}.  Copy it again") from error
-    pairs = couplings.parse_index(content, path, plain_path)
+    pairs = label_files.parse(content, path, plain_path)
     return None if pairs is None else dict(pairs)
 
 
@@ -126,9 +125,9 @@ def with_suffix(names: Iterable[str], suffixes: Sequence[str], where: str) -> li
         packed = [name for name in sorted(names) if name.rpartition(".")[2].lower() in ARCHIVES]
         way_out = f"unpack its {packed[0]}, and name that" if packed else "name another"
         raise UserError(f"{where} holds no files of {', '.join(f'.{suffix}' for suffix in suffixes)}: {way_out}")
-    others = len(names) - len(chosen) - (INDEX in names)
+    others = len(names) - len(chosen) - (label_files.INDEX in names)
     if others:
-        example = min(set(names) - set(chosen) - {INDEX})
+        example = min(set(names) - set(chosen) - {label_files.INDEX})
         logging.warning("%s: %d other files are ignored, %s for one", where, others, example)
     return chosen
 

@@ -20,35 +20,24 @@ class GoneImageError(BrokenImageError):
     """An image that was removed since the dataset was begun."""
 
 
-class Begun(Pictures):
-    """The images of a list, of which some are gone."""
+class ListedPictures(Pictures):
+    """The images of a list, some of which have been removed from the source."""
 
-    def __init__(self, now: Pictures, names: list[str], labels: list[int], digest: str):
-        """now: those that are left.  names, labels, digest: of the list."""
-        self.classes = now.classes
-        self._now, self._names, self._labels, self._digest = now, names, labels, digest
-        self._places = {now.name(i): i for i in range(len(now))}
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        """Return the path of image i within its source."""
-        return self._names[i]
-
-    def label(self, i: int) -> int:
-        """Return the label of image i."""
-        return self._labels[i]
+    def __init__(self, left: Pictures, names: list[str], labels: list[int], digest: str):
+        """left: those still in the source.  names, labels, digest: of the list."""
+        super().__init__(names, labels, left.classes)
+        self._left, self._digest = left, digest
+        self._index = {left.name(i): i for i in range(len(left))}
 
     def read(self, i: int) -> np.ndarray:
-        """Return image i, uint8 [h w 3].  Raises GoneImageError if it was removed, and as those that are left."""
-        group = self._places.get(self._names[i])
-        if group is None:
+        """Return image i, uint8 [h w 3].  Raises GoneImageError if it was removed, and as `left.read`."""
+        index = self._index.get(self._names[i])
+        if index is None:
             raise GoneImageError(f"{self._names[i]} was removed")
-        return self._now.read(group)
+        return self._left.read(index)
 
     def digest(self) -> str:
-        """Return that of the list."""
+        """Return the digest of the list."""
         return self._digest
 
 
@@ -73,13 +62,13 @@ def recall(directory: pathlib.Path, pictures: Pictures) -> Pictures:
                 f"{directory.parent} was begun with other images: there is {name}, {told}.  Set them back, or name a "
                 "new directory"
             )
-    begun = Begun(pictures, names, labels, path.name.removeprefix(PREFIX).removesuffix(SUFFIX))
+    listed = ListedPictures(pictures, names, labels, path.name.removeprefix(PREFIX).removesuffix(SUFFIX))
     gone = known.keys() - {pictures.name(i) for i in range(len(pictures))}
     logging.warning(
         "%d images were removed since %s was begun, %s for one: those not yet in it are left out",
         len(gone), directory.parent, min(gone),
     )  # fmt: skip
-    return begun
+    return listed
 
 
 def keep(directory: pathlib.Path, pictures: Pictures) -> None:

@@ -20,7 +20,8 @@ import numpy as np
 import PIL.Image
 from absl import logging
 
-from meanflow.data.images import classes, folders, tfds_images
+from meanflow.data import label_files, record_reader, sources
+from meanflow.data.images import classes, folders
 from meanflow.errors import UserError
 
 CROPS = ("centre", "none")
@@ -39,23 +40,23 @@ class BrokenImageError(UserError):
 
 
 class Pictures(abc.ABC):
-    """The images of a source, in an order of their own; threads may share it, and it can be pickled.
+    """The images of a source, in a fixed order; threads may share it, and it can be pickled."""
 
-    classes: their names by label; empty if the source names none.
-    """
+    def __init__(self, names: Sequence[str], labels: Sequence[int], classes: Sequence[str]):
+        """names: paths within the source, with /.  labels: from 0 on.  classes: their names, () if there are none."""
+        self.classes = classes
+        self._names, self._labels = names, labels
 
-    classes: Sequence[str]
+    def __len__(self) -> int:
+        return len(self._labels)
 
-    @abc.abstractmethod
-    def __len__(self) -> int: ...
-
-    @abc.abstractmethod
     def name(self, i: int) -> str:
         """Return the path of image i within its source, with /; of a TFDS dataset `train/123`."""
+        return self._names[i]
 
-    @abc.abstractmethod
     def label(self, i: int) -> int:
         """Return the label of image i, from 0 on."""
+        return self._labels[i]
 
     @abc.abstractmethod
     def read(self, i: int) -> np.ndarray:
@@ -73,20 +74,9 @@ class FilePictures(Pictures):
     """The images of a folder or zip, decoded as ADM does: orientation tags are not followed."""
 
     def __init__(self, files: folders.Folder | folders.Zip, names: list[str], labels: list[int], classes: list[str]):
-        """files: where they are read; names: their paths there, one for each label."""
-        self.classes = classes
-        self._files, self._names, self._labels = files, names, labels
-
-    def __len__(self) -> int:
-        return len(self._names)
-
-    def name(self, i: int) -> str:
-        """Return the path of image i within its source."""
-        return self._names[i]
-
-    def label(self, i: int) -> int:
-        """Return the label of image i."""
-        return self._labels[i]
+        """files: where they are read; names: their paths there."""
+        super().__init__(names, labels, classes)
+        self._files = files
 
     def read(self, i: int) -> np.ndarray:
         """Return image i, uint8 [h w 3].  Raises BrokenImageError naming it."""
@@ -118,22 +108,16 @@ class FilePictures(Pictures):
 class RecordPictures(Pictures):
     """The images of a split of a TFDS dataset; they come decoded."""
 
-    def __init__(self, source: tfds_images.ImageSource, labels: tfds_images.LabelSource, split: str):
-        info = getattr(source.records, "dataset_info")  # noqa: B009  which a Sequence has not
-        self.classes = getattr(info.features["label"], "names", None) or []
-        self._source, self._labels, self._split = source, labels, split
+    def __init__(self, source: sources.ImageSource, labels: Sequence[int], split: str):
+        """labels: read without decoding the images."""
+        info = getattr(source.records, "dataset_info")  # noqa: B009  TFDS's own, not part of a Sequence
+        super().__init__((), labels, getattr(info.features["label"], "names", None) or ())
+        self._source, self._split = source, split
         self._about = f"{info.full_name} {split} {len(source)} {info.splits[split].num_bytes}"
-
-    def __len__(self) -> int:
-        return len(self._source)
 
     def name(self, i: int) -> str:
         """Return `SPLIT/I`."""
         return f"{self._split}/{i}"
-
-    def label(self, i: int) -> int:
-        """Return the label of image i, without decoding it."""
-        return self._labels[i]
 
     def read(self, i: int) -> np.ndarray:
         """Return image i, uint8 [h w 3].  Raises UserError for one of other values than bytes."""
@@ -155,25 +139,27 @@ class RecordPictures(Pictures):
 def open_pictures(source: str, split: str = "train", directory: str = "") -> Pictures:
     """Return the images of a source.
 
-    source: a folder or .zip, see the module; else what `datasets.open_source` takes.
+    source: a folder or .zip, see the module; else what `sources.open_source` takes.
     split, directory: of a TFDS dataset, as there.
     Raises UserError for a source that is not there or holds no images, labels that are damaged or incomplete, and as
-    `folders.Folder.list`, `folders.Zip`, `classes.labels_by_folder` and `datasets.open_source`.
+    `folders.Folder.list`, `folders.Zip`, `classes.labels_by_folder` and `sources.open_source`.
     """
     if is_folder(source) or pathlib.Path(source).is_file():
         return _open_files(folders.Folder(source) if is_folder(source) else folders.Zip(source))
+    if record_reader.open_dataset(source) is not None:
+        raise UserError(f"{source} holds latents or couplings, not images: name the dataset of images they are of")
     try:
-        records = tfds_images.open_source(source, split, directory)
+        records = sources.open_source(source, split, directory)
     except UserError as error:
         raise UserError(f"{source} is no folder of images and no .zip; as a dataset of TFDS: {error}") from error
-    pictures = RecordPictures(records, tfds_images.open_labels(source, split, directory), split)
+    pictures = RecordPictures(records, sources.open_labels(source, split, directory), split)
     logging.info("%s: %d images of a TFDS dataset", source, len(pictures))
     return pictures
 
 
 def is_folder(source: str) -> bool:
     """Return whether this is a folder, other than one of a dataset."""
-    known = (tfds_images.SETTINGS, "features.json")
+    known = (record_reader.SETTINGS, record_reader.FEATURES)
     return pathlib.Path(source).is_dir() and not any(pathlib.Path(source, name).is_file() for name in known)
 
 
@@ -190,14 +176,14 @@ def _labels(
     files: folders.Folder | folders.Zip, everything: Sequence[str], names: Sequence[str], tops: set[str]
 ) -> tuple[list[int], list[str]]:
     """Return the labels of the images `names`, and the names of the classes."""
-    index = f"{files.path}/{folders.INDEX}"
-    if folders.INDEX not in everything:
-        deeper = [name for name in everything if name.endswith(f"/{folders.INDEX}")]
+    index = f"{files.path}/{label_files.INDEX}"
+    if label_files.INDEX not in everything:
+        deeper = [name for name in everything if name.endswith(f"/{label_files.INDEX}")]
         if deeper:
             folder = f"{files.path}/{min(deeper).rpartition('/')[0]}"
             raise UserError(
-                f"{folder} has the labels, {folders.INDEX}, and {files.path} none: give that folder, or a zip of what "
-                "is in it"
+                f"{folder} has the labels, {label_files.INDEX}, and {files.path} none: give that folder, or a zip "
+                "of what is in it"
             )
         return classes.labels_by_folder(names, tops, files.path)
     known = folders.read_index(files)

@@ -7,30 +7,30 @@
 
 metadata.json has the autoencoder, the convention of its latents, their statistics and the names of the classes.
 `python -m jax_impl.encode` and `torchrun torch_impl/encode.py` make such datasets of images, `python -m
-meanflow.data.latents.importers` of
-other people's latents.
+meanflow.commands.import_latents` of other people's latents.
 """
 
+import io
 import json
-import math
 import pathlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
-import tensorflow_datasets as tfds
+import PIL.Image
 from absl import logging
 from tqdm import tqdm
 
 from meanflow.config import latents as conventions
 from meanflow.data import records
-from meanflow.data.images import manifest, tfds_images
+from meanflow.data.images import manifest
 from meanflow.data.images.pictures import BrokenImageError, Pictures, crop, read_ahead
+from meanflow.data.latents import units
+from meanflow.data.record_reader import FEATURES, SETTINGS, Feature
 from meanflow.errors import UserError
 
 NAME = "latents"
 SHARD_SIZE = 2048  # images: of ImageNet at 256, 64 MiB
-RAW = conventions.Convention((0.0,), (1.0,))  # latents as the autoencoder makes them
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
@@ -51,7 +51,7 @@ class Job(NamedTuple):
     """A dataset of latents to write, whatever it is made of."""
 
     directory: pathlib.Path
-    features: tfds.features.FeaturesDict
+    features: Mapping[str, Feature]
     shards: Sequence[range]  # the indices of the images of each
     settings: Mapping[str, Any]  # what the records depend on
     facts: Mapping[str, Any]  # for the metadata: vae, convention, latent_shape and others
@@ -79,15 +79,12 @@ class Tally:
         return {"num_images": images, "num_positions": positions, **sums, "skipped": self.skipped}
 
 
-def features(shape: tuple[int, int, int], flip: bool, pixels: int = 0) -> tfds.features.FeaturesDict:
+def features(shape: tuple[int, int, int], flip: bool, pixels: int = 0) -> dict[str, Feature]:
     """Return the features of a dataset of latents of a shape (h w c); pixels: the side of the images, 0: not kept."""
-    tensor = {"shape": (*shape[:2], 2 * shape[2]), "dtype": np.float32, "encoding": "bytes"}
-    known: dict[str, Any] = {"moments": tfds.features.Tensor(**tensor)}
-    if flip:
-        known["moments_flip"] = tfds.features.Tensor(**tensor)
-    if pixels:
-        known["pixels"] = tfds.features.Image(shape=(pixels, pixels, 3), encoding_format="png")
-    return tfds.features.FeaturesDict({**known, "label": tfds.features.Scalar(np.int64), "name": tfds.features.Text()})
+    moments = Feature("array", (*shape[:2], 2 * shape[2]))
+    known = {"moments": moments} | ({"moments_flip": moments} if flip else {})
+    known |= {"pixels": Feature("image", (pixels, pixels, 3))} if pixels else {}
+    return known | {"label": Feature("integer"), "name": Feature("text")}
 
 
 def make(
@@ -104,7 +101,7 @@ def make(
     encode: images uint8 [b s s 3] -> moments float32 [b h w 2c], see the module; always of plan.batch_size rows.
     settings: JSON values, what `encode` depends on: `vae` (a name, which may change), `convention`
     (`meanflow.config.latents.to_dict`) and any others; with `normalised` true, the convention becomes the one that
-    `normalising` makes of the data.
+    `units.normalising` makes of the data.
     Batches begin with each shard: the number of processes, and kills, change nothing.  Images that are removed while
     the dataset is not whole are left out.
     Returns and raises as `records.begin` and `records.write`; raises UserError, too, naming an image that is of a wrong
@@ -177,7 +174,7 @@ def _metadata(job: Job, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
         "mean": mean.tolist(),
         "std": np.sqrt(np.maximum(square - mean**2, 0)).tolist(),
     }
-    own = {"convention": conventions.to_dict(normalising(metadata))} if job.facts.get("normalised") else {}
+    own = {"convention": conventions.to_dict(units.normalising(metadata))} if job.facts.get("normalised") else {}
     return metadata | own
 
 
@@ -194,9 +191,19 @@ def _encode(
             record["moments"] = moments[row]
             if flipped is not None:
                 record["moments_flip"] = flipped[row]
-            if not plan.pixels:
+            if plan.pixels:
+                record["pixels"] = _to_png(record["pixels"])
+            else:
                 del record["pixels"]
             yield record
+
+
+def _to_png(image: np.ndarray) -> io.BytesIO:
+    """Return a PNG; TFDS would import TensorFlow to make one."""
+    file = io.BytesIO()
+    PIL.Image.fromarray(image).save(file, "PNG")
+    file.seek(0)
+    return file
 
 
 def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str]) -> Iterator[list[dict[str, Any]]]:
@@ -238,16 +245,8 @@ def _moments(encode: Encode, images: np.ndarray, plan: Plan, names: Sequence[str
             f"{(h, w, 2 * c)}: set the shape of its latents"
         )
     for name, of_image in zip(names, moments, strict=True):
-        check_moments(of_image, name, "encode in float32, or remove the image")
+        units.check_moments(of_image, name, "encode in float32, or remove the image")
     return moments
-
-
-def check_moments(moments: np.ndarray, name: str, way_out: str) -> None:
-    """Raise UserError, with the name and the way out, for moments not finite or a standard deviation below 0."""
-    if not np.isfinite(moments).all():
-        raise UserError(f"the moments of {name} are not finite: {way_out}")
-    if moments[..., moments.shape[-1] // 2 :].min() < 0:
-        raise UserError(f"the moments of {name} have a standard deviation below 0: {way_out}")
 
 
 def read_metadata(name_or_directory: str) -> dict[str, Any] | None:
@@ -256,11 +255,11 @@ def read_metadata(name_or_directory: str) -> dict[str, Any] | None:
     Raises UserError for one that is not complete yet, or whose files are damaged.
     """
     directory = pathlib.Path(name_or_directory)
-    settings = _read_json(directory / tfds_images.SETTINGS)
+    settings = _read_json(directory / SETTINGS)
     if settings is None or settings.get("kind") != NAME:
         return None
     metadata = _read_json(directory / records.METADATA)
-    if metadata is None or not (directory / records.FEATURES).exists():
+    if metadata is None or not (directory / FEATURES).exists():
         raise UserError(f"dataset {directory} is not whole: run the command that writes it until it misses no shard")
     return metadata
 
@@ -274,41 +273,3 @@ def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
     except (OSError, UnicodeDecodeError, json.JSONDecodeError) as error:
         raise UserError(f"cannot read {path}: {error}.  Make the dataset anew") from error
     return content if isinstance(content, dict) else None
-
-
-def sample_posterior(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Return raw latents [... c], mean + std * noise, of moments [... 2c] and unit normal noise [... c]."""
-    mean, std = np.split(moments, 2, axis=-1)
-    return mean + std * noise
-
-
-def to_data_units(raw: np.ndarray, convention: conventions.Convention) -> np.ndarray:
-    """Return raw latents [... c] in data units, (raw - shift) * scale, in their own precision.
-
-    Raises UserError for a convention of another number of channels.
-    """
-    shift, scale = _numbers(raw, convention)
-    return (raw - shift) * scale
-
-
-def to_raw(z: np.ndarray, convention: conventions.Convention) -> np.ndarray:
-    """Return latents [... c] in data units as the autoencoder decodes them.  Inverse of `to_data_units`."""
-    shift, scale = _numbers(z, convention)
-    return z / scale + shift
-
-
-def _numbers(latents: np.ndarray, convention: conventions.Convention) -> tuple[np.ndarray, np.ndarray]:
-    conventions.check(convention, latents.shape[-1])
-    return np.asarray(convention.shift, latents.dtype), np.asarray(convention.scale, latents.dtype)
-
-
-def normalising(statistics: Mapping[str, Any], std: float = 1.0) -> conventions.Convention:
-    """Return the convention in which the data have mean 0 and this standard deviation in each channel.
-
-    statistics: metadata of a dataset of latents.  Raises UserError for a channel that is constant.
-    """
-    if not all(number > 0 and math.isfinite(number) for number in statistics["std"]):
-        raise UserError(f"latents of standard deviation {statistics['std']} cannot be normalised: name a convention")
-    pixels = conventions.from_dict(statistics["convention"]).pixels
-    scale = tuple(std / number for number in statistics["std"])
-    return conventions.Convention(tuple(statistics["mean"]), scale, pixels)

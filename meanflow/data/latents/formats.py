@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 from absl import logging
 
+from meanflow.data import label_files
 from meanflow.data.images import classes, folders
 from meanflow.errors import UserError
 from meanflow.weights import pickles
@@ -164,7 +165,7 @@ def open_edm2(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
                 "%s: %d .npy files have no label and are left out, %s for one", source, len(unlabelled), min(unlabelled)
             )
     else:
-        logging.warning("%s/%s has null for labels: the label of all files is 0", source, folders.INDEX)
+        logging.warning("%s/%s has null for labels: the label of all files is 0", source, label_files.INDEX)
         names = folders.with_suffix(files.list()[0], ("npy",), str(source))
         labels = dict.fromkeys((name.removesuffix(".npy") for name in names), 0)
 

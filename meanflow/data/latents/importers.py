@@ -1,19 +1,5 @@
-"""Imports other people's latents as a dataset of latents, see `dataset`.
+"""Imports other people's latents as a dataset of latents, see `dataset`; `formats` has the formats."""
 
-    python -m meanflow.data.latents.importers FORMAT SOURCE DEST [--convention NAME] [--vae NAME] [--labels FILE]
-
-lmdb   LMDB of pickled dicts under the keys b"0", b"1", ...: `moments` [2c h w], perhaps `moments_flip`, and `label`;
-       b"num_samples" says how many.  Moments are mean and log-variance (the PyTorch reproduction of MeanFlow).
-pt     folder with a folder for each class and a .pt for each image: a dict with `moments` or `image`, perhaps
-       `moments_flip` or `image_flip`, and perhaps `label`, or the tensor alone; [2c h w], [1 2c h w] or [h w 2c], mean
-       and standard deviation (official MeanFlow and improved MeanFlow, in JAX).
-edm2   folder or .zip of .npy [2c h w], mean and standard deviation, and dataset.json, {"labels": [["NAME.npy", 3],
-       ...]} (EDM2, Re-MeanFlow; decoupled MeanFlow and REPA have the same with --convention sd).
-
-Nothing that the files hold is executed.  What was begun before goes on.
-"""
-
-import argparse
 import hashlib
 import json
 import pathlib
@@ -23,13 +9,10 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
-from meanflow import tensorflow_logging
 from meanflow.config import latents as conventions
-from meanflow.config import paths
-from meanflow.console_log import setup_logging
-from meanflow.data import couplings, records
-from meanflow.data.latents import dataset, formats
-from meanflow.errors import UserError, exit_on_user_error
+from meanflow.data import label_files, records
+from meanflow.data.latents import dataset, formats, units
+from meanflow.errors import UserError
 
 MOMENTS = ("mean_std", "mean_logvar")
 LAYOUTS = ("chw", "hwc", "auto")
@@ -60,7 +43,7 @@ class Options(NamedTuple):
     layout: str  # of LAYOUTS
     convention: conventions.Convention
     vae: str = ""  # the autoencoder, where it is known
-    labels: pathlib.Path | None = None  # JSON, as `couplings.read_index` takes it, instead of the store's own
+    labels: pathlib.Path | None = None  # JSON, as `label_files.read` takes it, instead of the store's own
     shard_size: int = dataset.SHARD_SIZE
 
 
@@ -70,7 +53,7 @@ def import_store(dest: pathlib.Path, options: Options) -> int:
     Raises UserError naming the file or key that is missing, damaged, unsafe, unlike the first one, not finite or
     without a label, and as `latents.write`.
     """
-    labels = dict(couplings.read_index(options.labels)) if options.labels else None
+    labels = dict(label_files.read(options.labels)) if options.labels else None
     with FORMATS[options.format].open(options.source, labels) as store:
         first = _read(store, 0, options)
 
@@ -141,9 +124,7 @@ def _to_moments(array: Any, where: str, options: Options) -> np.ndarray:
     if options.moments == "mean_logvar":  # in float64: rounded once, the same on all machines
         spread = np.exp(0.5 * np.clip(spread.astype(np.float64), -30, 20))
     moments = np.concatenate([mean, spread], axis=2, dtype=np.float32, casting="same_kind")
-    dataset.check_moments(
-        moments, where, "remove it or make it anew; if they hold log-variances, --moments mean_logvar"
-    )
+    units.check_moments(moments, where, "remove it or make it anew; if they hold log-variances, --moments mean_logvar")
     return moments
 
 
@@ -153,38 +134,3 @@ def _layout(shape: tuple[int, ...], where: str) -> str:
     if first == second:
         raise UserError(f"{where} is of shape {shape}, of which the channels cannot be told: --layout chw, or hwc")
     return "chw" if first else "hwc"
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the command line.  Raises UserError for what cannot be imported."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    add = parser.add_argument
-    add("format", metavar="FORMAT", choices=FORMATS, help=", ".join(FORMATS))
-    add("source", metavar="SOURCE", type=paths.read, help="directory, folder or .zip, see above")
-    add("dest", metavar="DEST", type=paths.written, help="directory of the dataset, new or begun before")
-    defaults = {
-        name: ", ".join(f"{key} {getattr(f, name)}" for key, f in FORMATS.items()) for name in Format._fields[1:]
-    }
-    known = conventions.CONVENTIONS
-    add("--convention", choices=known, help=f"what the data are trained in; default: {defaults['convention']}")
-    add("--vae", metavar="NAME", type=paths.expand, default="", help="the autoencoder that made them, to decode with")
-    add("--labels", metavar="FILE", type=paths.read, help="JSON, [[NAME, LABEL], ...], instead of the store's labels")
-    add("--moments", choices=MOMENTS, help=f"default: {defaults['moments']}")
-    add("--layout", choices=LAYOUTS, help=f"of an array; auto: as square latents show.  Default: {defaults['layout']}")
-    add("--shard_size", metavar="N", type=int, default=dataset.SHARD_SIZE, help=f"default: {dataset.SHARD_SIZE} images")
-    args = parser.parse_args(argv)
-    if args.shard_size < 1:
-        raise UserError(f"--shard_size is {args.shard_size}; it must be at least 1")
-    setup_logging()
-    own = FORMATS[args.format]
-    convention = known[args.convention or own.convention]
-    moments, layout = args.moments or own.moments, args.layout or own.layout
-    options = Options(args.format, args.source, moments, layout, convention, args.vae, args.labels, args.shard_size)
-    num = import_store(args.dest, options)
-    print(f"{args.dest}: {num} latents of the convention {conventions.describe(convention)}")
-
-
-if __name__ == "__main__":
-    tensorflow_logging.silence_tensorflow()
-    with exit_on_user_error():
-        main()

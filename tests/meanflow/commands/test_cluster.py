@@ -92,7 +92,7 @@ def test_gpus_of_a_task(env, visible, expected):
     [(task(0, "3"), 8), (task(0, "8"), 4), (task(0, "2", SLURM_GPU_BIND="closest"), 4)],
 )
 def test_gpus_that_tasks_cannot_share_are_refused(env, visible):
-    with pytest.raises(UserError, match=rf"cannot share the {visible} GPUs .* one task per node or one per GPU"):
+    with pytest.raises(UserError, match=rf"cannot divide the {visible} GPUs .* one task per node or one per GPU"):
         cluster.gpus_of_task(env, visible)
 
 
@@ -124,13 +124,13 @@ def test_more_processes_than_gpus_are_refused(elastic, visible):
 def test_idle_gpus_are_named_once_a_node(caplog):
     for rank in range(2):
         cluster.warn_of_idle_gpus({"LOCAL_RANK": str(rank), "LOCAL_WORLD_SIZE": "2"}, 8)
-    assert caplog.text.count("2 of the 8 GPUs of") == 1 and "torchrun --nproc_per_node=8 uses all" in caplog.text
+    assert caplog.text.count("2 of the 8 GPUs on") == 1 and "torchrun --nproc_per_node=8 uses all" in caplog.text
     caplog.clear()
     cluster.warn_of_idle_gpus({}, 1)
     cluster.warn_of_idle_gpus({"LOCAL_RANK": "0", "LOCAL_WORLD_SIZE": "8"}, 8)
     assert not caplog.records
     cluster.warn_of_idle_gpus({}, 8)
-    assert "1 of the 8 GPUs of" in caplog.text
+    assert "1 of the 8 GPUs on" in caplog.text
 
 
 def test_tasks_that_do_not_know_of_each_other_are_refused():

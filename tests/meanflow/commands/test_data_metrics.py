@@ -71,7 +71,7 @@ def test_features_that_are_given_have_a_distance_of_their_own(config):
 
 def test_a_dataset_without_a_test_split(config, monkeypatch):
     images, labels = loader.load_arrays(config, "test")
-    monkeypatch.setattr(data_metrics.tfds_images, "split_names", lambda name, directory: ("train",))
+    monkeypatch.setattr(data_metrics.sources, "split_names", lambda name, directory: ("train",))
     assert "real_class_accuracy" not in data_metrics.evaluate_samples(images, labels, config)
 
 
@@ -93,7 +93,7 @@ def test_real_images_that_are_given_are_not_loaded_again(config, monkeypatch):
     assert data_metrics.evaluate_samples(images, labels, config, real=real) == expected
 
 
-def test_every_ema_is_judged_on_the_same_samples(config, monkeypatch):
+def test_every_ema_is_evaluated_on_the_same_samples(config, monkeypatch):
     """The weights are added to the noise; the real images are loaded once."""
     config.evaluation.update(classifier=False, num_samples=70)
     config.sample.update(batch_size=30, ema=1)
@@ -127,7 +127,7 @@ def test_every_ema_is_judged_on_the_same_samples(config, monkeypatch):
         (np.stack([np.zeros((8, 8, 1)), np.full((8, 8, 1), np.inf)]), 2, "1 of 2 samples .*not finite"),
     ],
 )
-def test_samples_that_cannot_be_judged(config, images, num_labels, words):
+def test_samples_that_cannot_be_evaluated(config, images, num_labels, words):
     with pytest.raises(UserError, match=words):
         data_metrics.evaluate_samples(images, np.zeros(num_labels, int), config)
 
@@ -136,7 +136,7 @@ def test_what_cannot_be_compared_is_not_sampled(config, monkeypatch):
     """By a run that judges itself, neither."""
     one_class = data_metrics.Real(np.zeros((2, 8, 8, 1)), np.zeros(2), {})
     monkeypatch.setattr(data_metrics, "load_real", lambda config: one_class)
-    with pytest.raises(UserError, match="the real images are all of one class"):
+    with pytest.raises(UserError, match="all real images have the same class"):
         data_metrics.evaluate(config, lambda *_: pytest.fail("it samples"), None)
 
 

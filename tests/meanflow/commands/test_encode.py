@@ -16,7 +16,8 @@ from meanflow.commands import encode
 from meanflow.config import latents, options
 from meanflow.data.images import pictures
 from meanflow.data.latents.autoencoder import Files
-from meanflow.data.latents.dataset import RAW, Plan, read_metadata
+from meanflow.data.latents.dataset import Plan, read_metadata
+from meanflow.data.latents.units import RAW
 from meanflow.errors import UserError
 
 NUM, SIDE = 7, 8  # images of 11x9 pixels, cropped to 8x8; latents of 4x4x3

@@ -66,14 +66,14 @@ def test_a_model_of_pixels_has_nothing_to_decode(read, parse_flags):
         parse_flags(sample.define_saving_flags, *argv)
         assert frozen_networks.decoder(config, FRAMEWORK) is None
     parse_flags(sample.define_saving_flags, "--vae=some/vae")
-    with pytest.raises(UserError, match=r"^--vae decodes latents, and this model is of none: .*scale is \(\)$"):
+    with pytest.raises(UserError, match=r"^--vae decodes latents, but this model makes images: .*scale is \(\)$"):
         frozen_networks.decoder(config, FRAMEWORK)
     assert not read
 
 
 def test_latents_of_other_channels(config, read):
     config.model.channels = 16
-    with pytest.raises(UserError, match="the/config's has latents of 4 channels, the model of 16: name .* by --vae"):
+    with pytest.raises(UserError, match="the/config's has latents of 4 channels, the model has 16: name .* by --vae"):
         frozen_networks.decoder(config, FRAMEWORK)
 
 

@@ -6,11 +6,10 @@ import json
 import numpy as np
 import processes
 import pytest
-import tiny
 
 from configs import digits
 from meanflow import files
-from meanflow.commands import data_metrics, evaluate, guidance_sweep, guidance_sweep_page, stored_images
+from meanflow.commands import data_metrics, evaluate, evaluate_images, guidance_sweep, guidance_sweep_page
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.errors import UserError
@@ -28,7 +27,8 @@ REAL = {"real_class_accuracy": 0.9931, "real_frechet_distance_pixels": 1.0}
 
 @pytest.fixture
 def config():
-    config = tiny.compose({"model.name": "imf_dit", "method.name": "improved"})
+    config = digits.get_config()
+    config.model.name, config.method.name = "imf_dit", "improved"
     return config
 
 
@@ -71,13 +71,13 @@ def test_without_the_flags_there_is_no_sweep(config, parse):
     ("argv", "message"),
     [
         (("--omegas=1,a",), "--omegas: .*'a'"),
-        (("--omegas=",), "--omegas must name one"),
+        (("--omegas=",), "--omegas needs at least one"),
         (("--omegas=0.5",), "sample.omega is 0.5; it must be at least 1"),
         (("--intervals=0.5",), "takes start:end each"),
         (("--intervals=0.5:b",), "--intervals: .*'b'"),
         (("--intervals=0.5:0.1",), "must rise"),
-        (("--omegas=1", "--omega=2"), "--omegas must .* beside --omega"),
-        (("--intervals=0:1", "--interval=0,1"), "--intervals must .* beside --interval"),
+        (("--omegas=1", "--omega=2"), "--omegas .* excludes --omega"),
+        (("--intervals=0:1", "--interval=0,1"), "--intervals .* excludes --interval"),
     ],
 )
 def test_flags_of_no_sense(config, parse, argv, message):
@@ -93,7 +93,7 @@ def test_a_network_that_is_told_no_guidance(parse, argv):
         evaluate.guided(digits.get_config())
 
 
-def test_each_pair_is_judged_once(config, parse):
+def test_each_pair_is_evaluated_once(config, parse):
     """Pictures are those of the first interval, a few of each scale."""
     judged = []
 
@@ -192,7 +192,7 @@ def run(config, monkeypatch, tmp_path):
     monkeypatch.setattr(data_metrics, "load_real", lambda config: real)
     monkeypatch.setattr(data_metrics, "evaluate_samples", judge)
     monkeypatch.setattr(evaluate, "workdir", lambda: str(tmp_path))
-    monkeypatch.setattr(evaluate, "read_workdir", lambda path: config)
+    monkeypatch.setattr(evaluate.resolve, "read_workdir", lambda path: config)
     return lambda *_: (config, lambda weights, noise, y, c, fresh: 0 * noise + weights / c.omega, 1.0)
 
 
@@ -227,7 +227,7 @@ def test_results_are_printed_where_nothing_can_be_written(run, read_only, parse,
     parse("--num_samples=6", *argv)
     evaluate.evaluate(run, None, lambda config: ProcessGroup())
     assert "frechet_distance_pixels" in capsys.readouterr().out
-    assert "Results are printed, and not written" in caplog.text
+    assert "Results are printed but not written" in caplog.text
     assert [path.name for path in tmp_path.iterdir()] == ["file"]
 
 
@@ -281,8 +281,8 @@ def test_a_sweep_that_fails_leaves_its_rows_in_the_log(run, parse, monkeypatch, 
 @pytest.mark.parametrize(
     ("real", "message"),
     [
-        (np.zeros((1, 8, 8, 1)), "a distance needs two real images or more"),
-        (np.zeros((2, 8, 8, 1)), "all of one class: set --config.evaluation.classifier=False"),
+        (np.zeros((1, 8, 8, 1)), "a distance needs at least two real images"),
+        (np.zeros((2, 8, 8, 1)), "all real images have the same class: set --config.evaluation.classifier=False"),
     ],
 )
 def test_what_cannot_be_compared_is_not_sampled(noisy, sampled, parse, monkeypatch, real, message):
@@ -311,7 +311,7 @@ def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--metrics=fvd",), "evaluation.metrics has 'fvd'; choose from fid, is, kid, pr, fd_dinov2"),
+        (("--metrics=fvd",), "evaluation.metrics has 'fvd'; choose of fid, is, kid, pr, fd_dinov2"),
         (("--metrics=is",), "evaluation.inception names no weights"),
         (("--metrics=fd_dinov2",), "evaluation.reference names no statistics"),
         (("--num_samples=1",), "evaluation.num_samples is 1; it must be at least 2"),
@@ -329,11 +329,11 @@ def test_a_reference_that_is_to_be_made_need_not_be_there(config, parse):
 
 
 @pytest.mark.parametrize(
-    ("flag", "function"), [("make_reference", "make_reference"), ("samples", "judge_samples")]
+    ("flag", "function"), [("make_reference", "make_reference"), ("samples", "evaluate_samples")]
 )  # of `stored`
 def test_stored_images_need_no_model(parse, monkeypatch, flag, function):
     calls = []
-    monkeypatch.setattr(stored_images, function, lambda *args: calls.append(args))
+    monkeypatch.setattr(evaluate_images, function, lambda *args: calls.append(args))
     parse(f"--{flag}=images", "--metrics=is", "--inception=w")
     start, framework = object(), object()
     evaluate.evaluate(lambda *_: pytest.fail("it loads a model"), framework, start)
@@ -408,9 +408,12 @@ def test_a_sweep_of_metrics(noisy, parse, reference, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--save=png",), "--save goes with --metrics here; the sample command saves"),
-        (("--save=png", "--omegas=1,2", "--metrics=is", "--inception=w"), "--save keeps the images of one guidance"),
-        (("--metrics=is", "--inception=w", "--vae=some/vae"), "--vae decodes latents, and this model is of none"),
+        (("--save=png",), "--save needs --metrics here; the sample command saves"),
+        (
+            ("--save=png", "--omegas=1,2", "--metrics=is", "--inception=w"),
+            "--save keeps the images of a single guidance",
+        ),
+        (("--metrics=is", "--inception=w", "--vae=some/vae"), "--vae decodes latents, but this model makes images"),
     ],
 )
 def test_what_cannot_be_saved_or_decoded(run, parse, argv, message, tmp_path):

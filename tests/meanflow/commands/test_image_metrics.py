@@ -1,4 +1,4 @@
-"""A judge with a sampler and features of the test: which images are measured, by what, and in how many processes."""
+"""Image metrics with a sampler and features of the test: which images are measured, by what, in how many processes."""
 
 import json
 import weakref
@@ -36,7 +36,7 @@ class Framework:
     def __init__(self):
         self.made, self.seen, self.decoded = [], [], []
 
-    def tools(self):
+    def networks(self):
         return FrozenNetworks(self.make_decoder, self.make_inception)
 
     def make_inception(self, path, convention):
@@ -79,7 +79,7 @@ def framework():
 
 
 def test_values_are_those_of_the_measures(config, framework):
-    values, shown = image_metrics.Judge(config, framework.tools())(config, sampler, 0.5)
+    values, shown = image_metrics.ImageMetrics(config, framework.networks())(config, sampler, 0.5)
     images, _ = sampling.generate(config, sampler, 0.5, NUM)
     rows = features(grids.to_uint8(images))
     score, score_std = scores.inception_score(5 * rows)
@@ -94,16 +94,16 @@ def test_values_are_those_of_the_measures(config, framework):
     np.testing.assert_array_equal(shown, images)
 
 
-def test_a_judge_begins_anew_with_each_model(config, framework):
-    one = image_metrics.Judge(config, framework.tools())
+def test_each_model_is_measured_anew(config, framework):
+    one = image_metrics.ImageMetrics(config, framework.networks())
     first, other = one(config, sampler, 0.5)[0], one(config, sampler, 2.0)[0]
     assert other["fid"] != pytest.approx(first["fid"], rel=0.1)
-    assert other == image_metrics.Judge(config, framework.tools())(config, sampler, 2.0)[0]
-    assert len(framework.made) == 2, "weights are read once for each judge"
+    assert other == image_metrics.ImageMetrics(config, framework.networks())(config, sampler, 2.0)[0]
+    assert len(framework.made) == 2, "weights are read once, not for each model"
 
 
 def test_samples_are_of_the_guidance_asked_for(config, framework):
-    one, guided = image_metrics.Judge(config, framework.tools()), config.copy_and_resolve_references()
+    one, guided = image_metrics.ImageMetrics(config, framework.networks()), config.copy_and_resolve_references()
     guided.sample.omega = 2.0
     assert one(guided, sampler, 1.0)[0] == one(config, sampler, 2.0)[0] != one(config, sampler, 1.0)[0]
 
@@ -111,10 +111,10 @@ def test_samples_are_of_the_guidance_asked_for(config, framework):
 @pytest.mark.parametrize("num", [2, 5])
 def test_processes_share_the_samples_and_the_first_has_the_result(config, framework, num):
     """Of five the last has none of the four batches."""
-    expected, first = image_metrics.Judge(config, framework.tools())(config, sampler, 0.5)
+    expected, first = image_metrics.ImageMetrics(config, framework.networks())(config, sampler, 0.5)
     framework.seen.clear()
     found = processes.run(
-        num, lambda group: image_metrics.Judge(config, framework.tools(), group)(config, sampler, 0.5)
+        num, lambda group: image_metrics.ImageMetrics(config, framework.networks(), group)(config, sampler, 0.5)
     )
     assert found[0][0] == pytest.approx(expected, rel=1e-9) and not any(values for values, _ in found[1:])
     assert sum(map(len, framework.seen)) == NUM, "each sample once"
@@ -127,7 +127,7 @@ def test_processes_share_the_samples_and_the_first_has_the_result(config, framew
 @pytest.mark.parametrize("num", [2, 8])
 def test_processes_that_sample_together_share_the_features(config, framework, tmp_path, num):
     """Each has all rows of every batch and takes its own; of eight, two have none of any."""
-    expected, first = image_metrics.Judge(config, framework.tools())(config, sampler, 0.5)
+    expected, first = image_metrics.ImageMetrics(config, framework.networks())(config, sampler, 0.5)
     framework.seen.clear()
     asked = []
 
@@ -137,7 +137,7 @@ def test_processes_that_sample_together_share_the_features(config, framework, tm
 
     def process(group):
         group = group._replace(together=True)
-        return image_metrics.Judge(config, framework.tools(), group, tmp_path, "npz")(config, spying, 0.5)
+        return image_metrics.ImageMetrics(config, framework.networks(), group, tmp_path, "npz")(config, spying, 0.5)
 
     found = processes.run(num, process)
     assert found[0][0] == pytest.approx(expected, rel=1e-9) and not any(values for values, _ in found[1:])
@@ -152,7 +152,7 @@ def test_processes_that_sample_together_share_the_features(config, framework, tm
 )  # of -0.996, which is 0.51 of 255
 def test_images_are_rounded_by_the_convention(config, framework, convention, level):
     config.evaluation.update(convention=convention, metrics=("is",))
-    image_metrics.Judge(config, framework.tools())(config, lambda weights, noise, *_: 0 * noise - 0.996, None)
+    image_metrics.ImageMetrics(config, framework.networks())(config, lambda weights, noise, *_: 0 * noise - 0.996, None)
     assert framework.made == [("w", convention)]
     assert all(images.dtype == np.uint8 and set(images.ravel()) == {level} for images in framework.seen)
 
@@ -170,7 +170,7 @@ def latents(config, monkeypatch):
 
 
 def test_latents_are_decoded_in_batches(latents, framework):
-    _, shown = image_metrics.Judge(latents, framework.tools())(latents, sampler, 1.0)
+    _, shown = image_metrics.ImageMetrics(latents, framework.networks())(latents, sampler, 1.0)
     assert [z.shape for z in framework.decoded] == [(6, 8, 8, 4)] * 3 + [(2, 8, 8, 4)]
     assert shown.shape == (NUM, 16, 16, 3)
     np.testing.assert_array_equal(np.concatenate(framework.seen), grids.to_uint8(shown))
@@ -180,15 +180,15 @@ def test_latents_are_decoded_in_batches(latents, framework):
 def test_latents_that_nothing_decodes(latents, framework):
     latents.latents.vae = ""
     with pytest.raises(UserError, match="samples have 4 channels, .*name the autoencoder .* by --vae or config.latent"):
-        image_metrics.Judge(latents, framework.tools())
+        image_metrics.ImageMetrics(latents, framework.networks())
     latents.model.channels = 3
-    image_metrics.Judge(latents, framework.tools())
+    image_metrics.ImageMetrics(latents, framework.networks())
 
 
 @pytest.mark.parametrize("value", [np.nan, np.inf])
 def test_samples_that_are_not_finite(config, framework, value):
     with pytest.raises(UserError, match="values that are not finite: .* evaluate an earlier checkpoint"):
-        image_metrics.Judge(config, framework.tools())(
+        image_metrics.ImageMetrics(config, framework.networks())(
             config, lambda w, noise, *_: np.where(noise > 1, value, noise), None
         )
     assert not framework.seen
@@ -207,7 +207,7 @@ def test_the_first_samples_are_shown_and_no_batch_is_held(config):
     config.sample.batch_size = 40
     config.evaluation.update(num_samples=200, metrics=("is",))
     framework = FrozenNetworks(None, lambda *_: lambda images: {"logits": features(images)})
-    _, shown = image_metrics.Judge(config, framework)(config, sampler, None)
+    _, shown = image_metrics.ImageMetrics(config, framework)(config, sampler, None)
     assert len(shown) == image_metrics.SHOWN and len(batches) == 5
     assert max(held) <= 1, "but the one before"
     np.testing.assert_array_equal(shown, np.tanh(sampling.generate(config, lambda w, x, *_: x, None, 64)[0]))
@@ -221,7 +221,10 @@ def test_images_are_saved_as_they_are_measured(config, framework, tmp_path, kind
     expected = grids.to_uint8(images, "floor")
     output = tmp_path / "new"
     processes.run(
-        num, lambda group: image_metrics.Judge(config, framework.tools(), group, output, kind)(config, sampler, 0.5)
+        num,
+        lambda group: image_metrics.ImageMetrics(config, framework.networks(), group, output, kind)(
+            config, sampler, 0.5
+        ),
     )
     if kind == "npz":
         with np.load(output / "samples_uint8.npz") as file:
@@ -235,7 +238,7 @@ def test_images_are_saved_as_they_are_measured(config, framework, tmp_path, kind
 
 
 def test_nothing_is_saved_unless_asked_for(config, framework, tmp_path):
-    image_metrics.Judge(config, framework.tools(), output=tmp_path / "new")(config, sampler, 0.5)
+    image_metrics.ImageMetrics(config, framework.networks(), output=tmp_path / "new")(config, sampler, 0.5)
     assert not (tmp_path / "new").exists()
 
 
@@ -266,7 +269,7 @@ def test_a_reference_of_another_convention(config, tmp_path):
 def test_a_reference_is_read_before_anything_is_sampled(config, framework):
     config.evaluation.reference = "no/such.npz"
     with pytest.raises(UserError, match="cannot read no/such.npz"):
-        image_metrics.Judge(config, framework.tools())
+        image_metrics.ImageMetrics(config, framework.networks())
     assert not framework.made
 
 
@@ -280,39 +283,39 @@ def test_a_reference_is_read_before_anything_is_sampled(config, framework):
 def test_too_few_samples(config, framework, changes, message):
     config.evaluation.update(changes)
     with pytest.raises(UserError, match=message):
-        image_metrics.Judge(config, framework.tools())
+        image_metrics.ImageMetrics(config, framework.networks())
     assert not framework.made
 
 
 def test_a_reference_of_another_size(config, framework, tmp_path):
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(8, 8)))
-    image_metrics.Judge(config, framework.tools())
+    image_metrics.ImageMetrics(config, framework.networks())
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(64, 64)))
     with pytest.raises(UserError, match=r"for fid are of images of 64 x 64 pixels, the images have 8 x 8 \(h x w\)"):
-        image_metrics.Judge(config, framework.tools())
+        image_metrics.ImageMetrics(config, framework.networks())
 
 
 def test_the_size_of_samples_is_that_of_decoded_ones(latents, framework, tmp_path, monkeypatch):
     monkeypatch.setattr(frozen_networks.autoencoder, "read_factor", lambda name: {"some/vae": 2}[name])
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(16, 16)))
     latents.evaluation.metrics = ("fid",)
-    image_metrics.Judge(latents, framework.tools())
+    image_metrics.ImageMetrics(latents, framework.networks())
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(8, 8)))
     with pytest.raises(UserError, match="images of 8 x 8 pixels, the images have 16 x 16"):
-        image_metrics.Judge(latents, framework.tools())
+        image_metrics.ImageMetrics(latents, framework.networks())
 
 
 def test_a_reference_of_other_features(config, framework):
     extract = Extractor(lambda images: pytest.fail("features are made"), {"pool": 2048, "logits": 1008})
     with pytest.raises(UserError, match="for fid are of 2 features, but the images have 2048 of pool"):
-        image_metrics.Judge(config, framework.tools()._replace(make_inception=lambda *_: extract))
+        image_metrics.ImageMetrics(config, framework.networks()._replace(make_inception=lambda *_: extract))
 
 
 @pytest.mark.parametrize("kind", ["png", "npz"])
 def test_images_that_cannot_be_saved(config, framework, tmp_path, kind):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write .*file/new/dataset.json"):
-        image_metrics.Judge(config, framework.tools(), output=tmp_path / "file" / "new", save=kind)
+        image_metrics.ImageMetrics(config, framework.networks(), output=tmp_path / "file" / "new", save=kind)
     assert not framework.made
 
 
@@ -329,7 +332,7 @@ def test_only_the_networks_that_are_needed(config, framework, monkeypatch, names
     loaded = []
     monkeypatch.setattr(dino, "load", lambda name: loaded.append(name) or (lambda x: {"dino": -features(x)}))
     images = np.full((3, 4, 4, 1), 255, np.uint8)
-    found = image_metrics.extractor(names, config.evaluation, framework.tools())(images)
+    found = image_metrics.extractor(names, config.evaluation, framework.networks())(images)
     assert set(found) == needed and all(rows.shape == (3, 2) for rows in found.values())
     assert len(framework.made) == ("inception" in networks) and len(framework.seen) == len(framework.made)
     assert loaded == ["facebook/dinov2-large"] * ("dino" in networks)

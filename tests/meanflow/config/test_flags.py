@@ -9,9 +9,9 @@ import pytest
 
 PROGRAM = """
 '''A program.'''
-from meanflow.config import checks, flags
+from configs import flags, resolve
 def main():
-    c = checks.check(flags.config())
+    c = resolve.check(flags.config())
     print(c.train.steps, c.sample.times, flags.workdir())
 flags.run(main)
 """

@@ -5,14 +5,15 @@ import json
 import numpy as np
 import pytest
 
-from meanflow.data import couplings
-from meanflow.data.images import tfds_images
+from meanflow.commands import import_couplings
+from meanflow.config.features import Feature
+from meanflow.data import couplings, sources
 from meanflow.errors import UserError
 from meanflow.sampling import noise
 
 SHAPE = (4, 4, 2)
 PLAN = couplings.Plan(SHAPE, num_samples=23, num_classes=5, seed=1, shard_size=10, batch_size=4)
-NOISE = tfds_images.Extra("noise", SHAPE, np.floating, "")
+NOISE = Feature("noise", SHAPE, np.floating, "")
 
 
 def coupler(e, y):
@@ -26,7 +27,7 @@ def make(directory, plan=PLAN, coupler=coupler, settings=(), **where):
 
 
 def read(directory):
-    source = tfds_images.open_source(str(directory), "train", "", NOISE)
+    source = sources.open_source(str(directory), "train", "", NOISE)
     return [source[i] for i in range(len(source))]
 
 
@@ -115,8 +116,8 @@ def write_index(folder, content):
 
 
 def run(folder, *flags):
-    couplings.main([str(folder), str(folder.parent / "dest"), *flags])
-    source = tfds_images.open_source(str(folder.parent / "dest"), "train", "", NOISE._replace(shape=(4, 6, 2)))
+    import_couplings.main([str(folder), str(folder.parent / "dest"), *flags])
+    source = sources.open_source(str(folder.parent / "dest"), "train", "", NOISE._replace(shape=(4, 6, 2)))
     return [source[i] for i in range(len(source))]
 
 

@@ -9,6 +9,7 @@ from configs import digits
 from meanflow.config import latents as conventions
 from meanflow.data import examples, loader
 from meanflow.data.latents import dataset as latents
+from meanflow.data.latents import units
 from meanflow.errors import UserError
 
 NUM, SHAPE = 12, (4, 4, 2)
@@ -66,7 +67,7 @@ def test_latents_come_in_data_units_and_are_drawn_anew(config):
     first, second = take(config, 2)
     assert first["image"].dtype == np.float32 and first["image"].shape == (NUM, *SHAPE)
     assert set(first) == {"image", "label"}
-    means = np.stack([latents.to_data_units(moments(i)[..., :2], CONVENTION) for i in range(NUM)])
+    means = np.stack([units.to_data_units(moments(i)[..., :2], CONVENTION) for i in range(NUM)])
     drawn = []
     for batch in (first, second):
         ids, twins = numbers(batch["image"])

@@ -73,9 +73,10 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def config(datasets_dir, path):
-    config = digits.get_config("flow")
+    config = digits.get_config()
     config.data.update(dir=datasets_dir, encoder=path, flip=True)
-    config.model.repa_dims = (WIDTH,)
+    config.method.name = "flow"
+    config.model.update(interval_embedder=False, repa_dims=(WIDTH,))
     return config
 
 
@@ -226,7 +227,7 @@ def test_latents_have_the_features_of_the_pixels_beside_them(config, path, tmp_p
         ({"data.name": "latents/alone", "model.channels": 4}, "no feature 'pixels', .*these have 4 .*`features`"),
         (
             {"data.name": "latents/beside", "model.channels": 4, "data.augment.prob": 0.1},
-            "not the `pixels` stored beside them, .*--config.data.augment.prob=0",
+            "not the `pixels` stored with them, .*--config.data.augment.prob=0",
         ),
     ],
 )

@@ -1,22 +1,27 @@
 """The order of the data is one function of the seed; each record fits the model or is named."""
 
 import collections
+import copy
 import itertools
 import json
 import multiprocessing
 import os
 import pathlib
 import signal
+import sys
 
+import grain
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
+import worker_modules
 from etils import epath
 
 from configs import digits
 from meanflow import signals
-from meanflow.config import options
-from meanflow.data import augment, couplings, examples, loader
+from meanflow.config import features
+from meanflow.data import augment, couplings, digests, examples, loader, sources
+from meanflow.data.latents import dataset
 from meanflow.errors import UserError
 
 BATCH = 256
@@ -74,9 +79,9 @@ def augmented(config):
 @pytest.fixture
 def featured(config):
     """Return a config whose dataset has features beside the images."""
-    config = options.recompose(config, "dit", "flow")
     config.data.update(name="featured_patches", flip=True)
-    config.model.repa_dims = (2, 3)
+    config.method.name = "flow"
+    config.model.update(interval_embedder=False, repa_dims=(2, 3))
     return config
 
 
@@ -85,8 +90,26 @@ def coupled(config, tmp_path):
     """Return a config that learns from couplings: images that are twice their noise."""
     plan = couplings.Plan((8, 8, 1), num_samples=40, num_classes=10, seed=1, shard_size=16)
     couplings.make(tmp_path / "couplings", plan, lambda noise, y: 2 * noise, {})
-    config = options.recompose(config, "dit", "rectified")
+    config = copy.deepcopy(config)
     config.data.update(name=str(tmp_path / "couplings"), flip=True)
+    config.method.name = "rectified"
+    return config
+
+
+@pytest.fixture
+def latents(config, tmp_path):
+    """Return a config that learns from latents."""
+    facts = {"convention": {"shift": [0.0], "scale": [1.0], "pixels": "symmetric"}, "latent_shape": (8, 8, 1)}
+
+    def of_shard(indices, _):
+        for i in indices:
+            yield {"moments": np.full((8, 8, 2), i, np.float32), "label": i % 10, "name": str(i)}
+
+    dataset.write(
+        dataset.Job(tmp_path / "latents", dataset.features((8, 8, 1), False), [range(40)], {}, facts), of_shard
+    )
+    config = copy.deepcopy(config)
+    config.data.name = str(tmp_path / "latents")
     return config
 
 
@@ -200,10 +223,10 @@ def test_stored_features_follow_their_images(featured):
         assert set(batch) == {"image", "label", "features"}
         assert batch["features"].shape == (20, 16, 5)
         assert batch["features"].dtype == np.float32
-        for image, features in zip(batch["image"], batch["features"], strict=True):
+        for image, tokens in zip(batch["image"], batch["features"], strict=True):
             mirrored.append(image[0, 0, 0] == 1)
             stored = features_of(round(127.5 * (image[0, 4, 0] + 1))).reshape(4, 4, 5)
-            np.testing.assert_array_equal(features.reshape(4, 4, 5), stored[:, ::-1] if mirrored[-1] else stored)
+            np.testing.assert_array_equal(tokens.reshape(4, 4, 5), stored[:, ::-1] if mirrored[-1] else stored)
     assert 20 < sum(mirrored) < 60
 
 
@@ -246,9 +269,30 @@ def test_processes_share_the_noise_of_one(coupled):
     assert_same(joined, whole)
 
 
+def test_loader_processes_import_neither_tensorflow_nor_a_trainer(coupled, latents):
+    """Nor what only images of TFDS, metrics and networks need."""
+    mixed = grain.MapDataset.mix([loader.make_loader(config, 8)._batches for config in (coupled, latents)])
+    batches = loader.Loader(mixed.map(worker_modules.note), {}, 1)
+    for batch, names in zip(take(batches, 2), (("image", "noise"), ("image",)), strict=True):
+        assert batch.keys() == {*names, "label", "modules"}
+        assert not [name for name, there in zip(worker_modules.NAMES, batch["modules"], strict=True) if there]
+    batches.close()
+
+
+@pytest.mark.parametrize("data", ["coupled", "latents"])
+def test_our_own_datasets_need_no_tfds(data, request, monkeypatch):
+    config = request.getfixturevalue(data)
+    for name in ("tensorflow", "tensorflow_datasets", "meanflow.data.images.tfds_images"):
+        monkeypatch.setitem(sys.modules, name, None)  # which cannot be imported then
+    assert len(next(loader.make_loader(config, 16))["image"]) == 16
+    assert len(loader.load_arrays(config, "train")[0]) == 40
+    assert digests.of_dataset(config.data.name, "train", "")
+    assert sources.split_names(config.data.name, "") == ("train",)
+
+
 def test_only_couplings_have_noise(coupled):
-    flow = options.recompose(coupled, "dit", "flow")
-    assert set(next(loader.make_loader(flow, 16))) == {"image", "label"}
+    coupled.method.name = "flow"
+    assert set(next(loader.make_loader(coupled, 16))) == {"image", "label"}
 
 
 @pytest.mark.parametrize(
@@ -263,7 +307,7 @@ def test_only_couplings_have_noise(coupled):
             {"data.name": "runs/none"},
             "runs/none .* is not the directory of a dataset.  Config.method.name=rectified learns",
         ),
-        ({"data.augment.prob": 0.1}, "not the `noise` stored beside them, .*: set --config.data.augment.prob=0$"),
+        ({"data.augment.prob": 0.1}, "not the `noise` stored with them, .*: set --config.data.augment.prob=0$"),
     ],
 )
 def test_couplings_that_are_not_there_or_do_not_fit(coupled, change, words):
@@ -272,10 +316,10 @@ def test_couplings_that_are_not_there_or_do_not_fit(coupled, change, words):
         loader.make_loader(coupled, 16)
 
 
-def test_no_features_without_repa(featured):
-    for config in (options.recompose(featured, "unet", "meanflow"), featured):
-        featured.model.repa_dims = ()
-        assert set(next(loader.make_loader(config, 16))) == {"image", "label"}
+@pytest.mark.parametrize("change", [{"model.repa_dims": ()}, {"method.name": "meanflow"}])
+def test_no_features_without_repa(featured, change):
+    featured.update_from_flattened_dict(change)
+    assert set(next(loader.make_loader(featured, 16))) == {"image", "label"}
 
 
 def test_whole_splits_need_no_features(featured):
@@ -288,7 +332,7 @@ def test_what_is_kept_in_memory_counts_the_features(featured, monkeypatch):
     """Of the 40 images of 256 bytes and the features of 320."""
     for most, kept in ((40 * 400, False), (40 * 600, True)):
         monkeypatch.setattr(examples, "MAX_KEPT_BYTES", most)
-        opened = examples.open_examples(featured, "train", loader._extra(featured))
+        opened = examples.open_examples(featured, "train", features.needs(featured).feature)
         assert "features" in opened[0]
         assert bool(opened.kept) == kept
 
@@ -312,7 +356,6 @@ def test_features_that_are_not_there_or_do_not_fit(featured, change, words):
 
 
 def test_a_network_told_of_other_labels(augmented):
-    augmented = options.recompose(augmented, "unet", "meanflow")
     augmented.model.augment_dim = 6
     with pytest.raises(UserError, match="augment_dim is 6, .* makes 4 labels: set --config.model.augment_dim=4, or 0"):
         loader.make_loader(augmented, BATCH)
@@ -526,7 +569,7 @@ def test_workers_end_with_the_process_that_started_them(launcher, config, tmp_pa
     script.write_text(
         "import multiprocessing, os, signal, sys\n"
         "from configs import digits\n"
-        "from data import loader\n"
+        "from meanflow.data import loader\n"
         "if __name__ == '__main__':\n"
         "    config = digits.get_config()\n"
         "    config.data.update(dir=sys.argv[1], num_workers=1)\n"

@@ -8,8 +8,7 @@ import signal
 import numpy as np
 import pytest
 
-from meanflow.data import records
-from meanflow.data.images import tfds_images
+from meanflow.data import records, sources
 from meanflow.errors import UserError
 
 SCRIPT = pathlib.Path(__file__).with_name("write_records.py")
@@ -37,7 +36,7 @@ def whole(tmp_path_factory):
 
 
 def test_a_dataset_of_tfds(whole):
-    source = tfds_images.open_source(str(whole), "train", "")
+    source = sources.open_source(str(whole), "train", "")
     assert [source[i]["label"] for i in range(len(source))] == list(range(23))
     for i in range(23):
         np.testing.assert_array_equal(source[i]["image"], np.full((2, 2, 1), i, np.float32))
@@ -50,8 +49,8 @@ def test_a_dataset_of_tfds(whole):
 
 
 def test_splits_and_labels(whole):
-    assert len(tfds_images.open_source(str(whole), "train[:7]", "")) == 7
-    labels = tfds_images.open_labels(str(whole), "train[10:]", "")
+    assert len(sources.open_source(str(whole), "train[:7]", "")) == 7
+    labels = sources.open_labels(str(whole), "train[10:]", "")
     assert [labels[i] for i in range(len(labels))] == list(range(10, 23))
 
 
@@ -88,7 +87,7 @@ def test_goes_on_after_a_kill(launcher, whole, tmp_path):
     assert there == {"settings.json", *(f"numbers-train.array_record-0000{i}-of-00005" for i in (0, 1))}
     assert [path for path in tmp_path.iterdir() if path.name.startswith(".")]  # the half shard, and it will go
     with pytest.raises(UserError, match=f"{tmp_path} .* is not whole: run the command"):
-        tfds_images.open_source(str(tmp_path), "train", "")
+        sources.open_source(str(tmp_path), "train", "")
     written = []
 
     def noted(number):
@@ -120,7 +119,7 @@ def test_an_error_leaves_no_half_shard(tmp_path):
 
 def test_empty_shards_among_others(tmp_path):
     assert write(tmp_path, of_shard=lambda number: of_shard(number) if number in (1, 4) else ()) == []
-    source = tfds_images.open_source(str(tmp_path), "train", "")
+    source = sources.open_source(str(tmp_path), "train", "")
     assert [source[i]["label"] for i in range(len(source))] == [5, 6, 7, 8, 9, 20, 21, 22]
 
 

@@ -11,11 +11,11 @@ import signal
 import sys
 
 import numpy as np
-import tensorflow_datasets as tfds
 
 sys.path.insert(0, str(pathlib.Path(__file__).parents[3]))
 
 from meanflow.data import records
+from meanflow.data.record_reader import Feature
 
 SHARDS = records.split_into_shards(23, 5)
 SETTINGS = {"seed": 3, "scale": 0.5, "sizes": (1, 2)}
@@ -23,9 +23,8 @@ SETTINGS = {"seed": 3, "scale": 0.5, "sizes": (1, 2)}
 
 def layout(directory):
     """Return the layout."""
-    features = {"image": tfds.features.Tensor(shape=(2, 2, 1), dtype=np.float32, encoding="bytes"),
-                "label": tfds.features.Scalar(np.int64)}  # fmt: skip
-    return records.Layout(pathlib.Path(directory), "numbers", tfds.features.FeaturesDict(features), len(SHARDS))
+    features = {"image": Feature("array", (2, 2, 1)), "label": Feature("integer")}
+    return records.Layout(pathlib.Path(directory), "numbers", features, len(SHARDS))
 
 
 def of_shard(number):

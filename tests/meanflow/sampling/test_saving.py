@@ -8,8 +8,9 @@ import PIL.Image
 import processes
 import pytest
 
-from meanflow.commands import stored_images
-from meanflow.data.images import folders, pictures
+from meanflow.commands import evaluate_images
+from meanflow.data import label_files
+from meanflow.data.images import pictures
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup, pack
 from meanflow.sampling import saving
@@ -78,8 +79,8 @@ def test_what_is_saved_can_be_read_again(tmp_path):
     """By the commands that judge or encode stored images."""
     save(tmp_path / "png", "png", PARTS[0])
     (path,) = save(tmp_path, "npz", PARTS[0])
-    files, images = pictures.open_pictures(str(tmp_path / "png")), stored_images.NpzImages(str(path))
-    assert len(files) == len(images) == NUM and folders.INDEX == saving.INDEX
+    files, images = pictures.open_pictures(str(tmp_path / "png")), evaluate_images.NpzImages(str(path))
+    assert len(files) == len(images) == NUM and label_files.INDEX == saving.INDEX
     for i in range(NUM):
         np.testing.assert_array_equal(files.read(i), IMAGES[i])
         np.testing.assert_array_equal(images.read(i), IMAGES[i])

@@ -15,8 +15,7 @@ PATHS = pytest.mark.parametrize("path", ["linear", "cosine"])
 
 
 def settings(**changes):
-    flow = changes.get("sampler") in ("heun", "sde") or "diffusion_scale" in changes
-    cfg = options.get_config(method="flow" if flow else "meanflow").sample
+    cfg = options.get_config().sample
     cfg.update(changes)
     return cfg
 

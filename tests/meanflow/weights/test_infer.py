@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
-import tiny
 import torch
 
+from meanflow.config import options as base
 from meanflow.errors import UserError
 from meanflow.weights import canonical, infer
 from parity import convert
@@ -29,7 +29,9 @@ OTHERS = {
 
 def weights_of(options):
     """Return a model's config, and zeros in the shapes of its canonical weights, sorted as in a safetensors file."""
-    config = tiny.of_network(SIZES | {"name": "edm2"} | options)
+    config = base.get_config()
+    config.model.update(SIZES | {"name": "edm2"} | options)
+    config.method.name = "rectified" if config.model.interval_embedder else "flow"
     with torch.device("meta"):
         net = torch_step.build_net(config)
     shapes = {name: () if name.endswith(canonical.SCALARS) else t.shape for name, t in net.state_dict().items()}
@@ -49,15 +51,15 @@ def test_the_options_are_found(options):
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"unet.emb_label.weight": None}, "lack unet.emb_label.weight: an EDM2 network without classes"),
+        ({"unet.emb_label.weight": None}, "lack unet.emb_label.weight: no known EDM2 network is unconditional"),
         ({"unet.enc.8x8_conv.weight": None}, "lack unet.enc.NxN_conv.weight"),
         ({"unet.enc.16x16_conv.weight": np.zeros((8, 4, 3, 3))}, "lack unet.enc.NxN_conv.weight"),
         ({"unet.enc.4x4_block0.conv_res0.weight": None}, "lack unet.enc.4x4_block0.conv_res0.weight"),
-        ({"unet.enc.8x8_conv.weight": np.zeros(3)}, "arrays of other ranks"),
-        ({"unet.enc.8x8_conv.weight": np.zeros((0, 4, 3, 3))}, "arrays of other ranks"),
-        ({"unet.emb_fourier.freqs": np.zeros(())}, "arrays of other ranks"),
-        ({"unet.out_gain": np.zeros(1)}, "arrays of other ranks"),
-        ({"unet.emb_label.weight": np.zeros((16, 7, 1, 1))}, "arrays of other ranks"),
+        ({"unet.enc.8x8_conv.weight": np.zeros(3)}, "arrays of ranks that no EDM2 network has"),
+        ({"unet.enc.8x8_conv.weight": np.zeros((0, 4, 3, 3))}, "arrays of ranks that no EDM2 network has"),
+        ({"unet.emb_fourier.freqs": np.zeros(())}, "arrays of ranks that no EDM2 network has"),
+        ({"unet.out_gain": np.zeros(1)}, "arrays of ranks that no EDM2 network has"),
+        ({"unet.emb_label.weight": np.zeros((16, 7, 1, 1))}, "arrays of ranks that no EDM2 network has"),
         ({"unet.enc.5x5_down.conv_res0.weight": np.zeros((8, 8, 3, 3))}, "lack unet.enc.5x5_block0.conv_res0.weight"),
         ({"unet.out_conv.weight": None}, "lack unet.out_conv.weight"),
         ({"unet.new.weight": np.zeros((1, 1, 1, 1))}, "have unknown unet.new.weight"),

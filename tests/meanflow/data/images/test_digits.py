@@ -4,14 +4,13 @@ import numpy as np
 import pytest
 from sklearn.datasets import load_digits
 
-from meanflow.data.images import tfds_images
+from meanflow.data import sources
 
 
 @pytest.fixture(scope="module")
-def splits(tmp_path_factory):
-    directory = str(tmp_path_factory.mktemp("digits"))
-    sources = {name: tfds_images.open_source("digits", name, directory) for name in ("train", "test")}
-    return {name: [source[i] for i in range(len(source))] for name, source in sources.items()}
+def splits(datasets_dir):
+    opened = {name: sources.open_source("digits", name, datasets_dir) for name in ("train", "test")}
+    return {name: [source[i] for i in range(len(source))] for name, source in opened.items()}
 
 
 def test_sizes(splits):

@@ -10,6 +10,8 @@ import requests
 import tensorflow_datasets as tfds
 from etils import epath
 
+from meanflow.config.features import Feature
+from meanflow.data import sources
 from meanflow.data.images import tfds_images
 from meanflow.errors import UserError
 
@@ -65,8 +67,8 @@ class DescribedPatches(ColourPatches):
 def directory(tmp_path_factory):
     """Holds `colour_patches` and `described_patches`."""
     path = str(tmp_path_factory.mktemp("datasets"))
-    tfds_images.open_source("colour_patches", "train", path)
-    tfds_images.open_source("described_patches", "train", path)
+    sources.open_source("colour_patches", "train", path)
+    sources.open_source("described_patches", "train", path)
     return path
 
 
@@ -75,7 +77,7 @@ def values(source):
 
 
 def test_builder_of_ones_own(directory):
-    source = tfds_images.open_source("colour_patches", "train", directory)
+    source = sources.open_source("colour_patches", "train", directory)
     assert values(source) == set(range(30))
     for i in range(30):
         record = source[i]
@@ -89,14 +91,14 @@ def test_builder_of_ones_own(directory):
     [("features", (4, 2), np.floating, 0), ("pixels", (None, None, 3), np.uint8, 100)],
 )
 def test_one_more_feature(directory, key, shape, kind, value):
-    source = tfds_images.open_source("described_patches", "train", directory, tfds_images.Extra(key, shape, kind, ""))
+    source = sources.open_source("described_patches", "train", directory, Feature(key, shape, kind, ""))
     for record in (source[i] for i in range(30)):
         assert set(record) == {"image", "label", key}
         np.testing.assert_array_equal(record[key], value + int(record["image"][0, 0, 0]))
 
 
 def test_nothing_is_paid_for_features_that_are_not_asked_for(directory):
-    source = tfds_images.open_source("described_patches", "train", directory)
+    source = sources.open_source("described_patches", "train", directory)
     assert set(source[0]) == {"image", "label"}
     assert isinstance(source.records[0]["pixels"], bytes)  # not decoded
 
@@ -113,25 +115,23 @@ def test_nothing_is_paid_for_features_that_are_not_asked_for(directory):
 )
 def test_one_more_feature_that_is_not_there(directory, key, shape, kind, words):
     with pytest.raises(UserError, match=words):
-        tfds_images.open_source(
-            "described_patches", "train", directory, tfds_images.Extra(key, shape, kind, "the way out")
-        )
+        sources.open_source("described_patches", "train", directory, Feature(key, shape, kind, "the way out"))
 
 
 def test_part_of_a_split(directory):
-    first = tfds_images.open_source("colour_patches", "train[:20%]", directory)
-    rest = tfds_images.open_source("colour_patches", "train[20%:]", directory)
+    first = sources.open_source("colour_patches", "train[:20%]", directory)
+    rest = sources.open_source("colour_patches", "train[20%:]", directory)
     assert len(first) == 6
     assert values(first) | values(rest) == set(range(30))
 
 
 def test_prepared_directory_by_path(directory):
-    source = tfds_images.open_source(f"{directory}/colour_patches/1.0.0", "validation", "")
+    source = sources.open_source(f"{directory}/colour_patches/1.0.0", "validation", "")
     assert values(source) == set(range(9))
 
 
 def test_split_names(directory):
-    assert tfds_images.split_names("colour_patches", directory) == ("train", "validation")
+    assert sources.split_names("colour_patches", directory) == ("train", "validation")
 
 
 def test_first_use_by_several_at_once_prepares_once(tmp_path, monkeypatch):
@@ -145,20 +145,20 @@ def test_first_use_by_several_at_once_prepares_once(tmp_path, monkeypatch):
 
     monkeypatch.setattr(ColourPatches, "download_and_prepare", slow)
     with concurrent.futures.ThreadPoolExecutor(4) as pool:
-        opened = [pool.submit(tfds_images.open_source, "colour_patches", "train", str(tmp_path)) for _ in range(4)]
+        opened = [pool.submit(sources.open_source, "colour_patches", "train", str(tmp_path)) for _ in range(4)]
     assert [len(one.result()) for one in opened] == [30] * 4
     assert len(calls) == 1
 
 
 def test_preparing_leaves_stdout_alone(tmp_path, capsys):
-    tfds_images.open_source("colour_patches", "train", str(tmp_path))
+    sources.open_source("colour_patches", "train", str(tmp_path))
     assert capsys.readouterr().out == ""
 
 
 def test_a_read_only_copy_is_enough(directory, monkeypatch):
     """A prepared dataset takes no lock, so that it may lie where nothing can be written."""
     monkeypatch.setattr(tfds_images, "_lock", None)
-    assert len(tfds_images.open_source("colour_patches", "train", directory)) == 30
+    assert len(sources.open_source("colour_patches", "train", directory)) == 30
 
 
 @pytest.mark.parametrize(
@@ -177,7 +177,7 @@ def test_a_read_only_copy_is_enough(directory, monkeypatch):
 )
 def test_errors_name_the_thing_and_the_way_out(directory, name, split, words):
     with pytest.raises(UserError) as error:
-        tfds_images.open_source(name, split, directory)
+        sources.open_source(name, split, directory)
     for word in words:
         assert word in str(error.value)
 
@@ -185,13 +185,13 @@ def test_errors_name_the_thing_and_the_way_out(directory, name, split, words):
 def test_other_file_format(tmp_path):
     tfds.builder("colour_patches", data_dir=tmp_path).download_and_prepare(file_format="tfrecord")
     with pytest.raises(UserError, match=r"stored as tfrecord.*--config.data.dir.*tfds convert_format"):
-        tfds_images.open_source("colour_patches", "train", str(tmp_path))
+        sources.open_source("colour_patches", "train", str(tmp_path))
 
 
 def test_directory_that_cannot_be_written(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"/file/data.*--config.data.dir to a directory that you can write"):
-        tfds_images.open_source("digits", "train", str(tmp_path / "file" / "data"))
+        sources.open_source("digits", "train", str(tmp_path / "file" / "data"))
 
 
 @pytest.mark.parametrize(
@@ -208,4 +208,4 @@ def test_preparation_that_fails(tmp_path, monkeypatch, failure, words):
 
     monkeypatch.setattr(ColourPatches, "download_and_prepare", fail)
     with pytest.raises(UserError, match=words):
-        tfds_images.open_source("colour_patches", "train", str(tmp_path))
+        sources.open_source("colour_patches", "train", str(tmp_path))

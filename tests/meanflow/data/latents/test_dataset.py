@@ -11,7 +11,7 @@ import tensorflow_datasets as tfds
 
 from meanflow.config import latents as conventions
 from meanflow.data.images import pictures
-from meanflow.data.latents import dataset
+from meanflow.data.latents import dataset, units
 from meanflow.errors import UserError
 
 SIZE, SHAPE, NUM = 8, (4, 4, 3), 11
@@ -93,7 +93,7 @@ def test_metadata(whole):
 def test_std_is_that_of_samples(whole):
     """Not that of the means."""
     moments = np.stack([record["moments"] for record in read(whole)]).repeat(400, 0).astype(np.float64)
-    raw = dataset.sample_posterior(moments, np.random.default_rng(0).normal(size=(*moments.shape[:-1], 3)))
+    raw = units.sample_posterior(moments, np.random.default_rng(0).normal(size=(*moments.shape[:-1], 3)))
     np.testing.assert_allclose(dataset.read_metadata(str(whole))["std"], raw.std((0, 1, 2)), rtol=0.01)
 
 
@@ -255,37 +255,37 @@ def test_metadata_before_the_end(folder, tmp_path):
 def test_data_units(dtype):
     rng = np.random.default_rng(0)
     moments, noise = rng.normal(size=(2, 3, 8)).astype(dtype), rng.normal(size=(2, 3, 4)).astype(dtype)
-    raw = dataset.sample_posterior(moments, noise)
+    raw = units.sample_posterior(moments, noise)
     np.testing.assert_array_equal(raw, moments[..., :4] + moments[..., 4:] * noise)
     for convention in conventions.CONVENTIONS.values():
-        z = dataset.to_data_units(raw, convention)
-        assert raw.dtype == z.dtype == dataset.to_raw(z, convention).dtype == dtype
+        z = units.to_data_units(raw, convention)
+        assert raw.dtype == z.dtype == units.to_raw(z, convention).dtype == dtype
         expected = (raw - np.array(convention.shift)) * np.array(convention.scale)
         np.testing.assert_allclose(z, expected, rtol=1e-5, atol=1e-6)
-        np.testing.assert_allclose(dataset.to_raw(z, convention), raw, rtol=1e-5, atol=2e-6)
+        np.testing.assert_allclose(units.to_raw(z, convention), raw, rtol=1e-5, atol=2e-6)
     with pytest.raises(UserError, match="one for each of 3 channels"):
-        dataset.to_data_units(raw[..., :3], conventions.CONVENTIONS["imf"])
+        units.to_data_units(raw[..., :3], conventions.CONVENTIONS["imf"])
 
 
 def test_normalising(whole):
     metadata = dataset.read_metadata(str(whole))
     metadata["convention"]["pixels"] = "unit"
     moments = np.stack([record["moments"] for record in read(whole)]).repeat(400, 0).astype(np.float64)
-    raw = dataset.sample_posterior(moments, np.random.default_rng(0).normal(size=(*moments.shape[:-1], 3)))
-    convention = dataset.normalising(metadata, 0.5)
+    raw = units.sample_posterior(moments, np.random.default_rng(0).normal(size=(*moments.shape[:-1], 3)))
+    convention = units.normalising(metadata, 0.5)
     assert convention.pixels == "unit"
-    z = dataset.to_data_units(raw, convention)
+    z = units.to_data_units(raw, convention)
     np.testing.assert_allclose(z.mean((0, 1, 2)), 0, atol=0.01)
     np.testing.assert_allclose(z.std((0, 1, 2)), 0.5, rtol=0.01)
     with pytest.raises(UserError, match="cannot be normalised"):
-        dataset.normalising(metadata | {"std": [1.0, 0.0, 1.0]})
+        units.normalising(metadata | {"std": [1.0, 0.0, 1.0]})
 
 
 def test_a_convention_that_the_data_give(folder, whole, tmp_path):
-    settings = SETTINGS | {"convention": conventions.to_dict(dataset.RAW), "normalised": True}
+    settings = SETTINGS | {"convention": conventions.to_dict(units.RAW), "normalised": True}
     make(folder, tmp_path, settings=settings)
     metadata = dataset.read_metadata(str(tmp_path))
-    assert metadata["convention"] == conventions.to_dict(dataset.normalising(dataset.read_metadata(str(whole))))
+    assert metadata["convention"] == conventions.to_dict(units.normalising(dataset.read_metadata(str(whole))))
 
 
 def test_a_constant_image_has_no_deviation(tmp_path):

@@ -13,6 +13,7 @@ import pytest
 import tensorflow_datasets as tfds
 import torch
 
+from meanflow.commands import import_latents
 from meanflow.config import latents as conventions
 from meanflow.data.latents import dataset, formats, importers
 from meanflow.errors import UserError
@@ -82,7 +83,7 @@ def write(tmp_path):
 
 
 def run(kind, source, dest, *flags):
-    importers.main([kind, str(source), str(dest), *flags])
+    import_latents.main([kind, str(source), str(dest), *flags])
     return dataset.read_metadata(str(dest))
 
 
@@ -427,7 +428,7 @@ def test_options(write, tmp_path):
 def test_the_command(write, launcher, tmp_path):
     source = write("edm2")
     shutil.rmtree(source / "00000")
-    command = launcher.run("meanflow.data.latents.importers", "edm2", source, tmp_path / "dest")
+    command = launcher.run("meanflow.commands.import_latents", "edm2", source, tmp_path / "dest")
     assert command.poll() == 2 and command.stderr.splitlines()[-1].startswith("error: cannot read ")
 
 

@@ -1,4 +1,4 @@
-"""Stored images: read from any source, judged in any number of processes, and made into statistics of real ones."""
+"""Image files: read from any source, evaluated in any number of processes, and made into statistics of real ones."""
 
 import functools
 import io
@@ -12,7 +12,7 @@ import processes
 import pytest
 from absl import flags
 
-from meanflow.commands import evaluate, stored_images
+from meanflow.commands import evaluate, evaluate_images
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import options
 from meanflow.data.images import pictures
@@ -40,7 +40,7 @@ FRAMEWORK = FrozenNetworks(lambda *_: pytest.fail("nothing is decoded"), make_in
 
 @pytest.fixture(autouse=True)
 def small_batches(monkeypatch):
-    monkeypatch.setattr(stored_images, "BATCH", 3)
+    monkeypatch.setattr(evaluate_images, "BATCH", 3)
 
 
 @pytest.fixture
@@ -77,7 +77,7 @@ def start(config):
 
 
 def test_images_of_an_npz(npz):
-    source = stored_images.NpzImages(str(npz))
+    source = evaluate_images.NpzImages(str(npz))
     assert len(source) == NUM and source.name(3) == f"{npz}[3]"
     np.testing.assert_array_equal(source.read(3), IMAGES[3])
 
@@ -85,9 +85,9 @@ def test_images_of_an_npz(npz):
 def test_grey_images_become_red_green_and_blue(tmp_path):
     """Which the crop needs, as do networks."""
     np.savez(tmp_path / "grey.npz", IMAGES[..., :1])
-    source = stored_images.NpzImages(str(tmp_path / "grey.npz"))
+    source = evaluate_images.NpzImages(str(tmp_path / "grey.npz"))
     np.testing.assert_array_equal(source.read(1), IMAGES[1, ..., :1].repeat(3, axis=2))
-    assert stored_images.read(source, 1, 4).shape == (4, 4, 3)
+    assert evaluate_images.read(source, 1, 4).shape == (4, 4, 3)
 
 
 @pytest.mark.parametrize(
@@ -104,7 +104,7 @@ def test_grey_images_become_red_green_and_blue(tmp_path):
 def test_arrays_that_are_no_images(tmp_path, arrays, message):
     np.savez(tmp_path / "a.npz", **arrays)
     with pytest.raises(UserError, match=message):
-        stored_images.NpzImages(str(tmp_path / "a.npz"))
+        evaluate_images.NpzImages(str(tmp_path / "a.npz"))
 
 
 def altered():
@@ -129,13 +129,13 @@ def test_files_that_cannot_be_read(tmp_path, content):
     path = tmp_path / "a.npz"
     if content is not None:
         path.write_bytes(content)
-    with pytest.raises(UserError, match="^cannot read the images of .*a.npz: .*  It must have arr_0, as --save=npz"):
-        stored_images.NpzImages(str(path))
+    with pytest.raises(UserError, match="^cannot read the images of .*a.npz: .*  It needs arr_0, as --save=npz"):
+        evaluate_images.NpzImages(str(path))
 
 
 def test_features_of_all_images(npz, config):
     config.evaluation.metrics = ("kid",)
-    whole = stored_images.collect(stored_images.NpzImages(str(npz)), config, FRAMEWORK, None, ALONE)
+    whole = evaluate_images.collect(evaluate_images.NpzImages(str(npz)), config, FRAMEWORK, None, ALONE)
     assert whole.count == NUM
     np.testing.assert_array_equal(whole.rows("pool"), features(IMAGES))
 
@@ -147,7 +147,7 @@ def test_processes_share_the_images(folder, config, num):
     source, seen = pictures.open_pictures(str(folder)), []
     extract = make_inception("w", "")
     framework = FRAMEWORK._replace(make_inception=lambda *_: lambda images: seen.append(len(images)) or extract(images))
-    whole, *others = processes.run(num, lambda group: stored_images.collect(source, config, framework, None, group))
+    whole, *others = processes.run(num, lambda group: evaluate_images.collect(source, config, framework, None, group))
     assert sorted(seen) == [1, 3, 3, 3] and others == [None] * (num - 1)
     np.testing.assert_array_equal(whole.rows("pool"), features(IMAGES))
     np.testing.assert_array_equal(whole.rows("logits"), 9 * features(IMAGES))
@@ -158,11 +158,11 @@ def test_images_of_several_sizes(folder, config, name):
     """In one batch, and in two."""
     PIL.Image.fromarray(np.zeros((9, 12, 3), np.uint8)).save(folder / name)
     source = pictures.open_pictures(str(folder))
-    words = rf"class0/0.png \(6, 6, 3\) and {name} \(9, 12, 3\) \(h w c\) are not of one size: give --image_size"
+    words = rf"class0/0.png \(6, 6, 3\) and {name} \(9, 12, 3\) \(h w c\) differ in size: give --image_size"
     with pytest.raises(UserError, match=words):
-        stored_images.collect(source, config, FRAMEWORK, None, ALONE)
+        evaluate_images.collect(source, config, FRAMEWORK, None, ALONE)
     config.evaluation.metrics = ("kid",)
-    whole = stored_images.collect(source, config, FRAMEWORK, 4, ALONE)
+    whole = evaluate_images.collect(source, config, FRAMEWORK, 4, ALONE)
     expected = np.stack([pictures.centre_crop(source.read(i), 4) for i in range(NUM)])
     np.testing.assert_array_equal(whole.rows("pool"), features(expected))
 
@@ -178,7 +178,7 @@ def test_images_of_several_sizes_in_several_processes(folder, config, num):
 
     def process(group):
         try:
-            stored_images.collect(source, config, FRAMEWORK, None, group)
+            evaluate_images.collect(source, config, FRAMEWORK, None, group)
         except UserError as error:
             refused[group.process] = str(error)
             raise
@@ -186,20 +186,20 @@ def test_images_of_several_sizes_in_several_processes(folder, config, num):
     with pytest.raises((UserError, threading.BrokenBarrierError)):  # the latter in the others, once one has ended
         processes.run(num, process)
     assert refused.keys() == {1}
-    assert "class0/0.png (6, 6, 3) and class0/3.png (9, 9, 3) (h w c) are not of one size" in refused[1]
+    assert "class0/0.png (6, 6, 3) and class0/3.png (9, 9, 3) (h w c) differ in size" in refused[1]
 
 
 def test_an_image_is_cropped_only_if_asked(npz):
-    source = stored_images.NpzImages(str(npz))
-    np.testing.assert_array_equal(stored_images.read(source, 2, None), IMAGES[2])
-    np.testing.assert_array_equal(stored_images.read(source, 2, 3), pictures.centre_crop(IMAGES[2], 3))
+    source = evaluate_images.NpzImages(str(npz))
+    np.testing.assert_array_equal(evaluate_images.read(source, 2, None), IMAGES[2])
+    np.testing.assert_array_equal(evaluate_images.read(source, 2, 3), pictures.centre_crop(IMAGES[2], 3))
 
 
 def test_a_reference_of_a_folder(folder, config, parse, tmp_path, capsys):
     path = tmp_path / "new" / "real.npz"
     config.evaluation.update(metrics=("fid", "kid", "is"), reference=str(path), convention="pytorch_fid")
     parse(f"--make_reference={folder}")
-    stored_images.make_reference(FRAMEWORK, start, config)
+    evaluate_images.make_reference(FRAMEWORK, start, config)
     assert capsys.readouterr().out == f"{path}\n"
     reference, rows = references.read(path), features(IMAGES)
     np.testing.assert_allclose(reference.mean, rows.mean(0), rtol=1e-6)
@@ -212,7 +212,7 @@ def test_a_reference_is_for_fid_unless_metrics_are_named(npz, folder, config, pa
     """And cropped by --image_size; rows are kept only for metrics that need them."""
     config.evaluation.update(metrics=(), reference=str(tmp_path / "real.npz"))
     parse(f"--make_reference={folder}", "--image_size=4")
-    stored_images.make_reference(FRAMEWORK, start, config)
+    evaluate_images.make_reference(FRAMEWORK, start, config)
     reference = references.read(tmp_path / "real.npz")
     expected = features(np.stack([pictures.centre_crop(image, 4) for image in IMAGES]))
     np.testing.assert_allclose(reference.mean, expected.mean(0), rtol=1e-6)
@@ -221,12 +221,12 @@ def test_a_reference_is_for_fid_unless_metrics_are_named(npz, folder, config, pa
 
 def test_a_large_reference_keeps_the_features_of_some(folder, config, parse, tmp_path, monkeypatch):
     """Drawn from all, the same ones by any number of processes; mean and covariance are of all."""
-    monkeypatch.setattr(stored_images, "KEPT", 4)
+    monkeypatch.setattr(evaluate_images, "KEPT", 4)
     parse(f"--make_reference={folder}")
     kept, rows = [], features(IMAGES)
     for num in (1, 2):
         config.evaluation.update(metrics=("kid",), reference=str(tmp_path / f"{num}.npz"))
-        processes.run(num, lambda group: stored_images.make_reference(FRAMEWORK, lambda config: group, config))
+        processes.run(num, lambda group: evaluate_images.make_reference(FRAMEWORK, lambda config: group, config))
         reference = references.read(config.evaluation.reference)
         np.testing.assert_allclose(reference.mean, rows.mean(0), rtol=1e-6)
         assert reference.num_samples == NUM
@@ -238,11 +238,11 @@ def test_a_large_reference_keeps_the_features_of_some(folder, config, parse, tmp
 
 def test_a_reference_of_both_networks(folder, config, parse, tmp_path, monkeypatch):
     monkeypatch.setattr(
-        stored_images.image_metrics.dino, "load", lambda name: lambda x: {"dino": features(x)[:, :2] + len(name)}
+        evaluate_images.image_metrics.dino, "load", lambda name: lambda x: {"dino": features(x)[:, :2] + len(name)}
     )
     config.evaluation.update(metrics=("fd_dinov2", "kid"), reference=str(tmp_path / "real.npz"), dino="dir")
     parse(f"--make_reference={folder}")
-    stored_images.make_reference(FRAMEWORK, start, config)
+    evaluate_images.make_reference(FRAMEWORK, start, config)
     dino, inception = (references.read(tmp_path / "real.npz", metric) for metric in ("fd_dinov2", "fid"))
     np.testing.assert_allclose(dino.mean, features(IMAGES)[:, :2].mean(0) + 3, rtol=1e-6)
     np.testing.assert_allclose(inception.mean, features(IMAGES).mean(0), rtol=1e-6)
@@ -254,7 +254,7 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
     monkeypatch.setattr(references, "write", lambda path, kinds: written.append(path) or write(path, kinds))
     config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "real.npz"))
     parse(f"--make_reference={folder}")
-    processes.run(3, lambda group: stored_images.make_reference(FRAMEWORK, lambda config: group, config))
+    processes.run(3, lambda group: evaluate_images.make_reference(FRAMEWORK, lambda config: group, config))
     assert written == [config.evaluation.reference] and capsys.readouterr().out == f"{tmp_path / 'real.npz'}\n"
     np.testing.assert_allclose(references.read(written[0]).mean, features(IMAGES).mean(0), rtol=1e-6)
 
@@ -266,21 +266,21 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
         ({"reference": "real.pkl"}, "--make_reference needs --reference=FILE.npz"),
         ({"inception": ""}, "--make_reference needs --inception, the weights that parity/convert.py makes"),
         ({"metrics": ("fvd",)}, "fvd: no metric of that name"),
-        ({"metrics": ("is",)}, "--make_reference: is compares with no real images; name others by --metrics"),
+        ({"metrics": ("is",)}, "--make_reference: the metric `is` needs no real images; name others by --metrics"),
     ],
 )
 def test_what_a_reference_needs(config, parse, folder, changes, message):
     config.evaluation.update({"metrics": ("fid",), "reference": "real.npz"} | changes)
     parse(f"--make_reference={folder}")
     with pytest.raises(UserError, match=message):
-        stored_images.make_reference(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
+        evaluate_images.make_reference(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 
 
 @pytest.mark.parametrize("size", [None, 4])
 def test_a_reference_tells_the_size_of_its_images(folder, config, parse, tmp_path, size):
     config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "real.npz"))
     parse(f"--make_reference={folder}", *([f"--image_size={size}"] if size else []))
-    stored_images.make_reference(FRAMEWORK, start, config)
+    evaluate_images.make_reference(FRAMEWORK, start, config)
     assert references.read(tmp_path / "real.npz").image_size == (size or SIDE,) * 2
 
 
@@ -291,18 +291,18 @@ def test_a_reference_that_cannot_be_written(folder, config, parse, tmp_path):
     parse(f"--make_reference={folder}")
     framework = FRAMEWORK._replace(make_inception=lambda *_: pytest.fail("weights are read"))
     with pytest.raises(UserError, match="cannot write .*file/real.npz"):
-        stored_images.make_reference(framework, start, config)
+        evaluate_images.make_reference(framework, start, config)
     (tmp_path / "file").unlink()
     (tmp_path / "file" / "real.npz").mkdir(parents=True)
     with pytest.raises(UserError, match="cannot write .*file/real.npz: Is a directory"):
-        stored_images.make_reference(framework, start, config)
+        evaluate_images.make_reference(framework, start, config)
 
 
 def test_a_disk_that_is_full_in_the_end(folder, config, parse, tmp_path, monkeypatch):
     """The statistics are kept elsewhere, and the error says where."""
     config.evaluation.update(metrics=("fid",), reference=str(tmp_path / "new" / "real.npz"))
     parse(f"--make_reference={folder}")
-    monkeypatch.setattr(stored_images.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
+    monkeypatch.setattr(evaluate_images.tempfile, "mkdtemp", lambda prefix: str(tmp_path / prefix))
     replace = references.files.replace_bytes
 
     def full(path, content):
@@ -313,7 +313,7 @@ def test_a_disk_that_is_full_in_the_end(folder, config, parse, tmp_path, monkeyp
     monkeypatch.setattr(references.files, "replace_bytes", full)
     other = tmp_path / "reference_" / "real.npz"
     with pytest.raises(UserError, match=f"cannot write .*new/real.npz: No space .*  The statistics are in {other}"):
-        stored_images.make_reference(FRAMEWORK, start, config)
+        evaluate_images.make_reference(FRAMEWORK, start, config)
     np.testing.assert_allclose(references.read(other).mean, features(IMAGES).mean(0), rtol=1e-6)
 
 
@@ -329,9 +329,9 @@ def reference(tmp_path, config):
 
 @pytest.mark.parametrize("kind", ["npz", "folder"])
 @pytest.mark.parametrize("num", [1, 2])
-def test_samples_are_judged(kind, num, reference, config, parse, request, capsys):
+def test_samples_are_evaluated(kind, num, reference, config, parse, request, capsys):
     parse(f"--samples={request.getfixturevalue(kind)}")
-    processes.run(num, lambda group: stored_images.judge_samples(FRAMEWORK, lambda config: group, config))
+    processes.run(num, lambda group: evaluate_images.evaluate_samples(FRAMEWORK, lambda config: group, config))
     kid, kid_std = scores.kernel_distance(features(IMAGES), reference, subset_size=NUM)
     expected = {"num_samples": NUM, "fid": scores.frechet_distance(features(IMAGES), reference), "kid": kid}
     (line,) = capsys.readouterr().out.splitlines()
@@ -343,7 +343,7 @@ def test_samples_are_judged(kind, num, reference, config, parse, request, capsys
 def test_samples_are_cropped_by_the_flag(npz, reference, config, parse, capsys):
     config.evaluation.metrics = ("fid",)
     parse(f"--samples={npz}", "--image_size=4")
-    stored_images.judge_samples(FRAMEWORK, start, config)
+    evaluate_images.evaluate_samples(FRAMEWORK, start, config)
     rows = features(np.stack([pictures.centre_crop(image, 4) for image in IMAGES]))
     assert json.loads(capsys.readouterr().out)["fid"] == pytest.approx(scores.frechet_distance(rows, reference))
 
@@ -357,7 +357,7 @@ def unread(npz, reference, config, parse, monkeypatch):
         parse(f"--samples={npz}", *argv)
         extract = Extractor(lambda images: pytest.fail("features are made"), widths or {})
         with pytest.raises(UserError, match=message):
-            stored_images.judge_samples(FRAMEWORK._replace(make_inception=lambda *_: extract), start, config)
+            evaluate_images.evaluate_samples(FRAMEWORK._replace(make_inception=lambda *_: extract), start, config)
 
     return check
 
@@ -373,8 +373,8 @@ def test_samples_of_another_size_than_the_reference(unread, config):
 def test_a_reference_of_unknown_size_is_told(npz, reference, config, parse, caplog):
     caplog.set_level("INFO")
     parse(f"--samples={npz}")
-    stored_images.judge_samples(FRAMEWORK, start, config)
-    assert "does not tell the size of its images: fid and kid is meaningful only if they are of 6 x 6" in caplog.text
+    evaluate_images.evaluate_samples(FRAMEWORK, start, config)
+    assert "does not state the size of its images: fid and kid is meaningful only if they have 6 x 6" in caplog.text
 
 
 def test_samples_and_a_reference_of_other_features(unread):
@@ -395,17 +395,17 @@ def test_samples_need_metrics(config, parse):
     config.evaluation.metrics = ()
     parse("--samples=images.npz")
     with pytest.raises(UserError, match="--samples needs --metrics: say what to measure"):
-        stored_images.judge_samples(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
+        evaluate_images.evaluate_samples(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 
 
 @pytest.mark.parametrize("flag", ["make_reference", "samples"])
 @pytest.mark.parametrize("other", ["steps=2", "omegas=1,2", "save=png", "vae=some/vae", "num_samples=9"])
 def test_flags_of_models_are_refused(config, parse, flag, other):
-    run = {"make_reference": stored_images.make_reference, "samples": stored_images.judge_samples}[flag]
+    run = {"make_reference": evaluate_images.make_reference, "samples": evaluate_images.evaluate_samples}[flag]
     config.evaluation.reference = "real.npz"
     parse(f"--{flag}=images", f"--{other}")
     with pytest.raises(
-        UserError, match=f"--{other.split('=')[0]} is for samples of a model, and --{flag} is of stored"
+        UserError, match=f"--{other.split('=')[0]} is for samples of a model, but --{flag} takes image files"
     ):
         run(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 
@@ -414,7 +414,7 @@ def test_samples_and_a_reference_of_another_convention(npz, reference, config, p
     config.evaluation.convention = "jax_meanflow"
     parse(f"--samples={npz}")
     with pytest.raises(UserError, match="of the convention torch_fidelity, but config.evaluation.convention is jax"):
-        stored_images.judge_samples(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
+        evaluate_images.evaluate_samples(FRAMEWORK, lambda config: pytest.fail("it starts"), config)
 
 
 def test_the_flags(parse):

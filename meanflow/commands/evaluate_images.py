@@ -1,4 +1,4 @@
-"""Judges images that are stored, and makes the statistics of real ones: the evaluate commands without a model."""
+"""The evaluate commands without a model: metrics of image files, and statistics of real images."""
 
 import json
 import os
@@ -23,16 +23,16 @@ from meanflow.metrics import accumulate, references
 from meanflow.process_group import ProcessGroup
 
 BATCH = 64  # images
-KEPT, SEED = 50_000, 0  # images of a reference whose features kid and pr compare with, drawn from all
-# Flags of sampling and of sweeps, of which stored images know nothing.
+KEPT, SEED = 50_000, 0  # reference images, drawn at random, whose features are kept for kid and pr
+# Flags of sampling and sweeps, which do not apply to image files.
 OF_MODELS = (*sample.OPTIONS, "num_samples", "save", "vae", "omegas", "intervals", "workdir")
 Start = Callable[[options.Config], ProcessGroup]
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 class Images(Protocol):
-    """Images in an order of their own; `meanflow.data.images.pictures.Pictures` are."""
+    """A sequence of images, such as `meanflow.data.images.pictures.Pictures`."""
 
     def __len__(self) -> int: ...
 
@@ -45,13 +45,13 @@ class NpzImages:
     """The images of an .npz in the layout of ADM's evaluator: arr_0 uint8 [n h w 1 or 3]."""
 
     def __init__(self, path: str):
-        """Raises UserError if it is none."""
+        """Raises UserError if the file is not one."""
         self.path = path
         try:
             with np.load(path, allow_pickle=False) as file:
                 self.images = file["arr_0"]
         except (OSError, *references.DAMAGE) as error:
-            raise UserError(f"cannot read the images of {path}: {error}.  It must have arr_0, as --save=npz") from error
+            raise UserError(f"cannot read the images of {path}: {error}.  It needs arr_0, as --save=npz") from error
         if self.images.ndim != 4 or self.images.dtype != np.uint8 or self.images.shape[3] not in (1, 3):
             raise UserError(f"{path} has arr_0 of {self.images.dtype} {self.images.shape}, not uint8 [n h w 1 or 3]")
         if not self.images.size:
@@ -61,7 +61,7 @@ class NpzImages:
         return len(self.images)
 
     def name(self, i: int) -> str:
-        """Return what messages call image i."""
+        """Return the name of image i for messages."""
         return f"{self.path}[{i}]"
 
     def read(self, i: int) -> np.ndarray:
@@ -70,32 +70,32 @@ class NpzImages:
 
 
 def define_flags() -> None:
-    """Define the flags of stored images."""
+    """Define the flags for image files."""
     flags.DEFINE(
         paths.READ,
         "make_reference",
         "",
-        "Write --reference from these real images, a folder, .zip or TFDS dataset, and end.",
+        "Only write --reference from these real images: a folder, .zip or TFDS dataset.",
     )
-    flags.DEFINE(paths.READ, "samples", "", "Judge these images, a folder, .zip or .npz, in place of a model's.")
+    flags.DEFINE(paths.READ, "samples", "", "Evaluate these images instead of a model's: a folder, .zip or .npz.")
     flags.DEFINE_string("split", "train", "Split of a TFDS dataset of real images.")
     flags.DEFINE_integer(
-        "image_size", None, "Crop stored images to this size as ADM does; by default they stay as they are.",
+        "image_size", None, "Crop the images to this size as ADM does; by default they keep theirs.",
         lower_bound=1,
     )  # fmt: skip
 
 
 def make_reference(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
-    """Write the statistics of real images that the metrics of `config.evaluation` compare with, and print their path.
+    """Write the statistics of real images that the metrics of `config.evaluation` need, and print their path.
 
-    Without metrics: those of fid.  kid and pr keep features beside, of at most `KEPT` images.  Raises UserError for
-    what is missing.
+    Default metric: fid.  For kid and pr the features of up to `KEPT` images are kept too.  Raises UserError for what is
+    missing.
     """
     f, c = flags.FLAGS, config.evaluation
     check_flags("make_reference")
     c.metrics = c.metrics or ("fid",)
     if set(c.metrics) == {"is"}:
-        raise UserError("--make_reference: is compares with no real images; name others by --metrics")
+        raise UserError("--make_reference: the metric `is` needs no real images; name others by --metrics")
     if not c.reference.endswith(".npz"):
         raise UserError("--make_reference needs --reference=FILE.npz, the file to write")
     if accumulate.needs(c.metrics) & image_metrics.INCEPTION and not c.inception:
@@ -114,7 +114,7 @@ def make_reference(framework: FrozenNetworks, start: Start, config: options.Conf
 
 
 def keep_reference(path: str, found: dict[str, references.Reference]) -> None:
-    """Write statistics, or else write them to a temporary directory, which the UserError raised then names."""
+    """Write statistics; if that fails, write them to a temporary directory and raise UserError naming it."""
     try:
         references.write(path, found)
     except UserError as error:
@@ -123,10 +123,10 @@ def keep_reference(path: str, found: dict[str, references.Reference]) -> None:
         raise UserError(f"{error}  The statistics are in {other}") from error
 
 
-def judge_samples(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
-    """Print the metrics of `config.evaluation`, of all images that --samples names.  Raises UserError for missing ones.
+def evaluate_samples(framework: FrozenNetworks, start: Start, config: options.Config) -> None:
+    """Print the metrics of `config.evaluation` for the images in --samples.  Raises UserError if there are none.
 
-    Generated images are uint8 already: of the convention only what Inception does to them is left.
+    The images are uint8 already, so of the convention only Inception's preprocessing applies.
     """
     f, c = flags.FLAGS, config.evaluation
     check_flags("samples")
@@ -146,14 +146,14 @@ def judge_samples(framework: FrozenNetworks, start: Start, config: options.Confi
 
 
 def check_flags(flag: str) -> None:
-    """Raise UserError for a flag of models beside --`flag`."""
+    """Raise UserError for a flag that needs a model, given together with --`flag`."""
     given = [name for name in OF_MODELS if name in flags.FLAGS and flags.FLAGS[name].present]
     if given:
-        raise UserError(f"--{given[0]} is for samples of a model, and --{flag} is of stored images: leave it out")
+        raise UserError(f"--{given[0]} is for samples of a model, but --{flag} takes image files: leave it out")
 
 
 def size_of(source: Images, size: int | None) -> tuple[int, int]:
-    """Return the height and width that all images are to have: those of the first, cropped to `size` unless None."""
+    """Return the height and width that all images must have: those of the first, after the crop to `size`, if any."""
     h, w = read(source, 0, size).shape[:2]
     return h, w
 
@@ -166,11 +166,11 @@ def collect(
     group: ProcessGroup,
     found: Mapping[str, references.Reference] = types.MappingProxyType({}),
 ) -> accumulate.Collector | None:
-    """Return the features of stored images that config.evaluation.metrics need, of all to the first process.
+    """Return, in the first process, the features of all images that config.evaluation.metrics need; None elsewhere.
 
-    Of more than `KEPT` images those that are kept one by one are drawn, by a fixed seed.  found: statistics by metric.
-    Raises UserError for images that are not of the size of the first, whichever process has them, and if `found` are of
-    other features.
+    For a reference of more than `KEPT` images, those whose features are kept are drawn with a fixed seed.
+    found: statistics by metric.  Raises UserError if an image differs in size from the first, whichever process reads
+    it, and if `found` has other features.
     """
     metrics, chosen = tuple(config.evaluation.metrics), None
     if len(source) > KEPT and flags.FLAGS.make_reference:
@@ -181,8 +181,8 @@ def collect(
         for i, image in zip(indices, images, strict=True):
             if image.shape != shape:
                 raise UserError(
-                    f"the images {source.name(0)} {shape} and {source.name(i)} {image.shape} (h w c) are not of one "
-                    "size: give --image_size, and all are cropped to it"
+                    f"the images {source.name(0)} {shape} and {source.name(i)} {image.shape} (h w c) differ in "
+                    "size: give --image_size to crop all to one size"
                 )
         collector.add(extract(np.stack(images)), np.array(indices))
     parts = group.gather(collector.to_bytes())
@@ -190,7 +190,7 @@ def collect(
 
 
 def read_batches(source: Images, size: int | None, group: ProcessGroup) -> Iterator[tuple[range, list[np.ndarray]]]:
-    """Yield the indices and the images of this process's batches, read by threads."""
+    """Yield indices and images of this process's batches, read by threads."""
     starts = range(0, len(source), BATCH)[group.process :: group.num_processes]
     with futures.ThreadPoolExecutor() as pool:
         for begin in tqdm(starts, "images", unit="batch", disable=True if group.process else None):
@@ -199,6 +199,6 @@ def read_batches(source: Images, size: int | None, group: ProcessGroup) -> Itera
 
 
 def read(source: Images, i: int, size: int | None) -> np.ndarray:
-    """Return a stored image, uint8 [h w 3], cropped to a size unless that is None."""
+    """Return image i, uint8 [h w 3], cropped to a size unless that is None."""
     image = source.read(i)
     return image if size is None else pictures.centre_crop(image, size)

@@ -1,9 +1,7 @@
-"""How precisely PyTorch multiplies float32 matrices: on recent GPUs, TF32 keeps 10 bits of the mantissa."""
+"""The precision of PyTorch's float32 matmuls: on recent GPUs, TF32 keeps 10 bits of the mantissa."""
 
 import contextlib
 from collections.abc import Iterator
-
-import torch
 
 
 def set_precision(precision: str) -> None:
@@ -17,7 +15,9 @@ def set_precision(precision: str) -> None:
 
 @contextlib.contextmanager
 def full_float32() -> Iterator[None]:
-    """Compute in full float32 for a while, whatever the process has set."""
+    """Compute in full float32 inside, whatever the process has set."""
+    import torch
+
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32
     _set("highest", False)
     try:
@@ -27,5 +27,7 @@ def full_float32() -> Iterator[None]:
 
 
 def _set(matmul, convolutions):
+    import torch  # here, because the JAX trainer imports this module and may do without
+
     torch.set_float32_matmul_precision(matmul)
     torch.backends.cudnn.allow_tf32 = convolutions

@@ -1,0 +1,86 @@
+"""What a method learns from in addition to images and labels; the loader provides it."""
+
+from collections.abc import Callable
+from typing import NamedTuple
+
+import numpy as np
+
+from meanflow.config import options
+from meanflow.errors import UserError
+
+
+class Feature(NamedTuple):
+    """A feature that each record of the dataset must have in addition to `image` and `label`."""
+
+    key: str
+    shape: tuple[int | None, ...]  # None: any size, the same for all records
+    kind: type[np.generic]  # of its values: a NumPy type, or a family of them
+    remedy: str  # what the user can do if it is missing, for messages
+    unaugmented: str = ""  # what else, if the images are augmented, which the feature is not
+
+
+class Tokens(NamedTuple):
+    """Features that the network named by config.data.encoder makes of the images: grid^2 tokens of this width."""
+
+    grid: int
+    width: int
+
+
+class Needs(NamedTuple):
+    """What a method needs: from the dataset, and from config.data.encoder."""
+
+    feature: Feature | None = None
+    tokens: Tokens | None = None
+
+
+def needs(config: options.Config) -> Needs:
+    """Return what the method of a config needs.  Raises UserError if config.data.encoder cannot make it."""
+    declared = DECLARED.get(config.method.name)
+    return declared(config) if declared else Needs()
+
+
+def couplings(config: options.Config) -> Needs:
+    """Return the needs of a method that learns from pairs of noise and the image that a flow model made of it."""
+    remedy = (
+        f"config.method.name={config.method.name} learns from couplings: make them with `python -m jax_impl.reflow` or "
+        "`torchrun torch_impl/reflow.py`, and set --config.data.name to their directory"
+    )
+    c = config.model
+    return Needs(Feature("noise", (c.input_size, c.input_size, c.channels), np.floating, remedy))
+
+
+def repa(config: options.Config) -> Needs:
+    """Return the needs of representation alignment, if config.model.repa_dims asks for it.
+
+    An encoder reads the images or, if these are neither grey nor RGB, the `pixels` stored with them.  Without
+    config.data.encoder, the dataset has the `features` of all encoders.
+    """
+    c = config.model
+    if c.name != "dit" or not c.repa_dims:
+        return Needs()
+    grid, width = c.input_size // c.patch_size, sum(c.repa_dims)
+    if not config.data.encoder:
+        remedy = (
+            "REPA learns from the features of the images in frozen encoders: store them with the images, one row per "
+            "token (config.model.input_size / config.model.patch_size, squared), the encoders concatenated along the "
+            "last axis, whose width is the sum of config.model.repa_dims; or name one encoder by --config.data.encoder"
+        )
+        way_out = ", or train on pixels with --config.data.encoder"
+        return Needs(Feature("features", (grid**2, width), np.floating, remedy, way_out))
+    if len(c.repa_dims) > 1:
+        raise UserError(
+            f"config.model.repa_dims is {c.repa_dims}, but config.data.encoder is only one encoder: give one width, or "
+            "store the `features` of all encoders with the images and leave config.data.encoder empty"
+        )
+    if c.channels in (1, 3):
+        return Needs(tokens=Tokens(grid, width))
+    remedy = (
+        f"config.data.encoder reads images of 1 or 3 channels, and these have {c.channels} (config.model.channels): "
+        "store the images they are latents of with them, as `pixels`, uint8 [h w 3]; or store their `features`, and "
+        "leave config.data.encoder empty"
+    )
+    way_out = ", or train on pixels with --config.data.encoder"
+    return Needs(Feature("pixels", (None, None, 3), np.uint8, remedy, way_out), Tokens(grid, width))
+
+
+DECLARED: dict[str, Callable[[options.Config], Needs]] = {"flow": repa, "rectified": couplings}
