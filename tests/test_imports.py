@@ -25,7 +25,8 @@ ALLOWED = {
     "benchmarks": ("meanflow.", "jax_impl", "torch_impl", "configs", "parity"),
 }  # fmt: skip
 NOT_TO_COMPUTE_WITH = {"tensorflow", "tensorflow_datasets", "clu", "diffusers"}
-FRAMEWORKS = {"flax", "jax", "optax", "orbax", "torch"}
+FRAMEWORKS = {"jax", "jaxlib", "flax", "optax", "orbax", "torch", "torchvision", "transformers"}
+READERS_OF_TFDS = {"meanflow.data.images.digits", "meanflow.data.images.tfds_images"}
 FILES = {
     ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__"): path
     for package in {name.split(".")[0] for name in ALLOWED}
@@ -39,10 +40,18 @@ def package_of(module):
     return ".".join(parts[:2]) if inner else parts[0]
 
 
-def imports(module):
+def at_start(node):
+    """Yield the nodes that run when a module is imported: those outside functions."""
+    for child in ast.iter_child_nodes(node):
+        if not isinstance(child, ast.FunctionDef | ast.AsyncFunctionDef):
+            yield child
+            yield from at_start(child)
+
+
+def imports(module, walk=ast.walk):
     """Return the modules that a file imports, wherever in it; those of the project by their full names."""
     found = set()
-    for node in ast.walk(ast.parse(FILES[module].read_text())):
+    for node in walk(ast.parse(FILES[module].read_text())):
         if isinstance(node, ast.Import):
             found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom) and node.module:
@@ -69,18 +78,16 @@ def test_no_import_circle():
     graphlib.TopologicalSorter(graph).prepare()  # raises CycleError with the modules of the circle
 
 
+def test_what_the_frameworks_share_needs_neither():
+    """A function may import one, where only that one has what it needs.  Of TFDS, only what reads its datasets."""
+    found = {module: {name.split(".")[0] for name in imports(module, at_start)} for module in FILES}
+    shared = {module: names for module, names in found.items() if module.split(".")[0] in ("meanflow", "configs")}
+    assert not {module: names & FRAMEWORKS for module, names in shared.items() if names & FRAMEWORKS}
+    assert {module for module, names in shared.items() if names & NOT_TO_COMPUTE_WITH} == READERS_OF_TFDS
+
+
 @pytest.mark.parametrize("package", ["jax_impl", "torch_impl"])
 def test_what_computes_imports_no_tensorflow(package):
     for module in FILES:
         if module == f"{package}.step" or module.startswith((f"{package}.models.", f"{package}.methods.")):
             assert not {name.split(".")[0] for name in imports(module)} & NOT_TO_COMPUTE_WITH, module
-
-
-def test_what_both_share_imports_no_framework_by_itself():
-    """A function may, where a format needs it."""
-    for module, path in FILES.items():
-        if module.split(".")[0] in ("meanflow", "configs"):
-            nodes = [node for node in ast.parse(path.read_text()).body if isinstance(node, ast.Import | ast.ImportFrom)]
-            names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-            names |= {node.module or "" for node in nodes if isinstance(node, ast.ImportFrom)}
-            assert not {name.split(".")[0] for name in names} & FRAMEWORKS, module
