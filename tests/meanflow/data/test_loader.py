@@ -6,26 +6,27 @@ import itertools
 import json
 import multiprocessing
 import os
-import pathlib
 import signal
 import sys
 
 import grain
+import loader_process
 import numpy as np
 import pytest
 import tensorflow_datasets as tfds
-import worker_modules
 from etils import epath
 
 from configs import digits
 from meanflow import signals
 from meanflow.config import features
-from meanflow.data import augment, couplings, digests, examples, loader, sources
+from meanflow.data import augment, couplings, digests, examples, loader, record_reader, records, sources
 from meanflow.data.latents import dataset
 from meanflow.errors import UserError
 
+NUM = 1397
 BATCH = 256
-STEPS = 8  # more than one epoch of 1397 examples
+STEPS = 8  # more than one epoch
+NUMBERS = {"image": record_reader.Feature("array", (8, 8, 1)), "label": record_reader.Feature("integer")}
 
 
 class FeaturedPatches(tfds.core.GeneratorBasedBuilder):
@@ -56,14 +57,20 @@ def features_of(i):
 
 
 @pytest.fixture(scope="module")
-def directory(tmp_path_factory):
-    return str(tmp_path_factory.mktemp("loader"))
+def numbers(tmp_path_factory):
+    """Return a dataset of as many images as the digits, which need no decoding, and are read in a tenth of the time."""
+    rng = np.random.default_rng(0)
+    images, labels = rng.normal(size=(NUM, 8, 8, 1)).astype(np.float32), rng.integers(10, size=NUM)
+    layout = records.Layout(tmp_path_factory.mktemp("numbers"), "numbers", NUMBERS, 1)
+    records.begin(layout, {})
+    records.write(layout, lambda _: ({"image": a, "label": y} for a, y in zip(images, labels, strict=True)))
+    return str(layout.directory)
 
 
 @pytest.fixture
-def config(directory):
+def config(numbers, datasets_dir):
     config = digits.get_config()
-    config.data.dir = directory
+    config.data.update(name=numbers, dir=datasets_dir)
     return config
 
 
@@ -78,7 +85,7 @@ def augmented(config):
 
 @pytest.fixture
 def featured(config):
-    """Return a config whose dataset has features beside the images."""
+    """Return a config whose dataset has features in addition to the images."""
     config.data.update(name="featured_patches", flip=True)
     config.method.name = "flow"
     config.model.update(interval_embedder=False, repa_dims=(2, 3))
@@ -134,6 +141,7 @@ def count(images, labels):
 
 
 def test_batch(config):
+    config.data.name = "digits"
     batch = next(loader.make_loader(config, BATCH))
     assert set(batch) == {"image", "label"}
     assert batch["image"].shape == (BATCH, 8, 8, 1)
@@ -146,17 +154,17 @@ def test_batch(config):
 
 def test_an_epoch_has_each_example_once_and_the_next_another_order(config):
     config.data.flip = False
-    images, labels = rows(take(loader.make_loader(config, 11 * 127), 2))  # 11 * 127 = 1397
+    images, labels = rows(take(loader.make_loader(config, NUM), 2))
     everything = count(*loader.load_arrays(config, "train"))
-    assert count(images[:1397], labels[:1397]) == everything
-    assert count(images[1397:], labels[1397:]) == everything
-    assert np.any(labels[:1397] != labels[1397:])
+    assert count(images[:NUM], labels[:NUM]) == everything
+    assert count(images[NUM:], labels[NUM:]) == everything
+    assert np.any(labels[:NUM] != labels[NUM:])
 
 
 def test_batches_run_across_the_end_of_an_epoch(config):
     """1397 is no multiple of 256, so dropping the remainder would lose examples."""
     images, labels = rows(take(loader.make_loader(config, BATCH), STEPS))
-    assert count(images[:1397], labels[:1397]) == count(*loader.load_arrays(config, "train"))
+    assert count(images[:NUM], labels[:NUM]) == count(*loader.load_arrays(config, "train"))
 
 
 @pytest.mark.parametrize("num_processes", [2, 4])
@@ -191,15 +199,15 @@ def test_augmentation_comes_after_the_same_flips(config):
 
 def test_augmentation_is_drawn_anew_in_each_epoch_and_from_the_seed(augmented):
     augmented.data.augment.update(prob=1.0, rotate_int=0.0, scale=0.0)
-    first, second = (batch["augment"] for batch in take(loader.make_loader(augmented, 1397), 2))
+    first, second = (batch["augment"] for batch in take(loader.make_loader(augmented, NUM), 2))
     assert len(np.unique(np.concatenate([first, second]))) > 2700
     augmented.seed = 1
     assert np.any(next(loader.make_loader(augmented, BATCH))["augment"] != first[:BATCH])
 
 
 def test_processes_share_the_augmented_batch_of_one(augmented):
-    whole = take(loader.make_loader(augmented, BATCH), 2)
-    parts = [take(loader.make_loader(augmented, BATCH, p, 2), 2) for p in range(2)]
+    whole = take(loader.make_loader(augmented, 64), 2)
+    parts = [take(loader.make_loader(augmented, 64, p, 2), 2) for p in range(2)]
     joined = [
         {key: np.concatenate([half[key] for half in halves]) for key in halves[0]}
         for halves in zip(*parts, strict=True)
@@ -238,16 +246,13 @@ def test_processes_share_the_features_of_one(featured):
 
 
 def test_resumes_with_features(featured):
-    """And they pass through loader processes."""
     batches = loader.make_loader(featured, 16)
     take(batches, 2)
     state = batches.get_state()
     expected = take(batches, 2)
-    featured.data.num_workers = 1
     resumed = loader.make_loader(featured, 16)
     resumed.set_state(state)
     assert_same(take(resumed, 2), expected)
-    resumed.close()
 
 
 def test_noise_is_mirrored_with_its_image(coupled):
@@ -269,13 +274,19 @@ def test_processes_share_the_noise_of_one(coupled):
     assert_same(joined, whole)
 
 
-def test_loader_processes_import_neither_tensorflow_nor_a_trainer(coupled, latents):
-    """Nor what only images of TFDS, metrics and networks need."""
-    mixed = grain.MapDataset.mix([loader.make_loader(config, 8)._batches for config in (coupled, latents)])
-    batches = loader.Loader(mixed.map(worker_modules.note), {}, 1)
+def test_loader_processes(coupled, latents):
+    """They import neither TensorFlow nor what only a trainer needs, end with it, and raise the errors of a user."""
+    loaders = [loader.make_loader(config, 16) for config in (coupled, latents)]
+    latents.model.num_classes = 4  # of ten
+    loaders.append(loader.make_loader(latents, 16))
+    mixed = grain.MapDataset.mix([batches._batches for batches in loaders])
+    batches = loader.Loader(mixed.map(loader_process.describe), {}, 1)
     for batch, names in zip(take(batches, 2), (("image", "noise"), ("image",)), strict=True):
-        assert batch.keys() == {*names, "label", "modules"}
-        assert not [name for name, there in zip(worker_modules.NAMES, batch["modules"], strict=True) if there]
+        assert batch.keys() == {*names, "label", "modules", "watched"}
+        assert not [name for name, there in zip(loader_process.MODULES, batch["modules"], strict=True) if there]
+        assert batch["watched"]
+    with pytest.raises(UserError, match=r"record \d+ of .*latents .* label [4-9].*--config.model.num_classes"):
+        next(batches)
     batches.close()
 
 
@@ -373,9 +384,9 @@ def test_the_seed_decides_the_order(config):
 
 
 def test_flips_half_of_the_images_anew_in_each_epoch(config):
-    plain, labels = rows(take(loader.make_loader(config, 1397), 2))
+    plain, labels = rows(take(loader.make_loader(config, NUM), 2))
     config.data.flip = True
-    flipped, same_labels = rows(take(loader.make_loader(config, 1397), 2))
+    flipped, same_labels = rows(take(loader.make_loader(config, NUM), 2))
     np.testing.assert_array_equal(labels, same_labels)
     mirrored = np.any(plain != flipped, axis=(1, 2, 3))
     np.testing.assert_array_equal(flipped[mirrored], plain[mirrored][:, :, ::-1])
@@ -383,21 +394,22 @@ def test_flips_half_of_the_images_anew_in_each_epoch(config):
 
     first, second = (
         dict(zip(map(bytes, part), flags, strict=True))
-        for part, flags in ((plain[:1397], mirrored[:1397]), (plain[1397:], mirrored[1397:]))
+        for part, flags in ((plain[:NUM], mirrored[:NUM]), (plain[NUM:], mirrored[NUM:]))
     )
     assert 0.4 < np.mean([first[image] != second[image] for image in first]) < 0.6
 
 
 @pytest.mark.parametrize("num_workers", [0, 2])
 def test_resumes_after_the_last_batch_returned(augmented, num_workers):
-    """Whatever was prefetched beyond it; and the number of workers changes nothing."""
-    expected = take(loader.make_loader(augmented, BATCH), STEPS)
-    augmented.data.num_workers = num_workers
-    batches = loader.make_loader(augmented, BATCH)
+    """Whatever was prefetched beyond it; and rows depend neither on workers nor on processes."""
+    expected = [{key: a[8:] for key, a in batch.items()} for batch in take(loader.make_loader(augmented, 16), STEPS)]
+    batches = loader.make_loader(augmented, 16, 1, 2)
     assert_same(take(batches, 3), expected[:3])
     state = batches.get_state()
     batches.close()
-    resumed = loader_at(augmented, state, 0, 1)
+    augmented.data.num_workers = num_workers
+    resumed = loader.make_loader(augmented, 16, 1, 2)
+    resumed.set_state(state)
     assert_same(take(resumed, STEPS - 3), expected[3:])
     resumed.close()
 
@@ -429,7 +441,7 @@ def loader_at(config, state, process, num_processes):
     [
         ({"seed": 3}, BATCH, "seed 0, this run has 3"),
         ({}, 128, "batch_size 256, this run has 128"),
-        ({"data.split": "test"}, BATCH, "split 'train', this run has 'test'"),
+        ({"data.split": "train[:9]"}, BATCH, r"split 'train', this run has 'train\[:9\]'"),
     ],
 )
 def test_a_state_of_another_run(config, change, batch_size, words):
@@ -440,25 +452,21 @@ def test_a_state_of_another_run(config, change, batch_size, words):
 
 
 @pytest.mark.parametrize(
-    ("change", "num_workers", "words"),
+    ("change", "words"),
     [
         (
             {"model.input_size": 32},
-            0,
             r"record \d+ of digits \(train\) .* \(8, 8, 1\).* \(32, 32, 1\).*model.input_size",
         ),
-        ({"model.channels": 3}, 0, r"\(8, 8, 1\).* \(8, 8, 3\).*--config.model.channels"),
-        ({"model.num_classes": 4}, 0, r"record \d+ of digits \(train\) has label [4-9].*--config.model.num_classes"),
-        ({"model.num_classes": 4}, 1, r"record \d+ of digits \(train\) has label [4-9].*--config.model.num_classes"),
+        ({"model.channels": 3}, r"\(8, 8, 1\).* \(8, 8, 3\).*--config.model.channels"),
+        ({"model.num_classes": 4}, r"record \d+ of digits \(train\) has label [4-9].*--config.model.num_classes"),
     ],
 )
-def test_a_record_that_does_not_fit(config, change, num_workers, words):
-    config.update_from_flattened_dict(change)
-    config.data.num_workers = num_workers
+def test_a_record_that_does_not_fit(config, change, words):
+    config.update_from_flattened_dict({"data.name": "digits"} | change)
     batches = loader.make_loader(config, 16)
     with pytest.raises(UserError, match=words):
         take(batches, 3)
-    batches.close()
     with pytest.raises(UserError, match=words):
         loader.load_arrays(config, "train")
 
@@ -472,6 +480,7 @@ def test_wrong_arguments(config):
 
 
 def test_load_arrays(config):
+    config.data.name = "digits"
     images, labels = loader.load_arrays(config, "test")
     assert images.shape == (400, 8, 8, 1)
     assert images.dtype == np.float32
@@ -521,19 +530,18 @@ def test_a_batch_larger_than_the_dataset(featured):
     assert images.shape == (200, 8, 8, 1) and len(np.unique(images[:40], axis=0)) == len(images[:40])
 
 
-def test_rows_depend_neither_on_processes_nor_on_workers(augmented):
+def test_rows_do_not_depend_on_the_number_of_processes(augmented):
     """Flips and augmentations included: process p of n has rows p b/n to (p + 1) b/n of each global batch."""
     expected = take(loader.make_loader(augmented, 8), 5)
-    for process, num_processes, num_workers in [(p, n, 0) for n in (1, 2, 4) for p in range(n)] + [(1, 2, 2)]:
-        augmented.data.num_workers, size = num_workers, 8 // num_processes
+    for process, num_processes in [(p, n) for n in (1, 2, 4) for p in range(n)]:
+        size = 8 // num_processes
         batches = loader.make_loader(augmented, 8, process, num_processes)
         own = slice(process * size, (process + 1) * size)
         assert_same(take(batches, 5), [{key: a[own] for key, a in batch.items()} for batch in expected])
-        batches.close()
 
 
 def test_workers_outlive_the_signals_that_stop_a_run(config):
-    """Schedulers send them to all processes of a job.  A worker that died of something else is named."""
+    """Schedulers send them to all processes of a job.  A worker that died of something else is reported."""
     expected = take(loader.make_loader(config, 16), 24)
     config.data.num_workers = 2
     batches = loader.make_loader(config, 16)
@@ -548,6 +556,7 @@ def test_workers_outlive_the_signals_that_stop_a_run(config):
     with pytest.raises(UserError, match="a process that loads data died .signal 9.*--config.data.num_workers=1"):
         take(batches, 24)
     batches.close()
+    batches._num_workers = 1
     batches.set_state(json.dumps(json.loads(batches.get_state()) | {"step": 12}))
     assert_same(found, expected[:12])
     with signals.caught():
@@ -561,32 +570,3 @@ def test_workers_outlive_the_signals_that_stop_a_run(config):
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     signal.signal(signal.SIGUSR1, signal.SIG_DFL)
     assert_same(found, expected)
-
-
-def test_workers_end_with_the_process_that_started_them(launcher, config, tmp_path):
-    """However it ended: a kill leaves no orphans."""
-    script = tmp_path / "orphans.py"
-    script.write_text(
-        "import multiprocessing, os, signal, sys\n"
-        "from configs import digits\n"
-        "from meanflow.data import loader\n"
-        "if __name__ == '__main__':\n"
-        "    config = digits.get_config()\n"
-        "    config.data.update(dir=sys.argv[1], num_workers=1)\n"
-        "    batches = loader.make_loader(config, 16)\n"
-        "    next(batches)\n"
-        "    print(*(worker.pid for worker in multiprocessing.active_children()), flush=True)\n"
-        "    os.kill(os.getpid(), signal.SIGKILL)\n"
-    )
-    command = launcher.start(script, config.data.dir)
-    assert command.wait() == -signal.SIGKILL, command.stderr
-    (worker,) = map(int, command.stdout.split())
-    command.wait_until(lambda: not is_running(worker))
-
-
-def is_running(pid):
-    """Return whether there is such a process, ended ones that nobody waits for excepted."""
-    try:
-        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
-        return False
