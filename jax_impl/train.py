@@ -31,7 +31,7 @@ from meanflow.config import resolve
 from meanflow.console_log import show_only_warnings
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
-from meanflow.data.prefetch import Ahead
+from meanflow.data.prefetch import Prefetcher
 from meanflow.process_group import ProcessGroup
 
 
@@ -52,7 +52,7 @@ def train(config, workdir):
     resolve.check_divisible(config, jax.device_count(), "devices")
     mesh = make_mesh(config)
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
-    loader = Ahead(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
+    loader = Prefetcher(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
     teacher = load_teacher(config, mesh)
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)

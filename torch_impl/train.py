@@ -24,7 +24,7 @@ from meanflow.config.flags import run, workdir
 from meanflow.console_log import setup_logging, show_only_warnings
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
-from meanflow.data.prefetch import Ahead
+from meanflow.data.prefetch import Prefetcher
 from meanflow.process_group import ProcessGroup
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
@@ -59,7 +59,7 @@ def train(config, workdir, device):
     resolve.check_divisible(config, dist.get_world_size(), "processes")
     mesh = make_mesh(config, device)
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
-    loader = Ahead(loader, functools.partial(put_batch, device=device), config.data.prefetch)
+    loader = Prefetcher(loader, functools.partial(put_batch, device=device), config.data.prefetch)
     checkpoints = Checkpoints(workdir, config)
     state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, device, workdir)

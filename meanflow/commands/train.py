@@ -18,7 +18,7 @@ from meanflow.commands.logs import MetricLog, Progress
 from meanflow.config import latents, options, resolve
 from meanflow.config.stages import stage_at
 from meanflow.data import digests
-from meanflow.data.prefetch import Ahead
+from meanflow.data.prefetch import Prefetcher
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
@@ -94,7 +94,9 @@ class Termination:
 class Run:
     """Everything a run works with except its state."""
 
-    def __init__(self, config, loader: Ahead, checkpoints, log: MetricLog, window: Window, reports: list[Report], lock):
+    def __init__(
+        self, config, loader: Prefetcher, checkpoints, log: MetricLog, window: Window, reports: list[Report], lock
+    ):
         """checkpoints: the framework's `Checkpoints`.  lock: on the work directory, in the first process, else None."""
         self.config, self.loader, self.checkpoints = config, loader, checkpoints
         self.log, self.window, self.reports, self.lock = log, window, reports, lock

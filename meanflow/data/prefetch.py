@@ -1,4 +1,4 @@
-"""Puts batches on the device ahead of their step, so that reading and transfer take no time of it."""
+"""Puts batches on the device before their step, so that steps wait neither for reading nor for transfers."""
 
 import collections
 from collections.abc import Callable, Iterator
@@ -10,8 +10,8 @@ import numpy as np
 from meanflow.data.loader import Loader
 
 
-class Ahead(Iterator):
-    """The batches of a loader, in its order, as `put` makes them: read and put by a thread, `depth` ahead.
+class Prefetcher(Iterator):
+    """The batches of a loader, in its order, as `put` returns them: a thread reads and puts up to `depth` in advance.
 
     An error in the thread, such as the loader's UserError, is raised for the batch at which it happened.  `depth` + 1
     batches are on the device at once.
@@ -29,14 +29,14 @@ class Ahead(Iterator):
             batch, self._state = self._read()
             return batch
         if self._thread is None:
-            self._thread = futures.ThreadPoolExecutor(1, "ahead")
+            self._thread = futures.ThreadPoolExecutor(1, "prefetch")
         while len(self._pending) <= self._depth:
             self._pending.append(self._thread.submit(self._read))
         batch, self._state = self._pending.popleft().result()
         return batch
 
     def get_state(self) -> str:
-        """Return the loader's state after the last batch returned, whatever has been read ahead."""
+        """Return the loader's state after the last batch returned, whatever has been prefetched since."""
         return self._state
 
     def set_state(self, state: str) -> None:
@@ -46,15 +46,15 @@ class Ahead(Iterator):
         self._state = self._loader.get_state()
 
     def close(self) -> None:
-        """Stop the thread, once it has read the batch at hand, and close the loader.
+        """Stop the thread after the batch it is reading, and close the loader.
 
-        The next batch would start both again, after the last one returned.
+        The next batch starts both again, after the last one returned.
         """
         if self._thread is not None:
             self._thread.shutdown(cancel_futures=True)
             self._thread = None
             self._pending.clear()
-            self._loader.set_state(self._state)  # forget what was read ahead
+            self._loader.set_state(self._state)  # forget what was prefetched
         self._loader.close()
 
     def _read(self) -> tuple[Any, str]:

@@ -228,13 +228,13 @@ def crop(image: np.ndarray, size: int, how: str, name: str) -> np.ndarray:
     return image
 
 
-def read_ahead(function: Callable[[Item], Result], items: Iterable[Item], ahead: int) -> Iterator[Result]:
-    """Yield function(item) of all items in their order; threads are up to `ahead` of them before what is asked for."""
+def threaded_map(function: Callable[[Item], Result], items: Iterable[Item], depth: int) -> Iterator[Result]:
+    """Yield function(item) for all items in their order, computed by threads up to `depth` items in advance."""
     pool, pending = futures.ThreadPoolExecutor(), collections.deque()
     try:
         for item in items:
             pending.append(pool.submit(function, item))
-            if len(pending) > ahead:
+            if len(pending) > depth:
                 yield pending.popleft().result()
         while pending:
             yield pending.popleft().result()

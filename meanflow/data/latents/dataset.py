@@ -24,7 +24,7 @@ from tqdm import tqdm
 from meanflow.config import latents as conventions
 from meanflow.data import records
 from meanflow.data.images import manifest
-from meanflow.data.images.pictures import BrokenImageError, Pictures, crop, read_ahead
+from meanflow.data.images.pictures import BrokenImageError, Pictures, crop, threaded_map
 from meanflow.data.latents import units
 from meanflow.data.record_reader import FEATURES, SETTINGS, Feature
 from meanflow.errors import UserError
@@ -218,7 +218,7 @@ def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str])
         return {"pixels": image, "label": pictures.label(i), "name": name}
 
     batch = []
-    for i, read_one in zip(indices, read_ahead(read, indices, 2 * plan.batch_size), strict=True):
+    for i, read_one in zip(indices, threaded_map(read, indices, 2 * plan.batch_size), strict=True):
         if isinstance(read_one, dict):
             batch.append(read_one)
         elif plan.skip_broken or isinstance(read_one, manifest.GoneImageError):

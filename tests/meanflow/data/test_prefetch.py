@@ -8,7 +8,7 @@ import pytest
 
 from configs import digits
 from meanflow.data.loader import make_loader
-from meanflow.data.prefetch import Ahead
+from meanflow.data.prefetch import Prefetcher
 from meanflow.errors import UserError
 
 DEPTHS = (0, 1, 2, 5)
@@ -60,7 +60,7 @@ def settled(loader):
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_the_order_is_that_of_the_loader_and_so_many_are_read_ahead(depth):
     loader = Numbers()
-    batches = Ahead(loader, put, depth)
+    batches = Prefetcher(loader, put, depth)
     assert loader.step == 0  # nothing before it is asked for
     assert take(batches, 20) == list(range(20))
     assert settled(loader) == 20 + depth
@@ -70,14 +70,14 @@ def test_the_order_is_that_of_the_loader_and_so_many_are_read_ahead(depth):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_the_state_is_that_after_the_last_batch_returned(depth):
-    batches = Ahead(Numbers(), put, depth)
+    batches = Prefetcher(Numbers(), put, depth)
     states = [batches.get_state()]
     for _ in range(6):
         take(batches, 1)
         states.append(batches.get_state())
     batches.close()
     assert states == ["0", "1", "2", "3", "4", "5", "6"] and batches.get_state() == "6"
-    resumed = Ahead(Numbers(), put, depth)
+    resumed = Prefetcher(Numbers(), put, depth)
     resumed.set_state(states[3])
     assert resumed.get_state() == "3"
     assert take(resumed, 3) == [3, 4, 5]
@@ -86,25 +86,26 @@ def test_the_state_is_that_after_the_last_batch_returned(depth):
     resumed.close()
 
 
-@pytest.mark.parametrize("num_workers", [0, 1])
-def test_batches_and_states_of_the_loader_itself(datasets_dir, num_workers):
+def test_batches_and_states_of_the_loader_itself(datasets_dir):
     config = digits.get_config()
     config.data.update(dir=datasets_dir, flip=True)
     plain = make_loader(config, 64)
     expected = [(next(plain), plain.get_state()) for _ in range(6)]
-    plain.close()
-    config.data.num_workers = num_workers
-    batches = Ahead(make_loader(config, 64), dict)
+    batches = Prefetcher(make_loader(config, 64), dict)
     for batch, state in expected[:3]:
         assert_same(next(batches), batch)
         assert batches.get_state() == state
     batches.close()
-    resumed = Ahead(make_loader(config, 64), dict)
+    resumed = Prefetcher(make_loader(config, 64), dict)
     resumed.set_state(batches.get_state())
     for continued in (batches, resumed):
         for batch, _ in expected[3:]:
             assert_same(next(continued), batch)
         continued.close()
+    config.data.num_workers = 1  # which its thread starts
+    batches = Prefetcher(make_loader(config, 64), dict)
+    assert_same(next(batches), expected[0][0])
+    batches.close()
 
 
 def assert_same(found, expected):
@@ -115,7 +116,7 @@ def assert_same(found, expected):
 
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_an_error_is_raised_for_its_batch(depth):
-    batches = Ahead(Numbers(broken=3), put, depth)
+    batches = Prefetcher(Numbers(broken=3), put, depth)
     assert take(batches, 3) == [0, 1, 2]
     with pytest.raises(UserError, match="record 3 does not fit"):
         next(batches)
@@ -127,7 +128,7 @@ def test_an_error_of_putting_is_raised_too():
     def refuse(batch):
         raise MemoryError(f"no room for {batch}")
 
-    batches = Ahead(Numbers(), refuse)
+    batches = Prefetcher(Numbers(), refuse)
     with pytest.raises(MemoryError, match="no room for 0"):
         next(batches)
     batches.close()
@@ -136,7 +137,7 @@ def test_an_error_of_putting_is_raised_too():
 @pytest.mark.parametrize("depth", DEPTHS)
 def test_closes_at_once_and_twice_and_leaves_no_thread(depth):
     loader, before = Numbers(wait=SECONDS), set(threading.enumerate())
-    batches = Ahead(loader, put, depth)
+    batches = Prefetcher(loader, put, depth)
     batches.close()  # before it has begun
     take(batches, 1)
     settled(loader)  # as far ahead as it may be
@@ -154,7 +155,7 @@ def test_closes_at_once_and_twice_and_leaves_no_thread(depth):
 
 @pytest.mark.parametrize("depth", [0, 2])
 def test_reading_goes_on_during_the_step(depth):
-    count, batches = 8, Ahead(Numbers(wait=SECONDS), put, depth)
+    count, batches = 8, Prefetcher(Numbers(wait=SECONDS), put, depth)
     take(batches, 1)
     start = time.monotonic()
     for _ in range(count):

@@ -325,9 +325,9 @@ def test_reading_ahead():
             raise ZeroDivisionError
         return i * i
 
-    found = pictures.read_ahead(read, range(100), 3)
+    found = pictures.threaded_map(read, range(100), 3)
     assert [next(found) for _ in range(2)] == [0, 1] and len(started) <= 5
     with pytest.raises(ZeroDivisionError):
         list(found)
     assert max(started) <= 10
-    assert list(pictures.read_ahead(abs, range(5), 9)) == list(range(5))
+    assert list(pictures.threaded_map(abs, range(5), 9)) == list(range(5))
