@@ -116,7 +116,7 @@ def loss_reference(net, batch, draws, cfg, teacher=None):
             v_g = v + cfg.omega * (net(z, t, t, y) - net(z, t, t, null))
             v_g = jnp.where((inside & ~dropped)[:, None, None, None], v_g, v)
         if cfg.guidance_type == "distill":
-            v_c, v_null = teacher(z, t, t, y), teacher(z, t, t, null)
+            v_c, v_null = teacher(z, t, t, y), teacher(z, t, t, null)  # pyright: ignore
             v_g = jnp.where(inside[:, None, None, None], v_null + cfg.omega * (v_c - v_null), v_c)
         v_g = stop_gradient(v_g)
 

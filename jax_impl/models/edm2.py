@@ -278,7 +278,7 @@ class EDM2(nnx.Module):
     trains it here.  Raises UserError for sizes that do not divide.
     """
 
-    dropout, augment_dim, takes_tape = 0.0, 0, True
+    takes_tape = True
 
     def __init__(self, *, interval_embedder, logvar_channels, sigma_data, dtype=jnp.float32, rngs, **sizes):
         self.num_classes, self.interval_embedder, self.sigma_data = sizes["num_classes"], interval_embedder, sigma_data

@@ -58,7 +58,7 @@ def rows_of(config, net, num=8):
     t, r = (jnp.asarray(a) for a in (rng.uniform(0.6, 0.9, num), rng.uniform(0.1, 0.4, num)))
     given = {name: jnp.asarray(rng.uniform(1, 2, num)) for name in ("omega", "t_min", "t_max")}
     given = given if config.model.name == "imf_dit" else {}
-    if net.dropout:
+    if config.model.name == "unet":
         given |= {"dropout": net.dropout_masks(jnp.asarray(rng.uniform(size=num))), "augment": jnp.ones((num, 6))}
     return z, v, t, r, jnp.arange(num) % 10, given
 

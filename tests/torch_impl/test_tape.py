@@ -52,7 +52,7 @@ def rows_of(config, net, num=8):
     t, r = (torch.from_numpy(a) for a in (rng.uniform(0.6, 0.9, num), rng.uniform(0.1, 0.4, num)))
     given = {name: torch.from_numpy(rng.uniform(1, 2, num)) for name in ("omega", "t_min", "t_max")}
     given = given if config.model.name == "imf_dit" else {}
-    if net.dropout:
+    if config.model.name == "unet":
         masks = net.dropout_masks(torch.from_numpy(rng.uniform(size=num)))
         given |= {"dropout": masks, "augment": torch.ones(num, 6, dtype=torch.float64)}
     return z, v, t, r, torch.arange(num) % 10, given

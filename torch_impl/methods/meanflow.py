@@ -132,8 +132,8 @@ def conditions(net, batch, draws):
     augmented images as if they were real.  dropout: masks, if `net.dropout` is positive; the primal and the tangent of
     a row share them.  Both attributes are optional.
     """
-    given = {"augment": batch["augment"]} if net.augment_dim and "augment" in batch else {}
-    return given | ({"dropout": net.dropout_masks(draws.dropout)} if net.dropout else {})
+    given = {"augment": batch["augment"]} if getattr(net, "augment_dim", 0) and "augment" in batch else {}
+    return given | ({"dropout": net.dropout_masks(draws.dropout)} if getattr(net, "dropout", 0) else {})
 
 
 @torch.no_grad()

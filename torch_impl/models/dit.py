@@ -97,7 +97,7 @@ class DiT(nn.Module):
     Raises ValueError for sizes that do not divide.
     """
 
-    dropout, augment_dim, takes_tape = 0.0, 0, True
+    takes_tape = True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
                  qk_norm=False, kernels=("plain", "plain"), interval_embedder=True, repa_dims=(), repa_depth=8,

@@ -276,7 +276,7 @@ class EDM2(nn.Module):
     trains it here.  Raises UserError for sizes that do not divide.
     """
 
-    dropout, augment_dim, takes_tape = 0.0, 0, True
+    takes_tape = True
 
     def __init__(self, *, interval_embedder, logvar_channels, sigma_data, dtype=torch.float32, **sizes):
         super().__init__()

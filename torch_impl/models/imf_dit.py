@@ -174,7 +174,7 @@ class IMFDiT(nn.Module):
     of no meaning.  It has no dropout and is told of no augmentation.  Raises ValueError for sizes that do not divide.
     """
 
-    dropout, augment_dim, takes_tape = 0.0, 0, True
+    takes_tape = True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
                  mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"),
