@@ -143,7 +143,7 @@ def test_a_compiled_step_with_rematerialised_blocks_needs_less_memory():
 class Sum(nn.Module):
     """u = t z + the sum of sin(layer(k z)) over the layers that a pass calls, k = 1, 2, ... for each layer's calls.
 
-    forward, jvp: names of the layers, `a` and `b`, in the order of the calls.  teacher: a network called between them.
+    forward, jvp: names of the layers, `a` and `b`, in the order of the calls.  teacher: a network that the forward calls too.
     """
 
     takes_tape = True
@@ -163,8 +163,8 @@ class Sum(nn.Module):
         for name in self.plans[under_jvp(tape)]:
             calls[name] += 1
             u = u + torch.sin(getattr(self, name)(calls[name] * z, tape))
-            if self.teacher is not None:
-                u = u + self.teacher(z, t, r, y).detach()
+            if self.teacher is not None and not under_jvp(tape):
+                self.teacher(z, t, r, y)
             if self.meet is not None:
                 self.meet.wait(60)
         return u
