@@ -17,11 +17,11 @@ from jax_impl.models.layers import (
     TimestepEmbedder,
     layer_norm,
     modulate,
-    position_table,
     unpatchify,
     zeros,
 )
 from jax_impl.models.tape import name_layers, rematerialised
+from meanflow.tables import position_table
 
 
 class Mlp(nnx.Module):

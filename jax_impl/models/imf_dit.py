@@ -8,13 +8,13 @@ import math
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
 from jax_impl.models import layers
 from jax_impl.models.attention import attend
 from jax_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify, zeros
 from jax_impl.models.tape import name_layers, rematerialised, under_jvp
+from meanflow.tables import rotary_table
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
@@ -69,12 +69,6 @@ class ClassEmbedder(nnx.Module):
 
     def __call__(self, y):
         return self.embedding_table["_flax_embedding"].embedding[y]  # nnx.Embed would cast to float32
-
-
-def rotary_table(num_tokens, dim, max_period=10_000.0):
-    """Return cosines and sines [num_tokens, dim/2], float64, of the angles n max_period^(-2i/dim) of token n."""
-    angles = np.arange(num_tokens)[:, None] * max_period ** (-np.arange(0, dim, 2) / dim)
-    return np.cos(angles), np.sin(angles)
 
 
 def rotate(x, cos, sin):

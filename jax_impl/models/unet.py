@@ -18,22 +18,11 @@ from flax import nnx
 from jax_impl.models.layers import Linear, convolve, xavier_uniform
 from jax_impl.models.tape import affine, name_layers, rematerialised
 from meanflow.errors import UserError
+from meanflow.tables import filter_table, resample_matrix
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5
 for_attention = nnx.initializers.variance_scaling(0.2, "fan_avg", "uniform")  # Xavier-uniform times sqrt(0.2)
-
-
-def halving_matrix(taps, size, padding):
-    """Return the matrix [size', size] float64 that filters an axis with `taps`, normalised, and keeps every other.
-
-    size' = (size + 2 padding - len(taps)) / 2 + 1, the axis being padded with zeros at both ends.
-    """
-    taps = np.asarray(taps, np.float64) / np.sum(taps)
-    matrix = np.zeros(((size + 2 * padding - len(taps)) // 2 + 1, size + 2 * padding))
-    for row, weights in enumerate(matrix):
-        weights[2 * row : 2 * row + len(taps)] = taps
-    return matrix[:, padding : padding + size]
 
 
 def positional_features(t, dim, max_period=10_000.0):
@@ -128,23 +117,9 @@ class Conv(nnx.Module):
             self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
             self.bias = nnx.Param(jnp.zeros(out_features))
 
-    def filter_table(self):
-        """Return the filter [1 1 k k] float32 as the canonical state dict has it."""
-        taps = np.asarray(self.taps, np.float32)
-        return (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
-
-    def resample_matrix(self):
-        """Return the matrix [size' size] float64 that filters one axis, and halves or doubles it."""
-        reach = (len(self.taps) - 1) // 2
-        if self.resample == "up":
-            return 2 * halving_matrix(self.taps, 2 * self.size, reach).T
-        if self.filter_last:
-            return halving_matrix(self.taps, self.size + 2 * reach, 0)
-        return halving_matrix(self.taps, self.size, reach)
-
     def resampled(self, x):
         """Return x [b h w c] filtered, and half or twice as large."""
-        matrix = jnp.asarray(self.resample_matrix(), x.dtype)
+        matrix = jnp.asarray(resample_matrix(self.taps, self.size, self.resample, valid=self.filter_last), x.dtype)
         return jnp.einsum("ph,bhwc,qw->bpqc", matrix, x, matrix)
 
     def convolved(self, x, tape=None):
@@ -336,7 +311,9 @@ class UNet(nnx.Module):
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
         convolutions = {path: m for path, m in nnx.iter_modules(self) if isinstance(m, Conv) and m.resample}
-        return {".".join([*map(str, path), "resample_filter"]): m.filter_table() for path, m in convolutions.items()}
+        return {
+            ".".join([*map(str, path), "resample_filter"]): filter_table(m.taps) for path, m in convolutions.items()
+        }
 
     def dropout_masks(self, draws):
         """Return the masks of all blocks [b n] bool, true where an entry is kept, of uniform draws [b]."""

@@ -15,11 +15,12 @@ from flax import nnx
 
 from jax_impl import step, time_embedding, weights
 from jax_impl.methods import METHODS, common, flow, improved, reflow
-from jax_impl.models import edm2, imf_dit, layers, unet
+from jax_impl.models import edm2, layers, unet
 from jax_impl.models.tape import Tape, under_jvp
 from meanflow.config import options as base
 from meanflow.config import resolve
 from meanflow.sampling import edm, steps
+from meanflow.tables import rotary_table as table_of
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
@@ -274,7 +275,7 @@ def canonical(net):
 
 def rotary_table(net):
     """Return the cosines and sines [tokens, dim/2] of rotary positions."""
-    return imf_dit.rotary_table(*net.module.rope_shape)
+    return table_of(*net.module.rope_shape)
 
 
 def time_features(net, t):

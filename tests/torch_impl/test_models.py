@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from configs import digits
+from meanflow import tables
 from torch_impl.models import layers
 from torch_impl.models.dit import DiT
 from torch_impl.step import build_net
@@ -89,6 +90,6 @@ def test_time_features_are_cosines_then_sines():
 
 
 def test_the_position_table_has_the_column_first():
-    table = layers.position_table(3, 8).reshape(3, 3, 8)
+    table = tables.position_table(3, 8).reshape(3, 3, 8)
     assert (table[:, 1, :4] == table[0, 1, :4]).all() and (table[1, :, 4:] == table[1, 0, 4:]).all()
     assert (table[0, 0] == [0, 0, 1, 1, 0, 0, 1, 1]).all()

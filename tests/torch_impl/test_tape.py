@@ -143,7 +143,7 @@ def test_a_compiled_step_with_rematerialised_blocks_needs_less_memory():
 class Sum(nn.Module):
     """u = t z + the sum of sin(layer(k z)) over the layers that a pass calls, k = 1, 2, ... for each layer's calls.
 
-    forward, jvp: names of the layers, `a` and `b`, in the order of the calls.  teacher: a network that the forward calls too.
+    forward, jvp: names of the layers, `a` and `b`, in call order.  teacher: a network that the forward alone calls too.
     """
 
     takes_tape = True

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from meanflow.tables import position_table
 from torch_impl.models.attention import Attention
 from torch_impl.models.layers import (
     LabelEmbedder,
@@ -19,7 +20,6 @@ from torch_impl.models.layers import (
     gelu,
     layer_norm,
     modulate,
-    position_table,
     unpatchify,
     zeros,
 )

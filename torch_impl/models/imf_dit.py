@@ -7,11 +7,11 @@ wrappers `_flax_linear` and `_flax_embedding` among them, but for the prefix `ne
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
+from meanflow.tables import rotary_table
 from torch_impl.models import layers
 from torch_impl.models.attention import attend
 from torch_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify
@@ -72,12 +72,6 @@ class ClassEmbedder(nn.Module):
 
     def forward(self, y):
         return self.embedding_table["_flax_embedding"](y)
-
-
-def rotary_table(num_tokens, dim, max_period=10_000.0):
-    """Return cosines and sines [num_tokens, dim/2], float64, of the angles n max_period^(-2i/dim) of token n."""
-    angles = np.arange(num_tokens)[:, None] * max_period ** (-np.arange(0, dim, 2) / dim)
-    return np.cos(angles), np.sin(angles)
 
 
 def rotate(x, cos, sin):

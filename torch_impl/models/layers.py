@@ -7,7 +7,6 @@ Attribute names are those of the official PyTorch checkpoints: the canonical nam
 import functools
 import math
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -87,20 +86,6 @@ def timestep_features(t, dim=256, max_period=10_000.0):
     frequencies = torch.exp(-math.log(max_period) * i / (dim // 2))
     angles = t[:, None] * frequencies.to(t.dtype)
     return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
-def position_table(grid_size, dim):
-    """Return the fixed 2-D sin-cos table [grid_size^2, dim], float32, rows of the grid first.
-
-    The first half of the channels encodes the column, the second half the row; each half is sines, then cosines.
-    Source: Gsunshine/meanflow, models/models_dit.py (after MAE, arXiv:2111.06377).
-    """
-    omega = 10_000.0 ** (-np.arange(dim // 4, dtype=np.float64) / (dim // 4))
-    angles = np.arange(grid_size, dtype=np.float64)[:, None] * omega
-    one_axis = np.concatenate([np.sin(angles), np.cos(angles)], axis=-1)
-    column = np.tile(one_axis, (grid_size, 1))
-    row = np.repeat(one_axis, grid_size, axis=0)
-    return np.concatenate([column, row], axis=-1).astype(np.float32)
 
 
 class TimestepEmbedder(nn.Module):

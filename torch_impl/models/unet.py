@@ -10,12 +10,12 @@ import functools
 import math
 from typing import Any
 
-import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
 from meanflow.errors import UserError
+from meanflow.tables import filter_table, resample_matrix
 from torch_impl.models.layers import Linear
 from torch_impl.models.tape import affine, name_layers, rematerialised
 
@@ -31,18 +31,6 @@ def nearly_zero(weight):
 def for_attention(weight):
     """Fill a weight [out in k k] Xavier-uniformly, times sqrt(0.2)."""
     nn.init.xavier_uniform_(weight, gain=math.sqrt(0.2))
-
-
-def halving_matrix(taps, size, padding):
-    """Return the matrix [size', size] float64 that filters an axis with `taps`, normalised, and keeps every other.
-
-    size' = (size + 2 padding - len(taps)) / 2 + 1, the axis being padded with zeros at both ends.
-    """
-    taps = np.asarray(taps, np.float64) / np.sum(taps)
-    matrix = np.zeros(((size + 2 * padding - len(taps)) // 2 + 1, size + 2 * padding))
-    for row, weights in enumerate(matrix):
-        weights[2 * row : 2 * row + len(taps)] = taps
-    return matrix[:, padding : padding + size]
 
 
 def positional_features(t, dim, max_period=10_000.0):
@@ -146,22 +134,9 @@ class Conv(nn.Module):
             self.bias = nn.Parameter(torch.zeros(out_features))
             kernel_init(self.weight)
         if resample:
-            self.register_buffer("resample_filter", torch.from_numpy(self.filter_table()))
-            self.register_buffer("matrix", torch.from_numpy(self.resample_matrix()), persistent=False)
-
-    def filter_table(self):
-        """Return the filter [1 1 k k] float32 as the canonical state dict has it."""
-        taps = np.asarray(self.taps, np.float32)
-        return (np.outer(taps, taps) / taps.sum() ** 2)[None, None]
-
-    def resample_matrix(self):
-        """Return the matrix [size' size] float64 that filters one axis, and halves or doubles it."""
-        reach = (len(self.taps) - 1) // 2
-        if self.resample == "up":
-            return 2 * halving_matrix(self.taps, 2 * self.size, reach).T
-        if self.filter_last:
-            return halving_matrix(self.taps, self.size + 2 * reach, 0)
-        return halving_matrix(self.taps, self.size, reach)
+            self.register_buffer("resample_filter", torch.from_numpy(filter_table(taps)))
+            matrix = resample_matrix(taps, size, resample, valid=filter_last)
+            self.register_buffer("matrix", torch.from_numpy(matrix), persistent=False)
 
     def resampled(self, x):
         """Return x [b c h w] filtered, and half or twice as large."""
@@ -359,7 +334,7 @@ class UNet(nn.Module):
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""
         convolutions = {name: m for name, m in self.named_modules() if isinstance(m, Conv) and m.resample}
-        return {f"{name}.resample_filter": m.filter_table() for name, m in convolutions.items()}
+        return {f"{name}.resample_filter": filter_table(m.taps) for name, m in convolutions.items()}
 
     def dropout_masks(self, draws):
         """Return the masks of all blocks [b n] bool, true where an entry is kept, of uniform draws [b]."""
