@@ -507,6 +507,7 @@ def test_what_a_run_keeps_is_there_for_every_command(in_both, launcher, options,
     in_both(scenario)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("framework", "fsdp"), [("jax", 2), ("torch", 1), ("torch", 2)])
 def test_two_processes_save_on_the_way_and_one_goes_on(framework, fsdp, launcher, options, tmp_path):
     """Saves and gradients do not wait for each other; each process writes a part."""

@@ -122,6 +122,7 @@ def test_metrics_are_printed_and_kept(runs, framework):
         assert file["arr_1"].shape == (NUM,)
 
 
+@pytest.mark.slow
 def test_both_give_the_same_samples_the_same_values(launcher, runs, parts):
     """Of the samples of JAX, each with the reference that it made itself."""
     judged = {}

@@ -295,6 +295,7 @@ UNET = {
 }  # fmt: skip
 
 
+@pytest.mark.slow
 def test_a_run_with_dropout_and_augmentation(in_both, launcher, options, tmp_path):
     """From step 3, between two updates of the EMAs, which every evaluation judges each."""
     flags = ("--config=configs/digits.py:unet", *options(UNET)[1:])

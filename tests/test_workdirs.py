@@ -11,6 +11,7 @@ from meanflow.data import couplings
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 
 
+@pytest.mark.slow
 def test_a_second_run_in_the_same_directory_is_refused(in_both, launcher, options, tmp_path):
     """Alone or in two processes, none of which waits for another; the first goes on."""
     run = options({"train.steps": 100_000, "train.log_every": 10})
@@ -32,7 +33,7 @@ def test_a_second_run_in_the_same_directory_is_refused(in_both, launcher, option
     in_both(scenario)
 
 
-@pytest.mark.parametrize("name", ["~/runs/x", "x[1]", "übung/a b=c,d*"])
+@pytest.mark.parametrize("name", ["~/runs/x", pytest.param("x[1]", marks=pytest.mark.slow), "übung/a b=c,d*"])
 def test_names_of_directories(launcher, options, tmp_path, name, datasets_dir):
     """In PyTorch; what JAX does with them is tested with its checkpoints."""
     flag = f"--workdir={name if name[0] == '~' else tmp_path / name}"
