@@ -1,10 +1,14 @@
 """Processes started under shelter survive the signals that stop a run, and do not import its main module."""
 
 import multiprocessing
+import pathlib
 import signal
 import subprocess
 import sys
+import time
 from multiprocessing import spawn
+
+import pytest
 
 from meanflow import child_processes, signals
 
@@ -32,3 +36,34 @@ def test_processes_under_shelter_do_not_import_the_main_module(monkeypatch, tmp_
     process.join()
     assert process.exitcode == 0
     assert spawn.get_preparation_data("other")["init_main_from_path"] == str(main)
+
+
+@pytest.mark.parametrize("end", ["os.kill(os.getpid(), signal.SIGKILL)", "os._exit(0)"])
+def test_children_end_with_the_process_that_started_them(end):
+    """However it ended: a kill leaves no orphans."""
+    code = f"""
+import multiprocessing, os, signal, time
+from meanflow import child_processes
+def sleep():
+    child_processes.end_with_parent()
+    time.sleep(60)
+process = multiprocessing.get_context("fork").Process(target=sleep)
+process.start()
+print(process.pid, flush=True)
+{end}
+"""
+    with subprocess.Popen([sys.executable, "-c", code], stdout=subprocess.PIPE, text=True) as parent:
+        child = int(parent.stdout.readline())  # pyright: ignore
+        assert parent.wait() in (0, -signal.SIGKILL)
+        start = time.monotonic()
+        while is_running(child):
+            assert time.monotonic() - start < 30
+            time.sleep(0.01)
+
+
+def is_running(pid):
+    """Return whether there is such a process, excluding ended ones that nobody has waited for."""
+    try:
+        return pathlib.Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
+    except FileNotFoundError:
+        return False

@@ -4,6 +4,7 @@ import hashlib
 import json
 import pickle
 import shutil
+import subprocess
 import sys
 import zipfile
 
@@ -425,11 +426,12 @@ def test_options(write, tmp_path):
     assert formats.open_lmdb is importers.FORMATS["lmdb"].open
 
 
-def test_the_command(write, launcher, tmp_path):
+def test_the_command(write, tmp_path):
     source = write("edm2")
     shutil.rmtree(source / "00000")
-    command = launcher.run("meanflow.commands.import_latents", "edm2", source, tmp_path / "dest")
-    assert command.poll() == 2 and command.stderr.splitlines()[-1].startswith("error: cannot read ")
+    argv = [sys.executable, "-m", "meanflow.commands.import_latents", "edm2", source, tmp_path / "dest"]
+    command = subprocess.run(argv, capture_output=True, text=True)
+    assert command.returncode == 2 and command.stderr.splitlines()[-1].startswith("error: cannot read ")
 
 
 def test_names_of_the_folders_of_pt(tmp_path):
