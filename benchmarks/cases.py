@@ -7,12 +7,18 @@ from typing import NamedTuple
 
 import numpy as np
 
+from meanflow.config import checks
 from meanflow.config import options as base
-from meanflow.config import resolve
+from meanflow.config.networks import DIT_SIZES
+from meanflow.config.sections import find
 from meanflow.errors import UserError
 
 FLOW_MATCHING = "flow matching"
-SYSTEMS = ("meanflow", "improved", "decoupled", "rectified")
+NETWORKS = {  # of each system its network and its method
+    "meanflow": ("dit", "meanflow"), "improved": ("imf_dit", "improved"), "decoupled": ("dmf_dit", "decoupled"),
+    "rectified": ("dit", "rectified"),
+}  # fmt: skip
+SYSTEMS = tuple(NETWORKS)
 GUIDANCE = ("none", "kappa0", "kappa", "all")
 OPTIONS_OF = {  # of config.method, by the kind of guidance
     "none": {"guidance": False},
@@ -33,17 +39,15 @@ class Case(NamedTuple):
 
 def system_config(system: str, size: str, head_depth: int) -> base.Config:
     """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a DiT size."""
-    config = base.get_config()
-    config.model.update(base.DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
+    config = base.get_config(*NETWORKS[system])
+    config.model.update(DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
     if system == "improved":
-        config.method.name, config.model.name = "improved", "imf_dit"
         config.model.update(mlp_ratio=8 / 3, head_depth=head_depth)
     if system == "decoupled":
-        config.method.name, config.model.name = "decoupled", "dmf_dit"
         config.model.dmf_depth = config.model.depth * 5 // 7  # 20 of 28 in XL
         config.method.update(omega=0.6, guidance_end=0.7, time_mean=(0.4, -1.2))
     if system == "rectified":
-        config.method.update(name="rectified", time_sampler="re2_truncate", omega_sampler="uniform", omega_max=2.5)
+        config.method.update(omega_sampler="uniform", omega_max=2.5)
     return config
 
 
@@ -52,23 +56,22 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
     config = copy.deepcopy(config)
     for setting in settings:
         name, equals, text = setting.partition("=")
-        if not equals or name not in resolve.flatten(config):
-            raise UserError(
-                f"--set {setting}: there is no option {name}; write OPTION=VALUE, see meanflow/config/options.py"
-            )
+        if not equals:
+            raise UserError(f"--set {setting}: write OPTION=VALUE, such as train.batch_size=32")
         try:
             value = ast.literal_eval(text)
         except (ValueError, SyntaxError):
             value = text
         try:
+            find(config, name)
             config.update_from_flattened_dict({name: value})
-        except TypeError as error:
+        except (TypeError, UserError) as error:
             raise UserError(f"--set {setting}: {error}") from error
     return config
 
 
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield (name, options by dotted name, limit), flow matching first: flow rows alone, without guidance.
+    """Yield (name, options by dotted name or a config, limit), flow matching first: flow rows alone, without guidance.
 
     Re-MeanFlow's guidance always needs both forwards; the U-Net has no classes and so no guidance.
     """
@@ -99,7 +102,7 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield the same for decoupled MeanFlow, relative to the flow model that it starts from."""
-    yield FLOW_MATCHING, {"model.name": "dit", "model.interval_embedder": False, "method.name": "flow"}, 1.0
+    yield FLOW_MATCHING, base.recompose(config, "dit", "flow"), 1.0
     for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
         if kind in kinds:
             yield f"guidance {kind}", {"method.guidance_type": guidance}, forwards / 3
@@ -124,11 +127,9 @@ def make_cases(
     shares: fractions of rows with r < t; () for the system's default.  variants: eager (PyTorch, not compiled), remat.
     Raises UserError for a config that cannot be trained as it is.
     """
-    if config.method.guidance_type == "distill" and config.method.name == "decoupled":
+    if "guidance_type" in config.method and config.method.guidance_type == "distill":
         raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
     changes = {"eager": {"train.compile": False}, "remat": {"train.remat": True}}
-    if "remat" in variants and "train.remat" not in resolve.flatten(config):
-        raise UserError("--remat: there is no option config.train.remat")
     table = []
     for name, options, limit in CASES[config.method.name](config, shares or default_shares(config), kinds):
         case = Case(name, make_config(config, options), limit)
@@ -144,13 +145,18 @@ def default_shares(config: base.Config) -> tuple[float, ...]:
     return (0.5,) if config.method.name == "improved" else (0.25,)
 
 
-def make_config(config: base.Config, options: dict) -> base.Config:
-    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices."""
-    config = copy.deepcopy(config)
-    config.update_from_flattened_dict({"method.stage1_steps": 0, "train.accumulate": 1, "train.fsdp": 1} | options)
-    resolve.check(config)
-    resolve.check_trainable(config)
-    resolve.check_divisible(config, config.train.fsdp, "devices")
+def make_config(config: base.Config, options: dict | base.Config) -> base.Config:
+    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices.
+
+    options: may be a whole config instead.
+    """
+    config = copy.deepcopy(config if isinstance(options, dict) else options)
+    one_stage = {"method.stage1_steps": 0} if "stage1_steps" in config.method else {}
+    changes = options if isinstance(options, dict) else {}
+    config.update_from_flattened_dict(one_stage | {"train.accumulate": 1, "train.fsdp": 1} | changes)
+    checks.check(config)
+    checks.check_trainable(config)
+    checks.check_divisible(config, config.train.fsdp, "devices")
     return config
 
 
@@ -164,9 +170,9 @@ def make_batch(config: base.Config) -> dict[str, np.ndarray]:
     }
     if config.method.name == "rectified":
         batch["noise"] = rng.standard_normal(shape, np.float32)
-    if c.name == "unet" and c.augment_dim:
+    if "augment_dim" in c and c.augment_dim:
         batch["augment"] = rng.standard_normal((num, c.augment_dim), np.float32)
-    if c.name == "dit" and c.repa_dims:
+    if "repa_dims" in c and c.repa_dims:
         batch["features"] = rng.standard_normal((num, num_tokens(config), sum(c.repa_dims)), np.float32)
     return batch
 
@@ -174,4 +180,4 @@ def make_batch(config: base.Config) -> dict[str, np.ndarray]:
 def num_tokens(config: base.Config) -> int:
     """Return the number of tokens of an image: patches for a transformer, pixels for a U-Net."""
     c = config.model
-    return c.input_size**2 if c.name in ("unet", "edm2") else (c.input_size // c.patch_size) ** 2
+    return (c.input_size // c.patch_size) ** 2 if "patch_size" in c else c.input_size**2

@@ -15,7 +15,7 @@ import jax
 import numpy as np
 
 from benchmarks import cases, jax_steps
-from meanflow.config import resolve
+from meanflow.config import store
 
 FIRST = 3  # steps before the measured ones, whose metrics are reported
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
@@ -25,7 +25,7 @@ BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32"
 def main(path, num_devices, runs):
     """Measure and print."""
     jax.config.update("jax_num_cpu_devices", num_devices)
-    config = resolve.from_json(pathlib.Path(path).read_text())
+    config = store.from_json(pathlib.Path(path).read_text())
     jax_steps.start(config)
     step = jax_steps.Step(config, cases.make_batch(config))
     first = [{name: float(a) for name, a in step.run().items()} for _ in range(FIRST)]

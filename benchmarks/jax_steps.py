@@ -99,7 +99,8 @@ def count_forward(config, batch):
 def countable(config):
     """Return the config of a step in which all operations can be counted."""
     config = copy.deepcopy(config)
-    config.model.attention = "plain"
+    if "attention" in config.model:
+        config.model.attention = "plain"
     config.train.accumulate = 1
     return config
 

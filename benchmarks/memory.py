@@ -14,7 +14,7 @@ import sys
 import tempfile
 
 from benchmarks import cases
-from meanflow.config import resolve
+from meanflow.config import store
 
 WARM_UP = 2  # steps before the measured one
 
@@ -28,7 +28,7 @@ def run(argv, config, *more, env=None):
     """Return the JSON that `python *argv CONFIG.json *more` prints.  Raises RuntimeError with stderr if it fails."""
     with tempfile.TemporaryDirectory() as directory:
         path = pathlib.Path(directory) / "config.json"
-        path.write_text(resolve.to_json(config))
+        path.write_text(store.to_json(config))
         argv = [sys.executable, *argv, str(path), *map(str, more)]
         done = subprocess.run(argv, capture_output=True, text=True, env=env)
     if done.returncode:
@@ -70,4 +70,4 @@ def status(name):
 
 if __name__ == "__main__":
     framework, path = sys.argv[1:]
-    print(json.dumps(measure(framework, resolve.from_json(pathlib.Path(path).read_text()))))
+    print(json.dumps(measure(framework, store.from_json(pathlib.Path(path).read_text()))))

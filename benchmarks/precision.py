@@ -72,7 +72,8 @@ def make_config(system, size):
     """Return the config of a system.  size: `preset` or `tiny`."""
     preset, _, tiny = SYSTEMS[system]
     config = preset()
-    config.model.dropout = 0.0
+    if "dropout" in config.model:
+        config.model.dropout = 0.0
     config.model.update(tiny if size == "tiny" else {})
     return config
 
@@ -103,7 +104,7 @@ def random_batch(config, num_rows, seed):
     rows = {
         "image": rng.standard_normal(shape, np.float32),
         "label": rng.integers(0, c.num_classes, num_rows),
-        "augment": rng.standard_normal((num_rows, c.augment_dim), np.float32),
+        "augment": rng.standard_normal((num_rows, c.augment_dim if "augment_dim" in c else 0), np.float32),
     }
     draws = {"noise": rng.standard_normal(shape, np.float32), "times": rng.standard_normal((num_rows, 2), np.float32)}
     uniforms = ("coin", "drop", "dropout", "omega", "t_min", "t_max")

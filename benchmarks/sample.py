@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from benchmarks import table
 from benchmarks.step import add_common, describe, make_config
-from meanflow.config import resolve
+from meanflow.config import checks, options
 from meanflow.errors import exit_on_user_error
 
 COLUMNS = {
@@ -36,20 +36,17 @@ COLUMNS = {
 
 def flow_model(config):
     """Return the config of a flow model of the same network, or of a flow map that follows u(z, t, t)."""
+    if config.model.name not in ("unet", "imf_dit"):
+        return options.recompose(config, "edm2" if config.model.name == "edm2" else "dit", "flow")
     config = copy.deepcopy(config)
-    config.sample.sampler = "euler"
-    if config.model.name in ("unet", "imf_dit"):
-        config.sample.sampler = "velocity"
-    elif config.method.name != "flow":
-        config.method.name, config.model.interval_embedder = "flow", False
-        config.model.name = "edm2" if config.model.name == "edm2" else "dit"
+    config.sample.sampler = "velocity"
     return config
 
 
 def make_table(config, steps, flow_steps, scale):
     """Return [(name, config, forwards for an image)]."""
     config = copy.deepcopy(config)
-    config.sample.update(sampler="euler", times=(), cfg_scale=1.0)
+    config.sample.update(sampler="euler", times=())
     if config.model.name == "imf_dit":
         config.model.v_heads = False  # sampling leaves the head of v out
     flow, entries = flow_model(config), []
@@ -61,8 +58,10 @@ def make_table(config, steps, flow_steps, scale):
     found = []
     for name, c, num, cfg_scale in entries:
         c = copy.deepcopy(c)
-        c.sample.update(steps=num, cfg_scale=cfg_scale, interval=(0.0, 1.0))
-        found.append((name, resolve.check(c), num * (1 if cfg_scale == 1 else 2)))
+        c.sample.update(steps=num, interval=(0.0, 1.0))
+        if "cfg_scale" in c.sample:
+            c.sample.cfg_scale = cfg_scale
+        found.append((name, checks.check(c), num * (1 if cfg_scale == 1 else 2)))
     return found
 
 

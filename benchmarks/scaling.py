@@ -16,7 +16,7 @@ from tqdm import tqdm
 
 from benchmarks import cases, memory, table
 from benchmarks.step import add_common, describe, make_config
-from meanflow.config import resolve
+from meanflow.config import checks
 from meanflow.errors import exit_on_user_error
 
 COMPARED = ("loss", "raw_error", "grad_norm")
@@ -83,7 +83,7 @@ def main(argv=None):
     wanted = [("1", 1, 1)] + [(str(num), num, 1) for num in devices if num > 1]
     wanted += [(f"{num}, FSDP", num, num) for num in devices if num > 1 and args.fsdp]
     for _, num, _ in wanted:
-        resolve.check_divisible(config, num, "devices")
+        checks.check_divisible(config, num, "devices")
     rows, one = [], None
     for name, num, fsdp in tqdm(wanted, "devices"):
         figures = run(args.framework, cases.make_config(config, {"train.fsdp": fsdp}), num, args.runs)

@@ -17,7 +17,8 @@ beyond flow matching ran at that rate.
 import argparse
 
 from benchmarks import cases, measure, table
-from meanflow.config import options, paths, resolve
+from meanflow.config import paths, store
+from meanflow.config.networks import DIT_SIZES
 from meanflow.errors import UserError, exit_on_user_error
 
 
@@ -41,7 +42,7 @@ def add_common(parser):
     parser.add_argument("--framework", choices=("jax", "torch"), required=True)
     parser.add_argument("--config", metavar="FILE", help="measure a recipe, FILE.py[:variant], instead of --system")
     parser.add_argument("--system", choices=cases.SYSTEMS, default="meanflow", help="a transformer on 32x32x4 latents")
-    parser.add_argument("--size", choices=tuple(options.DIT_SIZES), default="S", help="DiT size")
+    parser.add_argument("--size", choices=tuple(DIT_SIZES), default="S", help="DiT size")
     parser.add_argument("--head_depth", type=int, default=8, help="improved: blocks of a head, included in the depth")
     parser.add_argument("--patch", type=int, help="patch size; by default 4, or that of the recipe")
     parser.add_argument("--set", nargs="+", default=(), metavar="OPTION=VALUE", help="options of the config")
@@ -57,10 +58,9 @@ def add_common(parser):
 def make_config(args, batch, patch=None):
     """Return the config that the command line describes, with a batch size and a patch size."""
     system = None if args.config else cases.system_config(args.system, args.size, args.head_depth)
-    config = resolve.load_file(args.config) if system is None else system
-    if patch and config.model.name in ("unet", "edm2"):
-        raise UserError(f"--patch {patch}: the network {config.model.name} has no patches")
-    config.model.patch_size = patch or config.model.patch_size
+    config = store.load_file(args.config) if system is None else system
+    if patch:
+        config.model.patch_size = patch
     config.model.compute_dtype = args.dtype or config.model.compute_dtype
     config.train.batch_size = batch
     return cases.override(config, args.set)
@@ -70,8 +70,8 @@ def describe(args, *configs):
     """Return one line: what is measured, with every batch size and patch of the configs."""
     c = configs[0].model
     batches = " and ".join(dict.fromkeys(str(config.train.batch_size) for config in configs))
-    patches = " and ".join(dict.fromkeys(str(config.model.patch_size) for config in configs))
-    network = args.config or f"{configs[0].method.name}, DiT-{args.size}/{patches}"
+    sizes = [config.model.patch_size if "patch_size" in config.model else 1 for config in configs]
+    network = args.config or f"{configs[0].method.name}, DiT-{args.size}/{' and '.join(map(str, dict.fromkeys(sizes)))}"
     parts = (network, f"{c.input_size}x{c.input_size}x{c.channels}", f"batch {batches}")
     return ", ".join((*parts, c.compute_dtype, *args.set, args.framework))
 

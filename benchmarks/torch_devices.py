@@ -14,7 +14,7 @@ import torch.distributed as dist
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks import cases, torch_steps
-from meanflow.config import resolve
+from meanflow.config import store
 from torch_impl import step as training
 from torch_impl.devices import start_torch
 
@@ -23,7 +23,7 @@ FIRST = 3  # steps before the measured ones, whose metrics are reported
 
 def main(path, num_devices, runs):
     """Measure; the first process prints."""
-    config = resolve.from_json(pathlib.Path(path).read_text())
+    config = store.from_json(pathlib.Path(path).read_text())
     device = start_torch(config)
     rows, rank = config.train.batch_size // num_devices, dist.get_rank()
     batch = {name: a[rank * rows : (rank + 1) * rows] for name, a in cases.make_batch(config).items()}

@@ -122,7 +122,8 @@ class WholeNetwork:
 def countable(config):
     """Return the config of a step in which all operations can be counted."""
     config = copy.deepcopy(config)
-    config.model.attention = "plain"
+    if "attention" in config.model:
+        config.model.attention = "plain"
     config.train.compile = False
     return config
 

@@ -1,1 +1,1 @@
-"""What to run: every option in `base.py`, one file per system, checks in `resolve.py`."""
+"""What to run: one file of recipes per published family.  Imports `meanflow.config`, which has the options."""

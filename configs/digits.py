@@ -24,9 +24,11 @@ from meanflow.config import options
 
 def get_config(variant: str = "") -> options.Config:
     """Return the config of the demo, or of a variant.  Raises ValueError for one that does not exist."""
-    if variant not in ("", *VARIANTS):
-        raise ValueError(f"no variant {variant!r} of digits; there are {', '.join(VARIANTS)}, and the demo without one")
-    config = options.get_config()
+    if variant not in VARIANTS:
+        names = ", ".join(name for name in VARIANTS if name)
+        raise ValueError(f"no variant {variant!r} of digits; there are {names}, and the demo without one")
+    network, method, change = VARIANTS[variant]
+    config = options.get_config(network, method)
     config.name = f"digits:{variant}" if variant else "digits"
     config.train.steps = 1200
     config.train.batch_size = 64
@@ -37,17 +39,18 @@ def get_config(variant: str = "") -> options.Config:
     config.train.log_every = 50
     config.train.sample_every = 400
     config.train.checkpoint_every = 400
-    if variant:
-        VARIANTS[variant](config)
-    else:
-        config.method.omega, config.method.kappa = 1.3, 0.0  # enough for the class; more costs variety
+    change(config)
     return config
+
+
+def dit(config: options.Config) -> None:
+    """Guide it: enough for the class; more costs variety."""
+    config.method.omega, config.method.kappa = 1.3, 0.0
 
 
 def unet(config: options.Config) -> None:
     """Make it the CIFAR-10 system, small."""
     config.data.augment.prob = 0.12
-    config.model.name = "unet"
     config.model.update(width=32, channel_mult=(1, 2), num_blocks=1, attn_resolutions=(4,), dropout=0.1, augment_dim=6)
     config.method.guidance = False
     config.method.label_drop_prob = 0.0
@@ -65,10 +68,8 @@ def unet(config: options.Config) -> None:
 
 def imf(config: options.Config) -> None:
     """Make it improved MeanFlow, small."""
-    config.model.name = "imf_dit"
     config.model.update(depth=3, head_depth=1, width=64, mlp_ratio=8 / 3)
     config.model.update(num_class_tokens=2, num_omega_tokens=4, num_interval_tokens=1, num_time_tokens=2)
-    config.method.name = "improved"
     config.method.flow_fraction = 0.5
     config.method.omega_max = 4.0
     config.train.steps = 1200
@@ -79,22 +80,20 @@ def imf(config: options.Config) -> None:
 
 def flow(config: options.Config) -> None:
     """Make it a flow model, from which `dmf` starts."""
-    config.model.update(interval_embedder=False, depth=4, width=96)
-    config.method.name = "flow"
+    config.model.update(depth=4, width=96)
     config.train.steps = 1000
     config.sample.update(steps=50, cfg_scale=1.5)
 
 
 def dmf(config: options.Config) -> None:
     """Make it decoupled MeanFlow, of the same network as `flow`."""
-    config.model.update(name="dmf_dit", depth=4, width=96, dmf_depth=3)
-    config.method.update(name="decoupled", time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.2)
+    config.model.update(depth=4, width=96, dmf_depth=3)
+    config.method.update(time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.2)
     config.train.steps = 500
 
 
 def edm2(config: options.Config) -> None:
     """Make its network a small one of EDM2."""
-    config.model.name = "edm2"
     config.model.update(width=24, channel_mult=(1, 2), channel_mult_noise=1, channel_mult_emb=2, num_blocks=1)
     config.model.update(attn_resolutions=(4,), head_width=24, sigma_data=0.8)
     config.train.compile_backend = "aot_eager"  # see `unet`
@@ -103,8 +102,6 @@ def edm2(config: options.Config) -> None:
 def edm2_flow(config: options.Config) -> None:
     """Make it a flow model of EDM2's network, the teacher of `remeanflow`."""
     edm2(config)
-    config.model.interval_embedder = False
-    config.method.name = "flow"
     config.train.steps = 500
     config.train.learning_rate = 1e-2
     config.sample.update(steps=16, sampler="heun")
@@ -114,10 +111,18 @@ def remeanflow(config: options.Config) -> None:
     """Make it Re-MeanFlow, from couplings of `edm2_flow`."""
     edm2(config)
     config.data.name = "runs/couplings"
-    config.method.update(name="rectified", time_sampler="re2_truncate", omega_sampler="uniform", omega_max=2.5)
-    config.method.update(adaptive_power=0.5, stage1_steps=250)
+    config.method.update(omega_sampler="uniform", omega_max=2.5, adaptive_power=0.5, stage1_steps=250)
     config.train.update(steps=500, learning_rate=5e-3, clip_norm=1.0, clip_stage="guided")
     config.evaluation.dataset = "digits"
 
 
-VARIANTS = {"unet": unet, "imf": imf, "flow": flow, "dmf": dmf, "edm2_flow": edm2_flow, "remeanflow": remeanflow}
+#             network method       what it changes
+VARIANTS = {
+    "":           ("dit", "meanflow", dit),
+    "unet":       ("unet", "meanflow", unet),
+    "imf":        ("imf_dit", "improved", imf),
+    "flow":       ("dit", "flow", flow),
+    "dmf":        ("dmf_dit", "decoupled", dmf),
+    "edm2_flow":  ("edm2", "flow", edm2_flow),
+    "remeanflow": ("edm2", "rectified", remeanflow),
+}  # fmt: skip

@@ -10,6 +10,7 @@ projectors, made canonical by parity/convert.py.
 
 from meanflow.config import options
 from meanflow.config.latents import CONVENTIONS
+from meanflow.config.networks import DIT_SIZES
 
 STEPS_PER_EPOCH = 1_281_167 // 256  # ImageNet's training images at batch 256, the last partial batch dropped
 FLOW_EPOCHS = 800  # the longest run of REPA; how long DMF's own flow models were trained is not published
@@ -28,14 +29,15 @@ def get_config(variant: str = "dmf_256") -> options.Config:
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of dmf_imagenet; there are {', '.join(VARIANTS)}")
     input_size, interval, steps = VARIANTS[variant]
-    config = options.get_config()
+    network, method = ("dit", "flow") if interval is None else ("dmf_dit", "decoupled")
+    config = options.get_config(network, method)
     config.name = f"dmf_imagenet:{variant}"
     # The directory that an encode command wrote; for sit_ with --pixels and --config.data.encoder=facebook/dinov2-base,
     # or with `features` of your own.
     config.data.name = "imagenet_latents"
     config.latents.update(CONVENTIONS["sd"]._asdict(), vae="stabilityai/sd-vae-ft-ema")
     config.data.num_workers = 8
-    config.model.update(options.DIT_SIZES["XL"], patch_size=2, input_size=input_size, channels=4, num_classes=1000)
+    config.model.update(DIT_SIZES["XL"], patch_size=2, input_size=input_size, channels=4, num_classes=1000)
     config.model.qk_norm = input_size == 64
     config.model.compute_dtype = "bfloat16"
     config.model.attention = "fused"
@@ -55,14 +57,13 @@ def get_config(variant: str = "dmf_256") -> options.Config:
 
 def flow(config: options.Config) -> None:
     """Make it a flow model, aligned with DINOv2-B."""
-    config.model.update(interval_embedder=False, repa_dims=(768,), repa_depth=8, projector_dim=2048)
-    config.method.name = "flow"
+    config.model.update(repa_dims=(768,), repa_depth=8, projector_dim=2048)
     # As REPA.  A batch of samples holds the noise of all steps, a gigabyte at 512 pixels.
     config.sample.update(steps=250, sampler="sde", cfg_scale=1.8, interval=(0.0, 0.7), batch_size=64)
 
 
 def decoupled(config: options.Config, interval: tuple[float, float]) -> None:
     """Make it decoupled MeanFlow, guided by itself in an interval."""
-    config.model.update(name="dmf_dit", dmf_depth=20)
-    config.method.update(name="decoupled", time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.6)
+    config.model.dmf_depth = 20
+    config.method.update(time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.6)
     config.method.guidance_start, config.method.guidance_end = interval

@@ -34,17 +34,15 @@ def get_config(variant: str = "b2") -> options.Config:
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of imf_imagenet; there are {', '.join(VARIANTS)}")
     size, steps, omega, interval = VARIANTS[variant]
-    config = options.get_config()
+    config = options.get_config("imf_dit", "improved")
     config.name = f"imf_imagenet:{variant}"
     config.data.name = "imagenet_latents"  # the directory that an encode command wrote, with --convention=imf
     config.latents.update(CONVENTIONS["imf"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.data.flip = True
     config.data.num_workers = 8
-    config.model.name = "imf_dit"
     config.model.update(SIZES[size], patch_size=2, input_size=32, channels=4, num_classes=1000)
     config.model.update(mlp_ratio=8 / 3, head_depth=8)
     config.model.compute_dtype = "bfloat16"  # rounding far below the noise of a batch: docs/performance.md
-    config.method.name = "improved"
     config.method.flow_fraction = 0.5
     config.train.batch_size = 1024
     config.train.steps = EPOCHS * STEPS_PER_EPOCH

@@ -19,13 +19,12 @@ def get_config(variant: str = "v1") -> options.Config:
     """Return a published run: `v0`, `v1` or `reproduction`.  Raises ValueError for another."""
     if variant not in ("v0", "v1", "reproduction"):
         raise ValueError(f"no variant {variant!r} of meanflow_cifar10; there are v0, v1, reproduction")
-    config = options.get_config()
+    config = options.get_config("unet", "meanflow")
     config.name = f"meanflow_cifar10:{variant}"
     config.data.name = "cifar10"
     config.data.flip = True
     config.data.num_workers = 8
     config.data.augment.prob = 0.12
-    config.model.name = "unet"
     config.model.update(input_size=32, channels=3, num_classes=10, width=128, dropout=0.2, augment_dim=6)
     config.method.guidance = False
     config.method.label_drop_prob = 0.0

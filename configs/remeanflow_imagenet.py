@@ -37,12 +37,12 @@ def get_config(variant: str = "512") -> options.Config:
         raise ValueError(f"no variant {variant!r} of remeanflow_imagenet; there are {', '.join(VARIANTS)}")
     kind, _, size = variant.rpartition("_")
     input_size, channels = DATA[size]
-    config = options.get_config()
+    config = options.get_config("edm2", "flow" if kind else "rectified")
     config.name = f"remeanflow_imagenet:{variant}"
     config.data.num_workers = 8
     if channels == 4:
         config.latents.update(CONVENTIONS["edm2"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
-    config.model.update(name="edm2", input_size=input_size, channels=channels, num_classes=1000, head_width=64)
+    config.model.update(input_size=input_size, channels=channels, num_classes=1000, head_width=64)
     config.model.update(width=WIDTHS[kind or "teacher"], channel_mult=(1, 2, 3, 4), channel_mult_noise=1)
     config.model.update(channel_mult_emb=4, num_blocks=3, attn_resolutions=(16, 8), compute_dtype="bfloat16")
     if kind:
@@ -59,9 +59,8 @@ def get_config(variant: str = "512") -> options.Config:
 def released(config: options.Config, size: str) -> None:
     """Make it a released network of EDM2: of one time, with its log-variance."""
     config.data.name = REAL[size]
-    config.model.update(interval_embedder=False, logvar_channels=128)
+    config.model.logvar_channels = 128
     config.model.compute_dtype = "float32"  # what rounding does to couplings stays in them
-    config.method.name = "flow"
     config.sample.update(steps=32, sampler="heun")
 
 
@@ -69,7 +68,7 @@ def student(config: options.Config, size: str) -> None:
     """Make it Re-MeanFlow, from couplings and from fitted time embeddings."""
     config.data.name = "couplings"  # their directory
     config.evaluation.dataset = REAL[size]
-    config.method.update(name="rectified", time_sampler="re2_truncate", interval_mean=-0.8, interval_std=1.0)
+    config.method.update(interval_mean=-0.8, interval_std=1.0)
     config.method.update(flow_fraction=0.75, omega_sampler="uniform", omega_max=2.5, distance_clip=0.87)
     config.method.update(adaptive_power=0.5, adaptive_eps=1e-2, stage1_steps=STAGE1_STEPS, stage_order="plain_first")
     config.train.update(steps=100_000, batch_size=128, learning_rate=2e-4, clip_norm=1.0, clip_stage="guided")

@@ -19,7 +19,8 @@ from jax_impl import weights
 from jax_impl.devices import local_mesh, with_float64
 from jax_impl.step import TrainState, abstract_net, create_state
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import resolve
+from meanflow.config import store
+from meanflow.config.workdir import open_workdir
 from meanflow.errors import UserError
 
 DIRECTORY = "checkpoints/jax"
@@ -53,7 +54,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         `pending`, whether reports of this step are still to be made.
         """
         self.wait()
-        directory, run = self.path / str(int(state.step)), progress | {"config": resolve.to_json(self.config)}
+        directory, run = self.path / str(int(state.step)), progress | {"config": store.to_json(self.config)}
         items = ocp.args.Composite(state=ocp.args.StandardSave(_named(state)), run=ocp.args.JsonSave(run))
         try:
             if jax.process_index() == 0:
@@ -128,7 +129,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 @with_float64
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    lock = resolve.open_workdir(workdir, config, "jax")
+    lock = open_workdir(workdir, config, "jax")
     mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
     graphdef, state = create_state(config, mesh)
     params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)

@@ -10,7 +10,7 @@ from jax_impl.devices import define_flags, make_board, start_jax, wait_for_all
 from jax_impl.train import train
 from meanflow import signals
 from meanflow.commands.processes import ending_together
-from meanflow.config import resolve
+from meanflow.config import checks
 from meanflow.config.flags import config, run, workdir
 from meanflow.console_log import setup_logging
 
@@ -18,7 +18,7 @@ from meanflow.console_log import setup_logging
 def main():
     """Check the config and train."""
     setup_logging()
-    c = resolve.check(config())
+    c = checks.check(config())
     start_jax(c)
     with ending_together(make_board(), wait_for_all), signals.caught():
         train(c, workdir())

@@ -27,7 +27,8 @@ from jax_impl.step import (
 from meanflow.commands import train as training
 from meanflow.commands.logs import MetricLog
 from meanflow.commands.train import Termination
-from meanflow.config import resolve
+from meanflow.config import checks
+from meanflow.config.workdir import check_workdir, open_workdir
 from meanflow.console_log import show_only_warnings
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
@@ -41,15 +42,15 @@ def train(config, workdir):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
-    resolve.check_trainable(config)
+    checks.check_trainable(config)
     check_kernels(config.model)
     first = jax.process_index() == 0
     if not first:
         show_only_warnings()
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
-    resolve.check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
-    resolve.check_divisible(config, jax.device_count(), "devices")
+    check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
+    checks.check_divisible(config, jax.device_count(), "devices")
     mesh = make_mesh(config)
     loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
     loader = Prefetcher(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
@@ -59,7 +60,7 @@ def train(config, workdir):
     reports = make_reports(config, graphdef, mesh, workdir)
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     digests = training.read_contents(config, read_weights)
-    lock = first_does(lambda: resolve.open_workdir(workdir, config, "jax", digests))
+    lock = first_does(lambda: open_workdir(workdir, config, "jax", digests))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
@@ -87,7 +88,7 @@ def start_state(config, mesh, checkpoints=None):
     graphdef, fresh = build_net(config)
     net = nnx.merge(graphdef, fresh)
     own, canonical = training.read_model(config.train.load_from, config, read_weights)
-    resolve.check_alike(config, own, "train.load_from")
+    checks.check_alike(config, own, "train.load_from")
     return *create_state(config, mesh, weights.from_canonical(net, weights.transfer(net, fresh, canonical))), None
 
 
@@ -99,7 +100,7 @@ def load_teacher(config, mesh):
     if not training.has_teacher(config):
         return None
     own, canonical = training.read_model(config.method.teacher, config, read_weights)
-    graphdef, params = build_net(resolve.check_teacher(config, own))
+    graphdef, params = build_net(checks.check_teacher(config, own))
     net = nnx.merge(graphdef, params)
     params = weights.from_canonical(net, weights.transfer(net, params, canonical))
     return graphdef, jax.device_put(params, state_shardings(params, mesh))

@@ -32,7 +32,7 @@ import numpy as np
 import torch
 
 from jax_impl import checkpoints as jax_checkpoints
-from meanflow.config import latents, paths, resolve
+from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
 from meanflow.weights import sources
@@ -197,7 +197,7 @@ def with_latents(config: base.Config, convention: latents.Convention | None) -> 
         return config
     config = copy.deepcopy(config)
     config.latents.update(convention._asdict())
-    return resolve.check(config)
+    return checks.check(config)
 
 
 def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
@@ -247,7 +247,7 @@ def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dic
 
 def load_config(name: str) -> base.Config:
     """Return the config of FILE.py[:variant] or of a JSON file.  Raises UserError if it does not exist."""
-    return resolve.check(resolve.load_file(name))
+    return checks.check(store.load_file(name))
 
 
 if __name__ == "__main__":

@@ -49,7 +49,7 @@ def main(argv: list[str] | None = None) -> int:
     if args.batch_size < 1:
         raise UserError(f"--batch_size is {args.batch_size}; it must be at least 1")
     config = load_config(args.config)
-    if config.method.name == "decoupled" and config.method.guidance_type == "distill":
+    if "guidance_type" in config.method and config.method.guidance_type == "distill":
         raise UserError("one step is compared without a teacher: config.method.guidance_type must be mg or default")
     config.train.update(batch_size=args.batch_size, accumulate=1, fsdp=1, matmul_precision="highest")
     config.model.compute_dtype = "float32"
@@ -118,9 +118,9 @@ def random_rows(config) -> tuple[dict, dict]:
         "image": rng.uniform(-1, 1, shape).astype(np.float32),
         "label": rng.randint(0, c.num_classes, num).astype(np.int32),
     }
-    if c.name == "unet" and c.augment_dim:
+    if "augment_dim" in c and c.augment_dim:
         batch["augment"] = rng.normal(size=(num, c.augment_dim)).astype(np.float32)
-    if c.name == "dit" and c.repa_dims:
+    if "repa_dims" in c and c.repa_dims:
         tokens = (c.input_size // c.patch_size) ** 2
         batch["features"] = rng.normal(size=(num, tokens, sum(c.repa_dims))).astype(np.float32)
     draw = functools.partial(JAX_METHODS[config.method.name].draw, shape=shape, cfg=config.method)

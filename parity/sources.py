@@ -9,7 +9,7 @@ import orbax.checkpoint as ocp
 
 from jax_impl import checkpoints as jax_checkpoints
 from meanflow.commands import snapshots
-from meanflow.config import resolve
+from meanflow.config.workdir import FILE_NAME
 from meanflow.errors import UserError
 from meanflow.weights import files
 from meanflow.weights.sources import Source, from_flax
@@ -30,7 +30,7 @@ def read_directory(path: pathlib.Path, ema: int | None = None, prefix: str = "",
         (torch_checkpoints.DIRECTORY, torch_checkpoints, "PyTorch work directory"),
         (jax_checkpoints.DIRECTORY, jax_checkpoints, "JAX work directory"),
     ]
-    if (path / resolve.FILE_NAME).is_file():  # snapshots alone belong to no framework
+    if (path / FILE_NAME).is_file():  # snapshots alone belong to no framework
         kinds.append((snapshots.DIRECTORY, torch_checkpoints, "work directory"))
     for directory, checkpoints, kind in kinds:
         if (path / directory).is_dir():
@@ -73,7 +73,7 @@ def map_leaves(function, tree):
 def orbax_in(path: pathlib.Path) -> pathlib.Path:
     """Return the directory of the only Orbax checkpoint in `path`.  Raises UserError saying what is there instead."""
     for part in (path, *path.parents[:2]):
-        if part.name == "checkpoints" and (part.parent / resolve.FILE_NAME).is_file():
+        if part.name == "checkpoints" and (part.parent / FILE_NAME).is_file():
             raise UserError(f"{path} is inside a work directory: name that, {part.parent}")
     level = [path]
     for _ in range(DEPTH + 1):

@@ -19,25 +19,10 @@ LONGEST = (
     "test_latents_commands.py", "test_checkpoints.py", "benchmarks/test_benchmark_commands.py",
     "parity/golden/test_inception.py", "meanflow/data/test_loader.py",
 )  # fmt: skip
-TINY = {
-    "method.omega": 1.0, "method.kappa": 0.5, "model.depth": 1, "model.width": 16, "model.num_heads": 2,
-    "train.batch_size": 16, "train.steps": 5, "train.learning_rate": 1e-3, "train.warmup_steps": 0,
-    "train.schedule": "constant", "train.log_every": 1, "train.sample_every": 0, "train.compile": False,
-    "train.ema_decays": (0.9, 0.99), "sample.batch_size": 10, "evaluation.num_samples": 20,
-}  # fmt: skip
-TINY_IMPROVED = {
-    "model.name": "imf_dit", "method.name": "improved", "model.depth": 2, "model.head_depth": 1,
-    "model.num_class_tokens": 1, "model.num_omega_tokens": 1, "model.num_interval_tokens": 1,
-    "model.num_time_tokens": 1,
-}  # fmt: skip
-TINY_FLOW = {"model.interval_embedder": False, "method.name": "flow"}
-TINY_RECTIFIED = {
-    "model.name": "edm2", "model.width": 4, "model.channel_mult": (1, 1), "model.channel_mult_noise": 1,
-    "model.channel_mult_emb": 2, "model.num_blocks": 1, "model.attn_resolutions": (), "method.name": "rectified",
-    "method.time_sampler": "re2_truncate", "method.omega_sampler": "uniform", "method.omega_max": 2.5,
-    "method.stage1_steps": 2, "train.clip_norm": 0.5, "train.clip_stage": "guided", "evaluation.dataset": "digits",
-}  # fmt: skip
-TINY_DECOUPLED = {"model.name": "dmf_dit", "model.dmf_depth": 1, "method.name": "decoupled"}
+TINY_IMPROVED = {"model.name": "imf_dit", "method.name": "improved"}
+TINY_FLOW = {"model.name": "dit", "method.name": "flow"}
+TINY_DECOUPLED = {"model.name": "dmf_dit", "method.name": "decoupled"}
+TINY_RECTIFIED = {"model.name": "edm2", "method.name": "rectified"}
 
 # Set before any test module imports these libraries, and inherited by the commands.
 WORKER = "PYTEST_XDIST_WORKER" in os.environ
@@ -95,15 +80,13 @@ def launcher(tmp_path_factory, datasets_dir):
 
 @pytest.fixture(scope="session")
 def tiny(datasets_dir):
-    """Return a function (**changes by dotted name) -> the config of a tiny run on the digits."""
-    from configs import digits
+    """Return a function (changes by dotted name) -> the config of a tiny run on the digits; see helpers/tiny.py.
 
-    def make(changes=()):
-        config = digits.get_config()
-        config.update_from_flattened_dict(TINY | {"data.dir": datasets_dir} | dict(changes))
-        return config
+    model.name and method.name among the changes choose its network and its method.
+    """
+    import tiny as recipe
 
-    return make
+    return lambda changes=(): recipe.make(*recipe.split({"data.dir": datasets_dir} | dict(changes)))
 
 
 @pytest.fixture(scope="session")
@@ -141,9 +124,12 @@ def tiny_rectified(tmp_path_factory):
 def options(datasets_dir):
     """Return a function (changes by dotted name) -> the command-line arguments of the same config as `tiny`."""
 
+    import tiny as recipe
+
     def make(changes=()):
-        settings = TINY | {"data.dir": datasets_dir} | dict(changes)
-        return ["--config=configs/digits.py", *(f"--config.{name}={value}" for name, value in settings.items())]
+        network, method, changes = recipe.split({"data.dir": datasets_dir} | dict(changes))
+        file = f"--config={ROOT}/tests/helpers/tiny.py:{network},{method}"
+        return [file, *(f"--config.{name}={value}" for name, value in changes.items())]
 
     return make
 

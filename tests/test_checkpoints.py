@@ -22,7 +22,7 @@ from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
 from meanflow.commands import checkpoints, sample, snapshots
-from meanflow.config import resolve
+from meanflow.config import store
 from meanflow.errors import UserError
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -305,7 +305,7 @@ def test_snapshots_say_what_they_are(config, tmp_path):
         said = metadata(path / "ema_0.99.safetensors")
         assert (said["step"], said["ema"], said["format"]) == ("40", "0.99", "canonical")
         sample.check_latents(config, "it", said)
-        assert resolve.from_json(said["config"]) == config
+        assert store.from_json(said["config"]) == config
 
 
 def test_a_snapshot_that_cannot_be_written_leaves_nothing(config, tmp_path):

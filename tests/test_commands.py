@@ -193,7 +193,7 @@ def test_mistakes_of_sampling(framework, flags, message, refused, runs, tmp_path
 
 
 # A mistake in each command, and what the line on it names; {tmp} is an empty directory.
-FLOW = ("--config=configs/digits.py", "--config.method.name=flow", "--config.model.interval_embedder=False")
+FLOW = ("--config=configs/digits.py:flow",)
 MISTAKES = {
     "train": (("--config=configs/digits.py", "--config.data.name=digitz", "--workdir={tmp}/run"), "digitz"),
     "sample": (("--workdir={tmp}",), "{tmp} is not the work directory of a run"),

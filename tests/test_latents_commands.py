@@ -8,7 +8,8 @@ import numpy as np
 import PIL.Image
 import pytest
 
-from meanflow.config import latents, resolve
+from meanflow.config import latents
+from meanflow.config.workdir import read_workdir
 from meanflow.data.latents.dataset import read_metadata
 
 ENCODE = {"jax": "jax_impl.encode", "torch": "torch_impl/encode.py"}
@@ -84,7 +85,7 @@ def test_the_dataset_says_what_it_is(runs, parts, framework):
 
 @FRAMEWORKS
 def test_the_run_keeps_the_convention(runs, parts, framework):
-    config = resolve.read_workdir(runs[0] / framework / "run")
+    config = read_workdir(runs[0] / framework / "run")
     assert latents.of(config) == latents.CONVENTIONS["sd"] and config.latents.vae == str(parts / "vae")
 
 

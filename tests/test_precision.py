@@ -14,13 +14,13 @@ from absl import flags
 from safetensors.numpy import load_file
 
 from meanflow import torch_precision
-from meanflow.config import resolve
+from meanflow.config import store
 from parity.adapters import frameworks
 
 ROOT = pathlib.Path(__file__).parents[1]
 BOTH = ("jax", "torch")
 PACKAGES = ("jax_impl", "torch_impl", "benchmarks", "parity", "meanflow")
-FLOW = ("--config=configs/digits.py", "--config.method.name=flow", "--config.model.interval_embedder=False")
+FLOW = ("--config=configs/digits.py:flow",)
 # The commands of both frameworks, and arguments with which they begin.
 FLAGS = {
     "train": ("--config=configs/digits.py", "--workdir=none"),
@@ -37,7 +37,7 @@ TINY = ("--set", "model.depth=1", "model.width=16", "model.num_heads=2")
 OTHERS = {
     "benchmarks/step.py": lambda framework, path: [[f"--framework={framework}", "--batch=8", *TINY]],
     "benchmarks/sample.py": lambda framework, path: [[f"--framework={framework}", "--batch=8", *TINY]],
-    "benchmarks/memory.py": lambda framework, path: [framework, resolve.from_json(pathlib.Path(path).read_text())],
+    "benchmarks/memory.py": lambda framework, path: [framework, store.from_json(pathlib.Path(path).read_text())],
     "benchmarks/jax_devices.py": lambda framework, path: [path, 1, 1] if framework == "jax" else None,
     "benchmarks/torch_devices.py": lambda framework, path: [path, 1, 1] if framework == "torch" else None,
     "parity/full_step.py": lambda framework, path: [["--config=configs/digits.py"]],
@@ -125,7 +125,7 @@ def test_commands_set_the_precision(path, stop_there, parse_all, tiny, tmp_path,
         if hasattr(module, "define_flags"):
             module.define_flags()
 
-    (tmp_path / "config.json").write_text(resolve.to_json(tiny()))
+    (tmp_path / "config.json").write_text(store.to_json(tiny()))
     argv = [flag.format(workdir=tmp_path) for flag in FLAGS[command]]
     monkeypatch.setattr("sys.argv", ["program", *argv])
     monkeypatch.setattr(module, "setup_logging", lambda: None)
@@ -139,7 +139,7 @@ def test_commands_set_the_precision(path, stop_there, parse_all, tiny, tmp_path,
 @pytest.mark.parametrize("framework", BOTH)
 @pytest.mark.parametrize("path", OTHERS)
 def test_benchmarks_and_checks_set_the_precision(path, framework, stop_there, tiny, tmp_path, monkeypatch):
-    (tmp_path / "config.json").write_text(resolve.to_json(tiny()))
+    (tmp_path / "config.json").write_text(store.to_json(tiny()))
     arguments = OTHERS[path](framework, str(tmp_path / "config.json"))
     if arguments is not None:
         module = importlib.import_module(path[:-3].replace("/", "."))
@@ -204,7 +204,7 @@ def wide(tiny, tiny_flow, tmp_path_factory):
 
     directory = tmp_path_factory.mktemp("wide")
     config = tiny(tiny_flow | {"model.compute_dtype": "float64", "train.fsdp": 8})
-    (directory / "config.json").write_text(resolve.to_json(config))
+    (directory / "config.json").write_text(store.to_json(config))
     net, rng = step.build_net(config), np.random.default_rng(0)
     canonical = weights.to_canonical(net, dict(net.named_parameters()))
     for name in sorted(canonical.keys() - net.tables().keys()):

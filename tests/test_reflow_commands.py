@@ -6,7 +6,7 @@ import signal
 import numpy as np
 import pytest
 
-from meanflow.config import resolve
+from meanflow.config import checks
 from meanflow.config.features import Feature
 from meanflow.data import sources
 
@@ -21,7 +21,7 @@ NOISE = Feature("noise", (8, 8, 1), np.floating, "")
 @pytest.fixture(scope="module")
 def flow(tiny, tiny_flow):
     """Return a function (changes) -> the config of a tiny flow model."""
-    return lambda changes=(): resolve.check(tiny(tiny_flow | {"train.matmul_precision": "highest"} | dict(changes)))
+    return lambda changes=(): checks.check(tiny(tiny_flow | {"train.matmul_precision": "highest"} | dict(changes)))
 
 
 @pytest.fixture(scope="module")
@@ -49,9 +49,9 @@ def teacher(models, options, tiny_flow):
 def made(launcher, teacher, models, in_both, tmp_path_factory):
     """Return the directory with the couplings that each framework made, by name of the run."""
     directory = tmp_path_factory.mktemp("couplings")
-    guide = ("--guidance=1.5", f"--guide={models / 'guide.safetensors'}", "--guide_config=configs/digits.py",
+    guide = ("--guidance=1.5", f"--guide={models / 'guide.safetensors'}", "--guide_config=configs/digits.py:flow",
              "--guide_config.model.width=8", "--guide_config.model.depth=1", "--guide_config.model.num_heads=2",
-             "--guide_config.method.name=flow", "--guide_config.model.interval_embedder=False")  # fmt: skip
+    )  # fmt: skip
     runs = {"plain": (), "guided": guide}
 
     def scenario(framework):

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from jax_impl import checkpoints as jax_checkpoints
-from meanflow.config.resolve import read_workdir
+from meanflow.config.workdir import read_workdir
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as torch_weights
@@ -287,8 +287,7 @@ def test_a_full_disk(in_both, launcher, options, tmp_path):
 
 READ_WEIGHTS = {"jax": jax_checkpoints.read_weights, "torch": torch_checkpoints.read_weights}
 UNET = {
-    "model.width": 4, "model.channel_mult": (1,), "model.attn_resolutions": (8,), "model.dropout": 0.2,
-    "data.augment.prob": 0.5,
+    "model.name": "unet", "model.dropout": 0.2, "data.augment.prob": 0.5,
     "method.flow_fraction": 1.0,  # the JVP is in the other runs: this graph compiles sooner
     "train.ema_every": 2, "train.checkpoint_every": 3, "train.evaluate_every": 5, "evaluation.every_ema": True,
     "evaluation.num_samples": 10,
@@ -298,7 +297,7 @@ UNET = {
 @pytest.mark.slow
 def test_a_run_with_dropout_and_augmentation(in_both, launcher, options, tmp_path):
     """From step 3, between two updates of the EMAs, which every evaluation judges each."""
-    flags = ("--config=configs/digits.py:unet", *options(UNET)[1:])
+    flags = options(UNET)
 
     def scenario(framework):
         start = lambda _: launcher.start(TRAINERS[framework], *flags, f"--workdir={workdir}")  # noqa: E731

@@ -5,7 +5,7 @@ import signal
 
 import pytest
 
-from meanflow.config.resolve import read_workdir
+from meanflow.config.workdir import read_workdir
 from meanflow.data import couplings
 
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}

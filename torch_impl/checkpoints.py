@@ -21,7 +21,8 @@ from torch.distributed.tensor import DTensor
 
 from meanflow import files
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import resolve
+from meanflow.config import store
+from meanflow.config.workdir import open_workdir
 from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.step import TrainState, build_net, create_state
@@ -52,7 +53,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         `pending`, whether reports of this step are still to be made.
         """
         self.wait()
-        run = {"step": state.step} | progress | {"config": resolve.to_json(self.config)}
+        run = {"step": state.step} | progress | {"config": store.to_json(self.config)}
         writer = _Writer(self.path / str(state.step), json.dumps(run))
         stager = DefaultStager(StagingOptions(False, False, False, False))  # copies to host memory before it returns
         try:
@@ -134,11 +135,11 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
-    lock = resolve.open_workdir(workdir, config, "torch")
+    lock = open_workdir(workdir, config, "torch")
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
     state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
-    run = {"step": 0, "loader": "", "window": [], "config": resolve.to_json(config)}
+    run = {"step": 0, "loader": "", "window": [], "config": store.to_json(config)}
     writer = _Writer(pathlib.Path(workdir).absolute() / DIRECTORY / "0", json.dumps(run))
     dcp.save(_named(state), storage_writer=writer, no_dist=True)
     lock.close()

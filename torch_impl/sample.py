@@ -8,8 +8,9 @@ import torch
 
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import resolve
+from meanflow.config import checks
 from meanflow.config.flags import run
+from meanflow.config.workdir import read_workdir
 from meanflow.console_log import setup_logging
 from meanflow.sampling.noise import in_dtype_of
 from torch_impl import checkpoints, weights
@@ -57,7 +58,7 @@ def load(workdir_path, weights_path, config):
     Samples in the precision that the model was trained in.  Sampling flags given on the command line replace those of
     the config.
     """
-    config = sampling.override(resolve.check(config) if weights_path else resolve.read_workdir(workdir_path))
+    config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
     set_precision(config)
     if weights_path:
         canonical = weights.load(weights_path)

@@ -18,9 +18,10 @@ from meanflow.commands import train as training
 from meanflow.commands.logs import MetricLog
 from meanflow.commands.processes import ending_together
 from meanflow.commands.train import Termination
-from meanflow.config import resolve
+from meanflow.config import checks
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import run, workdir
+from meanflow.config.workdir import check_workdir, open_workdir
 from meanflow.console_log import setup_logging, show_only_warnings
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
@@ -48,15 +49,15 @@ def train(config, workdir, device):
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
     can fix, including a loss that is not finite; the latest checkpoint is then from before it.
     """
-    resolve.check_trainable(config)
+    checks.check_trainable(config)
     check_kernels(config.model, device)
     first = dist.get_rank() == 0
     if not first:
         show_only_warnings()
     config = with_latents(config)
     # Before anything takes memory on a device, of which a run in the same directory may leave none.
-    resolve.check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
-    resolve.check_divisible(config, dist.get_world_size(), "processes")
+    check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
+    checks.check_divisible(config, dist.get_world_size(), "processes")
     mesh = make_mesh(config, device)
     loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
     loader = Prefetcher(loader, functools.partial(put_batch, device=device), config.data.prefetch)
@@ -65,7 +66,7 @@ def train(config, workdir, device):
     reports = make_reports(config, device, workdir)
     # Once everything the config names is there, so that a mistake in it leaves nothing behind.
     digests = training.read_contents(config, read_weights)
-    lock = first_does(lambda: resolve.open_workdir(workdir, config, "torch", digests))
+    lock = first_does(lambda: open_workdir(workdir, config, "torch", digests))
     num_parameters = sum(p.numel() for p in state.net.parameters())
     logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
@@ -91,7 +92,7 @@ def start_state(config, mesh, device, checkpoints=None):
     if config.train.load_from:
         net = build_net(config)
         own, canonical = training.read_model(config.train.load_from, config, read_weights)
-        resolve.check_alike(config, own, "train.load_from")
+        checks.check_alike(config, own, "train.load_from")
         canonical = weights.transfer(net, dict(net.named_parameters()), canonical)
         replace_params(state, weights.from_canonical(net, canonical))
     return state, None
@@ -105,7 +106,7 @@ def load_teacher(config, device):
     if not training.has_teacher(config):
         return None
     own, canonical = training.read_model(config.method.teacher, config, read_weights)
-    net = build_net(resolve.check_teacher(config, own))
+    net = build_net(checks.check_teacher(config, own))
     net.load_state_dict(weights.from_canonical(net, weights.transfer(net, dict(net.named_parameters()), canonical)))
     return net.to(device).requires_grad_(False)
 
@@ -156,7 +157,7 @@ def make_reports(config, device, workdir):
 def main():
     """Check the config and train."""
     setup_logging()
-    c = resolve.check(config_flag())
+    c = checks.check(config_flag())
     device = start_torch(c)
     with ending_together(make_board(), wait_for_all), signals.caught():
         train(c, workdir(), device)

@@ -28,6 +28,7 @@ def integrate(net, noise, y, given, cfg, steps):
     of the samplers that add some, [steps - 1 b h w c].  Guided steps use u(no class) + cfg_scale (u(y) - u(no class)),
     both forwards as one batch.
     """
+    cfg_scale = cfg.cfg_scale if "cfg_scale" in cfg else 1  # a network conditioned on its guidance has none
     given = dict(given)
     fresh = given.pop("fresh", None)
     if any(step.add for step in steps[:-1]) and fresh is None:
@@ -40,10 +41,10 @@ def integrate(net, noise, y, given, cfg, steps):
         z, labels = jnp.concatenate([z, z]), jnp.concatenate([y, jnp.full_like(y, net.num_classes)])
         both = {name: jnp.concatenate([a, a]) for name, a in given.items()}
         u, u_null = jnp.split(net(z, full(z, t), full(z, to), labels, **both), 2)
-        return u_null + cfg.cfg_scale * (u - u_null)
+        return u_null + cfg_scale * (u - u_null)
 
     def velocity(z, t, to, is_guided):
-        return conditional(z, t, to) if cfg.cfg_scale == 1 else jax.lax.cond(is_guided, guided, conditional, z, t, to)
+        return conditional(z, t, to) if cfg_scale == 1 else jax.lax.cond(is_guided, guided, conditional, z, t, to)
 
     def heun(z, u, end, dt, is_guided):
         return z - dt / 2 * (u + velocity(z - dt * u, end, end, is_guided))

@@ -14,8 +14,9 @@ from meanflow import files
 from meanflow.commands import data_metrics, evaluate_images, guidance_sweep, image_metrics
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import options, paths, resolve, rules
+from meanflow.config import checks, options, paths
 from meanflow.config.flags import workdir
+from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
@@ -36,7 +37,7 @@ def define_flags() -> None:
     flags.DEFINE_list("metrics", None, "Image metrics: fid, is, kid, pr, fd_dinov2; default: evaluation.metrics.")
     flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: an .npz with mu and sigma, or EDM2's .pkl.")
     flags.DEFINE(paths.READ, "inception", None, "Inception's weights: a .safetensors made by parity/convert.py.")
-    flags.DEFINE_enum("convention", None, rules.CHOICES["evaluation.convention"], "Preprocessing for Inception.")
+    flags.DEFINE_enum("convention", None, options.CONVENTIONS, "Preprocessing for Inception.")
     flags.DEFINE(paths.READ, "dino", None, "DINOv2 for fd_dinov2: a directory, or a name on the Hugging Face hub.")
     flags.DEFINE_list("omegas", None, "Guidance scales to evaluate, each with each of --intervals, e.g. 1,2,4,8.")
     flags.DEFINE_list("intervals", None, "Guidance intervals to evaluate, each start:end, e.g. 0:1,0.4:0.65.")
@@ -55,7 +56,7 @@ def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> No
         if flags.FLAGS[flag].value:
             run(framework, start, overridden(options.get_config()))
             return
-    group = start(resolve.read_workdir(workdir()))
+    group = start(read_workdir(workdir()))
     config, sampler, weights = load(workdir(), "", None)
     config = overridden(config)
     configs = guided(config)
@@ -93,14 +94,14 @@ def is_writable(path: str) -> bool:
 
 
 def overridden(config: options.Config) -> options.Config:
-    """Return a copy of the config with the evaluation flags that were given.  Raises UserError as `resolve.check`."""
+    """Return a copy of the config with the evaluation flags that were given.  Raises UserError as `checks.check`."""
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     given |= {"metrics": tuple(given["metrics"])} if "metrics" in given else {}
     config = copy.deepcopy(config)
     config.evaluation.update(given)
     if not flags.FLAGS.make_reference:
-        resolve.check(config)
+        checks.check(config)
     return config
 
 
@@ -127,6 +128,8 @@ def guided(config: options.Config) -> list[options.Config]:
     for name in given:
         if not f[name].value or f[name.removesuffix("s")].value is not None:
             raise UserError(f"--{name} needs at least one value and excludes --{name.removesuffix('s')}")
+    if not given:
+        return []
     omegas, intervals = (config.sample.omega,), (config.sample.interval,)
     if "omegas" in given:
         omegas = sampling.numbers("omegas", f.omegas)
@@ -135,10 +138,10 @@ def guided(config: options.Config) -> list[options.Config]:
         if any(len(interval) != 2 for interval in intervals):
             raise UserError(f"--intervals takes start:end each, e.g. 0:1,0.4:0.65, not {','.join(f.intervals)}")
     configs = []
-    for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas) if given else ():
+    for interval, omega in dict.fromkeys((i, o) for i in intervals for o in omegas):
         configs.append(copy.deepcopy(config))
         configs[-1].sample.update(omega=omega, interval=interval)
-        resolve.check(configs[-1])
+        checks.check(configs[-1])
     return configs
 
 

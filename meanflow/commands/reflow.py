@@ -9,8 +9,9 @@ import numpy as np
 from absl import flags
 from ml_collections import config_flags
 
-from meanflow.config import latents, options, paths, resolve
+from meanflow.config import checks, latents, options, paths, store
 from meanflow.config.flags import config as config_flag
+from meanflow.config.workdir import read_workdir
 from meanflow.data import couplings, digests, records, sources
 from meanflow.errors import UserError
 from meanflow.sampling import edm
@@ -83,7 +84,7 @@ def reflow(start: Start, load: Load, make_coupler: MakeCoupler) -> None:
     for name, model in zip(("teacher", "guide"), models, strict=False):
         settings |= {
             f"{name}.weights": digests.of_weights(model.weights),
-            **resolve.flatten(model.config.model, f"{name}.model."),
+            **store.flatten(model.config.model, f"{name}.model."),
         }
     metadata = {"teacher": os.path.abspath(f.teacher), "guide": f.guide and os.path.abspath(f.guide)}
     convention = latents.of(configs[0])
@@ -112,7 +113,7 @@ def read_configs() -> list[options.Config]:
     if not f.guide:
         return [teacher]
     guide = read_config("guide", f.guide, "guide_config", f.guide_config, None)
-    ours, theirs = resolve.flatten(teacher), resolve.flatten(guide)
+    ours, theirs = store.flatten(teacher), store.flatten(guide)
     for name in ALIKE:
         if ours[name] != theirs[name]:
             raise UserError(
@@ -134,14 +135,14 @@ def read_config(
             raise UserError(
                 f"--{of_config} goes with a .safetensors: --{flag} {path} is a work directory, with its own"
             )
-        config = resolve.read_workdir(path)
+        config = read_workdir(path)
         config.sample.ema = config.sample.ema if ema is None else ema
     elif config is None:
         raise UserError(f"--{flag} {path} is not a work directory, and a .safetensors needs its config: --{of_config}")
     elif ema is not None or step is not None:
         option = "step" if ema is None else "ema"
         raise UserError(f"--{option} selects weights of a work directory, and --{flag} {path} is not one")
-    resolve.check(config)
+    checks.check(config)
     if config.method.name != "flow":
         raise UserError(f"--{flag} {path} has config.method.name {config.method.name}: couplings need a flow model")
     if config.method.path != "linear":

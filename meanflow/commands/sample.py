@@ -20,7 +20,7 @@ from tqdm import tqdm
 from meanflow import files
 from meanflow.commands import frozen_networks
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import latents, options, paths, resolve, rules
+from meanflow.config import checks, latents, options, paths
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
 from meanflow.errors import UserError
@@ -34,6 +34,7 @@ OPTIONS = (
     "steps", "times", "shift", "sampler", "gamma", "diffusion", "diffusion_scale", "official", "cfg_scale", "omega",
     "interval", "ema", "batch_size", "seed",
 )  # fmt: skip
+SAMPLERS = ("euler", "restart", "ctm", "velocity", "heun", "sde")  # of flow maps, and of flow models
 V_HEADS = "v_heads."  # prefix of the canonical names of the v head's blocks
 Sampler = Callable[[Any, np.ndarray, np.ndarray, options.Config, np.ndarray | None], np.ndarray]
 Load = Callable[[str | None, str, options.Config | None], tuple[options.Config, Sampler, Any]]
@@ -49,8 +50,7 @@ def define_flags() -> None:
     flags.DEFINE_integer("steps", None, "Sampling steps; default: config.sample.steps.", lower_bound=1)
     flags.DEFINE_list("times", None, "Times from 1 down to 0, instead of uniform steps, e.g. 1,0.5,0.")
     flags.DEFINE_float("shift", None, "Shift of uniform steps towards noise; 1: none.")
-    samplers = dict.fromkeys(rules.FLOW_MAP_SAMPLERS + rules.FLOW_SAMPLERS)
-    flags.DEFINE_enum("sampler", None, list(samplers), "Sampler; default: config.sample.sampler.")
+    flags.DEFINE_enum("sampler", None, SAMPLERS, "Sampler; default: config.sample.sampler.")
     flags.DEFINE_float("gamma", None, "Fraction of the noise that the sampler ctm replaces, in [0, 1].")
     flags.DEFINE_enum("diffusion", None, ["sigma", "elbo"], "Diffusion coefficient of the sampler sde.")
     flags.DEFINE_float("diffusion_scale", None, "Factor of that coefficient.")
@@ -178,17 +178,20 @@ def override(config: options.Config) -> options.Config:
     """Return a copy of the config with the sampling flags that were given.
 
     Raises UserError for times or intervals that are not numbers, for --omega if the network is not conditioned on
-    guidance, and as `resolve.check` does.
+    guidance, and as `checks.check` does.
     """
     given = {name: flags.FLAGS[name].value for name in OPTIONS}
     given = {name: value for name, value in given.items() if value is not None}
     check_told(config, given.keys() & {"omega"})
+    for name in given.keys() - set(config.sample):
+        flags_of = ", ".join(f"--{option}" for option in OPTIONS if option in config.sample)
+        raise UserError(f"--{name}: a model of config.method.name {config.method.name} is sampled by {flags_of}")
     given |= {name: numbers(name, given[name]) for name in ("times", "interval") if name in given}
     if "steps" in given:
         given.setdefault("times", ())
     config = copy.deepcopy(config)
     config.sample.update(given)
-    return resolve.check(config)
+    return checks.check(config)
 
 
 def step() -> int | None:
@@ -199,7 +202,7 @@ def step() -> int | None:
 def check_told(config: options.Config, names: Iterable[str]) -> None:
     """Raise UserError if flags of these names are given for a network that is not conditioned on guidance."""
     names = sorted(names)
-    if names and config.method.name != "improved":
+    if names and "omega" not in config.sample:
         raise UserError(
             f"--{names[0]} is for networks conditioned on guidance, but config.method.name is "
             f"{config.method.name}: one trained without guidance takes --cfg_scale"

@@ -13,7 +13,8 @@ import numpy as np
 
 from meanflow import files
 from meanflow.commands.checkpoints import STEP, whole_steps
-from meanflow.config import latents, options, resolve
+from meanflow.config import latents, options, store
+from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 
 DIRECTORY = "snapshots"
@@ -60,7 +61,7 @@ def metadata(config: options.Config, step: int, decay: float) -> dict[str, str]:
     of_latents = {} if convention is None else {"latents": json.dumps(latents.to_dict(convention))}
     source = f"step {step}, EMA of decay {decay}"
     return {"format": "canonical", "source": source, "step": str(step), "ema": str(decay)} | of_latents | {
-        "config": resolve.to_json(config)
+        "config": store.to_json(config)
     }  # fmt: skip
 
 
@@ -73,7 +74,7 @@ def locate(
     there are no snapshots.  step: None for the newest checkpoint.  Raises UserError if there is no such run, step or
     EMA; it lists those that there are.
     """
-    config = resolve.read_workdir(workdir)
+    config = read_workdir(workdir)
     decays = config.train.ema_decays
     ours, other = ("JAX", "torch") if path.name == "jax" else ("PyTorch", "jax")
     if not path.is_dir() and (path.parent / other).is_dir():

@@ -12,8 +12,8 @@ import numpy as np
 from absl import flags, logging
 
 from meanflow.commands import reflow
+from meanflow.config import checks, paths
 from meanflow.config import options as base
-from meanflow.config import paths, resolve
 from meanflow.config.flags import config as config_flag
 from meanflow.errors import UserError
 
@@ -71,15 +71,14 @@ def time_embedding(
 
 def two_times(teacher: base.Config) -> base.Config:
     """Return the config of the network of two times for a teacher's.  Raises UserError unless that is EDM2."""
-    config = base.get_config()
     if teacher.model.name != "edm2":
         raise UserError(
             f"--teacher has config.model.name {teacher.model.name}: only edm2 has a time embedding to fit; a student "
             "of another network starts from the teacher itself by --config.train.load_from"
         )
+    config = base.get_config("edm2", "rectified")
     config.model.update(teacher.model, interval_embedder=True, logvar_channels=0)
-    config.method.update(name="rectified", time_sampler="re2_truncate")
-    return resolve.check(config)
+    return checks.check(config)
 
 
 def copied(teacher: Weights) -> Weights:

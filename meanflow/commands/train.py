@@ -15,8 +15,9 @@ from meanflow.commands.data_metrics import evaluate, evaluate_emas
 from meanflow.commands.frozen_networks import FrozenNetworks, try_decoder
 from meanflow.commands.image_metrics import ImageMetrics
 from meanflow.commands.logs import MetricLog, Progress
-from meanflow.config import latents, options, resolve
+from meanflow.config import latents, options
 from meanflow.config.stages import stage_at
+from meanflow.config.workdir import read_workdir
 from meanflow.data import digests
 from meanflow.data.prefetch import Prefetcher
 from meanflow.errors import UserError
@@ -211,7 +212,7 @@ def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> 
     if not os.path.isdir(path):
         sample.check_latents(config, path, files.metadata(path))
         return None, files.load(path)
-    own = resolve.read_workdir(path)
+    own = read_workdir(path)
     theirs = latents.of(own)
     if theirs:
         latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
@@ -220,7 +221,7 @@ def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> 
 
 def has_teacher(config: options.Config) -> bool:
     """Return whether the method distils the guidance of a frozen flow model, `method.teacher`."""
-    return config.method.name == "decoupled" and config.method.guidance_type == "distill"
+    return "guidance_type" in config.method and config.method.guidance_type == "distill"
 
 
 def read_contents(config: options.Config, read_weights: ReadWeights) -> dict[str, str]:

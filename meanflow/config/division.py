@@ -11,7 +11,6 @@ from meanflow.errors import UserError
 
 LARGEST = 10**6  # denominator of a share; rounding to float64 never moves a fraction of this size to another
 CLOSE = 1e-9  # between a share and the fraction that it stands for
-WITH_FLOW_ROWS = ("meanflow", "improved", "rectified")  # methods, of which all others ignore flow_rows
 
 
 def exact(share: float) -> fractions.Fraction:
@@ -46,7 +45,7 @@ def check(config: options.Config, devices: int, kind: str) -> None:
             f"config.train.batch_size {batch} is not divisible by {parts} ({devices} {kind} times "
             f"config.train.accumulate {accumulate}): {ways_out(config, devices)}"
         )
-    if not whole_share(config, batch, parts, c.flow_fraction):
+    if "flow_rows" in c and not whole_share(config, batch, parts, c.flow_fraction):
         num = batch if c.flow_rows == "front" else batch // parts
         rows = f"{batch} rows of a batch" if c.flow_rows == "front" else f"{num} rows that each device computes at once"
         raise UserError(
@@ -54,7 +53,7 @@ def check(config: options.Config, devices: int, kind: str) -> None:
             f"{kind}, config.train.accumulate {accumulate}) is {num * c.flow_fraction} rows, not a whole number: "
             f"{ways_out(config, devices)}"
         )
-    if c.name == "decoupled" and c.log_variance_pairs == "all" and parts > 1:
+    if "log_variance_pairs" in c and c.log_variance_pairs == "all" and parts > 1:
         raise UserError(
             "config.method.log_variance_pairs is all, which pairs every row of a batch with every other, but "
             f"{devices} {kind} times config.train.accumulate {accumulate} divide the batch: set "
@@ -68,7 +67,7 @@ def whole_share(config: options.Config, batch: int, parts: int, fraction: float)
     True for methods without flow rows, and where they are drawn.
     """
     c = config.method
-    if c.name not in WITH_FLOW_ROWS or c.flow_rows == "coin":
+    if "flow_rows" not in c or c.flow_rows == "coin":
         return True
     if c.flow_rows == "front":  # counted as the official code counts them
         return int(batch * fraction) == batch * exact(fraction)
@@ -77,21 +76,22 @@ def whole_share(config: options.Config, batch: int, parts: int, fraction: float)
 
 def ways_out(config: options.Config, devices: int) -> str:
     """Return the options that would divide the batch, the nearest values of each."""
-    batch, accumulate, fraction = config.train.batch_size, config.train.accumulate, config.method.flow_fraction
-
+    batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
+    fraction = c.flow_fraction if "flow_rows" in c else 0.0
     parts = devices * accumulate
 
     def fits(batch: int = batch, accumulate: int = accumulate, fraction: float = fraction) -> bool:
         parts = devices * accumulate
         return batch % parts == 0 and whole_share(config, batch, parts, fraction)
 
-    num = batch if config.method.flow_rows == "front" else max(batch // parts, 1)
-    below = int(exact(fraction) * num)
-    ways = {
+    ways: dict[str, list] = {
         "train.batch_size": nearest(batch, max(4 * batch, 4096), lambda size: fits(batch=size)),
         "train.accumulate": nearest(accumulate, batch // devices, lambda number: fits(accumulate=number)),
-        "method.flow_fraction": [share for share in (below / num, (below + 1) / num) if fits(fraction=share)],
     }
+    if "flow_rows" in c:
+        num = batch if c.flow_rows == "front" else max(batch // parts, 1)
+        below = int(exact(fraction) * num)
+        ways["method.flow_fraction"] = [share for share in (below / num, (below + 1) / num) if fits(fraction=share)]
     if batch % parts == 0:
         ways["method.flow_rows"] = ["coin, by chance"]
     elif not any(ways.values()):  # the share fits no size near; at least the batch can be divided

@@ -7,8 +7,9 @@ from collections.abc import Callable
 from absl import app, flags
 from ml_collections import config_flags
 
-from meanflow.config import options, paths
-from meanflow.config.resolve import flatten
+from meanflow.config import paths
+from meanflow.config.sections import find
+from meanflow.config.store import load_file
 from meanflow.errors import UserError, exit_on_user_error
 
 FILES = ("config", "guide_config")  # flags of config files
@@ -29,17 +30,12 @@ def workdir() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse the command line and call `main`; what the user got wrong becomes one line and exit code 2."""
+    """Parse the command line and call `main`; a mistake of the user becomes one line and exit code 2."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help())
         return
     with exit_on_user_error():
         app.run(lambda _: main(), flags_parser=_parse)
-
-
-def overrides(argv: list[str]) -> list[str]:
-    """Return the dotted options that `--config.OPTION=VALUE` arguments name."""
-    return [a.split("=")[0].removeprefix("--config.") for a in argv if a.startswith("--config.")]
 
 
 def _help() -> str:
@@ -49,7 +45,8 @@ def _help() -> str:
             str(program.__doc__),
             flags.FLAGS.module_help("meanflow.config.flags"),
             flags.FLAGS.main_module_help(),
-            "\n  --config.SECTION.OPTION=VALUE overrides an option; meanflow/config/options.py lists them.",
+            "\n  --config.SECTION.OPTION=VALUE overrides an option of the config file.  In meanflow/config, options.py"
+            "\n  lists the options of all runs, networks.py and methods.py those of one network or method.",
         ]
     )
 
@@ -75,6 +72,18 @@ def _with_files(argv: list[str]) -> list[str]:
     return found
 
 
+def _check_configs(argv: list[str]) -> None:
+    """Raise UserError if a config file fails, or if an override names an option that its config does not have."""
+    configs = {}
+    for argument in argv:
+        name, _, value = argument.lstrip("-").partition("=")
+        flag, _, option = name.partition(".")
+        if name in FILES:
+            configs[name] = load_file(value)
+        elif flag in configs:
+            find(configs[flag], option)
+
+
 def _parse(argv: list[str]) -> list[str]:
     argv = _with_files(argv)
     try:
@@ -83,14 +92,12 @@ def _parse(argv: list[str]) -> list[str]:
         raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     except ImportError as error:
         raise UserError(f"a config file cannot be imported: {error}") from error
+    except UserError:
+        raise
     except (flags.Error, AttributeError, KeyError, TypeError, ValueError) as error:
-        unknown = [name for name in overrides(argv) if name not in flatten(options.get_config())]
-        if unknown:
-            raise UserError(
-                f"there is no option config.{unknown[0]}; meanflow/config/options.py lists the options"
-            ) from error
+        _check_configs(argv)
         reason = [line for line in str(error).splitlines() if line.strip()][-1].strip()
-        raise UserError(f"{reason}  (--help lists the flags, meanflow/config/options.py the options)") from error
+        raise UserError(f"{reason}  (--help lists the flags)") from error
     if len(rest) > 1:
         raise UserError(f"unexpected argument {rest[1]!r}: flags are written --name=value")
     return rest

@@ -91,7 +91,7 @@ def expand_options(config) -> None:
     """Expand the `OPTIONS` of a config in place.  Raises UserError as `expand`."""
     for key in OPTIONS:
         section, name = key.split(".")
-        if config[section][name].startswith("~"):
+        if name in config[section] and config[section][name].startswith("~"):
             try:
                 config[section][name] = expand(config[section][name])
             except UserError as error:

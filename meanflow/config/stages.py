@@ -11,7 +11,7 @@ def stages(config: options.Config) -> tuple[options.Config, ...]:
     With train.clip_stage = guided, a stage that is not guided does not clip.
     """
     c = config.method
-    if c.name != "rectified":
+    if "stage1_steps" not in c:
         return (config,)
     guided = (c.stage_order == "guided_first", c.stage_order == "plain_first") if c.stage1_steps else (c.guidance,)
     return tuple(stage(config, guidance) for guidance in guided)
@@ -29,4 +29,4 @@ def stage(config: options.Config, guidance: bool) -> options.Config:
 def stage_at(config: options.Config, step: int) -> int:
     """Return the number of the stage to which the step after `step` steps belongs."""
     c = config.method
-    return int(c.name == "rectified" and 0 < c.stage1_steps <= step)
+    return int("stage1_steps" in c and 0 < c.stage1_steps <= step)

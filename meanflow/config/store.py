@@ -1,21 +1,25 @@
 """Configs as JSON, in work directories, checkpoints and snapshots, and how those of other versions are read.
 
-A stored config is the nested options and beside them a `version`.  Options this code added later take the value in
-`CHANGES` for older runs or else their default; unknown ones are refused.
+A stored config is the nested options and, next to them, the `version` of the config.  Options added since take the
+value in `CHANGES` for older runs, or else their default; unknown ones are refused.  Up to version 1 every run stored
+the options of all networks and methods: those of others than its own had no effect and are dropped.
 """
 
 import functools
+import inspect
 import json
 import pathlib
+import runpy
 from typing import Any, NamedTuple
 
-import ml_collections
 from absl import logging
 
 from meanflow.config import options, paths
+from meanflow.config.sections import flatten as flatten
 from meanflow.errors import UserError
 
-VERSION = 1
+VERSION = 2
+FLAT = 1  # the last version that stored the options of all networks and methods
 VERSION_KEY, CONTENT_KEY = "version", "content"  # beside the options
 SECTIONS = ("data", "model", "method", "train", "sample", "evaluation")  # that every version has
 
@@ -38,7 +42,7 @@ def to_json(config: options.Config, content: dict[str, str] | None = None) -> st
 
 
 def from_json(text: str, where: str = "the stored config") -> options.Config:
-    """Return the config of a JSON text of this or another version, with every option of `meanflow/config/options.py`.
+    """Return the config of a JSON text of this or another version, with every option of its network and method.
 
     where: what messages call it.  Options it lacks are named in a log line.  Raises UserError for text that is not
     JSON, unknown options, missing sections and values of another type than the default's.
@@ -48,15 +52,18 @@ def from_json(text: str, where: str = "the stored config") -> options.Config:
     given.pop(CONTENT_KEY, None)
     if type(version) is not int:
         raise UserError(f"{where} is damaged: its version is {version!r}.  {_way_out(where)}")
-    config = options.get_config()
-    known = flatten(config)
     flat = _upgrade(flatten(given), version)
     for name in SECTIONS:
         if not isinstance(given.get(name), dict):
             raise UserError(f"{where} is damaged: it lacks the section {name}.  {_way_out(where)}")
+    config = _fresh(flat, where)
+    known = flatten(config)
+    if version <= FLAT:
+        elsewhere = options.all_options().keys() - known.keys()
+        flat = {key: value for key, value in flat.items() if key not in elsewhere}
     unknown, missing = [key for key in flat if key not in known], [key for key in known if key not in flat]
     if version > VERSION and (unknown or missing):
-        raise UserError(f"{where} is of version {version} of the config, this code knows {VERSION} at most: update it")
+        raise UserError(f"{where} is of config version {version}, this code knows {VERSION} at most: update it")
     if unknown:
         raise UserError(
             f"{where} has options that this code does not know: {', '.join(unknown)}.  Use the code that wrote it"
@@ -81,13 +88,31 @@ def read_content(path: pathlib.Path) -> dict[str, str]:
     return content if isinstance(content, dict) else {}
 
 
-def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted option: value} of a config or of nested dicts."""
-    flat = {}
-    for key, value in config.items():
-        nested = isinstance(value, (dict, ml_collections.ConfigDict))
-        flat |= flatten(value, f"{prefix}{key}.") if nested else {prefix + key: value}
-    return flat
+def load_file(name: str) -> options.Config:
+    """Return the config of FILE.py[:variant], or of a work directory's config.json.
+
+    Raises UserError if there is no such file or variant.
+    """
+    file, _, variant = paths.expand(name).partition(":")
+    path = pathlib.Path(file)
+    if not path.is_file():
+        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+    if path.suffix not in (".py", ".json"):
+        raise UserError(f"--config {path} is neither a .py nor a .json file")
+    try:
+        get_config = runpy.run_path(file).get("get_config") if path.suffix == ".py" else None
+    except SyntaxError as error:
+        raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
+    if path.suffix == ".py" and get_config is None:
+        raise UserError(f"--config {path} defines no get_config(); configs/digits.py shows how a config looks")
+    if variant and (get_config is None or not inspect.signature(get_config).parameters):
+        raise UserError(f"--config {name}: {path.name} has no variants, so leave out :{variant}")
+    if get_config is None:
+        return read_file(path)
+    try:
+        return get_config(variant) if variant else get_config()
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(f"--config {name}: {error}") from error
 
 
 def _read(path: pathlib.Path) -> str:
@@ -117,6 +142,17 @@ def _upgrade(flat: dict[str, Any], version: int) -> dict[str, Any]:
             flat = {change.renamed.get(key, key): value for key, value in flat.items()}
             flat = change.before | flat
     return flat
+
+
+def _fresh(flat: dict[str, Any], where: str) -> options.Config:
+    """Return the default config of the network and method that stored options name."""
+    network, method = (flat.get(f"{section}.name") for section in ("model", "method"))
+    if not isinstance(network, str) or not isinstance(method, str):
+        raise UserError(f"{where} is damaged: it names no network or no method.  {_way_out(where)}")
+    try:
+        return options.get_config(network, method)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
 
 
 def _converted(key: str, value: Any, default: Any, where: str) -> Any:

@@ -19,7 +19,7 @@ def of_config(config: options.Config, teacher: dict[str, np.ndarray] | None = No
     """
     c = config.data
     found = {"data.name": of_dataset(c.name, c.split, c.dir)}
-    found |= {"data.encoder": of_path(c.encoder)} if c.encoder else {}
+    found |= {"data.encoder": of_path(c.encoder)} if "encoder" in c and c.encoder else {}
     return found | ({} if teacher is None else {"method.teacher": of_weights(teacher)})
 
 

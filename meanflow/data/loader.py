@@ -196,7 +196,8 @@ def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray
 def _check_augment(config: base.Config, feature: Feature | None) -> None:
     """Raise UserError if config.data.augment contradicts the network, or would change images but not their feature."""
     c, num_labels = config.data.augment, augment.num_labels(config.data.augment)
-    if c.prob > 0 and config.model.augment_dim not in (0, num_labels):
+    embedded = config.model.augment_dim if "augment_dim" in config.model else 0
+    if c.prob > 0 and embedded not in (0, num_labels):
         raise UserError(
             f"config.model.augment_dim is {config.model.augment_dim}, but config.data.augment makes {num_labels} "
             f"labels: set --config.model.augment_dim={num_labels}, or 0 for a network that is not conditioned on them"

@@ -6,7 +6,7 @@ from collections.abc import Collection, Iterable, Mapping
 import numpy as np
 from absl import logging
 
-from meanflow.config.rules import METRICS
+from meanflow.config.options import METRICS
 from meanflow.errors import UserError
 from meanflow.metrics import preprocessing
 from meanflow.metrics import scores as measures

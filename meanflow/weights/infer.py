@@ -50,30 +50,33 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     if weights["pos_embed"].ndim not in (2, 3):
         raise UserError(f"pos_embed has shape {weights['pos_embed'].shape}, where (1, patches, width) is needed")
     width, channels, patch_size, _ = weights[needed[0]].shape
-    config = options.get_config()
+    config = options.get_config(*kind_of_dit(weights))
     config.model.update(
         width=width, channels=channels, patch_size=patch_size, num_heads=1,
         input_size=round(weights["pos_embed"].shape[-2] ** 0.5) * patch_size,
         num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
-        interval_embedder="r_embedder.mlp.0.weight" in weights,
     )  # fmt: skip
-    config.method.name = "meanflow" if config.model.interval_embedder else "flow"
     scale = weights.get("blocks.0.attn.q_norm.scale")
     if scale is not None:
         check_ranks(weights, {"blocks.0.attn.q_norm.scale": 1})
         config.model.update(qk_norm=True, num_heads=width // len(scale))
     projectors = sorted({int(m[1]) for n in weights if (m := re.match(r"projectors\.(\d+)\.", n))})
-    if projectors:
+    if projectors and "repa_dims" in config.model:
         last = [f"projectors.{i}.4.weight" for i in projectors]
         check_ranks(weights, dict.fromkeys(last, 2))
         config.model.projector_dim = weights[last[0]].shape[1]
         config.model.repa_dims = tuple(len(weights[name]) for name in last)
-    if "logvar_linear.weight" in weights:
-        config.method.name = "decoupled"
-        config.model.update(name="dmf_dit", interval_embedder=True)  # which it ignores
+    if config.model.name == "dmf_dit":
         config.model.dmf_depth = min(config.model.dmf_depth, config.model.depth)
     return config
+
+
+def kind_of_dit(weights: dict[str, np.ndarray]) -> tuple[str, str]:
+    """Return the network and the method that the weights of a transformer belong to."""
+    if "logvar_linear.weight" in weights:
+        return "dmf_dit", "decoupled"
+    return "dit", "meanflow" if "r_embedder.mlp.0.weight" in weights else "flow"
 
 
 def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
@@ -95,10 +98,9 @@ def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDic
     width, channels, patch_size, _ = weights["x_embedder.proj.weight"].shape
     if width % len(weights[norm]) or len(weights[norm]) % 2:
         raise UserError(f"{norm} has shape {weights[norm].shape}: heads must be even and divide the width {width}")
-    config = options.get_config()
-    config.method.name = "improved"
+    config = options.get_config("imf_dit", "improved")
     config.model.update(
-        name="imf_dit", width=width, channels=channels, patch_size=patch_size, num_heads=width // len(weights[norm]),
+        width=width, channels=channels, patch_size=patch_size, num_heads=width // len(weights[norm]),
         input_size=16 * patch_size, num_classes=len(weights[table]) - 1,
         mlp_ratio=(len(weights[hidden]) + 0.5) / width,  # its product with the width is rounded down
         depth=depths["shared_blocks"] + depths["u_heads"], head_depth=depths["u_heads"],
@@ -127,9 +129,9 @@ def inferred_unet(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     separate = "map_layer0_s.weight" in weights
     emb, features = weights["map_layer0.weight"].shape
     filters = [a for name, a in weights.items() if name.endswith("resample_filter")]
-    config = options.get_config()
+    config = options.get_config("unet", "meanflow")
     config.model.update(
-        name="unet", input_size=int(size), channels=channels, width=width,
+        input_size=int(size), channels=channels, width=width,
         channel_mult=tuple(len(weights[f"enc.{s}x{s}_block0.conv0.weight"]) // width for s in sizes),
         channel_mult_emb=emb // width, channel_mult_noise=features // width // (1 if separate else 2),
         num_blocks=len(re.findall(rf"^enc\.{size}x{size}_block\d+\.conv0\.weight$", names, re.MULTILINE)),
@@ -175,15 +177,14 @@ def inferred_edm2(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     width = math.gcd(emb, features, *blocks.values())
     attention = [s for s in sizes if f"unet.enc.{s}x{s}_block0.attn_qkv.weight" in weights]
     two_times = "unet.emb_noise_t.weight" in weights
-    config = options.get_config()
-    config.method.name = "rectified" if two_times else "flow"
+    config = options.get_config("edm2", "rectified" if two_times else "flow")
     config.model.update(
-        name="edm2", input_size=int(size), channels=weights[first].shape[1] - 1,  # the network adds one of ones
+        input_size=int(size), channels=weights[first].shape[1] - 1,  # the network adds one of ones
         num_classes=weights["unet.emb_label.weight"].shape[1], width=width,
         channel_mult=tuple(channels // width for channels in blocks.values()),
         channel_mult_emb=emb // width, channel_mult_noise=features // width,
         num_blocks=len(re.findall(rf"^unet\.enc\.{size}x{size}_block\d+\.conv_res0\.weight$", names, re.MULTILINE)),
-        attn_resolutions=tuple(map(int, attention)), interval_embedder=two_times,
+        attn_resolutions=tuple(map(int, attention)),
         logvar_channels=len(weights["logvar_fourier.freqs"]) if "logvar_fourier.freqs" in weights else 0,
     )  # fmt: skip
     attended = {blocks[s] for s in [*attention, sizes[-1]]}  # the decoder's first block always attends

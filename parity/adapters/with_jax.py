@@ -18,7 +18,7 @@ from jax_impl.methods import METHODS, common, flow, improved, reflow
 from jax_impl.models import edm2, layers, unet
 from jax_impl.models.tape import Tape, under_jvp
 from meanflow.config import options as base
-from meanflow.config import resolve
+from meanflow.config import store
 from meanflow.sampling import edm, steps
 from meanflow.tables import rotary_table as table_of
 
@@ -336,14 +336,14 @@ def learning_rates(steps, c):
 
 def _model(config):
     """The config of the network alone, as text."""
-    alone = base.get_config()
+    alone = base.get_config(config.model.name, config.method.name)
     alone.model.update(config.model)
-    return resolve.to_json(alone)
+    return store.to_json(alone)
 
 
 @functools.cache
 def _network(model):
-    config = resolve.from_json(model)
+    config = store.from_json(model)
     graphdef, shapes = step.abstract_net(config)
     several = config.model.name == "imf_dit"
 

@@ -96,8 +96,10 @@ def ends(name: str, cfg) -> tuple[float, ...]:
         return TIMES if c.time_sampler in ("uniform", "re2_truncate") else NORMALS
     if name == "interval":
         return NORMALS
-    threshold = {"coin": (c.flow_fraction,), "drop": (c.label_drop_prob,), "omega": (1 / max(c.omega_max - 1, 1),)}
-    return threshold.get(name, (0.5,)) + UNIFORMS
+    first = {
+        "coin": lambda: c.flow_fraction, "drop": lambda: c.label_drop_prob, "omega": lambda: 1 / max(c.omega_max - 1, 1)
+    }.get(name, lambda: 0.5)  # fmt: skip
+    return (first(), *UNIFORMS)
 
 
 def near_the_rules(draws: dict, cfg) -> None:

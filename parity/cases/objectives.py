@@ -6,7 +6,7 @@ import numpy as np
 
 from meanflow.commands import time_embedding as fitting
 from meanflow.config import options as base
-from meanflow.config import resolve
+from meanflow.config import store
 from meanflow.sampling import noise
 from parity import oracle
 from parity.adapters.frameworks import FRAMEWORKS
@@ -71,11 +71,11 @@ def forward(network: str, measure: Measure) -> None:
     for quantity, (end, optional, head) in cases.items():
         u = {name: f.forward(net, x, t, end, y, optional, head) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", quantity, u["jax"], u["torch"], BOUND)
-    if cfg.model.repa_dims:
+    if "repa_dims" in cfg.model and cfg.model.repa_dims:
         got = {name: f.features(net, x, t, y) for name, f, net in nets(cfg)}
         for i, (ours, theirs) in enumerate(zip(got["jax"], got["torch"], strict=True)):
             measure.compare("jax-torch", f"features {i}", ours, theirs, BOUND)
-    if cfg.model.name == "dmf_dit" or cfg.model.logvar_channels:
+    if cfg.model.name == "dmf_dit" or ("logvar_channels" in cfg.model and cfg.model.logvar_channels):
         got = {name: f.log_variance(net, t, r) for name, f, net in nets(cfg)}
         measure.compare("jax-torch", "log_variance", got["jax"], got["torch"], BOUND)
 
@@ -139,7 +139,8 @@ def oracle_of(cfg, rows, draws) -> tuple:
 
 def teacher(f, cfg):
     """Return the frozen flow model if the config has a teacher, else None."""
-    return f.build(teacher_config(), random_weights(teacher_config())) if cfg.method.teacher else None
+    given = "teacher" in cfg.method and cfg.method.teacher
+    return f.build(teacher_config(), random_weights(teacher_config())) if given else None
 
 
 def against_reference(measure, framework, result, reference):
@@ -235,26 +236,25 @@ def time_embedding(network: str, measure: Measure) -> None:
 
 def config(network: str = "dit", **changes: dict) -> base.Config:
     """Return the config of a tiny network.  changes: options by section, e.g. method={'kappa': 0}."""
-    cfg = base.get_config()
-    cfg.model.update(NETWORKS[network])
-    cfg.method.name = method_of(cfg.model)
+    model = NETWORKS[network]
+    cfg = base.get_config(model.get("name", "dit"), changes.get("method", {}).get("name") or method_of(model))
+    cfg.model.update(model)
     for section, options in changes.items():
         cfg[section].update(options)
     return cfg
 
 
-def method_of(model: base.Config) -> str:
-    """Return the name of the method that trains the network of `config.model`."""
-    if model.name in ("dit", "edm2") and not model.interval_embedder:
+def method_of(model: dict) -> str:
+    """Return the name of the method that trains a network of `NETWORKS` unless its settings name another."""
+    if not model.get("interval_embedder", True):
         return "flow"
-    return {"imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "rectified"}.get(model.name, "meanflow")
+    return {"imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "rectified"}.get(model.get("name", ""), "meanflow")
 
 
 def teacher_config() -> base.Config:
     """Return the config of the frozen flow model."""
-    cfg = base.get_config()
+    cfg = base.get_config("dit", "flow")
     cfg.model.update(TEACHER)
-    cfg.method.name = "flow"
     return cfg
 
 
@@ -270,15 +270,14 @@ def heads(cfg) -> str:
 
 def random_weights(cfg) -> dict[str, np.ndarray]:
     """Return canonical weights, non-zero everywhere: zero layers would hide everything before them."""
-    alone = base.get_config()
+    alone = base.get_config(cfg.model.name, cfg.method.name)
     alone.model.update(cfg.model, compute_dtype="float64")
-    alone.method.name = cfg.method.name
-    return _random_weights(resolve.to_json(alone))
+    return _random_weights(store.to_json(alone))
 
 
 @functools.cache
 def _random_weights(text: str) -> dict[str, np.ndarray]:
-    cfg = resolve.from_json(text)
+    cfg = store.from_json(text)
     rng = np.random.RandomState(1)
     torch = FRAMEWORKS["torch"]
     fresh = torch.fresh_weights(cfg, [0])[0]
@@ -316,7 +315,7 @@ def rows_of(cfg, x, y, rng) -> dict[str, np.ndarray]:
     c, rows = cfg.model, {"image": x, "label": y}
     if c.name == "unet" and c.augment_dim:
         rows["augment"] = rng.normal(size=(BATCH_SIZE, c.augment_dim))
-    if c.repa_dims:
+    if "repa_dims" in c and c.repa_dims:
         rows["features"] = rng.normal(size=(BATCH_SIZE, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)))
     return rows
 

@@ -42,17 +42,16 @@ def is_flow(fixture) -> bool:
 
 def config_of(net: dict) -> options.Config:
     """Return our config of a network that the official code describes by `net`."""
-    config = network.config_of(net)
     flow = "dmf_depth" not in net
-    config.method.update(name="flow" if flow else "decoupled", log_variance_pairs="all")
-    config.model.update(name="dit" if flow else "dmf_dit", interval_embedder=not flow, qk_norm=net["qk_norm"])
+    config = network.config_of(net, *("dit", "flow") if flow else ("dmf_dit", "decoupled"))
+    config.model.qk_norm = net["qk_norm"]
     if flow:
         dims = tuple(net.get("z_dims", ()))
-        config.model.interval_embedder = False
         config.model.update(repa_dims=dims, repa_depth=net["repa_depth"] or 1)
         config.model.update(projector_dim=net["projector_dim"] if dims else 1)
     else:
         config.model.dmf_depth = net["dmf_depth"]
+        config.method.log_variance_pairs = "all"
     config.sample.official = True
     return config
 

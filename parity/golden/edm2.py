@@ -54,17 +54,16 @@ def is_teacher(fixture) -> bool:
 
 def config_of(net: dict, two_times: bool) -> options.Config:
     """Return our config of a network that the official code describes by `net`, of two times or of one."""
-    config, mult = options.get_config(), net["channel_mult"]
+    config, mult = options.get_config("edm2", "rectified" if two_times else "flow"), net["channel_mult"]
     config.model.update(
-        name="edm2", input_size=net["img_resolution"], channels=net["img_channels"], num_classes=net["label_dim"],
+        input_size=net["img_resolution"], channels=net["img_channels"], num_classes=net["label_dim"],
         width=net["model_channels"], channel_mult=tuple(mult), num_blocks=net["num_blocks"],
         channel_mult_emb=net.get("channel_mult_emb") or max(mult),
         channel_mult_noise=net.get("channel_mult_noise") or mult[0], attn_resolutions=tuple(net["attn_resolutions"]),
         head_width=net["channels_per_head"], logvar_channels=net["logvar_channels"], sigma_data=net["sigma_data"],
-        interval_embedder=two_times, compute_dtype="float32",
+        compute_dtype="float32",
     )  # fmt: skip
     network.expect(net, dropout=0.0, **CONSTANTS)
-    config.method.name = "rectified" if two_times else "flow"
     return config
 
 

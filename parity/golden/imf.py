@@ -33,10 +33,10 @@ def config_of(fixture) -> options.Config:
     """Return our config of the fixture's network."""
     net, top, common = (fixture.config.get(key, {}) for key in ("net", "top", "base"))
     sizes = net | {"input_size": top.get("img_size"), "in_channels": top.get("img_channels")} if top else net
-    config = network.config_of(sizes | {"num_classes": (top or common)["num_classes"]})
-    config.method.name = "improved"
+    sizes = sizes | {"num_classes": (top or common)["num_classes"]}
+    config = network.config_of(sizes, "imf_dit", "improved")
     config.model.update(
-        name="imf_dit", head_depth=net["aux_head_depth"], num_class_tokens=net["num_class_tokens"],
+        head_depth=net["aux_head_depth"], num_class_tokens=net["num_class_tokens"],
         num_omega_tokens=net["num_cfg_tokens"], num_interval_tokens=net["num_interval_tokens"],
         num_time_tokens=net["num_time_tokens"],
     )  # fmt: skip

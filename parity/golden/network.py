@@ -16,9 +16,9 @@ SEEDS = range(40)  # fresh networks pooled for the statistics of initial weights
 UNIFORM = 1.8  # largest over standard deviation: sqrt(3) for uniforms, well above 2 for so many normals
 
 
-def config_of(net: dict):
-    """Return our config of a network that the official code describes by `net`."""
-    config = options.get_config()
+def config_of(net: dict, network: str = "dit", method: str = "meanflow"):
+    """Return our config of a transformer that the official code describes by `net`; network, method: our names."""
+    config = options.get_config(network, method)
     config.model.update(
         input_size=net["input_size"], channels=net["in_channels"], num_classes=net["num_classes"],
         patch_size=net["patch_size"], depth=net["depth"], width=net["hidden_size"], num_heads=net["num_heads"],

@@ -38,14 +38,14 @@ def loss_cases(fixture) -> dict:
 
 def config_of(fixture):
     """Return our config of the fixture's network.  Raises UserError if it has other channels out than in."""
-    net, config = fixture.config["net"], base.get_config()
+    net, config = fixture.config["net"], base.get_config("unet", "meanflow")
     network.expect(net, dropout=0.0, label_dim=0, label_dropout=0, s_embed=True)
     if fixture.system == "sit_cifar_unet_torch":
         network.expect(net, embedding_type="positional")  # its Fourier features have frequencies for each time
     if net["out_channels"] != net["in_channels"]:
         raise UserError(f"the official network maps {net['in_channels']} channels to {net['out_channels']}")
     config.model.update(
-        name="unet", input_size=net["img_resolution"], channels=net["in_channels"], width=net["model_channels"],
+        input_size=net["img_resolution"], channels=net["in_channels"], width=net["model_channels"],
         channel_mult=tuple(net["channel_mult"]), channel_mult_emb=net["channel_mult_emb"],
         channel_mult_noise=net["channel_mult_noise"], num_blocks=net["num_blocks"],
         attn_resolutions=tuple(net["attn_resolutions"]), augment_dim=net.get("augment_dim", 0),

@@ -14,7 +14,7 @@ import jax
 import numpy as np
 
 from jax_impl import step
-from meanflow.config import resolve
+from meanflow.config import store
 
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 
@@ -38,4 +38,4 @@ if __name__ == "__main__":
     jax.config.update("jax_num_cpu_devices", 4)
     for path in sys.argv[1:]:
         with open(path) as file:
-            print(json.dumps(measure(resolve.from_json(file.read()))), flush=True)
+            print(json.dumps(measure(store.from_json(file.read()))), flush=True)

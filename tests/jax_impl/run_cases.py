@@ -4,13 +4,15 @@ run_cases.py CASES.json      {"devices": N, "cases": [[workdir, {dotted option: 
 """
 
 import json
+import pathlib
 import sys
 
 import jax
 
-from configs import digits
 from jax_impl import train
-from meanflow.config import resolve
+from meanflow.config import checks, store
+
+TINY = pathlib.Path(__file__).parents[1] / "helpers" / "tiny.py"
 
 
 def main():
@@ -20,10 +22,11 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_num_cpu_devices", run["devices"])
     for workdir, changes in run["cases"]:
-        config = digits.get_config()
-        for name, value in changes.items():
-            config.update_from_flattened_dict({name: tuple(value) if isinstance(value, list) else value})
-        train.train(resolve.check(config), workdir)
+        changes = {name: tuple(value) if isinstance(value, list) else value for name, value in changes.items()}
+        network, method = changes.pop("model.name", "dit"), changes.pop("method.name", "meanflow")
+        config = store.load_file(f"{TINY}:{network},{method}")
+        config.update_from_flattened_dict(changes)
+        train.train(checks.check(config), workdir)
 
 
 if __name__ == "__main__":

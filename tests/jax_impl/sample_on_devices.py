@@ -14,7 +14,7 @@ from jax_impl import sample
 from jax_impl.devices import local_mesh
 from jax_impl.methods import METHODS
 from jax_impl.step import build_net
-from meanflow.config import resolve
+from meanflow.config import store
 from meanflow.sampling import noise
 
 
@@ -52,7 +52,7 @@ def main():
     jax.config.update("jax_default_matmul_precision", "highest")
     jax.config.update("jax_num_cpu_devices", 3)
     with open(sys.argv[1]) as file:
-        config = resolve.from_json(file.read())
+        config = store.from_json(file.read())
     rows = spy(METHODS[config.method.name])
     one, three = (samples(config, int(sys.argv[2]), num).tolist() for num in (1, 3))
     print(json.dumps({"one": one, "three": three, "rows": rows}))

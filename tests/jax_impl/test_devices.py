@@ -12,7 +12,8 @@ from flax import nnx
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints
 from jax_impl.step import build_net, create_state, make_mesh
-from meanflow.config.resolve import flatten, read_workdir, to_json
+from meanflow.config.store import flatten, to_json
+from meanflow.config.workdir import read_workdir
 
 HERE = pathlib.Path(__file__).parent
 BOUND = 1e-6  # absolute, on every parameter and EMA after five steps

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from jax_impl import weights
@@ -11,15 +12,15 @@ from jax_impl.methods import common
 from jax_impl.models import attention
 from jax_impl.models.layers import timestep_features
 from jax_impl.step import build_net
-from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
     "name": "dmf_dit", "input_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "depth": 2, "width": 16,
-    "num_heads": 2, "dmf_depth": 1, "projector_dim": 8,
+    "num_heads": 2,
 }  # fmt: skip
+OWN = {"dmf_dit": {"dmf_depth": 1}, "imf_dit": {"head_depth": 1}}  # options of one network alone
 FLOW = {"name": "dit", "interval_embedder": False}
-REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
+REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1, "projector_dim": 8}
 ROWS = common.Rows(groups=1, flow=0, rest=2)
 
 
@@ -32,8 +33,9 @@ def float64():
 
 def graph(**changes):
     """Return the graph definition and the parameters' shapes of a network of the tiny sizes, in float64."""
-    config = options.get_config()
-    config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
+    config = tiny.of_network(
+        SIZES | {"compute_dtype": "float64"} | OWN.get(changes.get("name", "dmf_dit"), {}) | changes
+    )
     return jax.eval_shape(lambda: build_net(config))
 
 
@@ -61,8 +63,7 @@ def distance(a, b):
 
 
 def test_the_log_variance_is_zero_at_first_and_then_a_function_of_both_times():
-    config = options.get_config()
-    config.model.update(SIZES)
+    config = tiny.of_network(SIZES | {"dmf_depth": 1})
     graphdef, shapes = graph()
     _, t, r, _ = inputs()
     assert not nnx.merge(graphdef, jax.jit(lambda: build_net(config)[1])()).log_variance(t, r).any()
@@ -115,7 +116,7 @@ def test_a_kernel_is_used_where_no_tangent_passes(name, monkeypatch):
     used = []
     for kernel, attend in attention.KERNELS.items():
         monkeypatch.setitem(attention.KERNELS, kernel, lambda *a, k=kernel, f=attend: used.append(k) or f(*a))
-    changes = {"name": name, "attention": "fused", "compute_dtype": "float32", "head_depth": 1}
+    changes = {"name": name, "attention": "fused", "compute_dtype": "float32"}
     graphdef, shapes = graph(**changes)
     told = jnp.ones(2, jnp.float32)
     given = {"omega": told, "t_min": 0 * told, "t_max": told} if name == "imf_dit" else {}

@@ -4,11 +4,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from jax_impl.models import edm2
 from jax_impl.step import abstract_net
-from meanflow.config import options
 from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
@@ -29,8 +29,7 @@ def float64():
 
 def graph(**changes):
     """Return the graph definition and the parameters' shapes of a network of the tiny sizes."""
-    config = options.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     return abstract_net(config)
 
 

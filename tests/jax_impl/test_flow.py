@@ -12,8 +12,8 @@ pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "flow"} | changes)
+    cfg = options.get_config("dit", "flow").method
+    cfg.update(changes)
     return cfg
 
 

@@ -3,10 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+import tiny
 from flax import nnx
 
 from jax_impl.step import build_net
-from meanflow.config import options
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
@@ -23,8 +23,7 @@ def inputs(dtype=jnp.float32):
 
 def build(**changes):
     """Return the graph definition and fresh parameters of a network of the tiny sizes."""
-    config = options.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     graphdef, _ = jax.eval_shape(lambda: build_net(config))
     return graphdef, jax.jit(lambda: build_net(config)[1])()
 

@@ -13,8 +13,8 @@ pytestmark = pytest.mark.usefixtures("optimize_less")
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
+    cfg = options.get_config("imf_dit", "improved").method
+    cfg.update({"flow_fraction": 0.5} | changes)
     return cfg
 
 

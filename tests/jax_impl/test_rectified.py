@@ -20,8 +20,8 @@ def float64():
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "rectified", "time_sampler": "re2_truncate", "flow_fraction": 0.5} | changes)
+    cfg = options.get_config("dit", "rectified").method
+    cfg.update({"flow_fraction": 0.5} | changes)
     return cfg
 
 

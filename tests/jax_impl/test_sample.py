@@ -13,7 +13,7 @@ from jax_impl.methods import improved
 from jax_impl.step import build_net
 from meanflow.commands import sample as sampling
 from meanflow.config import latents
-from meanflow.config.resolve import to_json
+from meanflow.config.store import to_json
 from meanflow.errors import UserError
 
 pytestmark = pytest.mark.usefixtures("optimize_less")

@@ -20,7 +20,8 @@ def float64():
 
 
 def settings(**changes):
-    cfg = options.get_config().sample
+    flow = changes.get("sampler") in ("heun", "sde")
+    cfg = options.get_config(method="flow" if flow else "meanflow").sample
     cfg.update(changes)
     return cfg
 

@@ -13,7 +13,7 @@ from configs import digits
 from jax_impl import step
 from jax_impl.methods import rectified
 from jax_impl.models import edm2
-from meanflow.config import options, resolve
+from meanflow.config import options, store
 
 CHANGES = {
     "model.input_size": 4, "model.width": 4, "model.channel_mult": (1,), "model.dropout": 0.4,
@@ -32,7 +32,7 @@ def float64(optimize_less):
 @functools.cache
 def compiled(config):
     """Return the step of a config, given as text."""
-    config = resolve.from_json(config)
+    config = store.from_json(config)
     return step.make_train_step(config, step.build_net(config)[0], step.make_mesh(config))
 
 
@@ -43,7 +43,7 @@ def trained(num_steps=2, **changes):
     config.train.update(changes)
     mesh = step.make_mesh(config)
     _, state = step.create_state(config, mesh)
-    train_step = compiled(resolve.to_json(config))
+    train_step = compiled(store.to_json(config))
     rng = np.random.RandomState(0)
     metrics = {}
     for _ in range(num_steps):

@@ -7,26 +7,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 from flax import nnx
 
 from jax_impl import step
 from jax_impl.methods import METHODS, common
 from jax_impl.models.layers import Linear
 from jax_impl.models.tape import name_layers, under_jvp
-from meanflow.config import options as base
-from meanflow.config import resolve
+from meanflow.config import checks
 
+TRANSFORMER = {"model.depth": 2, "model.width": 16, "model.num_heads": 2}
 NETWORKS = {
-    "dit": {"method.name": "meanflow"},
-    "imf_dit": {"method.name": "improved"},
-    "dmf_dit": {"method.name": "decoupled"},
+    "dit": {"method.name": "meanflow"} | TRANSFORMER,
+    "imf_dit": {"method.name": "improved", "model.head_depth": 1} | TRANSFORMER,
+    "dmf_dit": {"method.name": "decoupled", "model.dmf_depth": 1} | TRANSFORMER,
     "unet": {
-        "method.name": "meanflow", "method.guidance": False, "sample.cfg_scale": 1.0, "evaluation.classifier": False,
+        "method.guidance": False, "sample.cfg_scale": 1.0, "evaluation.classifier": False, "model.width": 16,
         "model.dropout": 0.2, "model.augment_dim": 6, "model.attn_resolutions": (4,), "model.num_blocks": 1,
     },
     "edm2": {
-        "method.name": "rectified", "method.time_sampler": "re2_truncate", "model.attn_resolutions": (4,),
-        "model.num_blocks": 1,
+        "method.name": "rectified", "model.width": 16, "model.attn_resolutions": (4,), "model.num_blocks": 1,
     },
 }  # fmt: skip
 COMPILED = ["dit", *(pytest.param(name, marks=pytest.mark.slow) for name in NETWORKS if name != "dit")]
@@ -41,10 +41,8 @@ def float64():
 
 def build(name, **options):
     """Return the config, the network's graph definition and random weights."""
-    config = base.get_config()
-    config.model.update(name=name, compute_dtype="float64", depth=2, width=16, num_heads=2, head_depth=1, dmf_depth=1)
-    config.update_from_flattened_dict(NETWORKS[name] | options)
-    graphdef, params = step.build_net(resolve.check(config))
+    config = tiny.compose({"model.name": name, "model.compute_dtype": "float64"} | NETWORKS[name] | options)
+    graphdef, params = step.build_net(checks.check(config))
     rng = np.random.default_rng(0)
     return config, graphdef, jax.tree.map(lambda a: jnp.asarray(0.3 * rng.standard_normal(a.shape)), params)
 

@@ -4,6 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 from flax import nnx
@@ -23,8 +24,7 @@ LEVELS = {"channel_mult": (1, 2), "attn_resolutions": (8,)}
 
 def build(**changes):
     """Return the graph definition of a tiny network and weights (nnx.State) that are non-zero everywhere."""
-    config = base.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     graphdef, shapes = jax.eval_shape(lambda: step.build_net(config))
     rng = np.random.RandomState(0)
     return graphdef, jax.tree.map(lambda a: jnp.asarray(rng.normal(0, 0.15, a.shape), a.dtype), shapes)

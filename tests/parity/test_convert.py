@@ -18,7 +18,8 @@ from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
-from meanflow.config import resolve
+from meanflow.config import store
+from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 from meanflow.weights import canonical, infer, names
 from parity import check, convert
@@ -198,13 +199,13 @@ def test_official_checkpoints_of_improved_meanflow(tmp_path, imf, v_heads):
     canonical = names.flax_tree_to_canonical(tree)
     torch.save({"ema": {f"net.{name}": a for name, a in tensors(canonical).items()}}, tmp_path / "torch.pth")
     config = golden_imf.config_of(fixtures.Fixture(check.GOLDEN / "imf_dit_flax.npz"))
-    (tmp_path / "config.json").write_text(resolve.to_json(config))
+    (tmp_path / "config.json").write_text(store.to_json(config))
     for source in ("flax.msgpack", "torch.pth"):
         for flags in ((), ("--config", tmp_path / "config.json")):
             run(tmp_path / source, tmp_path / "b.safetensors", *flags)
             assert_same(canonical_files.load(tmp_path / "b.safetensors"), canonical)
     run(tmp_path / "b.safetensors", tmp_path / "run", "--to", "torch", "--config", tmp_path / "config.json")
-    assert resolve.read_workdir(tmp_path / "run").model.v_heads == v_heads
+    assert read_workdir(tmp_path / "run").model.v_heads == v_heads
     config.model.v_heads = v_heads
     z, y = np.random.RandomState(0).normal(size=(3, 8, 8, 4)).astype(np.float32), np.array([1, 2, 9])
     config.sample.steps = 2
@@ -389,7 +390,7 @@ def test_help_lists_what_is_read_and_written(launcher):
 
 def test_config_may_be_json(tmp_path):
     path = tmp_path / "config.json"
-    path.write_text(resolve.to_json(digits.get_config()))
+    path.write_text(store.to_json(digits.get_config()))
     assert convert.load_config(str(path)).model == digits.get_config().model
 
 

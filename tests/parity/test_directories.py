@@ -9,7 +9,7 @@ import torch
 import torch.distributed.checkpoint as dcp
 
 from meanflow.commands import snapshots
-from meanflow.config import resolve
+from meanflow.config.workdir import open_workdir
 from meanflow.errors import UserError
 from parity import convert
 from torch_impl import weights
@@ -92,7 +92,7 @@ def test_what_a_directory_is(tmp_path, name):
 def test_a_work_directory_of_snapshots_alone(tiny, tmp_path):
     """Its checkpoints may have been deleted, or left behind in a copy: the steps are listed, or one is read."""
     config, source, written = tiny(), tmp_path / "source", tmp_path / "w.safetensors"
-    resolve.open_workdir(source, config, "jax").close()
+    open_workdir(source, config, "jax").close()
     net = build_net(config)
     emas = [weights.to_canonical(net, dict(net.named_parameters()))] * 2
     snapshots.write(source, config, 40, emas, weights.save)

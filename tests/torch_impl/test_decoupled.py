@@ -13,8 +13,8 @@ from torch_impl.models.tape import under_jvp
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "decoupled", "omega": 0.5} | changes)
+    cfg = options.get_config("dmf_dit", "decoupled").method
+    cfg.update({"omega": 0.5} | changes)
     return cfg
 
 

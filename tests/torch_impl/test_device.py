@@ -35,7 +35,7 @@ CASES = {
     "improved_unguided": ("improved", {"method.guidance": False, "method.flow_fraction": 0.0}),
     "flow": ("flow", {}),
     "flow_repa": ("flow", {"model.repa_dims": (8, 4), "model.repa_depth": 1, "model.projector_dim": 16}),
-    "flow_edm2": ("rectified", {"method.name": "flow", "model.interval_embedder": False}),
+    "flow_edm2": ("flow", {"model.name": "edm2"}),
     "decoupled": ("decoupled", {}),
     "decoupled_pairs": ("decoupled", {"method.log_variance_pairs": "all", "method.path": "cosine"}),
     "decoupled_distill": ("decoupled", {"method.guidance_type": "distill", "method.teacher": "given"}),
@@ -75,7 +75,7 @@ def make_batch(config):
         "label": np.zeros(rows, np.int32),
         "augment": np.zeros((rows, 6), np.float32),
     }
-    if config.method.name == "flow" and c.name == "dit" and c.repa_dims:
+    if "repa_dims" in c and c.repa_dims:
         batch["features"] = np.zeros((rows, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)), np.float32)
     return batch
 

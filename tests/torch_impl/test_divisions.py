@@ -8,13 +8,13 @@ from meanflow.config import division
 from torch_impl import measures, step
 from torch_impl.methods import METHODS, common
 
-COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6, "method.time_order": "truncated"}
+COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6}
 FRONT = {"method.label_drop": "front", "method.label_drop_prob": 0.4}
 # What each method adds to its tiny network: rows of a kind are in unequal parts of the batch wherever they can be.
 SETTINGS = {
     "meanflow": (None, {"method.flow_fraction": 0.75, "method.guidance_end": 0.7}),
     "meanflow_front": (None, {"method.flow_rows": "front"} | FRONT),
-    "meanflow_coin": (None, COIN | FRONT),
+    "meanflow_coin": (None, COIN | FRONT | {"method.time_order": "truncated"}),
     "improved": ("tiny_improved", {"method.flow_fraction": 0.5}),
     "improved_front": ("tiny_improved", {"method.flow_rows": "front"} | FRONT),
     "decoupled": ("tiny_decoupled", {"method.guidance_end": 0.7, "method.time_order": "truncated"}),
@@ -45,7 +45,7 @@ def rows_of(config):
     images, noise = rng.randn(2, 16, 8, 8, 1)
     tokens = (config.model.input_size // config.model.patch_size) ** 2
     more = {"noise": noise} if config.method.name == "rectified" else {}
-    if config.model.repa_dims:
+    if "repa_dims" in config.model:
         more["features"] = rng.randn(16, tokens, sum(config.model.repa_dims))
     return {"image": images, "label": rng.randint(0, 10, 16)} | more
 

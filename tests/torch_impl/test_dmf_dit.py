@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from meanflow.config import options
 from torch_impl.methods import common
 from torch_impl.models import attention
 from torch_impl.models.layers import timestep_features
@@ -12,17 +12,19 @@ from torch_impl.step import build_net
 
 SIZES = {
     "name": "dmf_dit", "input_size": 8, "channels": 3, "num_classes": 5, "patch_size": 4, "depth": 2, "width": 16,
-    "num_heads": 2, "dmf_depth": 1, "projector_dim": 8,
+    "num_heads": 2,
 }  # fmt: skip
+OWN = {"dmf_dit": {"dmf_depth": 1}, "imf_dit": {"head_depth": 1}}  # options of one network alone
 FLOW = {"name": "dit", "interval_embedder": False}
-REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1}
+REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1, "projector_dim": 8}
 ROWS = common.Rows(groups=1, flow=0, rest=2)
 
 
 def fresh(**changes):
     """Return a network of the tiny sizes, in float64."""
-    config = options.get_config()
-    config.model.update(SIZES | {"compute_dtype": "float64"} | changes)
+    config = tiny.of_network(
+        SIZES | {"compute_dtype": "float64"} | OWN.get(changes.get("name", "dmf_dit"), {}) | changes
+    )
     return build_net(config)
 
 
@@ -156,7 +158,7 @@ def test_a_kernel_is_used_where_no_tangent_passes(name, monkeypatch):
     used = []
     for kernel, attend in attention.KERNELS.items():
         monkeypatch.setitem(attention.KERNELS, kernel, lambda *a, k=kernel, f=attend: used.append(k) or f(*a))
-    net, told = build(name=name, attention="fused", compute_dtype="float32", head_depth=1), torch.ones(2)
+    net, told = build(name=name, attention="fused", compute_dtype="float32"), torch.ones(2)
     given = {"omega": told, "t_min": 0 * told, "t_max": told} if name == "imf_dit" else {}
     z, t, r, y = inputs(torch.float32)
     _, tape = common.average_velocity(net, z, t, r, y, given, ROWS)

@@ -4,9 +4,9 @@ import functools
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from meanflow.config import options
 from meanflow.errors import UserError
 from torch_impl.models import edm2
 from torch_impl.step import build_net
@@ -23,8 +23,7 @@ TIME_MAX = 80 / 81
 
 def fresh(**changes):
     """Return a network of the tiny sizes."""
-    config = options.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     return build_net(config)
 
 

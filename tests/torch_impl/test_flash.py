@@ -5,6 +5,7 @@ import importlib.util
 import sys
 
 import pytest
+import tiny
 import torch
 
 from configs import digits
@@ -115,10 +116,12 @@ def float64():
 
 def gradients(model, method, attention, kernel):
     """Return the gradients {name: tensor} of a loss, and the loss itself; heads have 72 channels."""
-    config = digits.get_config()
-    config.model.update(name=model, depth=2, width=144, num_heads=2, compute_dtype="float64", head_depth=1, dmf_depth=1)
+    config = tiny.compose({"model.name": model, "method.name": method})
+    config.model.update(depth=2, width=144, num_heads=2, compute_dtype="float64")
+    config.model.update({name: 1 for name in ("head_depth", "dmf_depth") if name in config.model})
     config.model.update(attention=attention, attention_jvp=kernel)
-    config.method.update(name=method, flow_fraction=0.5, omega=0.5, kappa=0.25)
+    changes = {"flow_fraction": 0.5, "omega": 0.5, "kappa": 0.25}
+    config.method.update({name: value for name, value in changes.items() if name in config.method})
     net, generator = build_net(config), torch.Generator().manual_seed(0)
     for p in net.parameters():
         p.data.normal_(0, 0.1, generator=generator)

@@ -11,8 +11,8 @@ from torch_impl.methods import common, flow
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "flow"} | changes)
+    cfg = options.get_config("dit", "flow").method
+    cfg.update(changes)
     return cfg
 
 
@@ -143,7 +143,7 @@ def test_times_are_between_0_and_1_but_official_ones(sampler):
 )
 def test_the_flow_time_has_its_own_mean_and_deviation(sampler, of_time):
     """The logarithm of noise over signal is normal, on the linear path for one sampler and the cosine for the other."""
-    cfg = settings(time_sampler=sampler, flow_time_mean=0.5, flow_time_std=2.0, time_mean=(9.0, 9.0))
+    cfg = settings(time_sampler=sampler, flow_time_mean=0.5, flow_time_std=2.0)
     drawn = draws(3, cfg)._replace(times=torch.tensor([-1.0, 0.0, 1.5]))
     _, aux = flow.loss(Features(), batch_of(3), drawn, cfg)
     np.testing.assert_allclose(of_time(np.asarray(aux["t"])), [-1.5, 0.5, 3.5], rtol=1e-4)

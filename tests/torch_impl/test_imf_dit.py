@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from meanflow.config import options
 from torch_impl.models import imf_dit
 from torch_impl.step import build_net
 
@@ -26,8 +26,7 @@ def inputs(dtype=torch.float32):
 
 def build(**changes):
     """Return a network of the tiny sizes."""
-    config = options.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     return build_net(config)
 
 

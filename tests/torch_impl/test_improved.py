@@ -12,8 +12,8 @@ from torch_impl.models.tape import under_jvp
 
 
 def settings(**changes):
-    cfg = options.get_config().method
-    cfg.update({"name": "improved", "flow_fraction": 0.5} | changes)
+    cfg = options.get_config("imf_dit", "improved").method
+    cfg.update({"flow_fraction": 0.5} | changes)
     return cfg
 
 
@@ -133,7 +133,7 @@ def test_the_network_is_told_the_drawn_interval_but_guidance_the_whole_one():
 
 
 def test_sampling_tells_the_network_its_guidance():
-    c, seen = options.get_config().sample, []
+    c, seen = options.get_config("imf_dit", "improved").sample, []
     c.update(steps=2, omega=3.5, interval=(0.25, 0.75))
 
     def net(z, t, r, y, omega, t_min, t_max):

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 import torch
 
-from meanflow.config.resolve import flatten, read_workdir
+from meanflow.config.store import flatten
+from meanflow.config.workdir import read_workdir
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints
 from torch_impl.step import build_net, create_state

@@ -12,7 +12,8 @@ from torch_impl.methods import samplers
 
 
 def settings(**changes):
-    cfg = options.get_config().sample
+    flow = changes.get("sampler") in ("heun", "sde")
+    cfg = options.get_config(method="flow" if flow else "meanflow").sample
     cfg.update(changes)
     return cfg
 

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 import torch.nn.functional as F
 
@@ -20,8 +21,7 @@ LEVELS = {"channel_mult": (1, 2), "attn_resolutions": (8,)}
 
 def build(**changes):
     """Return a tiny network whose weights are non-zero everywhere."""
-    config = base.get_config()
-    config.model.update(SIZES | changes)
+    config = tiny.of_network(SIZES | changes)
     net, generator = step.build_net(config), torch.Generator().manual_seed(0)
     with torch.no_grad():
         for p in net.parameters():

@@ -64,7 +64,7 @@ def arrange(draws, cfg):
     `front`, of flow rows or dropped labels, then works as `coin`: what happens to a row follows from its own draws,
     however the batch is divided among devices and micro-batches.
     """
-    if cfg.flow_rows == "front" and "coin" in draws._fields:
+    if "coin" in draws._fields and cfg.flow_rows == "front":
         num_flow = int(len(draws.coin) * cfg.flow_fraction)
         row = torch.arange(len(draws.coin), device=draws.coin.device)
         draws = draws._replace(coin=(row >= num_flow).to(draws.coin.dtype))

@@ -27,6 +27,7 @@ def integrate(net, noise, y, given, cfg, steps):
     of the samplers that add some, [steps - 1 b c h w].  Guided steps use u(no class) + cfg_scale (u(y) - u(no class)),
     both forwards as one batch.
     """
+    cfg_scale = cfg.cfg_scale if "cfg_scale" in cfg else 1  # a network conditioned on its guidance has none
     given = dict(given)
     fresh = given.pop("fresh", None)
     if any(step.add for step in steps[:-1]) and fresh is None:
@@ -39,10 +40,10 @@ def integrate(net, noise, y, given, cfg, steps):
         z, labels = torch.cat([z, z]), torch.cat([y, torch.full_like(y, net.num_classes)])
         both = {name: torch.cat([a, a]) for name, a in given.items()}
         u, u_null = net(z, full(z, t), full(z, to), labels, **both).chunk(2)
-        return u_null + cfg.cfg_scale * (u - u_null)
+        return u_null + cfg_scale * (u - u_null)
 
     def velocity(z, t, to, is_guided):
-        return guided(z, t, to) if is_guided and cfg.cfg_scale != 1 else conditional(z, t, to)
+        return guided(z, t, to) if is_guided and cfg_scale != 1 else conditional(z, t, to)
 
     def heun(z, u, end, dt, is_guided):
         return z - dt / 2 * (u + velocity(z - dt * u, end, end, is_guided))

@@ -126,10 +126,10 @@ class DiT(nn.Module):
     @classmethod
     def from_config(cls, c):
         """Build from `config.model`."""
-        return cls(
-            **sizes_of(c), interval_embedder=c.interval_embedder, repa_dims=c.repa_dims, repa_depth=c.repa_depth,
-            projector_dim=c.projector_dim,
-        )  # fmt: skip
+        repa = {}
+        if "repa_dims" in c:  # of flow models
+            repa = {"repa_dims": c.repa_dims, "repa_depth": c.repa_depth, "projector_dim": c.projector_dim}
+        return cls(**sizes_of(c), interval_embedder=c.interval_embedder, **repa)
 
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""

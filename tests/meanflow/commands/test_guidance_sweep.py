@@ -6,6 +6,7 @@ import json
 import numpy as np
 import processes
 import pytest
+import tiny
 
 from configs import digits
 from meanflow import files
@@ -27,8 +28,7 @@ REAL = {"real_class_accuracy": 0.9931, "real_frechet_distance_pixels": 1.0}
 
 @pytest.fixture
 def config():
-    config = digits.get_config()
-    config.model.name, config.method.name = "imf_dit", "improved"
+    config = tiny.compose({"model.name": "imf_dit", "method.name": "improved"})
     return config
 
 
@@ -192,7 +192,7 @@ def run(config, monkeypatch, tmp_path):
     monkeypatch.setattr(data_metrics, "load_real", lambda config: real)
     monkeypatch.setattr(data_metrics, "evaluate_samples", judge)
     monkeypatch.setattr(evaluate, "workdir", lambda: str(tmp_path))
-    monkeypatch.setattr(evaluate.resolve, "read_workdir", lambda path: config)
+    monkeypatch.setattr(evaluate, "read_workdir", lambda path: config)
     return lambda *_: (config, lambda weights, noise, y, c, fresh: 0 * noise + weights / c.omega, 1.0)
 
 
@@ -311,7 +311,7 @@ def test_flags_of_metrics_replace_the_options_of_a_copy(config, parse):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        (("--metrics=fvd",), "evaluation.metrics has 'fvd'; choose of fid, is, kid, pr, fd_dinov2"),
+        (("--metrics=fvd",), "evaluation.metrics has 'fvd'; choose from fid, is, kid, pr, fd_dinov2"),
         (("--metrics=is",), "evaluation.inception names no weights"),
         (("--metrics=fd_dinov2",), "evaluation.reference names no statistics"),
         (("--num_samples=1",), "evaluation.num_samples is 1; it must be at least 2"),

@@ -2,17 +2,16 @@
 
 import numpy as np
 import pytest
+import tiny
 from absl import flags
 
-from configs import digits
 from meanflow.commands import reflow
-from meanflow.config import resolve
+from meanflow.config.workdir import open_workdir
 from meanflow.data import digests
 from meanflow.errors import UserError
 
-FLOW = {"method.name": "flow", "model.interval_embedder": False}
-GUIDE = ("--guide=b.safetensors", "--guidance=2", "--guide_config=configs/digits.py")
-OF_FLOW = ("--guide_config.method.name=flow", "--guide_config.model.interval_embedder=False")
+FLOW = {"method.name": "flow"}
+GUIDE = ("--guide=b.safetensors", "--guidance=2", "--guide_config=configs/digits.py:flow")
 
 
 @pytest.fixture
@@ -20,8 +19,7 @@ def given(parse_flags, monkeypatch, datasets_dir):
     """Return a function (*argv, changes) that parses flags beside those of a flow model; changes are to its config."""
 
     def give(*argv, changes=()):
-        config = digits.get_config()
-        config.update_from_flattened_dict(FLOW | {"data.dir": datasets_dir} | dict(changes))
+        config = tiny.compose(FLOW | {"data.dir": datasets_dir} | dict(changes))
         monkeypatch.setattr(reflow, "config_flag", lambda: config)
         monkeypatch.setattr("sys.argv", ["program", *argv])  # where overrides of a config are looked up
         parse_flags(reflow.define_flags, "--teacher=a.safetensors", *argv)
@@ -30,7 +28,7 @@ def given(parse_flags, monkeypatch, datasets_dir):
 
 
 def test_teacher_and_guide(given):
-    given(*GUIDE, *OF_FLOW, "--guide_config.model.width=64")
+    given(*GUIDE, "--guide_config.model.width=64")
     assert [config.model.width for config in reflow.read_configs()] == [128, 64]
 
 
@@ -40,9 +38,8 @@ def test_guidance_without_a_guide(given):
 
 
 def test_a_work_directory_has_its_own_config(given, tmp_path, monkeypatch):
-    config = digits.get_config()
-    config.update_from_flattened_dict(FLOW | {"model.width": 32, "train.ema_decays": (0.9, 0.99, 0.999)})
-    resolve.open_workdir(tmp_path, config, "jax")
+    config = tiny.compose(FLOW | {"model.width": 32, "train.ema_decays": (0.9, 0.99, 0.999)})
+    open_workdir(tmp_path, config, "jax")
     given(f"--teacher={tmp_path}", "--ema=2")
     with pytest.raises(UserError, match=f"--config goes with a .safetensors: --teacher {tmp_path} is a work directory"):
         reflow.read_configs()
@@ -61,16 +58,20 @@ def test_a_work_directory_has_its_own_config(given, tmp_path, monkeypatch):
         (["--teacher="], {}, "--teacher is missing"),
         (["--guide=b"], {}, "--guide has no effect with --guidance=1"),
         (
-            (*GUIDE, *OF_FLOW, "--guide_config.model.compute_dtype=float64"),
+            (*GUIDE, "--guide_config.model.compute_dtype=float64"),
             {},
             "either both or neither",
         ),
         (GUIDE[1:], {}, "--guide_config is the config of a --guide, which is missing"),
         (GUIDE[:2], {}, "--guide b.safetensors is not a work directory, .* its config: --guide_config"),
-        (GUIDE, {}, "--guide b.safetensors has config.method.name meanflow: couplings need a flow model"),
-        ([*GUIDE, *OF_FLOW], {"model.num_classes": 7}, "--guide b.safetensors has config.model.num_classes 10, .* 7: "),
+        (
+            [*GUIDE[:2], "--guide_config=configs/digits.py"],
+            {},
+            "--guide b.safetensors has config.method.name meanflow: couplings need a flow model",
+        ),
+        (GUIDE, {"model.num_classes": 7}, "--guide b.safetensors has config.model.num_classes 10, .* 7: "),
         (["--ema=0"], {}, "--ema selects weights of a work directory, and --teacher a.safetensors is not one"),
-        ([], {"model.interval_embedder": True, "method.name": "meanflow"}, "--teacher a.* has .*name meanflow"),
+        ([], {"method.name": "meanflow"}, "--teacher a.* has .*name meanflow"),
         ([], {"method.path": "cosine"}, "--teacher a.* config.method.path cosine: couplings need the linear path"),
         ([], {"model.width": 30}, "config.model.width"),
     ],

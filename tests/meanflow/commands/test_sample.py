@@ -8,6 +8,7 @@ import numpy as np
 import PIL.Image
 import processes
 import pytest
+import tiny
 
 from configs import digits
 from meanflow.commands import frozen_networks
@@ -27,9 +28,8 @@ def config():
 
 
 @pytest.fixture
-def improved(config):
-    config.model.name, config.method.name = "imf_dit", "improved"
-    return config
+def improved():
+    return tiny.compose({"model.name": "imf_dit", "method.name": "improved"})
 
 
 @pytest.fixture
@@ -45,7 +45,7 @@ class Sampler:
         self.calls, self.fresh = [], []
 
     def __call__(self, weights, noise, y, c, fresh):
-        self.calls.append((noise.shape, y.shape, c.omega, c.interval))
+        self.calls.append((noise.shape, y.shape, c.get("omega"), c.interval))
         self.fresh.append(None if fresh is None else fresh.shape)
         factors = np.arange(2, 2 + (0 if fresh is None else len(fresh)), dtype=np.float32)
         noise = noise + (0 if fresh is None else np.tensordot(factors, fresh, 1))
@@ -142,7 +142,7 @@ def test_flags_replace_the_options_of_a_copy(improved, parse):
     parse("--omega=4", "--interval=0.25,0.5", "--steps=3", "--ema=-1", "--batch_size=9", "--seed=5")
     c = sampling.override(improved).sample
     assert (c.omega, c.interval, c.steps, c.times) == (4.0, (0.25, 0.5), 3, ())
-    assert (c.ema, c.batch_size, c.seed, c.cfg_scale) == (-1, 9, 5, 1.0)
+    assert (c.ema, c.batch_size, c.seed) == (-1, 9, 5)
     assert improved.to_dict() == before
 
 
@@ -163,7 +163,7 @@ def test_the_sampler_and_its_settings(config, parse):
 @pytest.mark.parametrize(
     ("argv", "message"),
     [
-        ("--sampler=heun", "sample.sampler is heun, but .* meanflow is sampled by one of euler, restart, ctm"),
+        ("--sampler=heun", "sample.sampler is 'heun'; choose one of euler, restart, ctm"),
         ("--gamma=1.5", "sample.gamma is 1.5; it must be at least 0 and at most 1"),
         ("--shift=-1", "sample.shift is -1.0; it must be a number above 0"),
         ("--interval=0.6,0.4", "sample.interval .* must rise"),
@@ -185,7 +185,8 @@ def test_samplers_of_no_sense(config, parse, argv, message):
         ("--interval=0.6,0.4", "sample.interval .* must rise"),
         ("--interval=a,1", "--interval: .*'a'"),
         ("--times=1,b", "--times: .*'b'"),
-        ("--cfg_scale=2", "--config.sample.omega"),
+        ("--cfg_scale=2", "--cfg_scale: a model of config.method.name improved is sampled by --steps, .*, --omega"),
+        ("--diffusion=elbo", "--diffusion: a model of config.method.name improved is sampled by --steps, "),
     ],
 )
 def test_flags_of_no_sense(improved, parse, argv, message):
@@ -211,7 +212,6 @@ def test_the_network_that_samples_has_no_head_of_v(improved):
 def test_other_networks_keep_their_weights(config):
     weights = {"v_heads.0.w": np.zeros(1)}
     assert sampling.without_v_heads(config, weights) == (config, weights)
-    assert config.model.v_heads
 
 
 def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
@@ -239,9 +239,8 @@ def test_sample_writes_what_the_flags_ask_for(config, parse, tmp_path, capsys):
         ("unet", ("--weights=w", "--output=o", "--labels=1"), "is unconditional"),
     ],
 )
-def test_mistakes_are_named_before_anything_is_sampled(config, parse, network, argv, message):
-    sampler = Sampler()
-    config.model.name = network
+def test_mistakes_are_named_before_anything_is_sampled(parse, network, argv, message):
+    sampler, config = Sampler(), tiny.compose({"model.name": network})
     parse(*argv)
     with pytest.raises(UserError, match=message):
         sampling.sample(lambda *_: (config, sampler, 1.0), NETWORKS)

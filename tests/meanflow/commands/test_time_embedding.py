@@ -4,10 +4,11 @@ import itertools
 
 import numpy as np
 import pytest
+import tiny
 
 from configs import digits
 from meanflow.commands import time_embedding
-from meanflow.config import options, resolve
+from meanflow.config import checks, options, store
 from meanflow.errors import UserError
 
 NUM = 6  # Fourier features
@@ -139,19 +140,18 @@ def test_times_are_in_order_and_in_bounds():
 def test_the_config_of_two_times_is_the_teacher_s_but_for_its_embeddings():
     teacher = digits.get_config("edm2_flow")
     teacher.model.logvar_channels = 16
-    before = resolve.flatten(teacher)
-    config = resolve.check(time_embedding.two_times(teacher))
+    before = store.flatten(teacher)
+    config = checks.check(time_embedding.two_times(teacher))
     assert (config.method.name, config.method.time_sampler) == ("rectified", "re2_truncate")
-    differing = {key for key, value in resolve.flatten(config.model).items() if value != teacher.model[key]}
+    differing = {key for key, value in store.flatten(config.model).items() if value != teacher.model[key]}
     assert differing == {"interval_embedder", "logvar_channels"}
     assert config.model.interval_embedder and config.model.logvar_channels == 0
-    assert resolve.flatten(teacher) == before
-    resolve.check_trainable(config)
+    assert store.flatten(teacher) == before
+    checks.check_trainable(config)
 
 
 def test_only_edm2_has_embeddings_to_fit():
-    config = options.get_config()
-    config.update_from_flattened_dict({"method.name": "flow", "model.interval_embedder": False})
+    config = options.get_config("dit", "flow")
     with pytest.raises(UserError, match="--teacher has config.model.name dit: only edm2 has a time embedding to fit"):
         time_embedding.two_times(config)
 
@@ -161,8 +161,8 @@ def command(parse_flags, monkeypatch, teacher):
     """Return a function (*argv) that runs the command without networks and returns what it saved and measured."""
 
     def run(*argv, changes=()):
-        config = digits.get_config("edm2_flow")
-        config.update_from_flattened_dict(dict(changes))
+        network, method, _ = tiny.split({"model.name": "edm2", "method.name": "flow"} | dict(changes))
+        config = tiny.make(network, method)
         monkeypatch.setattr(time_embedding, "config_flag", lambda: config)
         monkeypatch.setattr("sys.argv", ["program", *argv])
         parse_flags(time_embedding.define_flags, "--teacher=a.safetensors", "--output=b.safetensors", *argv)
@@ -209,8 +209,7 @@ def test_the_command_fits_and_measures_at_other_times(command, teacher, monkeypa
     [
         (["--output=b.npz"], {}, "--output is 'b.npz'; name the .safetensors to write"),
         (["--output="], {}, "--output is ''"),
-        ([], {"model.interval_embedder": True, "method.name": "rectified", "method.time_sampler": "re2_truncate",
-              "sample.sampler": "euler"}, "--teacher a.safetensors has config.method.name rectified"),
+        ([], {"method.name": "rectified"}, "--teacher a.safetensors has config.method.name rectified"),
         ([], {"model.name": "dit"}, "--teacher has config.model.name dit: only edm2 has a time embedding to fit"),
         (["--ema=0"], {}, "--ema selects weights of a work directory"),
     ],

@@ -7,14 +7,14 @@ import re
 import pytest
 
 from configs import digits, dmf_imagenet, imf_imagenet, meanflow_cifar10, meanflow_imagenet, remeanflow_imagenet
-from meanflow.config import division, options, resolve
+from meanflow.config import checks, division, options
 from meanflow.errors import UserError
 
 SHARES = (0.0, 0.1, 0.25, 0.3, 1 / 3, 0.5, 0.75, 0.9, 1 - 0.9, 0.1 + 0.2, 1.0)
 
 
-def config_of(batch=64, accumulate=1, **method):
-    config = digits.get_config()
+def config_of(batch=64, accumulate=1, variant="", **method):
+    config = digits.get_config(variant)
     config.train.update(batch_size=batch, accumulate=accumulate)
     config.method.update(method)
     return config
@@ -69,7 +69,7 @@ def test_a_row_is_a_flow_row_however_the_batch_is_divided(number):
 def test_a_share_that_a_division_would_change_is_refused(fraction, batch, devices, accumulate, expected):
     config = config_of(batch, accumulate, flow_fraction=fraction)
     with pytest.raises(UserError) as error:
-        resolve.check_divisible(config, devices, "devices")
+        checks.check_divisible(config, devices, "devices")
     assert expected in str(error.value)
     assert all(f"config.train.{name} " in str(error.value) for name in ("batch_size", "accumulate"))
     assert f"{devices} devices" in str(error.value)
@@ -78,18 +78,18 @@ def test_a_share_that_a_division_would_change_is_refused(fraction, batch, device
 def test_sizes_that_would_be_refused_again_are_not_advised():
     config = config_of(30, flow_fraction=0.3333)  # whole in multiples of 10,000 only
     with pytest.raises(UserError, match="rows, not a whole number: set --config.method.flow_fraction=0.3 or 0.33333"):
-        resolve.check_divisible(config, 1, "devices")
+        checks.check_divisible(config, 1, "devices")
 
 
 @pytest.mark.parametrize("flow_rows", ["split", "front"])
-@pytest.mark.parametrize("name", ["meanflow", "improved", "rectified"])
-def test_what_a_refusal_advises_is_accepted(name, flow_rows):
+@pytest.mark.parametrize("variant", ["", "imf", "remeanflow"])
+def test_what_a_refusal_advises_is_accepted(variant, flow_rows):
     cases = itertools.product((0.1, 1 / 3, 0.75), (7, 24, 30, 100), (1, 2, 8), (1, 2, 5))
     refused = 0
     for fraction, batch, devices, accumulate in cases:
-        config = config_of(batch, accumulate, name=name, flow_rows=flow_rows, flow_fraction=fraction)
+        config = config_of(batch, accumulate, variant, flow_rows=flow_rows, flow_fraction=fraction)
         try:
-            resolve.check_divisible(config, devices, "processes")
+            checks.check_divisible(config, devices, "processes")
         except UserError as error:
             refused += 1
             advice = str(error).partition(": set ")[2]
@@ -98,35 +98,39 @@ def test_what_a_refusal_advises_is_accepted(name, flow_rows):
             for option, *values in ways:
                 for value in filter(None, values):
                     kind = type(config[option.split(".")[0]][option.split(".")[1]])
-                    changed = config_of(batch, accumulate, name=name, flow_rows=flow_rows, flow_fraction=fraction)
+                    changed = config_of(batch, accumulate, variant, flow_rows=flow_rows, flow_fraction=fraction)
                     changed.update_from_flattened_dict({option: kind(value)})
-                    resolve.check_divisible(changed, devices, "processes")
+                    checks.check_divisible(changed, devices, "processes")
     assert refused > 20
 
 
-@pytest.mark.parametrize("changes", [{"name": "flow"}, {"name": "decoupled"}, {"flow_rows": "coin"}])
-def test_no_share_is_asked_of_methods_that_do_not_split(changes):
-    resolve.check_divisible(config_of(8, 1, flow_fraction=0.3, **changes), 8, "devices")
+@pytest.mark.parametrize(
+    ("variant", "changes"), [("flow", {}), ("dmf", {}), ("", {"flow_rows": "coin", "flow_fraction": 0.3})]
+)
+def test_no_share_is_asked_of_methods_that_do_not_split(variant, changes):
+    checks.check_divisible(config_of(8, 1, variant, **changes), 8, "devices")
+    with pytest.raises(UserError, match="8 is not divisible by 16 .*: set --config.train.batch_size=16"):
+        checks.check_divisible(config_of(8, 1, variant, **changes), 16, "devices")
 
 
 def test_the_share_of_the_first_rows_is_that_of_the_whole_batch():
     config = config_of(8, 4, flow_rows="front", flow_fraction=0.75)
-    resolve.check_divisible(config, 2, "devices")
+    checks.check_divisible(config, 2, "devices")
     config.train.update(batch_size=6, accumulate=1)
     with pytest.raises(UserError, match="of the 6 rows of a batch .* is 4.5 rows"):
-        resolve.check_divisible(config, 2, "devices")
+        checks.check_divisible(config, 2, "devices")
     config.method.flow_fraction, config.train.batch_size = 0.29, 100  # int(100 * 0.29) is 28
     with pytest.raises(UserError, match="not a whole number"):
-        resolve.check_divisible(config, 1, "devices")
+        checks.check_divisible(config, 1, "devices")
 
 
 def test_pairs_of_log_variances_are_of_the_whole_batch():
-    config = config_of(8, 1, name="decoupled", log_variance_pairs="all")
-    resolve.check_divisible(config, 1, "processes")
+    config = config_of(8, 1, "dmf", log_variance_pairs="all")
+    checks.check_divisible(config, 1, "processes")
     for devices, accumulate in ((2, 1), (1, 2)):
         config.train.accumulate = accumulate
         with pytest.raises(UserError, match="log_variance_pairs=row, or train on one device with"):
-            resolve.check_divisible(config, devices, "processes")
+            checks.check_divisible(config, devices, "processes")
 
 
 PUBLISHED = [
@@ -144,18 +148,18 @@ def test_published_settings_run_on_the_usual_numbers_of_devices(module, variants
     """On one, two and four, too, for those who have fewer, with micro-batches."""
     for variant, num in itertools.product(variants, (1, 2, 4, *devices)):
         config = module.get_config(variant)
-        resolve.check_divisible(config, num, "devices")
+        checks.check_divisible(config, num, "devices")
         config.train.accumulate = max(1, 8 // num)
-        resolve.check_divisible(config, num, "devices")
+        checks.check_divisible(config, num, "devices")
 
 
 def test_shards_of_parameters_that_do_not_divide_the_devices():
     config = config_of(64)
     config.train.fsdp = 3
     with pytest.raises(UserError, match="fsdp 3 does not divide the 8 devices: set it to 1 or 2 or 4 or 8"):
-        resolve.check_divisible(config, 8, "devices")
+        checks.check_divisible(config, 8, "devices")
 
 
 def test_base_is_checked_too():
     with pytest.raises(UserError, match="flow_fraction 0.75"):
-        resolve.check_divisible(options.get_config(), 128, "devices")
+        checks.check_divisible(options.get_config(), 128, "devices")

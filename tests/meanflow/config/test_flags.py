@@ -9,9 +9,9 @@ import pytest
 
 PROGRAM = """
 '''A program.'''
-from configs import flags, resolve
+from meanflow.config import checks, flags
 def main():
-    c = resolve.check(flags.config())
+    c = checks.check(flags.config())
     print(c.train.steps, c.sample.times, flags.workdir())
 flags.run(main)
 """

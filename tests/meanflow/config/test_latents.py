@@ -5,7 +5,7 @@ import json
 import numpy as np
 import pytest
 
-from meanflow.config import latents, resolve
+from meanflow.config import checks, latents, store
 from meanflow.config import options as base
 from meanflow.config.latents import CONVENTIONS, Convention
 from meanflow.errors import UserError
@@ -42,9 +42,9 @@ def test_the_channels_of_imagenet_get_mean_zero_and_one_deviation(name, mean, st
 
 @pytest.mark.parametrize("name", CONVENTIONS)
 def test_a_config_has_the_convention_that_it_is_given(name):
-    config = resolve.check(config_of(**CONVENTIONS[name]._asdict()))
+    config = checks.check(config_of(**CONVENTIONS[name]._asdict()))
     assert latents.of(config) == CONVENTIONS[name]
-    assert latents.of(resolve.from_json(resolve.to_json(config))) == CONVENTIONS[name]
+    assert latents.of(store.from_json(store.to_json(config))) == CONVENTIONS[name]
 
 
 def test_a_config_without_a_scale_has_none():

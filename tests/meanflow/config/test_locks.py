@@ -13,12 +13,13 @@ import time
 import pytest
 
 from configs import digits
-from meanflow.config import locks, resolve
+from meanflow.config import locks
+from meanflow.config.workdir import check_workdir, open_workdir
 from meanflow.errors import UserError
 
 HOLD = """
 import os, sys, time
-from configs import locks
+from meanflow.config import locks
 lock = locks.Lock(sys.argv[1])
 if sys.argv[2] == "fork" and os.fork() == 0:
     print(os.getpid(), flush=True)
@@ -115,20 +116,20 @@ def test_file_systems_without_locks(tmp_path, monkeypatch, number, caplog):
 def test_open_workdir_takes_the_lock_before_it_writes(tmp_path, hold):
     hold("alone")
     with pytest.raises(UserError, match="in use by another run"):
-        resolve.open_workdir(tmp_path, digits.get_config(), "jax")
+        open_workdir(tmp_path, digits.get_config(), "jax")
     assert not (tmp_path / "config.json").exists()
     with pytest.raises(UserError, match="in use by another run"):
-        resolve.check_workdir(tmp_path, digits.get_config(), "jax", alone=True)
-    resolve.check_workdir(tmp_path, digits.get_config(), "jax")  # this process may be of the same run
+        check_workdir(tmp_path, digits.get_config(), "jax", alone=True)
+    check_workdir(tmp_path, digits.get_config(), "jax")  # this process may be of the same run
 
 
 def test_a_refused_config_releases_the_lock(tmp_path):
     config = digits.get_config()
-    resolve.open_workdir(tmp_path, config, "torch").close()
-    with resolve.open_workdir(tmp_path, config, "torch") as lock:
+    open_workdir(tmp_path, config, "torch").close()
+    with open_workdir(tmp_path, config, "torch") as lock:
         holder = json.loads((tmp_path / ".lock").read_text())
         assert lock.path == tmp_path / ".lock" and holder["pid"] == os.getpid()
     config.model.depth = 7
     with pytest.raises(UserError, match="another config"):
-        resolve.open_workdir(tmp_path, config, "torch")
+        open_workdir(tmp_path, config, "torch")
     assert not take(tmp_path)

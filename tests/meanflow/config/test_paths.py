@@ -8,18 +8,16 @@ import pytest
 from absl import flags
 
 from configs import digits
-from meanflow.commands import encode, evaluate, reflow, sample, time_embedding
+from meanflow.commands import encode, evaluate, import_couplings, import_latents, reflow, sample, time_embedding
+from meanflow.config import checks, paths, store
 from meanflow.config import options as base
-from meanflow.config import paths, resolve, rules
 from meanflow.config.flags import workdir
-from meanflow.data import couplings
-from meanflow.data.latents import importers
 from meanflow.errors import UserError
 from parity import check, convert
 
 # Flags and options that take a text which is no path.  A new one stands here, or it is a path.
 OTHER_FLAGS = {"split"}
-OTHER_OPTIONS = {"name", "data.split", "evaluation.split", "sample.path"}
+OTHER_OPTIONS = {"name", "model.name", "method.name", "data.split", "evaluation.split"}
 
 
 @pytest.fixture(autouse=True)
@@ -55,17 +53,19 @@ def test_the_work_directory_is_below_the_home_directory(parse_flags):
 
 
 def test_every_path_option_expands_the_home_directory():
-    flat = resolve.flatten(base.get_config())
-    texts = {name for name, value in flat.items() if isinstance(value, str)}
-    assert texts - OTHER_OPTIONS - rules.CHOICES.keys() == set(paths.OPTIONS)
-    config = digits.get_config()
-    config.update_from_flattened_dict(dict.fromkeys(paths.OPTIONS, "~/x"))
-    config.data.encoder = ""  # which this method does not have
-    flat = resolve.flatten(resolve.check(config))
-    assert {flat[name] for name in paths.OPTIONS} == {"/home/someone/x", ""}
+    texts = {name for name, value in base.all_options().items() if isinstance(value, str)}
+    assert texts - OTHER_OPTIONS == set(paths.OPTIONS)
+    for network, method in (("dit", "flow"), ("dmf_dit", "decoupled")):
+        config = base.get_config(network, method)
+        names = set(paths.OPTIONS) & store.flatten(config).keys()
+        config.update_from_flattened_dict(dict.fromkeys(names, "~/x"))
+        if method == "flow":
+            config.model.update(repa_dims=(8,), repa_depth=1)
+        flat = store.flatten(checks.check(config))
+        assert {flat[name] for name in names} == {"/home/someone/x"}
 
 
-@pytest.mark.parametrize("main", [couplings.main, importers.main, convert.parse, check.parse])
+@pytest.mark.parametrize("main", [import_couplings.main, import_latents.main, convert.parse, check.parse])
 def test_arguments_expand_the_home_directory(main, monkeypatch):
     """Every argument of a command that is a path, as argparse sees it."""
     found = {}
@@ -86,7 +86,7 @@ def test_arguments_expand_the_home_directory(main, monkeypatch):
 def test_a_config_file_in_the_home_directory(tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
     (tmp_path / "mine.py").write_text(pathlib.Path(digits.__file__).read_text())
-    assert resolve.load_file("~/mine.py:unet").model.name == "unet"
+    assert store.load_file("~/mine.py:unet").model.name == "unet"
 
 
 @pytest.mark.parametrize("path", ["~nobody_of_this_name/x", "~nobody_of_this_name"])
@@ -98,7 +98,7 @@ def test_an_unknown_home_directory(path):
     config = digits.get_config()
     config.train.load_from = path
     with pytest.raises(UserError, match="config.train.load_from: there is no home directory"):
-        resolve.check(config)
+        checks.check(config)
 
 
 @pytest.mark.parametrize("path", ["x[1]", "a*b", "a b", "k=v,w", "-x", "übung", "x/", "~", "a/~/b", "C:x"])

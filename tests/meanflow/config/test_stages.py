@@ -1,15 +1,14 @@
 """Which of a run's steps are guided, and which clip their gradients."""
 
 import pytest
+import tiny
 
 from configs import digits
-from meanflow.config import options, resolve, stages
+from meanflow.config import options, stages, store
 
 
 def config_of(**changes):
-    config = options.get_config()
-    config.update_from_flattened_dict({"method.name": "rectified", "train.clip_norm": 0.7} | changes)
-    return config
+    return tiny.compose({"method.name": "rectified", "train.clip_norm": 0.7} | changes)
 
 
 def held(config):
@@ -37,25 +36,24 @@ def test_the_stages_of_a_run(stage1_steps, order, guidance, clip_stage, expected
         "method.stage1_steps": stage1_steps, "method.stage_order": order, "method.guidance": guidance,
         "train.clip_stage": clip_stage,
     })  # fmt: skip
-    before = resolve.flatten(config)
+    before = store.flatten(config)
     assert held(config) == expected
     at = [stages.stage_at(config, step) for step in range(6)]
     assert at == ([0, 0, 0, 1, 1, 1] if stage1_steps else [0] * 6)
-    assert resolve.flatten(config) == before
+    assert store.flatten(config) == before
     for stage in stages.stages(config):
-        changed = {key for key, value in resolve.flatten(stage).items() if value != before[key]}
+        changed = {key for key, value in store.flatten(stage).items() if value != before[key]}
         assert changed <= {"method.guidance", "train.clip_norm"}
         stage.method.omega = 123.0
         assert config.method.omega == before["method.omega"]
 
 
-@pytest.mark.parametrize("name", ["meanflow", "improved", "flow", "decoupled"])
-def test_other_methods_have_one_stage_which_is_their_config(name):
-    config = config_of(**{
-        "method.name": name, "method.stage1_steps": 3, "method.guidance": False, "train.clip_stage": "guided",
-    })  # fmt: skip
+@pytest.mark.parametrize(
+    ("network", "method"), [("dit", "meanflow"), ("imf_dit", "improved"), ("dit", "flow"), ("dmf_dit", "decoupled")]
+)
+def test_other_methods_have_one_stage_which_is_their_config(network, method):
+    config = options.get_config(network, method)
     assert len(stages.stages(config)) == 1 and stages.stages(config)[0] is config
-    assert held(config) == [(False, 0.7)]
     assert [stages.stage_at(config, step) for step in (0, 2, 3, 100)] == [0] * 4
 
 

@@ -58,7 +58,7 @@ def test_files_and_names_on_a_hub(tmp_path):
 
 
 def test_what_a_run_depends_on(datasets_dir, tmp_path):
-    config = digits.get_config()
+    config = digits.get_config("flow")
     config.data.dir = datasets_dir
     assert digests.of_config(config).keys() == {"data.name"}
     config.data.encoder = str(tmp_path)

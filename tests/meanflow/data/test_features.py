@@ -73,7 +73,7 @@ def path(tmp_path_factory):
 
 @pytest.fixture
 def config(datasets_dir, path):
-    config = digits.get_config()
+    config = digits.get_config("flow")
     config.data.update(dir=datasets_dir, encoder=path, flip=True)
     config.method.name = "flow"
     config.model.update(interval_embedder=False, repa_dims=(WIDTH,))

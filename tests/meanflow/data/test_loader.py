@@ -18,7 +18,7 @@ from etils import epath
 
 from configs import digits
 from meanflow import signals
-from meanflow.config import features
+from meanflow.config import features, options
 from meanflow.data import augment, couplings, digests, examples, loader, record_reader, records, sources
 from meanflow.data.latents import dataset
 from meanflow.errors import UserError
@@ -86,9 +86,9 @@ def augmented(config):
 @pytest.fixture
 def featured(config):
     """Return a config whose dataset has features in addition to the images."""
+    config = options.recompose(config, "dit", "flow")
     config.data.update(name="featured_patches", flip=True)
-    config.method.name = "flow"
-    config.model.update(interval_embedder=False, repa_dims=(2, 3))
+    config.model.repa_dims = (2, 3)
     return config
 
 
@@ -97,9 +97,8 @@ def coupled(config, tmp_path):
     """Return a config that learns from couplings: images that are twice their noise."""
     plan = couplings.Plan((8, 8, 1), num_samples=40, num_classes=10, seed=1, shard_size=16)
     couplings.make(tmp_path / "couplings", plan, lambda noise, y: 2 * noise, {})
-    config = copy.deepcopy(config)
+    config = options.recompose(config, "dit", "rectified")
     config.data.update(name=str(tmp_path / "couplings"), flip=True)
-    config.method.name = "rectified"
     return config
 
 
@@ -302,8 +301,8 @@ def test_our_own_datasets_need_no_tfds(data, request, monkeypatch):
 
 
 def test_only_couplings_have_noise(coupled):
-    coupled.method.name = "flow"
-    assert set(next(loader.make_loader(coupled, 16))) == {"image", "label"}
+    flow = options.recompose(coupled, "dit", "flow")
+    assert set(next(loader.make_loader(flow, 16))) == {"image", "label"}
 
 
 @pytest.mark.parametrize(
@@ -327,10 +326,10 @@ def test_couplings_that_are_not_there_or_do_not_fit(coupled, change, words):
         loader.make_loader(coupled, 16)
 
 
-@pytest.mark.parametrize("change", [{"model.repa_dims": ()}, {"method.name": "meanflow"}])
-def test_no_features_without_repa(featured, change):
-    featured.update_from_flattened_dict(change)
-    assert set(next(loader.make_loader(featured, 16))) == {"image", "label"}
+def test_no_features_without_repa(featured):
+    for config in (options.recompose(featured, "unet", "meanflow"), featured):
+        featured.model.repa_dims = ()
+        assert set(next(loader.make_loader(config, 16))) == {"image", "label"}
 
 
 def test_whole_splits_need_no_features(featured):
@@ -367,6 +366,7 @@ def test_features_that_are_not_there_or_do_not_fit(featured, change, words):
 
 
 def test_a_network_told_of_other_labels(augmented):
+    augmented = options.recompose(augmented, "unet", "meanflow")
     augmented.model.augment_dim = 6
     with pytest.raises(UserError, match="augment_dim is 6, .* makes 4 labels: set --config.model.augment_dim=4, or 0"):
         loader.make_loader(augmented, BATCH)

@@ -15,7 +15,8 @@ PATHS = pytest.mark.parametrize("path", ["linear", "cosine"])
 
 
 def settings(**changes):
-    cfg = options.get_config().sample
+    flow = changes.get("sampler") in ("heun", "sde") or "diffusion_scale" in changes
+    cfg = options.get_config(method="flow" if flow else "meanflow").sample
     cfg.update(changes)
     return cfg
 

@@ -2,9 +2,9 @@
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
-from meanflow.config import options as base
 from meanflow.errors import UserError
 from meanflow.weights import canonical, infer
 from parity import convert
@@ -29,9 +29,7 @@ OTHERS = {
 
 def weights_of(options):
     """Return a model's config, and zeros in the shapes of its canonical weights, sorted as in a safetensors file."""
-    config = base.get_config()
-    config.model.update(SIZES | {"name": "edm2"} | options)
-    config.method.name = "rectified" if config.model.interval_embedder else "flow"
+    config = tiny.of_network(SIZES | {"name": "edm2"} | options)
     with torch.device("meta"):
         net = torch_step.build_net(config)
     shapes = {name: () if name.endswith(canonical.SCALARS) else t.shape for name, t in net.state_dict().items()}

@@ -1,25 +1,23 @@
-"""Options that do not go together, of flow models, decoupled MeanFlow and Re-MeanFlow, each named in a message."""
+"""Options that do not go together, each named in a message."""
 
 import pytest
+import tiny
 
 from configs import digits
-from meanflow.config import options, resolve
+from meanflow.config import checks
+from meanflow.config.workdir import open_workdir, read_workdir
 from meanflow.errors import UserError
 
-FLOW = {"model.interval_embedder": False, "method.name": "flow"}
+FLOW = {"method.name": "flow"}
 DECOUPLED = {"model.name": "dmf_dit", "method.name": "decoupled"}
 IMPROVED = {"model.name": "imf_dit", "method.name": "improved"}
-EDM2 = {"model.name": "edm2", "model.attn_resolutions": (), "method.name": "rectified",
-        "method.time_sampler": "re2_truncate"}  # fmt: skip
-EDM2_FLOW = EDM2 | FLOW | {"method.time_sampler": "logit_normal"}
-RECTIFIED_DIT = {"method.name": "rectified", "method.time_sampler": "re2_truncate"}
+EDM2 = {"model.name": "edm2", "model.attn_resolutions": (), "method.name": "rectified"}
+EDM2_FLOW = EDM2 | FLOW
+RECTIFIED_DIT = {"method.name": "rectified"}
 TEACHER = DECOUPLED | {"method.guidance_type": "distill", "method.teacher": "runs/flow"}
 
 
-def config_of(changes):
-    config = options.get_config()
-    config.update_from_flattened_dict(changes)
-    return config
+config_of = tiny.compose
 
 
 @pytest.mark.parametrize(
@@ -33,7 +31,6 @@ def config_of(changes):
         DECOUPLED | {"model.dmf_depth": 0, "model.attention": "fused", "model.qk_norm": True},
         DECOUPLED | {"model.dmf_depth": 4, "sample.sampler": "ctm", "sample.gamma": 0.0},
         TEACHER,
-        DECOUPLED | {"model.repa_dims": (768,), "model.interval_embedder": True},  # options of dit alone
         EDM2,
         EDM2 | {"method.stage1_steps": 3, "method.stage_order": "guided_first", "train.clip_stage": "guided"},
         EDM2 | {"method.guidance": False, "method.distance_clip": 2.0, "sample.sampler": "velocity"},
@@ -44,42 +41,7 @@ def config_of(changes):
     ],
 )
 def test_configs_of_sense(changes):
-    assert resolve.check(config_of(changes)).to_dict() == config_of(changes).to_dict()
-
-
-@pytest.mark.parametrize(
-    ("changes", "message"),
-    [
-        ({"model.attention": "flash"}, "model.attention is 'flash'; choose one of plain, fused"),
-        ({"method.guidance_type": "cfg"}, "guidance_type is 'cfg'; choose one of default, mg, distill"),
-        ({"method.time_sampler": "tan"}, "choose one of logit_normal, uniform, arctan, arctan_official"),
-        ({"method.log_variance_pairs": "official"}, "log_variance_pairs is 'official'; choose one of row, all"),
-        ({"sample.sampler": "dpm"}, "sample.sampler is 'dpm'; choose one of euler, restart, ctm, velocity, heun, sde"),
-        ({"sample.diffusion": "vp"}, "sample.diffusion is 'vp'; choose one of sigma, elbo"),
-        ({"sample.gamma": 1.5}, r"sample\.gamma is 1\.5; it must be at least 0 and at most 1"),
-        ({"sample.shift": -1.0}, r"sample\.shift is -1\.0; it must be a number above 0"),
-        ({"sample.shift": 0.0}, r"sample\.shift is 0\.0; it must be a number above 0"),
-        ({"sample.shift": float("inf")}, r"sample\.shift is inf; it must be a number above 0"),
-        ({"sample.diffusion_scale": -1.0}, r"sample\.diffusion_scale is -1\.0; it must be at least 0"),
-        ({"model.dmf_depth": -1}, "model.dmf_depth is -1; it must be at least 0"),
-        ({"model.repa_depth": 0}, "model.repa_depth is 0; it must be at least 1"),
-        ({"model.projector_dim": 0}, "model.projector_dim is 0; it must be at least 1"),
-        ({"data.prefetch": -1}, "data.prefetch is -1; it must be at least 0"),
-        ({"model.head_width": 0}, "model.head_width is 0; it must be at least 1"),
-        ({"model.logvar_channels": -1}, "model.logvar_channels is -1; it must be at least 0"),
-        ({"method.stage_order": "guided"}, "stage_order is 'guided'; choose one of plain_first, guided_first"),
-        ({"method.omega_sampler": "power"}, "omega_sampler is 'power'; choose one of constant, uniform"),
-        ({"method.stage1_steps": -1}, "method.stage1_steps is -1; it must be at least 0"),
-        ({"method.distance_clip": -0.5}, r"method\.distance_clip is -0\.5; it must be at least 0"),
-        ({"train.clip_stage": "plain"}, "clip_stage is 'plain'; choose one of all, guided"),
-        ({"latents.pixels": "bytes"}, "latents.pixels is 'bytes'; choose one of symmetric, unit"),
-        ({"evaluation.convention": "tf"}, "'tf'; choose one of torch_fidelity, jax_meanflow, pytorch_fid"),
-        ({"evaluation.num_samples": 1}, "evaluation.num_samples is 1; it must be at least 2"),
-    ],
-)
-def test_values_without_sense(changes, message):
-    with pytest.raises(UserError, match=message):
-        resolve.check(config_of(changes))
+    assert checks.check(config_of(changes)).to_dict() == config_of(changes).to_dict()
 
 
 @pytest.mark.parametrize("model", [{}, DECOUPLED, IMPROVED])
@@ -106,7 +68,7 @@ def test_values_without_sense(changes, message):
 )
 def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
     with pytest.raises(UserError, match=message):
-        resolve.check(config_of(model | changes))
+        checks.check(config_of(model | changes))
 
 
 @pytest.mark.parametrize(
@@ -117,26 +79,15 @@ def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
         (FLOW | {"model.repa_dims": (768,)}, r"config\.model\.repa_depth 8 is more than config\.model\.depth 4"),
         (FLOW | {"model.repa_dims": (0,)}, r"repa_dims is \(0,\); give a whole number above 0 for each encoder"),
         (FLOW | {"model.repa_dims": (768.0,)}, "give a whole number above 0 for each encoder"),
-        (FLOW | {"data.encoder": "dinov2"}, "data.encoder is set, which is for REPA"),
-        (DECOUPLED | {"model.repa_dims": (768,), "data.encoder": "dinov2"}, "data.encoder is set"),
-        (DECOUPLED | {"method.guidance_start": 0.9, "method.guidance_end": 0.1}, "guidance_end are 0.9 and 0.1; they"),
-        ({"method.guidance_end": float("nan")}, "guidance_end are 0.0 and nan; they must rise"),
-        ({"model.repa_dims": (768,), "model.repa_depth": 1}, "only config.method.name=flow trains the projectors"),
-        (FLOW | {"model.name": "dmf_dit"}, "flow cannot use config.model.name dmf_dit: it trains dit or edm2$"),
-        (FLOW | {"model.name": "unet", "model.attn_resolutions": (), "evaluation.classifier": False,
-                 "method.guidance": False}, "flow cannot use config.model.name unet: it trains dit or edm2$"),
-        (DECOUPLED | {"model.name": "dit"}, "decoupled cannot use config.model.name dit: it trains dmf_dit$"),
-        (DECOUPLED | {"method.name": "meanflow"}, "meanflow cannot use config.model.name dmf_dit: .* dit or unet$"),
-        (FLOW | {"model.interval_embedder": True}, "interval_embedder is True: .* flow needs a network without it"),
-        ({"model.interval_embedder": False}, "interval_embedder is False: meanflow and rectified need it"),
+        (FLOW | {"data.encoder": "dinov2"}, "data.encoder is set, but REPA is off: set config.model.repa_dims"),
+        (DECOUPLED | {"method.guidance_start": 0.9, "method.guidance_end": 0.1}, "start 0.9 is after .*_end 0.1"),
+        (FLOW | {"model.interval_embedder": True}, "interval_embedder is True, but config.method.name flow .* without"),
+        ({"model.interval_embedder": False}, "interval_embedder is False, but config.method.name meanflow .* with it"),
         (TEACHER | {"method.teacher": ""}, "there is no teacher: set --config.method.teacher to the work directory"),
         (FLOW | {"sample.sampler": "restart"},
-         "sampler is restart, but a model of config.method.name flow is sampled by one of euler, heun, sde"),
-        (FLOW | {"sample.sampler": "ctm"}, "one of euler, heun, sde"),
-        ({"sample.sampler": "heun"}, "a model of config.method.name meanflow is sampled by one of euler, restart, ctm"),
-        (DECOUPLED | {"sample.sampler": "sde"}, "decoupled is sampled by one of euler, restart, ctm"),
+         "sampler is 'restart'; choose one of euler, heun, sde"),
+        ({"sample.sampler": "heun"}, "sampler is 'heun'; choose one of euler, restart, ctm, velocity"),
         (DECOUPLED | {"sample.interval": (0.7, 0.0)}, "sample.interval .* must rise"),
-        (IMPROVED | {"sample.cfg_scale": 2.0}, "this one is told its scale"),
         (EDM2 | {"model.channel_mult": ()}, r"channel_mult is \(\); give a whole number above 0 for each level"),
         (EDM2 | {"model.channel_mult": (1, 0)}, r"channel_mult is \(1, 0\); give a whole number above 0"),
         (EDM2 | {"model.channel_mult": (1.5,)}, r"channel_mult is \(1\.5,\); give a whole number above 0"),
@@ -145,24 +96,78 @@ def test_kernels_of_attention_that_cannot_do_it(model, changes, message):
         (EDM2 | {"model.sigma_data": 0.0}, r"sigma_data is 0\.0; it must be a number above 0"),
         (EDM2_FLOW | {"model.sigma_data": float("nan")}, "sigma_data is nan; it must be a number above 0"),
         (EDM2_FLOW | {"method.path": "cosine"}, "is edm2, whose preconditioning is that of config.method.path=linear"),
-        (EDM2 | {"model.interval_embedder": False}, "interval_embedder is False: meanflow and rectified need it"),
-        (EDM2_FLOW | {"model.interval_embedder": True}, "interval_embedder is True: .* a network without it"),
-        (EDM2 | {"method.name": "meanflow"}, "meanflow cannot use config.model.name edm2: it trains dit or unet$"),
-        (RECTIFIED_DIT | {"model.name": "dmf_dit"}, "rectified cannot use config.model.name dmf_dit: .* edm2 or dit$"),
-        (RECTIFIED_DIT | {"model.interval_embedder": False}, "meanflow and rectified need it"),
-        (RECTIFIED_DIT | {"method.path": "cosine"}, "whose trajectories are straight: config.method.path is linear"),
-        (EDM2 | {"method.stage1_steps": 3, "method.guidance": False}, "parts plain from guided steps, but .* is False"),
-        (EDM2 | {"sample.sampler": "heun"}, "rectified is sampled by one of euler, restart, ctm, velocity"),
-        (EDM2_FLOW | {"sample.sampler": "velocity"}, "flow is sampled by one of euler, heun, sde"),
-        *((EDM2 | {"method.time_sampler": name}, f"time_sampler is {name}: .*rectified takes re2_truncate or uniform")
+        (EDM2 | {"model.interval_embedder": False}, "interval_embedder is False, but config.method.name rectified"),
+        (EDM2_FLOW | {"model.interval_embedder": True}, "interval_embedder is True, but config.method.name flow"),
+        (RECTIFIED_DIT | {"method.path": "cosine"}, "config.method.path is 'cosine'; choose one of linear"),
+        (EDM2 | {"method.stage1_steps": 3, "method.guidance": False}, "separates plain from guided steps, .* is False"),
+        *((EDM2 | {"method.time_sampler": name}, f"time_sampler is '{name}'; choose one of re2_truncate, uniform")
           for name in ("logit_normal", "arctan", "arctan_official")),
-        *((changes | {"method.time_sampler": "re2_truncate"}, "re2_truncate is for no other method")
+        *((changes | {"method.time_sampler": "re2_truncate"}, "choose one of logit_normal, uniform, arctan, arctan_off")
           for changes in ({}, FLOW, DECOUPLED, IMPROVED, EDM2_FLOW)),
     ],
 )  # fmt: skip
 def test_options_that_do_not_go_together(changes, message):
     with pytest.raises(UserError, match=message):
-        resolve.check(config_of(changes))
+        checks.check(config_of(changes))
+
+
+@pytest.mark.parametrize(
+    ("option", "value", "message"),
+    [
+        ("method.time_mean", (-0.4,), r"config.method.time_mean is \(-0.4,\); give two numbers, for t and for r"),
+        ("method.time_mean", ("a", 0.0), "give two numbers, for t and for r"),
+        ("method.time_std", (1.0, 1.0, 1.0), "config.method.time_std is .*; give two numbers"),
+        ("method.guidance", True, "a network without classes, which cannot be guided: set --config.method.guidance=F"),
+        ("sample.cfg_scale", 2.0, "and --config.sample.cfg_scale=1"),
+        ("evaluation.classifier", True, "set --config.evaluation.classifier=False"),
+        ("model.width", 6, "config.model.width 6 must be a multiple of 4"),
+        ("model.channel_mult", (1, 0), "give a whole number above 0 for each level"),
+        ("model.channel_mult", (1, 1.5), "give a whole number above 0 for each level"),
+        ("model.attn_resolutions", (16,), r"\(16,\) are not among the levels' sizes \[8, 4\]"),
+    ],
+)
+def test_values_without_sense_for_a_unet_are_named(option, value, message):
+    config = digits.get_config("unet")
+    config.update_from_flattened_dict({option: value})
+    with pytest.raises(UserError, match=message):
+        checks.check(config)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"model.head_depth": 9}, r"head_depth 9 is more than config\.model\.depth"),
+        ({"model.width": 36, "model.num_heads": 12}, "must be even, for rotary positions"),
+        ({"sample.interval": (0.6, 0.4)}, r"config\.sample\.interval is \(0\.6, 0\.4\); it must rise"),
+        ({"sample.interval": (0.6,)}, "give two numbers, the start and the end of the interval"),
+    ],
+)
+def test_mistakes_of_improved_meanflow_are_named(changes, message):
+    config = digits.get_config("imf")
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=message):
+        checks.check(config)
+
+
+def test_a_network_without_the_head_of_v_can_sample_but_not_be_trained():
+    config = digits.get_config("imf")
+    checks.check_trainable(config)
+    config.model.v_heads = False
+    with pytest.raises(UserError, match="can sample but not be trained"):
+        checks.check_trainable(checks.check(config))
+
+
+@pytest.mark.parametrize(("batch", "accumulate", "devices"), [(6, 1, 4), (8, 3, 2)])
+def test_batches_that_do_not_divide(batch, accumulate, devices):
+    config = digits.get_config()
+    config.train.batch_size, config.train.accumulate = batch, accumulate
+    with pytest.raises(UserError, match=rf"batch_size {batch} is not divisible by {devices * accumulate}"):
+        checks.check_divisible(config, devices, "devices")
+    config.train.batch_size = 48
+    checks.check_divisible(config, devices, "devices")
+    config.train.fsdp = 5
+    with pytest.raises(UserError, match="fsdp 5 does not divide"):
+        checks.check_divisible(config, devices, "devices")
 
 
 METRICS = {"evaluation.inception": "w", "evaluation.reference": "r.npz"}
@@ -181,13 +186,13 @@ METRICS = {"evaluation.inception": "w", "evaluation.reference": "r.npz"}
     ],
 )
 def test_metrics_and_latents_of_sense(changes):
-    assert resolve.check(config_of(changes)).to_dict() == config_of(changes).to_dict()
+    assert checks.check(config_of(changes)).to_dict() == config_of(changes).to_dict()
 
 
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        (METRICS | {"evaluation.metrics": ("fid", "fvd")}, "metrics has 'fvd'; choose of fid, is, kid, pr, fd_dinov2"),
+        (METRICS | {"evaluation.metrics": ("fid", "fvd")}, "has 'fvd'; choose from fid, is, kid, pr, fd_dinov2"),
         *((METRICS | {"evaluation.metrics": (metric,), "evaluation.inception": ""},
            f"metrics is {metric}, but config.evaluation.inception names no weights: python parity/convert.py")
           for metric in ("fid", "is", "kid", "pr")),
@@ -205,25 +210,24 @@ def test_metrics_and_latents_of_sense(changes):
 )  # fmt: skip
 def test_metrics_and_latents_of_no_sense(changes, message):
     with pytest.raises(UserError, match=message):
-        resolve.check(config_of(changes))
+        checks.check(config_of(changes))
 
 
 def test_only_networks_without_a_log_variance_of_edm2_are_trained():
     for changes in (EDM2, EDM2_FLOW):
-        resolve.check_trainable(config_of(changes))
+        checks.check_trainable(config_of(changes))
         with pytest.raises(UserError, match="logvar_channels is 8: no method here trains EDM2's log-variance"):
-            resolve.check_trainable(config_of(changes | {"model.logvar_channels": 8}))
-    resolve.check_trainable(config_of({"model.logvar_channels": 8}))  # an option of edm2 alone
+            checks.check_trainable(config_of(changes | {"model.logvar_channels": 8}))
 
 
 @pytest.mark.parametrize("option", ["head_width", "sigma_data", "num_classes"])
 def test_what_the_weights_of_edm2_do_not_show(option):
-    teacher = config_of(EDM2_FLOW | {"model.num_heads": 3})
+    teacher = config_of(EDM2_FLOW)
     config = config_of(EDM2 | {"train.load_from": "runs/teacher"})
-    resolve.check_alike(config, teacher, "train.load_from")
+    checks.check_alike(config, teacher, "train.load_from")
     teacher.model[option] *= 2
     with pytest.raises(UserError, match=rf"load_from runs/teacher has config\.model\.{option}"):
-        resolve.check_alike(config, teacher, "train.load_from")
+        checks.check_alike(config, teacher, "train.load_from")
 
 
 def test_the_path_of_sampling_is_that_of_training(tmp_path):
@@ -231,15 +235,15 @@ def test_the_path_of_sampling_is_that_of_training(tmp_path):
     for name in ("method.path", "sample.path"):
         config = config_of({name: "cosine"})
         assert config.method.path == config.sample.path == "cosine"
-        resolve.open_workdir(tmp_path / name, config, "jax")
-        again = resolve.read_workdir(tmp_path / name)
+        open_workdir(tmp_path / name, config, "jax")
+        again = read_workdir(tmp_path / name)
         assert again.method.path == again.sample.path == "cosine"
 
 
 def test_the_teacher_of_weights_alone_is_a_flow_model_of_the_same_sizes():
     config = config_of(TEACHER | {"model.width": 64, "model.qk_norm": True, "model.dmf_depth": 1})
     before = config.to_dict()
-    teacher = resolve.check(resolve.check_teacher(config, None))
+    teacher = checks.check(checks.check_teacher(config, None))
     assert (teacher.model.name, teacher.method.name, teacher.model.width) == ("dit", "flow", 64)
     assert teacher.model.qk_norm and not teacher.model.interval_embedder
     assert config.to_dict() == before
@@ -247,13 +251,13 @@ def test_the_teacher_of_weights_alone_is_a_flow_model_of_the_same_sizes():
 
 def test_a_teacher_of_its_own_config():
     own = config_of(FLOW | {"model.depth": 7})
-    teacher = resolve.check_teacher(config_of(TEACHER), own)
+    teacher = checks.check_teacher(config_of(TEACHER), own)
     assert teacher.to_dict() == own.to_dict() and teacher is not own
 
 
 def test_a_teacher_computes_as_its_student_does():
     student = config_of(TEACHER | {"model.attention": "fused", "model.compute_dtype": "bfloat16"})
-    teacher = resolve.check_teacher(student, config_of(FLOW))
+    teacher = checks.check_teacher(student, config_of(FLOW))
     assert (teacher.model.attention, teacher.model.compute_dtype) == ("fused", "bfloat16")
 
 
@@ -262,8 +266,8 @@ def test_a_model_to_start_from_differs_in_what_its_weights_do_not_show(option):
     other = config_of(FLOW)
     other.model[option] *= 2
     with pytest.raises(UserError, match=rf"train\.load_from runs/flow has config\.model\.{option}"):
-        resolve.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), other, "train.load_from")
-    resolve.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), None, "train.load_from")
+        checks.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), other, "train.load_from")
+    checks.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), None, "train.load_from")
 
 
 @pytest.mark.parametrize(
@@ -279,7 +283,7 @@ def test_a_model_to_start_from_differs_in_what_its_weights_do_not_show(option):
 )
 def test_a_teacher_that_cannot_teach(changes, message):
     with pytest.raises(UserError, match=message):
-        resolve.check_teacher(config_of(TEACHER), config_of(changes))
+        checks.check_teacher(config_of(TEACHER), config_of(changes))
 
 
 @pytest.mark.parametrize(
@@ -290,5 +294,5 @@ def test_a_teacher_that_cannot_teach(changes, message):
 def test_a_kernel_that_multiplies_in_tf32_is_named(changes, warned, caplog):
     config = digits.get_config()
     config.update_from_flattened_dict({"model.attention_jvp": "flash"} | changes)
-    resolve.check_trainable(config)
+    checks.check_trainable(config)
     assert ("multiplies float32 in TF32" in caplog.text) == warned
