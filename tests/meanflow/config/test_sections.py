@@ -107,6 +107,8 @@ def test_the_config_of_another_network_and_method():
         "method.path": "cosine", "train.clip_norm": 2.0,
     }))  # fmt: skip
     assert sections.flatten(config) == before
+    student = options.recompose(tiny.compose({"model.name": "edm2", "method.name": "flow"}), "edm2", "rectified")
+    assert student.model.interval_embedder and student.method.time_sampler == "re2_truncate"
 
 
 def test_every_number_has_a_range():
