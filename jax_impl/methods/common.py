@@ -12,7 +12,7 @@ from meanflow.config import division
 
 
 class Rows(NamedTuple):
-    """A static, interleaved split of the batch: `groups` times (`flow` rows with r = t, then `rest` rows with r < t).
+    """A static, interleaved split of the batch: `groups` times (`flow` rows with r = t, then `jvp` rows with r < t).
 
     Groups, rather than one block of each, keep contiguous shards of the batch together: splitting moves no data
     between devices, and which rows are flow rows does not depend on the number of devices.
@@ -20,7 +20,7 @@ class Rows(NamedTuple):
 
     groups: int
     flow: int
-    rest: int
+    jvp: int
 
 
 def sample_times(draws, cfg):
@@ -83,11 +83,11 @@ def is_flow(draws, cfg):
     if cfg.flow_rows != "split":
         return draws.coin < cfg.flow_fraction
     rows = split_rows(len(draws.coin), cfg)
-    return jnp.arange(len(draws.coin)) % (rows.flow + rows.rest) < rows.flow
+    return jnp.arange(len(draws.coin)) % (rows.flow + rows.jvp) < rows.flow
 
 
 def split_rows(batch_size, cfg):
-    """Return the static split of a batch; unless flow_rows = split, all rows are `rest`.
+    """Return the static split of a batch; unless flow_rows = split, all rows are `jvp`.
 
     Raises UserError if flow_fraction of the batch is not a whole number of rows.
     """
@@ -133,7 +133,7 @@ def average_velocity(net, z, t, r, y, given, rows, **options):
 
     options: arguments of the network that are no arrays of rows.
     """
-    tape = Tape(lambda a: take(a, rows, "rest"), (z, t, r, y))
+    tape = Tape(lambda a: take(a, rows, "jvp"), (z, t, r, y))
     u = net(z, t, r, y, **given, **options, **with_tape(net, tape))
     tape.close()
     return u, tape
@@ -146,12 +146,12 @@ def total_derivative(net, z, v, t, r, y, given, rows, tape):
     flow rows, where nothing reads it, du/dt is 0.
     """
     du_dt = jnp.zeros_like(z)
-    if not rows.rest:
+    if not rows.jvp:
         return du_dt
     tape.replay((z, t, r, y))
     flow, taped = take(du_dt, rows, "flow"), with_tape(net, tape)
-    z, v, t, r, y = (take(a, rows, "rest") for a in (z, v, t, r, y))
-    given = {name: take(a, rows, "rest") for name, a in given.items()}
+    z, v, t, r, y = (take(a, rows, "jvp") for a in (z, v, t, r, y))
+    given = {name: take(a, rows, "jvp") for name, a in given.items()}
     tangents = (v, jnp.ones_like(t), jnp.zeros_like(r))
     _, du_dt = jax.jvp(lambda z, t, r: net(z, t, r, y, **given, **taped), (z, t, r), tangents)
     tape.finish()
@@ -164,7 +164,7 @@ def with_tape(net, tape):
 
 
 def take(a, rows, part):
-    """Return the `flow` or the `rest` rows of a [b ...]."""
+    """Return the `flow` or the `jvp` rows of a [b ...]."""
     a = a.reshape(rows.groups, -1, *a.shape[1:])
     a = a[:, : rows.flow] if part == "flow" else a[:, rows.flow :]
     return a.reshape(-1, *a.shape[2:])

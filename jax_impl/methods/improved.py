@@ -165,13 +165,13 @@ def guide(net, z, v, t, y, given, kept, v_flow, cfg):
     zero, one = jnp.zeros_like(t), jnp.ones_like(t)
     omega = jnp.where((t >= given["t_min"]) & (t <= given["t_max"]), given["omega"], 1.0)
     null = jnp.full_like(y, net.num_classes)
-    both = Rows(rows.groups, rows.flow + rows.rest if cfg.guidance else 0, rows.rest)
+    both = Rows(rows.groups, rows.flow + rows.jvp if cfg.guidance else 0, rows.jvp)
     z2, t2, y2, omega2, start, end = (
-        join(a[: len(a) if cfg.guidance else 0], take(b, rows, "rest"), both)
+        join(a[: len(a) if cfg.guidance else 0], take(b, rows, "jvp"), both)
         for a, b in ((z, z), (t, t), (null, y), (one, omega), (zero, zero), (one, one))
     )
     v2 = net(z2, t2, t2, y2, omega=omega2, t_min=start, t_max=end, heads="v") if len(z2) else z2
-    v_c = join(v_flow, take(v2, both, "rest"), rows)
+    v_c = join(v_flow, take(v2, both, "jvp"), rows)
     if cfg.guidance:
         v_g = v + expand(1 - 1 / omega, v) * (v_c - take(v2, both, "flow"))
         v = jnp.where(expand(kept, v), v_g, v)

@@ -165,11 +165,11 @@ def conditional_and_null(net, z, t, y, null, given, u_flow, rows):
 
     u_flow: u(z, t, t, y) of the flow rows of a static split, which need no conditional forward of their own.
     """
-    both = Rows(rows.groups, rows.flow + rows.rest, rows.rest)
-    z2, t2, y2 = (join(a, take(b, rows, "rest"), both) for a, b in ((z, z), (t, t), (null, y)))
-    given = {name: join(a, take(a, rows, "rest"), both) for name, a in given.items()}
+    both = Rows(rows.groups, rows.flow + rows.jvp, rows.jvp)
+    z2, t2, y2 = (join(a, take(b, rows, "jvp"), both) for a, b in ((z, z), (t, t), (null, y)))
+    given = {name: join(a, take(a, rows, "jvp"), both) for name, a in given.items()}
     u = net(z2, t2, t2, y2, **given)
-    return join(u_flow, take(u, both, "rest"), rows), take(u, both, "flow")
+    return join(u_flow, take(u, both, "jvp"), rows), take(u, both, "flow")
 
 
 def interval(t, r, cfg):

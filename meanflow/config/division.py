@@ -21,7 +21,7 @@ def exact(share: float) -> fractions.Fraction:
 
 
 def split(num_rows: int, share: float) -> tuple[int, int, int]:
-    """Return (groups, flow, rest): rows fall into groups, each of `flow` flow rows and then `rest` others.
+    """Return (groups, flow, jvp): rows fall into groups, each of `flow` flow rows and then `jvp` rows with r < t.
 
     A group is as small as the share allows, so a row's part in it follows from its place in the batch, and any division
     of the batch into whole groups leaves it there.  Raises UserError if `num_rows` are not whole groups.

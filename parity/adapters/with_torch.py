@@ -119,7 +119,7 @@ def jvp(net, z, t, r, y, tangent, given=None, head="u"):
     head: `v` for another head's velocity in place of u.
     """
     z, t, r, y, tangent = _arrays(net, (z, t, r, y, tangent))
-    rows, given = common.Rows(groups=1, flow=0, rest=len(y)), _given(net, given)
+    rows, given = common.Rows(groups=1, flow=0, jvp=len(y)), _given(net, given)
     net = net._replace(head=head)
     u, tape = common.average_velocity(net, z, t, r, y, given, rows)
     return _to_numpy(u), _to_numpy(common.total_derivative(net, z, tangent, t, r, y, given, rows, tape))

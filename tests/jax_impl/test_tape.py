@@ -64,7 +64,7 @@ def rows_of(config, net, num=8):
 @pytest.mark.parametrize("name", COMPILED)
 def test_the_tangent_is_that_of_the_whole_network(name, remat):
     config, graphdef, params = build(name, **{"train.remat": remat})
-    net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, rest=1)
+    net, rows = nnx.merge(graphdef, params), common.Rows(groups=2, flow=3, jvp=1)
     z, v, t, r, y, given = rows_of(config, net)
 
     @jax.jit
@@ -152,7 +152,7 @@ class Sum(nnx.Module):
         return u
 
 
-TWO_ROWS = common.Rows(groups=2, flow=1, rest=1)
+TWO_ROWS = common.Rows(groups=2, flow=1, jvp=1)
 
 
 def some_rows(seed=0):

@@ -128,6 +128,8 @@ def test_dropped_interval(framework, mutate, capsys):
     mutate.setattr(METHODS[framework], "interval", lambda t, r, cfg: t * 0 + 1)
     out = expect_failure(capsys, "float64/coin/noguid", "float64/coin/noguid")
     assert f"{framework} target (formula)" in out and "jax-torch target" in out
+    assert f"FAILED: float64/coin/noguid {framework} aux (reference)" in out
+    assert f"FAILED: float64/coin/noguid {framework} grad (reference)" in out
 
 
 def swap(mutate, framework):

@@ -72,7 +72,7 @@ def test_the_rows_of_a_shard_are_the_shard_of_the_rows(fraction, shards):
 def test_join_undoes_take(fraction):
     rows = common.split_rows(20, settings(flow_fraction=fraction))
     a = torch.arange(40).reshape(20, 2)
-    assert torch.equal(common.join(common.take(a, rows, "flow"), common.take(a, rows, "rest"), rows), a)
+    assert torch.equal(common.join(common.take(a, rows, "flow"), common.take(a, rows, "jvp"), rows), a)
     assert len(common.take(a, rows, "flow")) == int(20 * fraction)
 
 

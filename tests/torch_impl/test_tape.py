@@ -60,7 +60,7 @@ def rows_of(config, net, num=8):
 @pytest.mark.parametrize("name", NETWORKS)
 def test_the_tangent_is_that_of_the_whole_network(name, remat):
     config, net = build(name, **{"train.remat": remat})
-    rows = common.Rows(groups=2, flow=3, rest=1)
+    rows = common.Rows(groups=2, flow=3, jvp=1)
     z, v, t, r, y, given = rows_of(config, net)
     u, taped = common.average_velocity(net, z, t, r, y, given, rows)
     du_dt = common.total_derivative(net, z, v, t, r, y, given, rows, taped)
@@ -169,7 +169,7 @@ class Sum(nn.Module):
         return u
 
 
-TWO_ROWS = common.Rows(groups=2, flow=1, rest=1)
+TWO_ROWS = common.Rows(groups=2, flow=1, jvp=1)
 
 
 def some_rows(seed=0):
