@@ -146,10 +146,20 @@ SETTINGS = {
 }
 
 
+# A network of this project that each method trains, for its config alone.
+OURS = {
+    "meanflow": "dit",
+    "improved": "imf",
+    "flow": "dmf_sit",
+    "decoupled": "dmf",
+    "distilled": "dmf",
+    "rectified": "edm2",
+}
+
+
 def settings(name):
-    method = {"distilled": "decoupled"}.get(name, name)
-    cfg = objectives.config(method={"name": method} | SETTINGS[name]).method
-    return method, cfg
+    cfg = objectives.config(OURS[name], method=SETTINGS[name]).method
+    return cfg.name, cfg
 
 
 def inputs(method, cfg):
