@@ -170,7 +170,7 @@ def refused(own_flags, monkeypatch, capsys):
     import torch.distributed as dist
     from absl import app
 
-    from meanflow import console_log, float32
+    from meanflow import console_log, torch_precision
 
     monkeypatch.setattr(app, "run", lambda main, flags_parser: main(flags_parser(sys.argv)))
     monkeypatch.setattr(console_log, "setup_logging", lambda: None)
@@ -185,7 +185,7 @@ def refused(own_flags, monkeypatch, capsys):
         return written
 
     before = {name: getattr(jax.config, name) for name in ("jax_default_matmul_precision", "jax_enable_x64")}
-    with float32.full_float32():
+    with torch_precision.full_float32():
         yield run
     for name, value in before.items():
         jax.config.update(name, value)
