@@ -1,4 +1,4 @@
-"""The log of a command on the console: absl's, without what libraries tell of their inner steps."""
+"""The console log of a command: absl's, without the internals of libraries."""
 
 import functools
 import sys
@@ -7,14 +7,14 @@ from typing import Any
 
 from absl import flags, logging
 
-TALKATIVE = ("orbax", "jax/_src")  # in the paths of their sources
+VERBOSE = ("orbax", "jax/_src")  # parts of the paths of their sources
 
 
 def setup_logging() -> None:
     """Show absl's INFO lines on stderr, whether the program runs under absl's app or not.  Call first in main.
 
-    Orbax and JAX tell of their inner steps at that level; only their warnings are shown, and no traceback of Orbax's,
-    which raises the same error, too.
+    Orbax and JAX log their internals at that level: of theirs, only warnings are shown, without Orbax's tracebacks,
+    since it raises the same errors.
     """
     if not flags.FLAGS.is_parsed():
         flags.FLAGS.mark_as_parsed()  # else absl warns that its flags were not parsed
@@ -25,12 +25,12 @@ def setup_logging() -> None:
 
 
 def show_only_warnings() -> None:
-    """Show no INFO lines from here on: for every process but the first, whose lines are the same."""
+    """Show no INFO lines from here on: for all processes except the first, whose lines are the same."""
     logging.set_verbosity(logging.WARNING)
 
 
 def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:
-    """Show an error that nothing can catch, but none of TensorStore's, which reports to Orbax after that gave up."""
+    """Show an error that nothing can catch, except late reports of TensorStore, which Orbax no longer awaits."""
     if str(unraisable.exc_value) != "Event loop is closed":
         show(unraisable)
 
@@ -38,4 +38,4 @@ def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:
 def _worth_showing(record: Any) -> bool:
     if "orbax" in record.pathname and record.exc_info:
         return False
-    return record.levelname != "INFO" or not any(name in record.pathname for name in TALKATIVE)
+    return record.levelname != "INFO" or not any(name in record.pathname for name in VERBOSE)

@@ -1,4 +1,4 @@
-"""The one exception for what a user can cause and mend."""
+"""The one exception for mistakes that a user can make and fix."""
 
 import contextlib
 import sys
@@ -8,7 +8,7 @@ from collections.abc import Iterator
 class UserError(ValueError):
     """A mistake outside the code: a wrong option, file or disk.
 
-    Its message names the thing and the way out.  Entry points print it without a traceback and exit with code 2.
+    Its message names the thing and the fix.  Entry points print it without a traceback and exit with code 2.
     """
 
 
@@ -18,6 +18,6 @@ def exit_on_user_error() -> Iterator[None]:
     try:
         yield
     except UserError as error:
-        lines = (line.strip() for line in str(error).splitlines())  # libraries that are quoted write several
+        lines = (line.strip() for line in str(error).splitlines())  # quoted errors of libraries have several
         print("error:", " ".join(line for line in lines if line), file=sys.stderr, flush=True)
         sys.exit(2)

@@ -1,4 +1,4 @@
-"""Writes files so that a reader never sees half of one."""
+"""Writes files so that a reader never sees a partial one."""
 
 import contextlib
 import errno
@@ -8,13 +8,13 @@ import tempfile
 
 from meanflow.errors import UserError
 
-ROOM = 2**16  # bytes: a disk that takes no more is full
+ROOM = 2**16  # bytes that a disk must still take
 
 
 def check_writable(path: str | os.PathLike) -> None:
-    """Raise UserError if a file could not be written now; call it before the work of which it is the result.
+    """Raise UserError if a file could not be written now; call it before the work whose result it holds.
 
-    Leaves nothing behind; a directory that the file needs is not made.
+    Leaves nothing behind and makes no directories.
     """
     path = pathlib.Path(path)
     try:
@@ -29,7 +29,7 @@ def check_writable(path: str | os.PathLike) -> None:
 
 
 def replace_text(path: str | os.PathLike, text: str) -> None:
-    """Make `text` the content of `path`, atomically; parent directories are made.
+    """Write `text` to `path` atomically, making parent directories.
 
     Raises UserError if the path cannot be written.
     """
@@ -37,7 +37,7 @@ def replace_text(path: str | os.PathLike, text: str) -> None:
 
 
 def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
-    """Make `content` that of `path`, atomically; parent directories are made.
+    """Write `content` to `path` atomically, making parent directories.
 
     Raises UserError if the path cannot be written.
     """
@@ -48,7 +48,7 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
         with open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
-            os.fsync(file.fileno())  # else a power loss may leave an empty file
+            os.fsync(file.fileno())  # otherwise a power loss could leave an empty file
         os.replace(unfinished, path)
     except OSError as error:
         with contextlib.suppress(OSError):
@@ -57,5 +57,5 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:
-    """Return the error to raise where `path` could not be written."""
+    """Return the UserError for a `path` that could not be written."""
     return UserError(f"cannot write {path}: {error.strerror or error}.  Free the disk, or choose a path you can write.")

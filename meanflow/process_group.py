@@ -1,4 +1,4 @@
-"""The processes of one command, and what is gathered from them."""
+"""The processes of one command, and how their results are gathered."""
 
 import io
 from collections.abc import Callable
@@ -8,21 +8,23 @@ import numpy as np
 
 
 class ProcessGroup(NamedTuple):
-    """One process among those of a command."""
+    """One process of a command, and its place among them."""
 
     process: int = 0
     num_processes: int = 1
-    gather: Callable[[bytes], list[bytes]] = lambda part: [part]  # of each process's bytes those of all, to the first
-    together: bool = False  # the processes make every batch together, and each has all its rows; else batches in turn
+    gather: Callable[[bytes], list[bytes]] = lambda part: [
+        part
+    ]  # from the bytes of each process to those of all, in the first
+    together: bool = False  # all processes compute every batch together and hold all its rows; else they take turns
 
 
 ALONE = ProcessGroup()
 
 
 def gather_rows(parts: list[dict[str, np.ndarray]], group: ProcessGroup) -> dict[str, np.ndarray]:
-    """Return the rows {name: [n ...]} of all processes, in the order of their `indices`; nothing but in the first one.
+    """Return the rows {name: [n ...]} of all processes, ordered by `indices`; only in the first, {} in the others.
 
-    Every process calls it.  parts: the batches of this process, with the same names; there may be none.
+    Every process must call it.  parts: batches of this process, with the same names; may be empty.
     """
     own = {key: np.concatenate([part[key] for part in parts]) for key in (parts[0] if parts else ())}
     if group.num_processes > 1:
@@ -37,11 +39,11 @@ def gather_rows(parts: list[dict[str, np.ndarray]], group: ProcessGroup) -> dict
 def pack(arrays: dict[str, np.ndarray]) -> bytes:
     """Return arrays as the bytes of an .npz."""
     buffer = io.BytesIO()
-    np.savez(buffer, **arrays)  # pyright: ignore  # it takes any name
+    np.savez(buffer, **arrays)  # pyright: ignore  # any name is allowed
     return buffer.getvalue()
 
 
 def unpack(content: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of such bytes."""
+    """Return the arrays in the bytes of an .npz."""
     with np.load(io.BytesIO(content), allow_pickle=False) as file:
         return {key: file[key] for key in file.files}

@@ -1,4 +1,4 @@
-"""Keeps TensorFlow, which TFDS and clu import behind the scenes, from greeting on stderr."""
+"""Silences the start-up messages of TensorFlow, which TFDS and clu import."""
 
 import os
 
@@ -6,4 +6,4 @@ import os
 def silence_tensorflow() -> None:
     """Set TensorFlow's log level to errors, unless the user has set it; call before it is first imported."""
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # a notice ignores the level; we compute nothing with it
+    os.environ.setdefault("TF_ENABLE_ONEDNN_OPTS", "0")  # its notice ignores the log level; nothing is computed with it

@@ -1,1 +1,1 @@
-"""What a model learns from: examples, batches, augmentation and couplings.  Imports `config`, `weights`, `sampling`."""
+"""Training data: datasets, batches, augmentation, latents, couplings.  Imports `config`, `weights`, `sampling`."""

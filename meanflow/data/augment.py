@@ -1,12 +1,12 @@
-"""EDM's augmentation of pixels: each transform applies by chance, and its amounts are labels for the network.
+"""EDM's augmentation of pixels: each transform applies with some probability, and its amounts are labels for the net.
 
 Source: arXiv:2206.00364, appendix F.2; official repository NVlabs/edm, training/augment.py, as py-meanflow runs it.
-It is numpy, and runs where examples are loaded: both trainers then learn from the same images, there is no twin that
-could drift, and the work is done in the loader's processes, beside the accelerator.
+It is NumPy code that runs where examples are loaded: both trainers learn from the same images, and the work is done
+in the loader's processes while the accelerator computes.
 
-Departs from the source: an image is mirrored by its own size, not by the margin that the largest transform of its batch
-needs, so that its result does not depend on the batch; and an image that no geometric transform touches is returned as
-it is, not resampled by the identity.  Over 300 random batches these changed at most 2e-5 of the images' norm.
+Departs from the source: an image is padded by its own size, not by the margin that the largest transform in its batch
+needs, so the result does not depend on the batch; and an image without geometric transforms is returned unchanged
+instead of being resampled by the identity.  Over 300 random batches these changed at most 2e-5 of the images' norm.
 """
 
 import functools
@@ -18,11 +18,11 @@ import numpy as np
 from meanflow.config import options
 from meanflow.errors import UserError
 
-# Strengths: standard deviations of normal draws, largest values of uniform ones.
+# Strengths: standard deviations of normal draws, maxima of uniform ones.
 SCALE_STD = 0.2  # of log2 of the factor
 ROTATE_FRAC_MAX = 1.0  # of the angle, in half turns
 ANISO_STD = 0.2  # of log2 of the factor
-ANISO_ROTATE_PROB = 0.5  # of stretching along any axis, not the horizontal one
+ANISO_ROTATE_PROB = 0.5  # of stretching along a random axis instead of the horizontal one
 TRANSLATE_FRAC_STD = 0.125  # of the shift, in widths and heights
 TRANSLATE_INT_MAX = 0.125  # of the shift, in widths and heights
 BRIGHTNESS_STD = 0.2  # of the shift, in data units
@@ -30,7 +30,7 @@ CONTRAST_STD = 0.5  # of log2 of the factor
 HUE_MAX = 1.0  # of the angle, in half turns
 SATURATION_STD = 1.0  # of log2 of the factor
 
-# The labels of each transform, in the order in which transforms apply and labels appear.
+# The number of labels of each transform, in the order of both transforms and labels.
 NUM_LABELS = {
     "xflip": 1, "yflip": 1, "rotate_int": 2, "translate_int": 2, "scale": 1, "rotate_frac": 2, "aniso": 2,
     "translate_frac": 2, "brightness": 1, "contrast": 1, "lumaflip": 1, "hue": 2, "saturation": 1,
@@ -45,7 +45,7 @@ SYM6 = np.array([
     0.787641141030194, 0.3379294217276218, -0.07263752278646252, -0.021060292512300564, 0.04472490177066578,
     0.0017677118642428036, -0.007800708325034148,
 ])  # fmt: skip
-TAIL = len(SYM6) // 2 - 1  # half pixels by which the filter reaches beyond the first and the last pixel
+TAIL = len(SYM6) // 2 - 1  # half pixels that the filter extends beyond the first and the last pixel
 
 
 class Draws(NamedTuple):
@@ -70,7 +70,7 @@ class Draws(NamedTuple):
 
 
 def draw(rng: np.random.Generator, num_images: int) -> Draws:
-    """Return the draws of `num_images` images, all of them whatever is on: options do not shift the random stream."""
+    """Return the draws for `num_images` images, for all transforms: options do not shift the random stream."""
     n = num_images
     apply = rng.random((len(NUM_LABELS), n), np.float32)
     coins, turns = rng.integers(2, size=(3, n)), rng.integers(4, size=n)
@@ -90,9 +90,9 @@ def num_labels(c: options.Config) -> int:
 def augment(images: np.ndarray, draws: Draws, c: options.Config) -> tuple[np.ndarray, np.ndarray]:
     """Augment images [n h w c] float32; c = config.data.augment.
 
-    Returns the images, in the same shape, and labels [n k] float32, k = num_labels(c): what each transform did, 0 where
-    it did not apply.  The result of an image depends on its own draws alone.
-    Raises UserError: quarter turns of images that are not square, colour transforms of other than 1 or 3 channels.
+    Returns the images, in the same shape, and labels [n k] float32, k = num_labels(c): the amount of each transform, 0
+    where it did not apply.  The result for an image depends only on its own draws.
+    Raises UserError: quarter turns of images that are not square, colour transforms without 1 or 3 channels.
     """
     probs = _probs(c)
     active = [name for name, prob in probs.items() if prob > 0]
@@ -130,10 +130,10 @@ def _check_shape(shape: tuple[int, ...], active: list[str]) -> None:
 
 
 def _amounts(draws: Draws, probs: dict[str, float], size: tuple[int, ...]) -> dict[str, np.ndarray]:
-    """Return how much of each transform an image gets, {name: [n] or [2 n]}: all 0 where it does not apply.
+    """Return the amount of each transform for each image, {name: [n] or [2 n]}: 0 where it does not apply.
 
-    Flips in {0, 1}; rotate_int in quarter turns; translate_int (x, y) over its largest, in whole pixels of images of
-    size (h, w); angles in radians; aniso (normal, angle); the others normals.
+    Flips in {0, 1}; rotate_int in quarter turns; translate_int (x, y) relative to its maximum, in whole pixels of
+    images of size (h, w); angles in radians; aniso (normal, angle); the others normals.
     """
     angle = np.where(draws.aniso_rotate < ANISO_ROTATE_PROB, math.pi * (2 * draws.aniso_angle - 1), 0)
     largest = TRANSLATE_INT_MAX * np.array(size[::-1])[:, None]
@@ -147,7 +147,7 @@ def _amounts(draws: Draws, probs: dict[str, float], size: tuple[int, ...]) -> di
 
 
 def _labels(amounts: dict[str, np.ndarray], active: list[str]) -> np.ndarray:
-    """Return the labels [n k] of the transforms that may apply.  Angles are told without a jump at half a turn."""
+    """Return the labels [n k] of the transforms that may apply.  Angles are encoded without a jump at half a turn."""
     turns, rotation, (aniso, angle), hue = (amounts[k] for k in ("rotate_int", "rotate_frac", "aniso", "hue"))
     rows = amounts | {
         "rotate_int": ((turns == 1) | (turns == 2), (turns == 2) | (turns == 3)),
@@ -159,9 +159,9 @@ def _labels(amounts: dict[str, np.ndarray], active: list[str]) -> np.ndarray:
 
 
 def _move(image: np.ndarray, a: dict[str, np.ndarray]) -> np.ndarray:
-    """Let pixels of [h w c] change places: flips, then quarter turns from x towards -y, then a shift right and up.
+    """Rearrange the pixels of [h w c]: flips, then quarter turns from x towards -y, then a shift right and up.
 
-    What the shift moves in is mirrored at the border pixel.  Its y points up, that of every other transform down.
+    The shift fills in pixels mirrored at the border.  Its y axis points up, that of all other transforms down.
     """
     image = image[:, ::-1] if a["xflip"] else image
     image = image[::-1] if a["yflip"] else image
@@ -175,7 +175,7 @@ def _move(image: np.ndarray, a: dict[str, np.ndarray]) -> np.ndarray:
 
 
 def _reflected(index: np.ndarray, size: int) -> np.ndarray:
-    """Return the indices in [0, size) that mirror any integers at the first and the last pixel."""
+    """Map any integers to indices in [0, size) by mirroring at the first and the last pixel."""
     last = size - 1
     return last - np.abs(last - index % max(2 * last, 1))
 
@@ -196,13 +196,13 @@ def _rotation(angle: float | np.ndarray) -> np.ndarray:
 
 
 def _resample(image: np.ndarray, inverse: np.ndarray, shift: np.ndarray) -> np.ndarray:
-    """Return an image [h w c] whose pixel at p is that of `image` at inverse (p - shift), both (x, y) from the centre.
+    """Return an image [h w c] whose pixel at p is `image` at inverse (p - shift), both (x, y) from the centre.
 
     `image` is mirrored at its border pixels, to three times its size, and 0 beyond.  An orthogonal wavelet filter
-    brings it to a grid twice as fine, which is read bilinearly, and the same filter brings the result back.
+    upsamples it to a grid twice as fine, which is read bilinearly, and the same filter downsamples the result.
     """
     height, width, channels = image.shape
-    # Positions count half pixels, from the centre here, and from the first pixel below.
+    # Positions are in half pixels, relative to the centre here, and to the first pixel below.
     x = np.arange(-TAIL, 2 * width + TAIL) - (width - 1) - 2 * shift[0]
     y = np.arange(-TAIL, 2 * height + TAIL)[:, None] - (height - 1) - 2 * shift[1]
     column, dx, to_fine_x = _window(inverse[0, 0] * x + inverse[0, 1] * y + (width - 1), width)
@@ -220,8 +220,8 @@ def _resample(image: np.ndarray, inverse: np.ndarray, shift: np.ndarray) -> np.n
 def _window(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Prepare to read an axis of `size` pixels at positions [h w] of the finer grid.
 
-    Returns the part of the matrix [m size] to the finer grid that is read, the indices [h w] into m below the
-    positions, and the remainders [h w] in [0, 1).
+    Returns the rows that are read of the upsampling matrix, [m size], the indices [h w] into m below the positions,
+    and the remainders [h w] in [0, 1).
     """
     matrix = _to_fine(size)
     position = np.clip(position + 2 * (size - 1) + 1, 0, len(matrix) - 2)
@@ -232,7 +232,7 @@ def _window(position: np.ndarray, size: int) -> tuple[np.ndarray, np.ndarray, np
 
 @functools.lru_cache
 def _to_fine(size: int) -> np.ndarray:
-    """Return the matrix [m size] from pixels to half pixels of the mirrored image, one zero before it and two after."""
+    """Return the matrix [m size] from pixels to half pixels of the mirrored image, one zero before, two after."""
     mirrored = np.pad(np.eye(size, dtype=np.float32), ((size - 1, size - 1), (0, 0)), mode="reflect")
     return np.pad(_synthesis(len(mirrored))[TAIL:-TAIL] @ mirrored, ((1, 2), (0, 0)))
 
@@ -247,10 +247,10 @@ def _synthesis(size: int) -> np.ndarray:
 
 
 def _recolour(image: np.ndarray, a: dict[str, np.ndarray]) -> np.ndarray:
-    """Change the colours of an image [h w c]: all transforms act along the grey axis, or around it.
+    """Change the colours of an image [h w c]: all transforms act along the grey axis or orthogonally to it.
 
-    Along it: brightness adds, contrast scales, lumaflip mirrors.  Around it: contrast and saturation scale, hue turns.
-    One channel is its own grey.
+    Along it: brightness adds, contrast scales, lumaflip mirrors.  Orthogonally: contrast and saturation scale, hue
+    rotates.  A single channel is grey.
     """
     if not any(a[name] for name in COLOUR):
         return image
@@ -260,7 +260,7 @@ def _recolour(image: np.ndarray, a: dict[str, np.ndarray]) -> np.ndarray:
     if image.shape[2] == 1:
         return grey_gain * image + offset
     grey = np.full((3, 3), 1 / 3)
-    around = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # by a right angle, as a cross product
+    around = np.array([[0, -1, 1], [1, 0, -1], [-1, 1, 0]]) / math.sqrt(3)  # by a right angle: a cross product
     turned = math.cos(a["hue"]) * (np.eye(3) - grey) + math.sin(a["hue"]) * around
     matrix = grey_gain * grey + contrast * 2 ** (SATURATION_STD * a["saturation"]) * turned
     return image @ matrix.T + offset

@@ -19,19 +19,19 @@ from meanflow.errors import UserError
 from meanflow.sampling import noise as noise_and_labels
 
 NAME = "couplings"
-SHARD_SIZE = 2048  # pairs: of ImageNet's latents, 64 MiB
+SHARD_SIZE = 2048  # pairs; 64 MiB for ImageNet's latents
 Coupler = Callable[[np.ndarray, np.ndarray], np.ndarray]
 
 
 class Plan(NamedTuple):
-    """Which couplings to make."""
+    """Which couplings to generate."""
 
     shape: tuple[int, int, int]  # of an image: h w c
     num_samples: int
     num_classes: int
     seed: int  # of noise and random labels
-    labels: Sequence[int] | None = None  # repeated in turn; None: random
-    distance_clip: float = 0.0  # keep pairs whose mean squared distance is below; 0: all
+    labels: Sequence[int] | None = None  # repeated as often as needed; None: random
+    distance_clip: float = 0.0  # keep pairs whose mean squared distance is below it; 0: all
     shard_size: int = SHARD_SIZE
     batch_size: int = 128
 
@@ -50,19 +50,19 @@ def make(
     process: int = 0,
     num_processes: int = 1,
 ) -> list[int]:
-    """Write this process's share of the couplings of `plan`, or what is missing of it.
+    """Write this process's share of the couplings of `plan`, or the part of it that is missing.
 
-    coupler: (noise float32 [b h w c], labels int32 [b]) -> images [b h w c], always of plan.batch_size rows.
-    settings: what the coupler depends on.  Pair i depends on these, the plan's seed and i alone, and the batches begin
-    with each shard: the number of processes changes nothing.  Returns and raises as `records.begin` and
-    `records.write`; raises UserError, too, for a label outside the classes and for images that are not finite.
+    coupler: (noise float32 [b h w c], labels int32 [b]) -> images [b h w c], always with plan.batch_size rows.
+    settings: what the coupler depends on.  Pair i depends only on these, the plan's seed and i, and every shard starts
+    a new batch: the number of processes changes nothing.  Returns and raises as `records.begin` and `records.write`;
+    also raises UserError for a label outside the classes and for images that are not finite.
     """
     shards = records.split_into_shards(plan.num_samples, plan.shard_size)
     layout = records.Layout(directory, NAME, features(plan.shape), len(shards))
     own = {name: getattr(plan, name) for name in ("num_samples", "seed", "distance_clip", "shard_size")}
     records.begin(layout, {**settings, **own})
     pending = sum(len(shards[number]) for number in records.own_shards(layout, process, num_processes))
-    disable = True if process else None  # None: unless stderr is a terminal
+    disable = True if process else None  # None: shown only on a terminal
     with tqdm(total=pending, desc="couplings", unit="pair", disable=disable) as bar:
         return records.write(
             layout, lambda number: _couple(plan, coupler, shards[number], bar), process, num_processes, metadata
@@ -70,7 +70,7 @@ def make(
 
 
 def _couple(plan: Plan, coupler: Coupler, indices: range, bar: tqdm) -> Iterator[dict[str, Any]]:
-    """Yield the pairs of these indices that are near enough."""
+    """Yield the pairs with these indices whose distance is below plan.distance_clip."""
     for start in indices[:: plan.batch_size]:
         rows = np.arange(start, min(start + plan.batch_size, indices.stop))
         noise, labels, _ = noise_and_labels.draw(rows, plan.shape, plan.num_classes, plan.seed)
@@ -80,11 +80,11 @@ def _couple(plan: Plan, coupler: Coupler, indices: range, bar: tqdm) -> Iterator
             raise UserError(
                 f"labels {labels.min()} to {labels.max()} are not in [0, {plan.num_classes}), the teacher's"
             )
-        missing = plan.batch_size - len(rows)  # fill up the last batch: one compilation serves all
+        missing = plan.batch_size - len(rows)  # pad the last batch: all have one shape, compiled once
         padded = np.pad(noise, [(0, missing), (0, 0), (0, 0), (0, 0)]), np.pad(labels, (0, missing))
         images = np.asarray(coupler(*padded)[: len(rows)], np.float32)
         if not np.isfinite(images).all():
-            raise UserError(f"of the noises {rows[0]} to {rows[-1]} the teacher makes images that are not finite")
+            raise UserError(f"the teacher's images of the noises {rows[0]} to {rows[-1]} are not finite")
         distances = np.square(noise - images).mean((1, 2, 3), np.float64)
         for image, e, label, distance in zip(images, noise, labels, distances, strict=True):
             if not plan.distance_clip or distance < plan.distance_clip:
@@ -93,10 +93,11 @@ def _couple(plan: Plan, coupler: Coupler, indices: range, bar: tqdm) -> Iterator
 
 
 def import_folder(source: pathlib.Path, dest: pathlib.Path, index: pathlib.Path, shard_size: int = SHARD_SIZE) -> int:
-    """Write the couplings of a folder in the official layout, see above, as a dataset.  Returns how many there are.
+    """Write the couplings of a folder in the official layout, see above, as a dataset.  Returns their number.
 
-    index: the JSON file of labels.  What was begun before goes on.
-    Raises UserError for a file that is missing, unlike the first image, or not of the layout, and as `records.begin`.
+    index: the file of labels.  Continues a dataset that is not complete.
+    Raises UserError for a file that is missing, of another shape than the first or not of this layout, and as
+    `records.begin`.
     """
     pairs = label_files.read(index)
     shape = _read_array(source / f"{pairs[0][0]}.npy").shape
@@ -121,7 +122,7 @@ def import_folder(source: pathlib.Path, dest: pathlib.Path, index: pathlib.Path,
 
 
 def _read_array(path: pathlib.Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:
-    """Return an array [c h w] as float32 [h w c].  Raises UserError unless it is one, finite and of that shape."""
+    """Return an array [c h w] as float32 [h w c].  Raises UserError unless it is finite and of the given shape."""
     try:
         array = np.load(path, allow_pickle=False)
     except (OSError, ValueError, EOFError) as error:

@@ -1,4 +1,4 @@
-"""What the paths of a config hold, as digests: the same wherever it was moved, another if anything else is there."""
+"""Digests of the files that a config names: unchanged if they move, different if their content changes."""
 
 import hashlib
 import os
@@ -9,11 +9,11 @@ import numpy as np
 from meanflow.config import options
 from meanflow.data import sources
 
-NUM_RECORDS = 256  # that a digest reads, spread over the dataset
+NUM_RECORDS = 256  # read for a digest, spread over the dataset
 
 
 def of_config(config: options.Config, teacher: dict[str, np.ndarray] | None = None) -> dict[str, str]:
-    """Return {option: digest} of the data of a run and, where it has them, its encoder and its teacher.
+    """Return {option: digest} of the data of a run and, if it has them, of its encoder and its teacher.
 
     teacher: canonical weights {name: array}.  Raises UserError as `sources.open_source`.
     """
@@ -24,7 +24,7 @@ def of_config(config: options.Config, teacher: dict[str, np.ndarray] | None = No
 
 
 def of_dataset(name: str, split: str, directory: str) -> str:
-    """Return the digest of a split, of its length and `NUM_RECORDS` of its records.  Arguments as `open_source`."""
+    """Return the digest of a split: of its length and `NUM_RECORDS` of its records.  Arguments as `open_source`."""
     records = sources.open_records(name, split, directory)
     total = hashlib.sha256(f"{len(records)} records".encode())
     for index in np.unique(np.linspace(0, len(records) - 1, NUM_RECORDS).astype(int)):
@@ -45,7 +45,7 @@ def of_weights(weights: dict[str, np.ndarray]) -> str:
 
 
 def of_path(name: str) -> str:
-    """Return the digest of a file or of all files below a directory; of anything else, such as a hub's, the name."""
+    """Return the digest of a file or of all files below a directory; otherwise (a name on a hub) the name itself."""
     path = pathlib.Path(name)
     if not path.exists():
         return name

@@ -1,4 +1,4 @@
-"""Single examples: the records of a dataset, checked against the model and brought to data units."""
+"""Single examples: the records of a dataset, checked against the model and converted to data units."""
 
 import copy
 import dataclasses
@@ -17,18 +17,18 @@ from meanflow.errors import UserError
 
 MAX_KEPT_BYTES = 2**28  # in each loader process, of decoded images
 FLOATS = ("moments", "moments_flip", "features", "noise")
-METADATA, CONVENTION = "metadata.json", "convention"  # file and key of a dataset that says what its latents are
+METADATA, CONVENTION = "metadata.json", "convention"  # file and key with the convention of a dataset of latents
 
 
 @dataclasses.dataclass(frozen=True)
 class Examples:
-    """Records of a source, checked against config.model and brought to data units.
+    """Records of a source, checked against config.model and converted to data units.
 
     `examples[i]` is {'image': float32 [h w c], 'label': int32 scalar}.  uint8 images become x/127.5 - 1, in [-1, 1];
-    floating images are taken to be in data units already and only cast to float32.  Of latents there is `moments`,
-    float32 [h w 2c], in place of the image (see `posterior`), and perhaps `moments_flip`, those of the mirrored image.
-    If the source has them, `features`, float32 [n d], `noise`, float32 [h w c], and `pixels`, uint8 [h w 3], are there
-    too.  A small dataset stays in memory once read: decoding an 8x8 image costs more than the rest of loading it.
+    floating images are assumed to be in data units and only cast to float32.  Latents have `moments`, float32
+    [h w 2c], in place of the image (see `posterior`), and optionally `moments_flip`, those of the mirrored image.
+    `features`, float32 [n d], `noise`, float32 [h w c], and `pixels`, uint8 [h w 3], are included if the source has
+    them.  A small dataset stays in memory once read: decoding an 8x8 image costs more than everything else in loading.
     Raises UserError for a record that does not fit the model.
     """
 
@@ -108,7 +108,7 @@ def shape_of(config: options.Config) -> tuple[int, int, int]:
 def posterior(
     example: dict[str, np.ndarray], rng: np.random.Generator, convention: latents.Convention | None
 ) -> dict[str, np.ndarray]:
-    """Return an example of latents with the `image` that is drawn from its `moments`, in data units; any other as is.
+    """Return an example of latents with an `image` sampled from its `moments`, in data units; others unchanged.
 
     The image is (mean + deviation * unit normal - shift) * scale, float32 [h w c].
     """
@@ -116,14 +116,14 @@ def posterior(
         return example
     moments, rest = example["moments"], {k: v for k, v in example.items() if not k.startswith("moments")}
     noise = rng.standard_normal((*moments.shape[:-1], moments.shape[-1] // 2), np.float32)
-    assert convention is not None  # `Examples` refuses moments without
+    assert convention is not None  # `Examples` refuses moments without one
     return rest | {"image": to_data_units(sample_posterior(moments, noise), convention)}
 
 
 def with_latents(config: options.Config) -> options.Config:
-    """Return a copy of the config whose config.latents are those of its dataset, if that says what they are.
+    """Return a copy of the config with config.latents taken from the dataset, if that states them.
 
-    Raises UserError naming both if the config says something else.
+    Raises UserError naming both if the config states something else.
     """
     stored = stored_latents(config.data.name)
     if stored is None:
@@ -145,9 +145,9 @@ def with_latents(config: options.Config) -> options.Config:
 
 
 def stored_latents(name: str) -> tuple[latents.Convention, str] | None:
-    """Return the convention of a dataset of latents and the autoencoder's name; None for any other dataset.
+    """Return the convention of a dataset of latents and the name of the autoencoder; None for any other dataset.
 
-    Raises UserError if what the dataset says is damaged.
+    Raises UserError if the metadata is damaged.
     """
     path = pathlib.Path(name, METADATA)
     if not path.is_file():

@@ -13,9 +13,9 @@ MAX_CLASSES = 2**20  # a larger label is a mistake
 
 
 def read(path: pathlib.Path) -> list[tuple[str, int]]:
-    """Return the names, without .npy, and labels of a JSON file, in its order.
+    """Return the names, without .npy, and labels in a JSON file, in its order.
 
-    Raises UserError if it is none, or has a name twice.
+    Raises UserError if it cannot be read, holds no labels or has a name twice.
     """
     try:
         content = path.read_bytes()
@@ -28,9 +28,9 @@ def read(path: pathlib.Path) -> list[tuple[str, int]]:
 
 
 def parse(content: bytes, where: str, to_name: Callable[[str], str] = str) -> list[tuple[str, int]] | None:
-    """Return what `read` does, of the content of a file; None for {"labels": null}, as of an unlabelled dataset.
+    """Return what `read` does, given the content of a file; None for {"labels": null}, an unlabelled dataset.
 
-    to_name: from a name there to the one returned.
+    to_name: converts names in the file to those returned.
     """
     try:
         parsed = json.loads(content)

@@ -1,7 +1,7 @@
 """Loads batches for training, and whole splits for evaluation.
 
-The order of the examples is one function of config.seed: neither the number of processes nor that of loader workers
-changes it, so both trainers, on any number of devices, see the same global batches.
+The order of the examples depends only on config.seed, not on the number of processes or loader workers, so both
+trainers see the same global batches on any number of devices.
 """
 
 import functools
@@ -22,7 +22,7 @@ from meanflow.data.examples import open_examples, posterior
 from meanflow.errors import UserError
 
 FLIP_PROB = 0.5
-# Grain's defaults, 16 threads and 500 elements, are meant for single records; our elements are whole batches.
+# Grain's defaults, 16 threads and 500 elements, suit single records; here the elements are whole batches.
 READ_OPTIONS = grain.ReadOptions(num_threads=2, prefetch_buffer_size=4)
 BATCHES_PER_WORKER = 2
 ENDLESS = 2**53  # rows of all epochs; Grain computes the number of batches in floating point
@@ -45,10 +45,10 @@ class Loader(Iterator):
         num_workers: int,
         encode: Callable[[np.ndarray], np.ndarray] | None = None,
     ):
-        """batches: those of this process, by step.  identity: what the order depends on, kept in the state; the
-            path of the data does not count, since they may move.
+        """batches: those of this process, by step.  identity: what the order depends on, kept in the state; without
+            the path of the data, which may move.
 
-        encode: makes the features of `pixels` or else of `image`; None: as the batches are.
+        encode: if given, computes `features` from `pixels`, or from `image` if there are none.
         """
         self._batches = batches
         self._identity = identity
@@ -58,7 +58,7 @@ class Loader(Iterator):
         self._iterator = None
 
     def __next__(self) -> dict[str, np.ndarray]:
-        """Return the next batch.  Raises UserError for a record that does not fit, and if a worker process has died."""
+        """Return the next batch.  Raises UserError for a record that does not fit, or if a worker process died."""
         try:
             batch = self._read()
         except RuntimeError as error:
@@ -68,7 +68,7 @@ class Loader(Iterator):
             self._do_without(int(lost[1]))
             batch = self._read()
         self._step += 1
-        # Worker processes hand over Grain's own subclass; a plain view of it keeps the shared memory alive.
+        # Worker processes return a subclass of Grain's; a plain view of it keeps the shared memory alive.
         batch = {key: np.asarray(value) for key, value in batch.items()}
         if self._encode:
             batch["features"] = self._encode(batch.pop("pixels", batch["image"]))
@@ -85,7 +85,7 @@ class Loader(Iterator):
         """
         saved = json.loads(state)
         for key, value in self._identity.items():
-            if saved.get(key, value) != value:  # a checkpoint of an older version may lack one
+            if saved.get(key, value) != value:  # older checkpoints may lack some keys
                 raise UserError(
                     f"the checkpoint's loader had {key} {saved[key]!r}, this run has {value!r}: set it back, or start "
                     "a new work directory"
@@ -94,7 +94,7 @@ class Loader(Iterator):
         self._step = saved["step"]
 
     def close(self) -> None:
-        """Stop the threads and worker processes; the next batch would start them again."""
+        """Stop the threads and worker processes; the next batch starts them again."""
         if self._iterator is not None:
             self._iterator.close()
             self._iterator = None
@@ -107,23 +107,23 @@ class Loader(Iterator):
             return next(self._iterator)
 
     def _do_without(self, code: int) -> None:
-        """Read in this process from now on, if the run is to end anyway.  code: exit code of a worker that died."""
+        """Read in this process from now on, if the run is about to stop.  code: exit code of the worker that died."""
         if not signals.asked() and -code not in signals.STOP:
             reason = f"signal {-code}" if code < 0 else f"exit code {code}"
             raise UserError(
                 f"a process that loads data died ({reason}); if memory ran out, use fewer: --config.data.num_workers="
                 f"{self._num_workers // 2}"
             )
-        logging.warning("a process that loads data died of the signal to stop; reading without it")
+        logging.warning("a process that loads data died of the signal to stop; reading in the main process")
         self.close()
         self._num_workers = 0
 
     def _start(self) -> grain.DatasetIterator:
-        # A batch is a function of its step alone, so that resuming is slicing and needs no state of Grain's.
+        # A batch depends only on its step, so resuming means slicing and needs no state of Grain's.
         batches = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
         if self._num_workers > 0:
             if not flags.FLAGS.is_parsed():
-                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they have their defaults
+                flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they keep their defaults
             options = grain.MultiprocessingOptions(self._num_workers, per_worker_buffer_size=BATCHES_PER_WORKER)
             batches = batches.mp_prefetch(options, child_processes.end_with_parent)
         return iter(batches)
@@ -133,13 +133,12 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     """Return the training batches of process `process` of `num_processes`.
 
     batch_size: global; each process receives batch_size / num_processes rows.
-    With b rows a process, the batch of process p at step k is rows [p b, (p+1) b) of global batch k: concatenated over
-    the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own order,
-    and batches run across the ends of epochs, so that no example is dropped.
-    Latents are drawn anew from their moments each time.  config.data.flip takes the stored moments of the mirrored
-    image where there are any, and else mirrors arrays as they are; the mirror image of a latent is only nearly the
-    latent of the mirror image, and so is a mirrored grid of stored features.  config.data.augment comes after it, and
-    is for pixels.
+    With b rows per process, the batch of process p at step k is rows [p b, (p+1) b) of global batch k: concatenated
+    over the processes, batches equal those of a single process bit for bit, flips included.  Every epoch has its own
+    order, and batches continue across the end of an epoch, so no example is dropped.
+    Latents are sampled anew from their moments each time.  config.data.flip uses the stored moments of the mirrored
+    image if there are any, and otherwise mirrors the arrays; a mirrored latent only approximates the latent of the
+    mirrored image, and so does a mirrored grid of stored features.  config.data.augment follows, on pixels only.
     What is stored with an image is mirrored with it.  config.data.encoder reads the images as the network sees them or,
     if these are neither grey nor RGB, the `pixels` stored with them.  It runs in this process on the rows of this
     process, whose number changes its features by rounding.
@@ -177,9 +176,9 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
 
 
 def load_arrays(config: base.Config, split: str) -> tuple[np.ndarray, np.ndarray]:
-    """Return all of a split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
+    """Return a whole split: images float32 [n h w c] in data units, labels int32 [n], in stored order.
 
-    They are neither flipped nor augmented, and have no features.  Latents are drawn from their moments, by
+    Neither flipped nor augmented, without features.  Latents are sampled from their moments, seeded by
     (config.seed, index).
     Raises UserError as `make_loader` does.
     """

@@ -93,7 +93,7 @@ def test_other_settings(change, settings, words, tmp_path):
 def test_what_a_teacher_cannot_make(tmp_path):
     with pytest.raises(UserError, match=r"labels 0 to 5 are not in \[0, 5\), the teacher's"):
         make(tmp_path / "labels", PLAN._replace(labels=(0, 5)))
-    with pytest.raises(UserError, match="noises 0 to 3 the teacher makes images that are not finite"):
+    with pytest.raises(UserError, match="images of the noises 0 to 3 are not finite"):
         make(tmp_path / "nan", coupler=lambda e, y: e * np.nan)
 
 
