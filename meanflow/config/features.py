@@ -1,11 +1,10 @@
-"""What a method learns from in addition to images and labels; the loader provides it."""
+"""What methods learn from in addition to images and labels: declared in `methods`, provided by the loader."""
 
-from collections.abc import Callable
 from typing import NamedTuple
 
 import numpy as np
 
-from meanflow.config import options
+from meanflow.config.sections import Config
 from meanflow.errors import UserError
 
 
@@ -33,13 +32,7 @@ class Needs(NamedTuple):
     tokens: Tokens | None = None
 
 
-def needs(config: options.Config) -> Needs:
-    """Return what the method of a config needs.  Raises UserError if config.data.encoder cannot make it."""
-    declared = DECLARED.get(config.method.name)
-    return declared(config) if declared else Needs()
-
-
-def couplings(config: options.Config) -> Needs:
+def couplings(config: Config) -> Needs:
     """Return the needs of a method that learns from pairs of noise and the image that a flow model made of it."""
     remedy = (
         f"config.method.name={config.method.name} learns from couplings: make them with `python -m jax_impl.reflow` or "
@@ -49,14 +42,15 @@ def couplings(config: options.Config) -> Needs:
     return Needs(Feature("noise", (c.input_size, c.input_size, c.channels), np.floating, remedy))
 
 
-def repa(config: options.Config) -> Needs:
+def repa(config: Config) -> Needs:
     """Return the needs of representation alignment, if config.model.repa_dims asks for it.
 
+    Raises UserError if config.data.encoder cannot provide them.
     An encoder reads the images or, if these are neither grey nor RGB, the `pixels` stored with them.  Without
     config.data.encoder, the dataset has the `features` of all encoders.
     """
     c = config.model
-    if c.name != "dit" or not c.repa_dims:
+    if "repa_dims" not in c or not c.repa_dims:
         return Needs()
     grid, width = c.input_size // c.patch_size, sum(c.repa_dims)
     if not config.data.encoder:
@@ -81,6 +75,3 @@ def repa(config: options.Config) -> Needs:
     )
     way_out = ", or train on pixels with --config.data.encoder"
     return Needs(Feature("pixels", (None, None, 3), np.uint8, remedy, way_out), Tokens(grid, width))
-
-
-DECLARED: dict[str, Callable[[options.Config], Needs]] = {"flow": repa, "rectified": couplings}

@@ -3,6 +3,8 @@
 from collections.abc import Callable
 from typing import NamedTuple
 
+from meanflow.config import features
+from meanflow.config.features import Needs
 from meanflow.config.sections import Config, Options, choice, number, pair
 from meanflow.errors import UserError
 
@@ -213,12 +215,13 @@ class Method(NamedTuple):
     options: Callable[[], Options]  # of `config.method`
     sampling: Callable[[], Options]  # of `config.sample`
     check: Callable[[Config], None] = lambda config: None  # of what their ranges do not say
+    needs: Callable[[Config], Needs] = lambda config: Needs()  # besides images and labels
 
 
 METHODS = {
     "meanflow": Method(("dit", "unet"), meanflow, flow_map_sampling, check_interval),
     "improved": Method(("imf_dit",), improved, improved_sampling, check_times),
-    "flow": Method(("dit", "edm2"), flow, flow_sampling),
+    "flow": Method(("dit", "edm2"), flow, flow_sampling, needs=features.repa),
     "decoupled": Method(("dmf_dit",), decoupled, flow_map_sampling, check_decoupled),
-    "rectified": Method(("edm2", "dit"), rectified, flow_map_sampling, check_rectified),
+    "rectified": Method(("edm2", "dit"), rectified, flow_map_sampling, check_rectified, features.couplings),
 }

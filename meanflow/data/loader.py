@@ -16,7 +16,8 @@ from absl import flags, logging
 
 from meanflow import child_processes, signals, torch_precision
 from meanflow.config import options as base
-from meanflow.config.features import Feature, Tokens, needs
+from meanflow.config.features import Feature, Tokens
+from meanflow.config.methods import METHODS
 from meanflow.data import augment, features
 from meanflow.data.examples import open_examples, posterior
 from meanflow.errors import UserError
@@ -143,9 +144,9 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
     if these are neither grey nor RGB, the `pixels` stored with them.  It runs in this process on the rows of this
     process, whose number changes its features by rounding.
     Raises UserError: batch_size not divisible, seed outside [0, 2^32), model.augment_dim other than the labels of
-    data.augment, empty split, whatever `needs`, `open_source` and `features.load` raise, data.augment with a feature
-    stored with the images; while iterating, for a record that does not fit config.model, or channels that data.augment
-    cannot change.
+    data.augment, data.augment with a feature stored with the images, empty split, and whatever `open_source`,
+    `features.load` and the method's `needs` raise; while iterating, for a record that does not fit config.model, or
+    channels that data.augment cannot change.
     """
     if batch_size <= 0 or batch_size % num_processes:
         raise UserError(
@@ -154,7 +155,7 @@ def make_loader(config: base.Config, batch_size: int, process: int = 0, num_proc
         )
     if not 0 <= config.seed < 2**32:
         raise UserError(f"config.seed is {config.seed}; it must be in [0, 2^32)")
-    feature, tokens = needs(config)
+    feature, tokens = METHODS[config.method.name].needs(config)
     _check_augment(config, feature)
     encode = _load_encoder(config, tokens) if tokens else None
     examples = open_examples(config, config.data.split, feature)

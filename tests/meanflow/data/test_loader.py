@@ -342,7 +342,7 @@ def test_what_is_kept_in_memory_counts_the_features(featured, monkeypatch):
     """Of the 40 images of 256 bytes and the features of 320."""
     for most, kept in ((40 * 400, False), (40 * 600, True)):
         monkeypatch.setattr(examples, "MAX_KEPT_BYTES", most)
-        opened = examples.open_examples(featured, "train", features.needs(featured).feature)
+        opened = examples.open_examples(featured, "train", features.repa(featured).feature)
         assert "features" in opened[0]
         assert bool(opened.kept) == kept
 
