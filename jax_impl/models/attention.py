@@ -70,7 +70,7 @@ KERNELS = {"plain": plain, "fused": fused}
 
 def check_kernels(c):
     """Raise UserError if `config.model` names a kernel for its JVP that JAX does not have."""
-    if c.attention_jvp not in KERNELS:
+    if "attention_jvp" in c and c.attention_jvp not in KERNELS:  # U-Nets have one attention for all
         raise UserError(
             f"config.model.attention_jvp is {c.attention_jvp}, a kernel that PyTorch alone has: set "
             "--config.model.attention_jvp=plain, or train in PyTorch"

@@ -66,5 +66,5 @@ KERNELS = {"plain": plain, "fused": fused, "flash": flash}
 
 def check_kernels(c, device):
     """Raise UserError if `config.model` names a kernel for its JVP that there is not, here or on `device`."""
-    if c.attention_jvp == "flash":
+    if "attention_jvp" in c and c.attention_jvp == "flash":  # U-Nets have one attention for all
         check_flash(device)
