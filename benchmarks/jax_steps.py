@@ -1,19 +1,34 @@
-"""Training steps and samplers in JAX: builds, runs and counts them, and measures memory.  Twin of torch_steps.py."""
+"""Training steps and samplers in JAX: builds, runs and counts them, and measures memory.  Twin of torch_steps.py.
 
+Also a program, `python -m benchmarks.jax_steps CONFIG.json NUM RUNS`, that measures a step on several fake devices of
+the CPU and prints one JSON object: seconds of each run, the metrics of the first steps and the collectives of the
+program.
+"""
+
+import collections
 import copy
+import json
+import pathlib
+import re
+import sys
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from benchmarks import cases, measure
 from jax_impl import step
 from jax_impl.devices import local_mesh, set_precision
 from jax_impl.methods import METHODS
 from jax_impl.sample import make_sampler
+from meanflow.config import store
 
 MATMULS = 8  # in one run
+KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
+BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
 
 class Step:
@@ -121,3 +136,31 @@ class Matmul:
         for _ in range(MATMULS):
             product = self._matmul(product, self._a)
         return jax.block_until_ready(product)
+
+
+def main(path, num_devices, runs):
+    """Measure a step on several devices and print."""
+    jax.config.update("jax_num_cpu_devices", num_devices)
+    config = store.from_json(pathlib.Path(path).read_text())
+    start(config)
+    measured = Step(config, cases.make_batch(config))
+    first = [{name: float(a) for name, a in measured.run().items()} for _ in range(measure.FIRST)]
+    times = [measure.seconds(measured) for _ in range(runs)]
+    print(json.dumps({"times": times, "metrics": first, "collectives": collectives(measured.program())}))
+
+
+def collectives(program):
+    """Return {kind: {"count": N, "bytes": B}} of a compiled program; B is the size of all results on one device.
+
+    An asynchronous pair counts once, at its end.
+    """
+    found = collections.defaultdict(lambda: {"count": 0, "bytes": 0})
+    for result, kind in re.findall(rf"= (.*?) ({KINDS})(?:-done)?\(", program):
+        found[kind]["count"] += 1
+        for dtype, shape in re.findall(r"(\w+)\[([\d,]*)\]", result):
+            found[kind]["bytes"] += BITS[dtype] // 8 * int(np.prod([int(n) for n in shape.split(",") if n]))
+    return found
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

@@ -11,6 +11,7 @@ from benchmarks import cases, memory
 
 MATMUL = "matmul"  # timed like a step, because the speed of a machine may change during a measurement
 WARM_UP = 2  # steps of each case before the measured ones
+FIRST = 3  # steps on several devices before the measured ones, whose metrics are reported
 
 
 def measure(framework, table, runs, memory_of=None):

@@ -37,11 +37,11 @@ COLUMNS = {
 def run(framework, config, num_devices, runs):
     """Return the figures of a step on several devices, measured in processes of their own."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
-    argv = ["-m", "benchmarks.jax_devices"]
+    argv = ["-m", "benchmarks.jax_steps"]
     if framework == "torch":
         env["OMP_NUM_THREADS"] = str(max(1, len(os.sched_getaffinity(0)) // num_devices))
         torchrun = ["-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={num_devices}"]
-        argv = [*torchrun, "-m", "benchmarks.torch_devices"]
+        argv = [*torchrun, "-m", "benchmarks.torch_steps"]
     return memory.run(argv, config, num_devices, runs, env=env)
 
 

@@ -1,14 +1,26 @@
-"""Training steps and samplers in PyTorch: builds, runs and counts them, and measures memory.  Twin of jax_steps.py."""
+"""Training steps and samplers in PyTorch: builds, runs and counts them, and measures memory.  Twin of jax_steps.py.
+
+Also a program, `torchrun --nproc_per_node=NUM -m benchmarks.torch_steps CONFIG.json NUM RUNS`, that measures a step on
+several processes.  The first prints one JSON object: seconds of each run, the metrics of the first steps and how much
+of the all-reduces overlaps with the backward pass, by DDP's own clock.
+"""
 
 import copy
+import json
+import pathlib
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import torch
+import torch.distributed as dist
+from torch.nn.parallel import DistributedDataParallel
 from torch.utils.flop_counter import FlopCounterMode
 
+from benchmarks import cases, measure
+from meanflow.config import store
 from torch_impl import step, weights
-from torch_impl.devices import choose_device, set_precision
+from torch_impl.devices import choose_device, set_precision, start_torch
 from torch_impl.methods import METHODS
 from torch_impl.sample import make_sampler
 
@@ -146,3 +158,37 @@ class Matmul:
         if self._a.is_cuda:
             torch.cuda.synchronize()
         return product
+
+
+def main(path, num_devices, runs):
+    """Measure a step on several processes; the first prints."""
+    config = store.from_json(pathlib.Path(path).read_text())
+    device = start_torch(config)
+    rows, rank = config.train.batch_size // num_devices, dist.get_rank()
+    batch = {name: a[rank * rows : (rank + 1) * rows] for name, a in cases.make_batch(config).items()}
+    measured = Step(config, batch, step.make_mesh(config, device))
+    if isinstance(measured.wrapper(), DistributedDataParallel):
+        measured.wrapper()._set_ddp_runtime_logging_sample_rate(1)
+    first = step.reduce_metrics([measured.run() for _ in range(measure.FIRST)])
+    times = []
+    for _ in range(runs):
+        dist.barrier()  # otherwise a process would count the time it waits for another
+        times.append(measure.seconds(measured))
+    figures = {"times": times, "metrics": first, "overlap": overlap(measured.wrapper())}
+    if rank == 0:
+        print(json.dumps(figures))
+    dist.destroy_process_group()
+
+
+def overlap(wrapper):
+    """Return seconds of the backward pass, of its all-reduces and of their overlap, and their number, for DDP."""
+    if not isinstance(wrapper, DistributedDataParallel):
+        return None
+    data = wrapper._get_ddp_logging_data()
+    names = {"compute_s": "compute_time", "communication_s": "comm_time", "both_s": "compute_comm_overlap_time"}
+    figures = {name: data[f"avg_backward_{key}"] / 1e9 for name, key in names.items()}
+    return figures | {"all_reduces": len(data["bucket_sizes"].split(","))}
+
+
+if __name__ == "__main__":
+    main(sys.argv[1], int(sys.argv[2]), int(sys.argv[3]))

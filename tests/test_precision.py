@@ -38,14 +38,14 @@ OTHERS = {
     "benchmarks/step.py": lambda framework, path: [[f"--framework={framework}", "--batch=8", *TINY]],
     "benchmarks/sample.py": lambda framework, path: [[f"--framework={framework}", "--batch=8", *TINY]],
     "benchmarks/memory.py": lambda framework, path: [framework, store.from_json(pathlib.Path(path).read_text())],
-    "benchmarks/jax_devices.py": lambda framework, path: [path, 1, 1] if framework == "jax" else None,
-    "benchmarks/torch_devices.py": lambda framework, path: [path, 1, 1] if framework == "torch" else None,
+    "benchmarks/jax_steps.py": lambda framework, path: [path, 1, 1] if framework == "jax" else None,
+    "benchmarks/torch_steps.py": lambda framework, path: [path, 1, 1] if framework == "torch" else None,
     "parity/full_step.py": lambda framework, path: [["--config=configs/digits.py"]],
 }
 # Commands that set no precision, and why.
 WITHOUT = {
     "benchmarks/precision.py": "compares precisions, each set around what is computed in it",
-    "benchmarks/scaling.py": "starts jax_devices.py or torch_devices.py",
+    "benchmarks/scaling.py": "starts jax_steps.py or torch_steps.py",
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",
     "parity/convert.py": "computes nothing; float64 is tested below",
@@ -145,7 +145,7 @@ def test_benchmarks_and_checks_set_the_precision(path, framework, stop_there, ti
         module = importlib.import_module(path[:-3].replace("/", "."))
         importlib.import_module(f"benchmarks.{framework}_steps")
         stop_there(framework)
-        if path == "benchmarks/jax_devices.py":  # JAX would refuse to split the CPU once it has been used
+        if path == "benchmarks/jax_steps.py":  # JAX would refuse to split the CPU once it has been used
             monkeypatch.setattr(module, "jax", SimpleNamespace(config=SimpleNamespace(update=lambda *_: None)))
         with pytest.raises(Called):
             (module.measure if path == "benchmarks/memory.py" else module.main)(*arguments)

@@ -63,7 +63,7 @@ def test_step_takes_presets_and_refuses_patches_of_a_network_without_them(tmp_pa
     rows = json.loads(path.read_text())["rows"]
     assert [row["case"] for row in rows] == ["flow matching", "p=0.25, guidance kappa"]
     assert rows[1]["limit"] == 1.5
-    with pytest.raises(UserError, match="no patches"):
+    with pytest.raises(UserError, match="no option config.model.patch_size with network edm2"):
         step.main([*preset, "--patch=2", *sets])
 
 
@@ -105,7 +105,7 @@ def test_two_devices_take_the_same_step_as_one(in_both, tmp_path, monkeypatch):
 
 
 def test_collectives_are_counted_with_their_bytes():
-    from benchmarks.jax_devices import collectives
+    from benchmarks.jax_steps import collectives
 
     program = """
       %a = f32[2,3]{1,0} all-reduce(%x), channel_id=1
