@@ -28,7 +28,7 @@ class Mixed:
     def __init__(self, nets, mode):
         """nets: {dtype: network}, all of the same parameters.  mode: `precision.Mode`."""
         self.nets, self.mode, net = nets, mode, nets[mode.plain]
-        self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
+        self.num_classes, self.augment_dim = net.num_classes, getattr(net, "augment_dim", 0)
 
     def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode

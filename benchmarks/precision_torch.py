@@ -36,7 +36,7 @@ class Mixed:
     def __init__(self, nets, params, mode):
         """nets: {dtype: module}, called with `params` {name: tensor} in place of their own.  mode: `precision.Mode`."""
         self.nets, self.params, self.mode, net = nets, params, mode, nets[mode.plain]
-        self.num_classes, self.dropout, self.augment_dim = net.num_classes, net.dropout, net.augment_dim
+        self.num_classes, self.augment_dim = net.num_classes, getattr(net, "augment_dim", 0)
 
     def __call__(self, *inputs, tape=None, **given):
         (_, t, r, _), (plain, primal, tangent, _) = inputs, self.mode

@@ -21,7 +21,8 @@ COMPARED = {"jax": ("float32", "bfloat16"), "torch": tuple(precision.MODES)}  # 
 def run(framework, mode, system="meanflow", **options):
     """Return what is compared, and the gradients, of a tiny network, without guidance: no tangent is then rounded."""
     module, config = FRAMEWORKS[framework], precision.make_config(system, "tiny")
-    config.model.depth, config.method.guidance = 1, False
+    config.model.update({"depth": 1} if "depth" in config.model else {})
+    config.method.guidance = False
     shapes, tables = module.shapes(config)
     weights = precision.random_weights(shapes, tables, precision.SYSTEMS[system][1], scale=1.0)
     options |= {"compiled": True} if framework == "jax" else {}
