@@ -288,4 +288,4 @@ def test_the_example_of_the_docs_runs():
     text, names = (pathlib.Path(__file__).parents[2] / "docs/methods.md").read_text(), {}
     exec(re.findall(r"```python\n(.*?)```", text, re.DOTALL)[0], names)
     np.testing.assert_allclose(names["loss"], names["expected"], rtol=1e-6)
-    assert names["aux"]["u"].shape == (8, 4, 4, 3)
+    assert names["aux"]["u"].shape == names["images"].shape == (8, 4, 4, 3)
