@@ -85,9 +85,7 @@ def test_a_stored_network_or_method_that_does_not_exist_or_fit(key, value):
     content = json.loads(STORED["meanflow"].read_text())
     section, name = key.split(".")
     content[section][name] = value
-    with pytest.raises(
-        UserError, match="^run/config.json: (there is no network 'vit'|the method improved cannot)"
-    ):
+    with pytest.raises(UserError, match="^run/config.json: (there is no network 'vit'|the method improved cannot)"):
         store.from_json(json.dumps(content), "run/config.json")
 
 
