@@ -79,8 +79,8 @@ class Moments:
 
     def _flush(self) -> None:
         """Take the pending rows into the mean and the products."""
-        rows = np.concatenate(self._pending) if self._pending else np.zeros((0, 0))
-        self._pending = []
+        pending, self._pending = self._pending, []
+        rows = pending[0] if len(pending) == 1 else np.concatenate(pending or [np.zeros((0, 0))])
         for start in range(0, len(rows), BLOCK):
             block = rows[start : start + BLOCK].astype(np.float64)
             mean = block.mean(axis=0)
