@@ -20,7 +20,7 @@ ONE_SIDED = {
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
     "models/tape.py": {"remembered": "PyTorch makes dual numbers by hand"},
-    "models/unet.py": {"MASK32": "JAX has unsigned integers"},
+    "models/pixels.py": {"MASK32": "JAX has unsigned integers"},
     "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {
         "define_flags": "torchrun says in the environment what JAX needs flags for",

@@ -6,149 +6,30 @@ qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py
 dicts of both have canonical names.
 """
 
-import functools
 import math
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
 from flax import nnx
 
-from jax_impl.models.layers import Linear, convolve, xavier_uniform
-from jax_impl.models.tape import affine, name_layers, rematerialised
+from jax_impl.models.layers import Linear
+from jax_impl.models.pixels import (
+    Conv,
+    FourierFeatures,
+    GroupNorm,
+    add,
+    attend,
+    dropout,
+    keep_masks,
+    positional_features,
+)
+from jax_impl.models.tape import name_layers, rematerialised
 from meanflow.errors import UserError
-from meanflow.tables import filter_table, resample_matrix
+from meanflow.tables import filter_table
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5
 for_attention = nnx.initializers.variance_scaling(0.2, "fan_avg", "uniform")  # Xavier-uniform times sqrt(0.2)
-
-
-def positional_features(t, dim, max_period=10_000.0):
-    """Return sinusoidal features [b dim] of times t [b]: cosines first, then sines, frequencies from 1 to 1/max_period.
-
-    Source: NVlabs/edm, training/networks.py, PositionalEmbedding with its endpoint.
-    """
-    t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-    frequencies = (1 / max_period) ** (np.arange(dim // 2) / (dim // 2 - 1))
-    angles = t[:, None] * jnp.asarray(frequencies, t.dtype)
-    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-def hash32(x):
-    """Mix integers in [0, 2^32), uint32, into integers that look random, one to one.
-
-    Source: the `lowbias32` function of Chris Wellons' hash-prospector, after an offset.
-    """
-    x = x + np.uint32(0x9E3779B9)
-    x = (x ^ (x >> 16)) * np.uint32(0x7FEB352D)
-    x = (x ^ (x >> 15)) * np.uint32(0x846CA68B)
-    return x ^ (x >> 16)
-
-
-def keep_masks(draws, num_entries, prob):
-    """Return which of `num_entries` entries dropout keeps, [b n] bool, each with probability 1 - prob.
-
-    draws: [b] uniforms in [0, 1).  A mask is a function of (draw of the row, entry) in exact integer arithmetic: the
-    same in both frameworks, on any number of devices and in any number of micro-batches.
-    """
-    seeds = hash32(jnp.floor(draws * 2**24).astype(jnp.uint32))
-    places = hash32(jnp.arange(num_entries, dtype=jnp.uint32))
-    return hash32(places[None] ^ seeds[:, None]) >= np.uint32(round(prob * 2**32))
-
-
-def dropout(x, prob, keep):
-    """Set entries of x [b h w c] to zero where not `keep` [b h*w*c] and scale the others by 1 / (1 - prob)."""
-    return jnp.where(keep.reshape(x.shape), x / (1 - prob), 0)
-
-
-class FourierFeatures(nnx.Module):
-    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, but never trained.
-
-    scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
-    """
-
-    def __init__(self, dim, *, rngs, scale=16.0):
-        self.freqs = nnx.Param(jax.random.normal(rngs.params(), (dim // 2,)) * scale)
-
-    def __call__(self, t):
-        t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
-        angles = t[:, None] * (2 * math.pi * jax.lax.stop_gradient(self.freqs[...]))
-        return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
-
-
-class GroupNorm(nnx.Module):
-    """Normalise groups of at least 4 channels of x [b h w c], at most 32 groups; float32 statistics at least."""
-
-    def __init__(self, features, *, eps=1e-6):
-        self.groups, self.eps = min(32, features // 4), eps
-        if features % max(self.groups, 1) or not self.groups:
-            raise UserError(
-                f"{features} channels cannot be normalised in groups: model.width must be a multiple of 4, and of 32 "
-                "where a block sees more than 128 channels"
-            )
-        self.weight = nnx.Param(jnp.ones(features))
-        self.bias = nnx.Param(jnp.zeros(features))
-
-    def __call__(self, x):
-        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        grouped = grouped.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        grouped = grouped - grouped.mean((1, 3), keepdims=True)
-        grouped = grouped * jax.lax.rsqrt(jnp.square(grouped).mean((1, 3), keepdims=True) + self.eps)
-        return grouped.reshape(x.shape) * self.weight[...] + self.bias[...]
-
-
-class Conv(nnx.Module):
-    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded, after down- or upsampling by a filter.
-
-    resample: None | down | up, of images of `size` x `size`.  kernel_size 0: no convolution, only the resampling.
-    filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
-    """
-
-    name = None  # see `name_layers`
-
-    def __init__(self, in_features, out_features, kernel_size, *, dtype, rngs, kernel_init=xavier_uniform,
-                 resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
-        self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
-        self.kernel_size, self.dtype = kernel_size, dtype
-        if kernel_size:
-            shape = (kernel_size, kernel_size, in_features, out_features)
-            self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
-            self.bias = nnx.Param(jnp.zeros(out_features))
-
-    def resampled(self, x):
-        """Return x [b h w c] filtered, and half or twice as large."""
-        matrix = jnp.asarray(resample_matrix(self.taps, self.size, self.resample, valid=self.filter_last), x.dtype)
-        return jnp.einsum("ph,bhwc,qw->bpqc", matrix, x, matrix)
-
-    def convolved(self, x, tape=None):
-        """Return the convolution of x [b h w c]."""
-        padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
-        x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
-        return affine(functools.partial(convolve, padding=padding), x, kernel, self.name, tape) + bias
-
-    def __call__(self, x, tape=None):
-        if self.resample and not self.filter_last:
-            x = self.resampled(x)
-        if self.kernel_size:
-            x = self.convolved(x, tape)
-        return self.resampled(x) if self.filter_last else x
-
-
-def attend(qkv, layout):
-    """Return one head of self-attention [b h w c] over the pixels of queries, keys and values [b h w 3c].
-
-    layout: of the 3c channels, `split` (q, then k, then v) or `interleaved` (q, k, v of one channel after another).
-    """
-    batch, height, width, features = qkv.shape
-    if layout == "interleaved":
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, features // 3, 3), 3, 0)
-    else:
-        q, k, v = jnp.moveaxis(qkv.reshape(batch, height * width, 3, features // 3), 2, 0)
-    scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
-    weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
-    return (weights.astype(v.dtype) @ v).reshape(batch, height, width, -1)
 
 
 class Block(nnx.Module):
@@ -164,17 +45,17 @@ class Block(nnx.Module):
                  dtype, rngs, resample=None):  # fmt: skip
         self.first, self.prob, self.attention, self.qkv_layout = first, dropout, attention, qkv_layout
         sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype, "rngs": rngs}
-        self.norm0 = GroupNorm(in_features)
+        self.norm0 = group_norm(in_features)
         self.conv0 = Conv(in_features, out_features, 3, **sampling)
         self.affine = Linear(emb_features, out_features, dtype=dtype, rngs=rngs)
-        self.norm1 = GroupNorm(out_features)
+        self.norm1 = group_norm(out_features)
         self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
         if in_features != out_features or resample:
             self.skip = Conv(in_features, out_features, 1, **sampling)
         else:
             self.skip = None
         if attention:
-            self.norm2 = GroupNorm(out_features)
+            self.norm2 = group_norm(out_features)
             self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention, rngs=rngs)
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
 
@@ -192,9 +73,15 @@ class Block(nnx.Module):
         return x
 
 
-def add(a, b):
-    """Return a + b in float32 at least."""
-    return a.astype(jnp.promote_types(a.dtype, jnp.float32)) + b
+def group_norm(features):
+    """Return a norm of groups of at least 4 channels, at most 32 groups.  Raises UserError if they do not divide."""
+    groups = min(32, features // 4)
+    if not groups or features % groups:
+        raise UserError(
+            f"{features} channels cannot be normalised in groups: model.width must be a multiple of 4, and of 32 "
+            "where a block sees more than 128 channels"
+        )
+    return GroupNorm(features, groups)
 
 
 def check_sizes(input_size, channel_mult, taps):
@@ -231,9 +118,29 @@ class UNet(nnx.Module):
         self.sizes = tuple(input_size >> level for level in range(len(channel_mult)))
         self.num_blocks, self.encoder_type, self.decoder_type = num_blocks, encoder_type, decoder_type
         self.time_embedding, self.features = time_embedding, width * channel_mult_noise
-        emb = width * channel_mult_emb
+        self.add_embedding(width * channel_mult_emb, embedding_type, rngs)
+        self.num_entries, widths = 0, [width * mult for mult in channel_mult]
+
+        def block(in_features, out_features, size, attention=False, resample=None):
+            first, out_size = self.num_entries, {None: size, "down": size // 2, "up": 2 * size}[resample]
+            self.num_entries += out_size**2 * out_features
+            return Block(
+                in_features, out_features, width * channel_mult_emb, first=first, size=size, attention=attention,
+                dropout=dropout, qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, rngs=rngs, resample=resample,
+            )  # fmt: skip
+
+        def conv(in_features, out_features, kernel_size, **options):
+            return Conv(in_features, out_features, kernel_size, taps=resample_filter, dtype=dtype, rngs=rngs, **options)
+
+        enc, features, skips = self.make_encoder(block, conv, channels, width, widths, attn_resolutions)
+        dec = self.make_decoder(block, conv, channels, features, skips, widths, attn_resolutions)
+        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
+        name_layers(self)
+
+    def add_embedding(self, emb, embedding_type, rngs):
+        """Create the layers that embed times and augmentation labels into [b emb]."""
         self.map_noise = FourierFeatures(self.features, rngs=rngs) if embedding_type == "fourier" else None
-        if time_embedding == "joint":
+        if self.time_embedding == "joint":
             self.map_layer0 = Linear(2 * self.features, emb, dtype=None, rngs=rngs)
             self.map_layer1 = Linear(emb, emb, dtype=None, rngs=rngs)
         else:
@@ -241,60 +148,54 @@ class UNet(nnx.Module):
             self.map_layer1 = Linear(emb, emb // 2, dtype=None, rngs=rngs)
             self.map_layer0_s = Linear(self.features, emb, dtype=None, rngs=rngs)
             self.map_layer1_s = Linear(emb, emb // 2, dtype=None, rngs=rngs)
-        if augment_dim:
-            self.map_augment = Linear(augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
-        enc, dec, num_entries = {}, {}, 0
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
 
-        def block(in_features, out_features, size, attention=False, resample=None):
-            nonlocal num_entries
-            first, out_size = num_entries, {None: size, "down": size // 2, "up": 2 * size}[resample]
-            num_entries += out_size**2 * out_features
-            return Block(
-                in_features, out_features, emb, first=first, size=size, attention=attention, dropout=dropout,
-                qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, rngs=rngs, resample=resample,
-            )  # fmt: skip
+    def make_encoder(self, block, conv, channels, features, widths, attn_resolutions):
+        """Return the encoder's layers by name, the channels it ends with, and those of each skip connection.
 
-        def conv(in_features, out_features, kernel_size, **options):
-            return Conv(in_features, out_features, kernel_size, dtype=dtype, rngs=rngs, **options)
-
-        features, aux, skips = width, channels, []  # channels of x, of the auxiliary image, of what the decoder gets
-        for level, (size, mult) in enumerate(zip(self.sizes, channel_mult, strict=True)):
-            name, halved = f"{size}x{size}", {"resample": "down", "taps": resample_filter, "size": 2 * size}
+        features: channels after the first convolution.  widths: channels of each level.
+        """
+        enc, aux, skips = {}, channels, []  # aux: channels of the auxiliary image
+        for level, (size, width) in enumerate(zip(self.sizes, widths, strict=True)):
+            name, halved = f"{size}x{size}", {"resample": "down", "size": 2 * size}
             if level == 0:
-                enc[f"{name}_conv"] = conv(channels, width, 3)
+                enc[f"{name}_conv"] = conv(channels, features, 3)
             else:
                 enc[f"{name}_down"] = block(features, features, 2 * size, resample="down")
             skips.append(features)
-            if level and encoder_type == "skip":
+            if level and self.encoder_type == "skip":
                 enc[f"{name}_aux_down"] = conv(aux, aux, 0, **halved)
                 enc[f"{name}_aux_skip"] = conv(aux, features, 1)
-            if level and encoder_type == "residual":
+            if level and self.encoder_type == "residual":
                 enc[f"{name}_aux_residual"] = conv(aux, features, 3, filter_last=True, **halved)
                 aux = features
-            for i in range(num_blocks):
-                enc[f"{name}_block{i}"] = block(features, width * mult, size, size in attn_resolutions)
-                features = width * mult
+            for i in range(self.num_blocks):
+                enc[f"{name}_block{i}"] = block(features, width, size, size in attn_resolutions)
+                features = width
                 skips.append(features)
-        for size, mult in reversed(list(zip(self.sizes, channel_mult, strict=True))):
+        return enc, features, skips
+
+    def make_decoder(self, block, conv, channels, features, skips, widths, attn_resolutions):
+        """Return the decoder's layers by name; the other arguments are what `make_encoder` takes and returns."""
+        dec = {}
+        for size, width in reversed(list(zip(self.sizes, widths, strict=True))):
             name, lowest = f"{size}x{size}", size == self.sizes[-1]
             if lowest:
                 dec[f"{name}_in0"] = block(features, features, size, attention=True)
                 dec[f"{name}_in1"] = block(features, features, size)
             else:
                 dec[f"{name}_up"] = block(features, features, size // 2, resample="up")
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and size in attn_resolutions
-                dec[f"{name}_block{i}"] = block(features + skips.pop(), width * mult, size, attention)
-                features = width * mult
-            if decoder_type == "skip" and not lowest:
-                doubled = {"resample": "up", "taps": resample_filter, "size": size // 2}
-                dec[f"{name}_aux_up"] = conv(channels, channels, 0, **doubled)
-            if decoder_type == "skip" or size == self.sizes[0]:
-                dec[f"{name}_aux_norm"] = GroupNorm(features)
+            for i in range(self.num_blocks + 1):
+                attention = i == self.num_blocks and size in attn_resolutions
+                dec[f"{name}_block{i}"] = block(features + skips.pop(), width, size, attention)
+                features = width
+            if self.decoder_type == "skip" and not lowest:
+                dec[f"{name}_aux_up"] = conv(channels, channels, 0, resample="up", size=size // 2)
+            if self.decoder_type == "skip" or size == self.sizes[0]:
+                dec[f"{name}_aux_norm"] = group_norm(features)
                 dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
-        self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
-        self.num_entries = num_entries
-        name_layers(self)
+        return dec
 
     @classmethod
     def from_config(cls, c, rngs):

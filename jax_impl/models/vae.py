@@ -11,29 +11,17 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl.models.layers import zeros
-from jax_impl.models.unet import add, attend
+from jax_impl.models.pixels import GroupNorm, add, attend
 from meanflow.errors import UserError
 
-EPS = 1e-6  # of all group norms
 LOG_VARIANCE = (-30.0, 20.0)  # range that log-variances are clipped to
 
 
-class GroupNorm(nnx.Module):
-    """Normalise `groups` groups of the channels of x [b h w c], with affine; float32 statistics at least."""
-
-    def __init__(self, features, groups, *, dtype):
-        if features % groups:
-            raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
-        self.groups = groups
-        self.weight = nnx.Param(jnp.ones(features, stored(dtype)))
-        self.bias = nnx.Param(jnp.zeros(features, stored(dtype)))
-
-    def __call__(self, x):
-        grouped = x.astype(jnp.promote_types(x.dtype, jnp.float32))
-        grouped = grouped.reshape(x.shape[0], -1, self.groups, x.shape[-1] // self.groups)
-        grouped = grouped - grouped.mean((1, 3), keepdims=True)
-        grouped = grouped * jax.lax.rsqrt(jnp.square(grouped).mean((1, 3), keepdims=True) + EPS)
-        return grouped.reshape(x.shape) * self.weight[...] + self.bias[...]
+def group_norm(features, groups, *, dtype):
+    """Return a norm of `groups` groups of channels.  Raises UserError if they do not divide."""
+    if features % groups:
+        raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
+    return GroupNorm(features, groups, dtype=stored(dtype))
 
 
 class Conv(nnx.Module):
@@ -59,9 +47,9 @@ class Resnet(nnx.Module):
     """Residual block: x [b h w in] -> [b h w out]."""
 
     def __init__(self, in_features, out_features, groups, *, dtype):
-        self.norm1 = GroupNorm(in_features, groups, dtype=dtype)
+        self.norm1 = group_norm(in_features, groups, dtype=dtype)
         self.conv1 = Conv(in_features, out_features, 3, dtype=dtype)
-        self.norm2 = GroupNorm(out_features, groups, dtype=dtype)
+        self.norm2 = group_norm(out_features, groups, dtype=dtype)
         self.conv2 = Conv(out_features, out_features, 3, dtype=dtype)
         self.conv_shortcut = None if in_features == out_features else Conv(in_features, out_features, 1, dtype=dtype)
 
@@ -76,7 +64,7 @@ class Attention(nnx.Module):
     """One head of self-attention over the pixels of x [b h w c], after a norm, added to x."""
 
     def __init__(self, features, groups, *, dtype):
-        self.group_norm = GroupNorm(features, groups, dtype=dtype)
+        self.group_norm = group_norm(features, groups, dtype=dtype)
 
         def linear():
             return nnx.Linear(
@@ -148,7 +136,7 @@ class Encoder(nnx.Module):
             before = widths[max(level - 1, 0)]
             self.down_blocks.append(Level(before, width, num_blocks, groups, resample=resample, dtype=dtype))
         self.mid_block = MidBlock(widths[-1], groups, dtype=dtype)
-        self.conv_norm_out = GroupNorm(widths[-1], groups, dtype=dtype)
+        self.conv_norm_out = group_norm(widths[-1], groups, dtype=dtype)
         self.conv_out = Conv(widths[-1], 2 * latent_channels, 3, dtype=dtype)
 
     def __call__(self, x):
@@ -171,7 +159,7 @@ class Decoder(nnx.Module):
             resample = "up" if level < len(widths) - 1 else None
             before = widths[max(level - 1, 0)]
             self.up_blocks.append(Level(before, width, num_blocks + 1, groups, resample=resample, dtype=dtype))
-        self.conv_norm_out = GroupNorm(widths[-1], groups, dtype=dtype)
+        self.conv_norm_out = group_norm(widths[-1], groups, dtype=dtype)
         self.conv_out = Conv(widths[-1], out_channels, 3, dtype=dtype)
 
     def __call__(self, z):

@@ -68,7 +68,7 @@ def test_resampling_is_a_convolution_with_the_outer_product_of_the_taps(taps):
 
 @pytest.mark.parametrize("features", [4, 24, 128, 256])
 def test_group_norm(features):
-    norm, rng = unet.GroupNorm(features), np.random.RandomState(0)
+    norm, rng = unet.group_norm(features), np.random.RandomState(0)
     x, weight, bias = (rng.normal(size=s).astype(np.float32) for s in ((2, 3, 3, features), features, features))
     norm.weight.set_value(jnp.asarray(weight)), norm.bias.set_value(jnp.asarray(bias))
     y, *affine = (torch.from_numpy(a) for a in (x.transpose(0, 3, 1, 2) * 3 + 5, weight, bias))

@@ -69,7 +69,7 @@ def test_filtering_after_a_convolution_that_runs_beyond_the_border(taps):
 
 @pytest.mark.parametrize("features", [4, 24, 128, 256])
 def test_group_norm(features):
-    norm, x = unet.GroupNorm(features), torch.randn(2, features, 3, 3) * 3 + 5
+    norm, x = unet.group_norm(features), torch.randn(2, features, 3, 3) * 3 + 5
     norm.weight.data.normal_(), norm.bias.data.normal_()
     want = F.group_norm(x, min(32, features // 4), norm.weight, norm.bias, eps=1e-6)
     torch.testing.assert_close(norm(x), want, rtol=1e-4, atol=1e-5)

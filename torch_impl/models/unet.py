@@ -6,7 +6,6 @@ qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py
 dicts of both have canonical names.
 """
 
-import functools
 import math
 from typing import Any
 
@@ -15,12 +14,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from meanflow.errors import UserError
-from meanflow.tables import filter_table, resample_matrix
+from meanflow.tables import filter_table
 from torch_impl.models.layers import Linear
-from torch_impl.models.tape import affine, name_layers, rematerialised
+from torch_impl.models.pixels import (
+    Conv,
+    FourierFeatures,
+    GroupNorm,
+    add,
+    attend,
+    dropout,
+    keep_masks,
+    positional_features,
+)
+from torch_impl.models.tape import name_layers, rematerialised
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
-MASK32 = 2**32 - 1
 
 
 def nearly_zero(weight):
@@ -31,145 +39,6 @@ def nearly_zero(weight):
 def for_attention(weight):
     """Fill a weight [out in k k] Xavier-uniformly, times sqrt(0.2)."""
     nn.init.xavier_uniform_(weight, gain=math.sqrt(0.2))
-
-
-def positional_features(t, dim, max_period=10_000.0):
-    """Return sinusoidal features [b dim] of times t [b]: cosines first, then sines, frequencies from 1 to 1/max_period.
-
-    Source: NVlabs/edm, training/networks.py, PositionalEmbedding with its endpoint.
-    """
-    t = t.to(torch.promote_types(t.dtype, torch.float32))
-    i = torch.arange(dim // 2, dtype=torch.float64, device=t.device)
-    frequencies = (1 / max_period) ** (i / (dim // 2 - 1))
-    angles = t[:, None] * frequencies.to(t.dtype)
-    return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
-def hash32(x):
-    """Mix integers in [0, 2^32), int64, into integers that look random, one to one.
-
-    Source: the `lowbias32` function of Chris Wellons' hash-prospector, after an offset.
-    """
-    x = (x + 0x9E3779B9) & MASK32
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
-    x = ((x ^ (x >> 15)) * (0x846CA68B - 2**32)) & MASK32  # the same bits; the product stays within int64
-    return x ^ (x >> 16)
-
-
-def keep_masks(draws, num_entries, prob):
-    """Return which of `num_entries` entries dropout keeps, [b n] bool, each with probability 1 - prob.
-
-    draws: [b] uniforms in [0, 1).  A mask is a function of (draw of the row, entry) in exact integer arithmetic: the
-    same in both frameworks, on any number of devices and in any number of micro-batches.
-    """
-    seeds = hash32(torch.floor(draws * 2**24).long())
-    places = hash32(torch.arange(num_entries, device=draws.device))
-    return hash32(places[None] ^ seeds[:, None]) >= round(prob * 2**32)
-
-
-def dropout(x, prob, keep):
-    """Set entries of x [b c h w] to zero where not `keep` [b h*w*c] and scale the others by 1 / (1 - prob)."""
-    batch, channels, height, width = x.shape
-    keep = keep.reshape(batch, height, width, channels).permute(0, 3, 1, 2)
-    return torch.where(keep, x / (1 - prob), 0)
-
-
-class FourierFeatures(nn.Module):
-    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, but never trained.
-
-    scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
-    """
-
-    def __init__(self, dim, *, scale=16.0):
-        super().__init__()
-        self.freqs = nn.Parameter(torch.randn(dim // 2) * scale, requires_grad=False)
-
-    def forward(self, t):
-        t = t.to(torch.promote_types(t.dtype, torch.float32))
-        angles = t[:, None] * (2 * math.pi * self.freqs)
-        return torch.cat([torch.cos(angles), torch.sin(angles)], dim=-1)
-
-
-class GroupNorm(nn.Module):
-    """Normalise groups of at least 4 channels of x [b c h w], at most 32 groups; float32 statistics at least.
-
-    Written out, because torch.func.jvp of `F.group_norm` does not compile.
-    """
-
-    def __init__(self, features, *, eps=1e-6):
-        super().__init__()
-        self.groups, self.eps = min(32, features // 4), eps
-        if features % max(self.groups, 1) or not self.groups:
-            raise UserError(
-                f"{features} channels cannot be normalised in groups: model.width must be a multiple of 4, and of 32 "
-                "where a block sees more than 128 channels"
-            )
-        self.weight = nn.Parameter(torch.ones(features))
-        self.bias = nn.Parameter(torch.zeros(features))
-
-    def forward(self, x):
-        grouped = x.to(torch.promote_types(x.dtype, torch.float32))
-        grouped = grouped.reshape(x.shape[0], self.groups, -1)
-        grouped = grouped - grouped.mean(2, keepdim=True)
-        grouped = grouped * torch.rsqrt(grouped.square().mean(2, keepdim=True) + self.eps)
-        return grouped.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
-
-
-class Conv(nn.Module):
-    """Convolution [b in h w] -> [b out h w] of odd `kernel_size`, zero-padded, after down- or upsampling by a filter.
-
-    resample: None | down | up, of images of `size` x `size`.  kernel_size 0: no convolution, only the resampling.
-    filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
-    """
-
-    name = None  # see `name_layers`
-
-    def __init__(self, in_features, out_features, kernel_size, *, dtype, kernel_init=nn.init.xavier_uniform_,
-                 resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
-        super().__init__()
-        self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
-        self.kernel_size, self.compute_dtype = kernel_size, dtype
-        if kernel_size:
-            self.weight = nn.Parameter(torch.empty(out_features, in_features, kernel_size, kernel_size))
-            self.bias = nn.Parameter(torch.zeros(out_features))
-            kernel_init(self.weight)
-        if resample:
-            self.register_buffer("resample_filter", torch.from_numpy(filter_table(taps)))
-            matrix = resample_matrix(taps, size, resample, valid=filter_last)
-            self.register_buffer("matrix", torch.from_numpy(matrix), persistent=False)
-
-    def resampled(self, x):
-        """Return x [b c h w] filtered, and half or twice as large."""
-        matrix = self.matrix.to(x.dtype)
-        return matrix @ x @ matrix.T
-
-    def convolved(self, x, tape=None):
-        """Return the convolution of x [b c h w]."""
-        padding = self.kernel_size // 2 + ((len(self.taps) - 1) // 2 if self.filter_last else 0)
-        x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.weight, self.bias))
-        return affine(functools.partial(F.conv2d, padding=padding), x, weight, self.name, tape) + bias[:, None, None]
-
-    def forward(self, x, tape=None):
-        if self.resample and not self.filter_last:
-            x = self.resampled(x)
-        if self.kernel_size:
-            x = self.convolved(x, tape)
-        return self.resampled(x) if self.filter_last else x
-
-
-def attend(qkv, layout):
-    """Return one head of self-attention [b c h w] over the pixels of queries, keys and values [b 3c h w].
-
-    layout: of the 3c channels, `split` (q, then k, then v) or `interleaved` (q, k, v of one channel after another).
-    """
-    batch, features, height, width = qkv.shape
-    if layout == "interleaved":
-        q, k, v = qkv.reshape(batch, features // 3, 3, height * width).unbind(2)
-    else:
-        q, k, v = qkv.reshape(batch, 3, features // 3, height * width).unbind(1)
-    scores = (q * q.shape[1] ** -0.5).transpose(-1, -2) @ k
-    weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
-    return (v @ weights.to(v.dtype).transpose(-1, -2)).reshape(batch, -1, height, width)
 
 
 class Block(nn.Module):
@@ -186,17 +55,17 @@ class Block(nn.Module):
         super().__init__()
         self.first, self.prob, self.attention, self.qkv_layout = first, dropout, attention, qkv_layout
         sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype}
-        self.norm0 = GroupNorm(in_features)
+        self.norm0 = group_norm(in_features)
         self.conv0 = Conv(in_features, out_features, 3, **sampling)
         self.affine = Linear(emb_features, out_features, dtype=dtype)
-        self.norm1 = GroupNorm(out_features)
+        self.norm1 = group_norm(out_features)
         self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero)
         if in_features != out_features or resample:
             self.skip = Conv(in_features, out_features, 1, **sampling)
         else:
             self.skip = None
         if attention:
-            self.norm2 = GroupNorm(out_features)
+            self.norm2 = group_norm(out_features)
             self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention)
             self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero)
 
@@ -214,9 +83,15 @@ class Block(nn.Module):
         return x
 
 
-def add(a, b):
-    """Return a + b in float32 at least."""
-    return a.to(torch.promote_types(a.dtype, torch.float32)) + b
+def group_norm(features):
+    """Return a norm of groups of at least 4 channels, at most 32 groups.  Raises UserError if they do not divide."""
+    groups = min(32, features // 4)
+    if not groups or features % groups:
+        raise UserError(
+            f"{features} channels cannot be normalised in groups: model.width must be a multiple of 4, and of 32 "
+            "where a block sees more than 128 channels"
+        )
+    return GroupNorm(features, groups)
 
 
 def check_sizes(input_size, channel_mult, taps):
@@ -254,9 +129,29 @@ class UNet(nn.Module):
         self.sizes = tuple(input_size >> level for level in range(len(channel_mult)))
         self.num_blocks, self.encoder_type, self.decoder_type = num_blocks, encoder_type, decoder_type
         self.time_embedding, self.features = time_embedding, width * channel_mult_noise
-        emb = width * channel_mult_emb
+        self.add_embedding(width * channel_mult_emb, embedding_type)
+        self.num_entries, widths = 0, [width * mult for mult in channel_mult]
+
+        def block(in_features, out_features, size, attention=False, resample=None):
+            first, out_size = self.num_entries, {None: size, "down": size // 2, "up": 2 * size}[resample]
+            self.num_entries += out_size**2 * out_features
+            return Block(
+                in_features, out_features, width * channel_mult_emb, first=first, size=size, attention=attention,
+                dropout=dropout, qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, resample=resample,
+            )  # fmt: skip
+
+        def conv(in_features, out_features, kernel_size, **options):
+            return Conv(in_features, out_features, kernel_size, taps=resample_filter, dtype=dtype, **options)
+
+        enc, features, skips = self.make_encoder(block, conv, channels, width, widths, attn_resolutions)
+        dec = self.make_decoder(block, conv, channels, features, skips, widths, attn_resolutions)
+        self.enc, self.dec = nn.ModuleDict(enc), nn.ModuleDict(dec)
+        name_layers(self)
+
+    def add_embedding(self, emb, embedding_type):
+        """Create the layers that embed times and augmentation labels into [b emb]."""
         self.map_noise = FourierFeatures(self.features) if embedding_type == "fourier" else None
-        if time_embedding == "joint":
+        if self.time_embedding == "joint":
             self.map_layer0 = Linear(2 * self.features, emb, dtype=None)
             self.map_layer1 = Linear(emb, emb, dtype=None)
         else:
@@ -264,60 +159,54 @@ class UNet(nn.Module):
             self.map_layer1 = Linear(emb, emb // 2, dtype=None)
             self.map_layer0_s = Linear(self.features, emb, dtype=None)
             self.map_layer1_s = Linear(emb, emb // 2, dtype=None)
-        if augment_dim:
-            self.map_augment = Linear(augment_dim, 2 * self.features, bias=False, dtype=None)
-        enc, dec, num_entries = {}, {}, 0
+        if self.augment_dim:
+            self.map_augment = Linear(self.augment_dim, 2 * self.features, bias=False, dtype=None)
 
-        def block(in_features, out_features, size, attention=False, resample=None):
-            nonlocal num_entries
-            first, out_size = num_entries, {None: size, "down": size // 2, "up": 2 * size}[resample]
-            num_entries += out_size**2 * out_features
-            return Block(
-                in_features, out_features, emb, first=first, size=size, attention=attention, dropout=dropout,
-                qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, resample=resample,
-            )  # fmt: skip
+    def make_encoder(self, block, conv, channels, features, widths, attn_resolutions):
+        """Return the encoder's layers by name, the channels it ends with, and those of each skip connection.
 
-        def conv(in_features, out_features, kernel_size, **options):
-            return Conv(in_features, out_features, kernel_size, dtype=dtype, **options)
-
-        features, aux, skips = width, channels, []  # channels of x, of the auxiliary image, of what the decoder gets
-        for level, (size, mult) in enumerate(zip(self.sizes, channel_mult, strict=True)):
-            name, halved = f"{size}x{size}", {"resample": "down", "taps": resample_filter, "size": 2 * size}
+        features: channels after the first convolution.  widths: channels of each level.
+        """
+        enc, aux, skips = {}, channels, []  # aux: channels of the auxiliary image
+        for level, (size, width) in enumerate(zip(self.sizes, widths, strict=True)):
+            name, halved = f"{size}x{size}", {"resample": "down", "size": 2 * size}
             if level == 0:
-                enc[f"{name}_conv"] = conv(channels, width, 3)
+                enc[f"{name}_conv"] = conv(channels, features, 3)
             else:
                 enc[f"{name}_down"] = block(features, features, 2 * size, resample="down")
             skips.append(features)
-            if level and encoder_type == "skip":
+            if level and self.encoder_type == "skip":
                 enc[f"{name}_aux_down"] = conv(aux, aux, 0, **halved)
                 enc[f"{name}_aux_skip"] = conv(aux, features, 1)
-            if level and encoder_type == "residual":
+            if level and self.encoder_type == "residual":
                 enc[f"{name}_aux_residual"] = conv(aux, features, 3, filter_last=True, **halved)
                 aux = features
-            for i in range(num_blocks):
-                enc[f"{name}_block{i}"] = block(features, width * mult, size, size in attn_resolutions)
-                features = width * mult
+            for i in range(self.num_blocks):
+                enc[f"{name}_block{i}"] = block(features, width, size, size in attn_resolutions)
+                features = width
                 skips.append(features)
-        for size, mult in reversed(list(zip(self.sizes, channel_mult, strict=True))):
+        return enc, features, skips
+
+    def make_decoder(self, block, conv, channels, features, skips, widths, attn_resolutions):
+        """Return the decoder's layers by name; the other arguments are what `make_encoder` takes and returns."""
+        dec = {}
+        for size, width in reversed(list(zip(self.sizes, widths, strict=True))):
             name, lowest = f"{size}x{size}", size == self.sizes[-1]
             if lowest:
                 dec[f"{name}_in0"] = block(features, features, size, attention=True)
                 dec[f"{name}_in1"] = block(features, features, size)
             else:
                 dec[f"{name}_up"] = block(features, features, size // 2, resample="up")
-            for i in range(num_blocks + 1):
-                attention = i == num_blocks and size in attn_resolutions
-                dec[f"{name}_block{i}"] = block(features + skips.pop(), width * mult, size, attention)
-                features = width * mult
-            if decoder_type == "skip" and not lowest:
-                doubled = {"resample": "up", "taps": resample_filter, "size": size // 2}
-                dec[f"{name}_aux_up"] = conv(channels, channels, 0, **doubled)
-            if decoder_type == "skip" or size == self.sizes[0]:
-                dec[f"{name}_aux_norm"] = GroupNorm(features)
+            for i in range(self.num_blocks + 1):
+                attention = i == self.num_blocks and size in attn_resolutions
+                dec[f"{name}_block{i}"] = block(features + skips.pop(), width, size, attention)
+                features = width
+            if self.decoder_type == "skip" and not lowest:
+                dec[f"{name}_aux_up"] = conv(channels, channels, 0, resample="up", size=size // 2)
+            if self.decoder_type == "skip" or size == self.sizes[0]:
+                dec[f"{name}_aux_norm"] = group_norm(features)
                 dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
-        self.enc, self.dec = nn.ModuleDict(enc), nn.ModuleDict(dec)
-        self.num_entries = num_entries
-        name_layers(self)
+        return dec
 
     @classmethod
     def from_config(cls, c):

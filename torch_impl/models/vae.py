@@ -12,29 +12,16 @@ from torch import nn
 
 from meanflow.errors import UserError
 from torch_impl.models.layers import Linear, zeros
-from torch_impl.models.unet import add, attend
+from torch_impl.models.pixels import GroupNorm, add, attend
 
-EPS = 1e-6  # of all group norms
 LOG_VARIANCE = (-30.0, 20.0)  # range that log-variances are clipped to
 
 
-class GroupNorm(nn.Module):
-    """Normalise `groups` groups of the channels of x [b c h w], with affine; float32 statistics at least."""
-
-    def __init__(self, features, groups, *, dtype):
-        super().__init__()
-        if features % groups:
-            raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
-        self.groups = groups
-        self.weight = nn.Parameter(torch.ones(features, dtype=stored(dtype)))
-        self.bias = nn.Parameter(torch.zeros(features, dtype=stored(dtype)))
-
-    def forward(self, x):
-        grouped = x.to(torch.promote_types(x.dtype, torch.float32))
-        grouped = grouped.reshape(x.shape[0], self.groups, -1)
-        grouped = grouped - grouped.mean(2, keepdim=True)
-        grouped = grouped * torch.rsqrt(grouped.square().mean(2, keepdim=True) + EPS)
-        return grouped.reshape(x.shape) * self.weight[:, None, None] + self.bias[:, None, None]
+def group_norm(features, groups, *, dtype):
+    """Return a norm of `groups` groups of channels.  Raises UserError if they do not divide."""
+    if features % groups:
+        raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
+    return GroupNorm(features, groups, dtype=stored(dtype))
 
 
 class Conv(nn.Module):
@@ -61,9 +48,9 @@ class Resnet(nn.Module):
 
     def __init__(self, in_features, out_features, groups, *, dtype):
         super().__init__()
-        self.norm1 = GroupNorm(in_features, groups, dtype=dtype)
+        self.norm1 = group_norm(in_features, groups, dtype=dtype)
         self.conv1 = Conv(in_features, out_features, 3, dtype=dtype)
-        self.norm2 = GroupNorm(out_features, groups, dtype=dtype)
+        self.norm2 = group_norm(out_features, groups, dtype=dtype)
         self.conv2 = Conv(out_features, out_features, 3, dtype=dtype)
         self.conv_shortcut = None if in_features == out_features else Conv(in_features, out_features, 1, dtype=dtype)
 
@@ -79,7 +66,7 @@ class Attention(nn.Module):
 
     def __init__(self, features, groups, *, dtype):
         super().__init__()
-        self.group_norm = GroupNorm(features, groups, dtype=dtype)
+        self.group_norm = group_norm(features, groups, dtype=dtype)
 
         def linear():
             return Linear(features, features, dtype=dtype, kernel_init=zeros).to(stored(dtype))
@@ -153,7 +140,7 @@ class Encoder(nn.Module):
             before = widths[max(level - 1, 0)]
             self.down_blocks.append(Level(before, width, num_blocks, groups, resample=resample, dtype=dtype))
         self.mid_block = MidBlock(widths[-1], groups, dtype=dtype)
-        self.conv_norm_out = GroupNorm(widths[-1], groups, dtype=dtype)
+        self.conv_norm_out = group_norm(widths[-1], groups, dtype=dtype)
         self.conv_out = Conv(widths[-1], 2 * latent_channels, 3, dtype=dtype)
 
     def forward(self, x):
@@ -177,7 +164,7 @@ class Decoder(nn.Module):
             resample = "up" if level < len(widths) - 1 else None
             before = widths[max(level - 1, 0)]
             self.up_blocks.append(Level(before, width, num_blocks + 1, groups, resample=resample, dtype=dtype))
-        self.conv_norm_out = GroupNorm(widths[-1], groups, dtype=dtype)
+        self.conv_norm_out = group_norm(widths[-1], groups, dtype=dtype)
         self.conv_out = Conv(widths[-1], out_channels, 3, dtype=dtype)
 
     def forward(self, z):
