@@ -10,7 +10,7 @@ import torch
 
 from jax_impl.models import vae as jax_vae
 from meanflow.config import latents as conventions
-from meanflow.data.latents import dataset
+from meanflow.data.latents import units
 from meanflow.errors import UserError
 from meanflow.sampling import grids
 from meanflow.weights import names
@@ -102,7 +102,7 @@ def test_pixels_of_the_other_range(torch_alone, monkeypatch):
 
 
 def test_shift_forgotten(torch_alone, monkeypatch):
-    monkeypatch.setattr(dataset, "to_raw", lambda z, convention: z / np.array(convention.scale))
+    monkeypatch.setattr(units, "to_raw", lambda z, convention: z / np.array(convention.scale))
     cases = {case.removeprefix("golden/latent_scaling/") for case, _ in failures("golden/latent_scaling")}
     assert cases == {"imf_jax", "imf_torch", "remf"}
 
