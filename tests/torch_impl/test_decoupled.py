@@ -1,6 +1,5 @@
 """What decoupled MeanFlow's parts promise, beyond what the parity suite compares."""
 
-import functools
 import math
 
 import numpy as np
@@ -121,37 +120,6 @@ def test_guidance_by_a_teacher_by_hand():
     assert guided == [[10 + inside[2], 10 + inside[3], 14, 19], [102, 100 + inside[3], 100 + inside[4], 109]]
 
 
-@pytest.mark.parametrize("guidance", ["default", "mg", "distill"])
-def test_both_terms_are_what_their_own_draws_make_of_them(guidance):
-    cfg = settings(guidance_type=guidance, guidance_end=0.6, label_drop_prob=0.3)
-    net, teacher, drawn, x = Curved(), Curved(0.5), draws(cfg), batch()["image"]
-    loss, aux = decoupled.loss(net, batch(), drawn, cfg, teacher)
-    kept, y = drawn.drop >= cfg.label_drop_prob, aux["y"]
-    assert torch.equal(y, torch.where(kept, batch()["label"], 9)) and 0 < kept.sum() < 8
-    terms = (
-        (drawn.noise, aux["t"], aux["v_g"], None),
-        (drawn.noise_flow, aux["t_flow"], aux["v_g_flow"], aux["u_flow"]),
-    )
-    for e, t, v_g, u in terms:
-        z, v = common.path(x, e, t, cfg)
-        guide = teacher if guidance == "distill" else net
-        u_cond, u_null = guide(z, t, t, y), guide(z, t, t, torch.full((8,), 9))
-        inside = t <= 0.6
-        expected = {
-            "default": v,
-            "mg": torch.where(wide(inside & kept)[0], v + 0.5 * (u_cond - u_null), v),
-            "distill": torch.where(wide(inside)[0], u_null + 0.5 * (u_cond - u_null), u_cond),
-        }[guidance]
-        np.testing.assert_allclose(v_g, expected, rtol=1e-4, atol=1e-5)
-        assert u is None or np.allclose(u, net(z, t, t, y), atol=1e-5)
-    z, _ = common.path(x, drawn.noise, aux["t"], cfg)
-    np.testing.assert_allclose(aux["u"], net(z, aux["t"], aux["r"], y), rtol=1e-4, atol=1e-5)
-    assert bool((aux["r"] < aux["t"]).all()) and not np.allclose(aux["t"], aux["t_flow"])
-    np.testing.assert_allclose(aux["log_variance"], net.log_variance(aux["t"], aux["r"]), rtol=1e-5)
-    np.testing.assert_allclose(aux["log_variance_flow"], 3 * aux["t_flow"], rtol=1e-5)
-    assert float(loss) == pytest.approx(float(aux["row_loss"].mean() + aux["row_loss_flow"].mean()) / 2)
-
-
 def test_the_log_loss_of_a_row_and_of_all_pairs():
     err, log_variance = torch.tensor([1.0, 3.0]), torch.tensor([0.0, math.log(2)])
 
@@ -230,16 +198,3 @@ def test_the_exact_flow_map_is_its_own_target(guidance):
     assert float(aux["du_dt"].abs().max()) > 0.1
     np.testing.assert_allclose(aux["target"], aux["u"], rtol=1e-6, atol=1e-8)
     assert float(loss) == pytest.approx(math.log(cfg.adaptive_eps))
-
-
-def test_the_derivative_is_the_total_one_along_the_guided_velocity():
-    y, h = torch.tensor([1, 9]), 1e-5
-    net = functools.partial(Curved(2.0), y=y)
-    z, v_g = torch.randn(2, 2, 1, 2, 2, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
-    t, r = torch.tensor([[0.9, 0.5], [0.2, 0.4]], dtype=torch.float64)
-    rows = common.Rows(1, 0, 2)
-    u, tape = common.average_velocity(Curved(2.0), z, t, r, y, {}, rows)
-    du_dt = common.total_derivative(Curved(2.0), z, v_g, t, r, y, {}, rows, tape)
-    np.testing.assert_allclose(u, net(z, t, r))
-    difference = (net(z + h * v_g, t + h, r) - net(z - h * v_g, t - h, r)) / (2 * h)
-    np.testing.assert_allclose(du_dt, difference, rtol=1e-7, atol=1e-9)

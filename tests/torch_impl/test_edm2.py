@@ -259,15 +259,6 @@ def test_log_sigma():
     np.testing.assert_allclose(edm2.log_sigma(t), np.log([1 / 9, 1, 9, 80, 80, 1e-8]) / 4, atol=1e-8)
 
 
-def test_the_derivative_is_that_of_a_central_difference(networks):
-    z, t, r, y = inputs()
-    dz, h = direction()[0], 1e-5
-    for net in networks.values():
-        difference = (net(z + h * dz, t + h, r, y) - net(z - h * dz, t - h, r, y)) / (2 * h)
-        torch.testing.assert_close(derivative(net, z, t, r, y), difference, rtol=1e-5, atol=1e-5)
-        assert float(difference.abs().max()) > 0.1
-
-
 def test_the_null_label_adds_nothing(net):
     """The last row has it."""
     u, (_, t, r, y) = net(*inputs()), inputs()

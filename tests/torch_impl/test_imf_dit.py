@@ -110,22 +110,6 @@ def test_rotated_products_depend_on_the_distance_of_tokens_alone():
         np.testing.assert_allclose(diagonal, diagonal[0], rtol=1e-10)
 
 
-def test_derivatives_pass_queries_and_keys():
-    """The official PyTorch code loses them where it rotates."""
-    attention = imf_dit.RotaryAttention(8, 2, dtype=torch.float64).double()
-    with torch.no_grad():
-        for seed, p in enumerate(attention.parameters()):
-            p.copy_(normal(*p.shape, seed=seed))
-    cos, sin = (torch.from_numpy(a) for a in imf_dit.rotary_table(5, 4))
-    x, tangent = normal(2, 1, 5, 8, seed=9)
-    attention(x, cos, sin).square().sum().backward()
-    for name, p in attention.named_parameters():
-        assert p.grad is not None and p.grad.abs().max() > 1e-6, name
-    _, derivative = torch.func.jvp(lambda x: attention(x, cos, sin), (x,), (tangent,))
-    ahead, behind = (attention(x + h * tangent, cos, sin) for h in (1e-5, -1e-5))
-    torch.testing.assert_close(derivative, (ahead - behind) / 2e-5, rtol=1e-6, atol=1e-9)
-
-
 @pytest.mark.parametrize("change", [{"patch_size": 3}, {"num_heads": 3}, {"num_heads": 16}, {"head_depth": 3}])
 def test_sizes_that_do_not_fit(change):
     with pytest.raises(ValueError, match="multiple"):

@@ -4,11 +4,9 @@ import numpy as np
 import pytest
 import torch
 
-from configs import digits
 from meanflow.config import options
 from torch_impl.methods import common, meanflow
 from torch_impl.models.tape import under_jvp
-from torch_impl.step import build_net
 
 
 def settings(**changes):
@@ -147,45 +145,6 @@ class Masked:
 def batch_of(num):
     x, y = torch.randn(num, 1, 2, 2), torch.arange(num) % 9
     return {"image": x, "label": y, "augment": torch.randn(num, 2)}
-
-
-@pytest.fixture
-def float64():
-    """Draw in float64."""
-    torch.set_default_dtype(torch.float64)
-    yield
-    torch.set_default_dtype(torch.float32)
-
-
-def assert_difference(net, batch, cfg):
-    """Compare u and du/dt of the loss with the network under the same masks: itself, and its central difference."""
-    drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
-    _, aux = meanflow.loss(net, batch, drawn, cfg)
-    t, r, v = (aux[name] for name in ("t", "r", "v"))
-    z, _ = common.path(batch["image"], drawn.noise, t, cfg)
-    given, h = {"augment": batch["augment"], "dropout": net.dropout_masks(drawn.dropout)}, 1e-5
-    with torch.no_grad():
-        ahead, behind = (net(z + step * v, t + step, r, aux["y"], **given) for step in (h, -h))
-        torch.testing.assert_close(aux["u"], net(z, t, r, aux["y"], **given))
-    difference = torch.where((t > r)[:, None, None, None], (ahead - behind) / (2 * h), aux["du_dt"])
-    assert 0 < int((t > r).sum()) < len(t)
-    torch.testing.assert_close(aux["du_dt"], difference, rtol=1e-6, atol=1e-8)
-
-
-@pytest.mark.parametrize("flow_rows", ["split", "coin"])
-def test_primal_and_tangent_share_their_masks(flow_rows, float64):
-    assert_difference(Masked(), batch_of(8), settings(guidance=False, flow_rows=flow_rows, flow_fraction=0.5))
-
-
-def test_primal_and_tangent_of_a_unet_share_their_masks(float64):
-    config = digits.get_config("unet")
-    config.model.update(width=4, channel_mult=(1, 2), dropout=0.4, compute_dtype="float64")
-    config.method.time_mean = (0.0, -1.0)
-    net = build_net(config)
-    for p in net.parameters():
-        p.data.normal_(0, 0.2)
-    batch = {"image": torch.randn(8, 1, 8, 8), "label": torch.zeros(8, dtype=torch.long), "augment": torch.randn(8, 6)}
-    assert_difference(net, batch, config.method)
 
 
 @pytest.mark.parametrize(

@@ -200,29 +200,6 @@ def test_the_noise_is_the_one_that_its_image_was_made_from():
     torch.testing.assert_close(aux["u"], Curved()(z, aux["t"], aux["r"], aux["y"]))
 
 
-def test_the_target_by_finite_differences():
-    cfg, drawn, h = settings(**SCALES, label_drop_prob=0.3), draws(settings()), 1e-5
-    _, aux = rectified.loss(Curved(), batch(), drawn, cfg)
-    t, r, y, v_g = (aux[name] for name in ("t", "r", "y", "v_g"))
-    dropped = drawn.drop < 0.3
-    assert torch.equal(y, torch.where(dropped, 9, torch.arange(8))) and 0 < dropped.sum() < 8
-    z, net = common.path(batch()["image"], batch()["noise"], t, cfg)[0], Curved()
-    difference = (net(z + h * v_g, t + h, r, y) - net(z - h * v_g, t - h, r, y)) / (2 * h)
-    np.testing.assert_allclose(aux["target"], v_g - wide(t - r)[0] * difference, rtol=1e-6, atol=1e-8)
-    assert float((v_g - aux["v"]).abs().max()) > 0.1
-
-
-def test_rows_are_weighed_by_their_mean_error():
-    cfg = settings(adaptive_power=0.5, adaptive_eps=0.01)
-    loss, aux = rectified.loss(Curved(), batch(), draws(cfg), cfg)
-    summed = (aux["u"] - aux["target"]).square().sum((1, 2, 3))
-    mean = summed / 4
-    np.testing.assert_allclose(aux["err"], summed)
-    np.testing.assert_allclose(aux["weight"], (mean + 0.01) ** -0.5)
-    np.testing.assert_allclose(aux["row_loss"], mean * (mean + 0.01) ** -0.5)
-    assert float(loss) == pytest.approx(float(aux["row_loss"].mean()))
-
-
 def test_far_pairs_have_no_weight_and_no_gradient():
     """The mean is that of all rows; a parameter a label shows whose gradient it is."""
     cfg, free = (settings(distance_clip=clip, label_drop_prob=0.0, guidance=False) for clip in (2.0, 0.0))
@@ -237,34 +214,6 @@ def test_far_pairs_have_no_weight_and_no_gradient():
     parameter = torch.ones(10, dtype=torch.float64, requires_grad=True)
     rectified.loss(Curved(parameter), batch(), draws(cfg), cfg)[0].backward()
     assert torch.equal(parameter.grad[:8].abs() > 0, near)
-
-
-def test_the_loss_learns_through_u_alone():
-    """Its gradient is that of a weighted error with weights and targets as they are."""
-    cfg, drawn = settings(**SCALES, distance_clip=3.0), draws(settings())
-    _, fixed = rectified.loss(Curved(), batch(), drawn, cfg)
-
-    def with_fixed_targets(parameter):
-        z, _ = common.path(batch()["image"], batch()["noise"], fixed["t"], cfg)
-        u = Curved(parameter)(z, fixed["t"], fixed["r"], fixed["y"])
-        return (fixed["weight"] * (u - fixed["target"]).square().mean((1, 2, 3))).mean()
-
-    own, fixed_own = (torch.ones(10, dtype=torch.float64, requires_grad=True) for _ in range(2))
-    rectified.loss(Curved(own), batch(), drawn, cfg)[0].backward()
-    with_fixed_targets(fixed_own).backward()
-    torch.testing.assert_close(own.grad, fixed_own.grad)
-    assert float(own.grad.abs().max()) > 1e-3
-
-
-def test_the_split_changes_nothing():
-    """The same rows are flow rows by their coin, of a full batch."""
-    split, coin = (settings(**SCALES, flow_rows=rows, label_drop_prob=0.3) for rows in ("split", "coin"))
-    drawn = draws(split)
-    drawn = drawn._replace(coin=torch.where(common.is_flow(drawn, split), 0.0, 0.9))
-    (loss, aux), (expected, full) = (rectified.loss(Curved(), batch(), drawn, cfg) for cfg in (split, coin))
-    for name in aux.keys() - {"du_dt"}:
-        torch.testing.assert_close(aux[name], full[name])
-    assert float(loss) == pytest.approx(float(expected))
 
 
 def test_no_sampler_tells_a_time_beyond_the_largest():
