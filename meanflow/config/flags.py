@@ -65,7 +65,7 @@ def _with_files(argv: list[str]) -> list[str]:
         value = paths.expand(value if equals else next(rest, ""))
         path = value.split(":", 1)[0]
         if not os.path.isfile(path):
-            raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+            raise UserError(f"there is no config file {path}; name a recipe, such as configs/digits.py")
         if not path.endswith(".py"):
             raise UserError(f"--{flag.lstrip('-')}={path} is not a config file, FILE.py[:variant]")
         found.append(f"{flag}={value}")

@@ -249,7 +249,7 @@ def check_evaluation(config: Config) -> None:
     if set(c.metrics) - {"fd_dinov2"} and not c.inception:
         raise UserError(
             f"config.evaluation.metrics is {', '.join(c.metrics)}, but config.evaluation.inception names no weights: "
-            "python parity/convert.py pt_inception-2015-12-05-6726825d.pth inception.safetensors makes them from the "
+            "python -m parity.convert pt_inception-2015-12-05-6726825d.pth inception.safetensors makes them from the "
             "file that torch-fidelity and pytorch-fid download"
         )
     if set(c.metrics) - {"is"} and not c.reference:

@@ -96,7 +96,7 @@ def load_file(name: str) -> options.Config:
     file, _, variant = paths.expand(name).partition(":")
     path = pathlib.Path(file)
     if not path.is_file():
-        raise UserError(f"there is no config file {path}; configs/digits.py is one that is")
+        raise UserError(f"there is no config file {path}; name a recipe, such as configs/digits.py")
     if path.suffix not in (".py", ".json"):
         raise UserError(f"--config {path} is neither a .py nor a .json file")
     try:

@@ -71,7 +71,7 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
         if (path.parent / "checkpoints" / other).is_dir():
             raise UserError(
                 f"{workdir} is the work directory of a run in {FRAMEWORKS[other]}, this is {FRAMEWORKS[framework]}.  "
-                "Choose another --workdir; parity/convert.py carries weights over"
+                "Choose another --workdir; python -m parity.convert carries weights over"
             )
     if not path.exists():
         return
@@ -123,6 +123,6 @@ def read_workdir(workdir: str | os.PathLike) -> options.Config:
     if not path.exists():
         raise UserError(
             f"{workdir} is not the work directory of a run: there is no {path}.  If it holds other weights, "
-            "parity/convert.py reads them"
+            "python -m parity.convert reads them"
         )
     return read_file(path)

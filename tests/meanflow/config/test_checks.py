@@ -194,7 +194,7 @@ def test_metrics_and_latents_of_sense(changes):
     [
         (METRICS | {"evaluation.metrics": ("fid", "fvd")}, "has 'fvd'; choose from fid, is, kid, pr, fd_dinov2"),
         *((METRICS | {"evaluation.metrics": (metric,), "evaluation.inception": ""},
-           f"metrics is {metric}, but config.evaluation.inception names no weights: python parity/convert.py")
+           f"metrics is {metric}, but config.evaluation.inception names no weights: python -m parity.convert")
           for metric in ("fid", "is", "kid", "pr")),
         *((METRICS | {"evaluation.metrics": ("is", metric), "evaluation.reference": ""},
            f"metrics is is, {metric}, but config.evaluation.reference names no .*evaluate --make_reference=IMAGES")

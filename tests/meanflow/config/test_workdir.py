@@ -131,5 +131,5 @@ def test_a_workdir_that_cannot_be_made_is_named(tmp_path):
 
 def test_a_directory_that_is_no_work_directory(tmp_path):
     """Such as one of an official code's checkpoints that train.load_from names."""
-    with pytest.raises(UserError, match=r"is not the work directory of a run: .*\.  .*parity/convert.py reads them"):
+    with pytest.raises(UserError, match=r"is not the work directory of a run: .*python -m parity.convert reads them"):
         read_workdir(tmp_path)
