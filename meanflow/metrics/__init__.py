@@ -1,1 +1,1 @@
-"""What samples are worth: distances, scores and reference statistics.  Imports `config`, `weights`, `data`."""
+"""Distances, scores and reference statistics for samples.  Imports `config`, `weights`, `data`."""

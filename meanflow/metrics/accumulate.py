@@ -1,4 +1,4 @@
-"""From features of generated images, in batches and on any number of processes, to the values of metrics."""
+"""Accumulates features of images over batches and processes, and turns them into the values of metrics."""
 
 import io
 from collections.abc import Collection, Iterable, Mapping
@@ -14,31 +14,31 @@ from meanflow.metrics.moments import Moments
 from meanflow.metrics.references import Reference
 
 FEATURES = {"fid": "pool", "is": "logits", "kid": "pool", "pr": "pool", "fd_dinov2": "dino"}
-BY_MOMENTS = ("fid", "fd_dinov2")  # the others need every row
-BY_ROWS = ("kid", "pr")  # compare with every row of the real images, too
+BY_MOMENTS = ("fid", "fd_dinov2")  # all others need every row
+BY_ROWS = ("kid", "pr")  # need every row of the real images too
 KID_SUBSET = 1000  # rows
-LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images
-UNBIASED = 10_000  # samples from which on the bias of a Fréchet distance is small; papers take 50 000
+LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images needed needed
+UNBIASED = 10_000  # samples from which the bias of a Fréchet distance is small; papers use 50 000
 
 
 def needs(metrics: Iterable[str]) -> set[str]:
-    """Return which of the features pool, logits (both of Inception) and dino the metrics are made of.
+    """Return the features that the metrics need: pool and logits are Inception's, dino is DINOv2's.
 
-    Raises UserError for a metric that is none of `METRICS`.
+    Raises UserError for a metric that is not in `METRICS`.
     """
     unknown = sorted(set(metrics) - set(METRICS))
     if unknown:
-        raise UserError(f"{', '.join(unknown)}: no metric of that name; there are {', '.join(METRICS)}")
+        raise UserError(f"{', '.join(unknown)}: unknown metric; choose from {', '.join(METRICS)}")
     return {FEATURES[metric] for metric in metrics}
 
 
 class Collector:
-    """What the metrics need of the samples: moments of their features, and the features where moments do not do."""
+    """Accumulates what metrics need: moments of the features, and whole features where moments are not enough."""
 
     def __init__(self, metrics: Iterable[str], keep: Collection[str] = (), chosen: np.ndarray | None = None):
-        """metrics: some of `METRICS`, else UserError.  keep: features whose rows to hold, needed or not.
+        """metrics: some of `METRICS`, else UserError.  keep: features whose rows to keep even if not needed.
 
-        chosen: indices of the samples whose rows are held; None: of all.
+        chosen: indices of the samples whose rows are kept; all if None.
         """
         self.metrics = tuple(metrics)
         self.features = needs(self.metrics) | set(keep)
@@ -56,14 +56,14 @@ class Collector:
 
     @property
     def kept(self) -> set[str]:
-        """The features of which it holds the rows."""
+        """The features whose rows are kept."""
         return set(self._rows)
 
     def add(self, features: dict[str, np.ndarray], indices: np.ndarray) -> None:
-        """Take in the features of a batch: {name: [b d]}, at least those of `self.features`; others are not read.
+        """Add the features of a batch, {name: [b d]}; names that are not in `self.features` are ignored.
 
-        indices [b]: which samples these are, in any order; each sample once.
-        Raises UserError if some are not finite, ValueError for missing features or numbers of rows that differ.
+        indices: [b], which samples these are, in any order, each sample once.
+        Raises UserError if some are not finite, ValueError for missing features or unequal numbers of rows.
         """
         indices = np.asarray(indices, np.int64)
         for name in sorted(self.features):
@@ -72,8 +72,8 @@ class Collector:
                 raise ValueError(f"expected {len(indices)} rows of {name} features, not {shapes}")
             if not np.isfinite(features[name]).all():
                 raise UserError(
-                    f"some {name} features are not finite: the model has diverged, or the weights of the network that "
-                    "makes the features are damaged"
+                    f"some {name} features are not finite: the model has diverged, or the weights of the feature "
+                    "network are damaged"
                 )
         for name, moments in self.moments.items():
             moments.add(features[name])
@@ -84,11 +84,11 @@ class Collector:
         self._row_indices.append(indices[held])
 
     def rows(self, name: str) -> np.ndarray:
-        """Return the features [n d] float32 of the samples in the order of their indices; KeyError if not held."""
+        """Return the features [n d] float32 in the order of the sample indices; KeyError if they are not kept."""
         return self._all_rows(name)[np.argsort(joined(self._row_indices))]
 
     def to_bytes(self) -> bytes:
-        """Return all that was taken in, as an .npz for `merge` in another process."""
+        """Return everything that was added, as an .npz for `merge` in another process."""
         arrays = {"indices": joined(self._indices), "row_indices": joined(self._row_indices)}
         for name, moments in self.moments.items():
             arrays |= {f"moments/{name}/{key}": array for key, array in moments.to_arrays().items()}
@@ -99,10 +99,10 @@ class Collector:
 
     @classmethod
     def merge(cls, parts: Iterable[bytes], metrics: Iterable[str]) -> "Collector":
-        """Return one collector of what the `to_bytes` of several hold, all made with the same arguments.
+        """Return one collector with the contents of several `to_bytes`, all created with the same arguments.
 
-        Rows come out the same whatever the number of processes, moments but for rounding.
-        Raises UserError if a sample is in them twice.
+        Rows are the same for any number of processes; moments are, up to rounding.
+        Raises UserError if a sample occurs twice.
         """
         merged = cls(metrics)
         for part in parts:
@@ -112,7 +112,7 @@ class Collector:
         if len(np.unique(indices)) < len(indices):
             raise UserError(
                 f"{len(indices) - len(np.unique(indices))} of {len(indices)} samples were counted twice: give every "
-                "process samples of its own"
+                "process its own"
             )
         return merged
 
@@ -128,12 +128,12 @@ class Collector:
                 self._rows.setdefault(key.removeprefix("rows/"), []).append(arrays[key])
 
     def _all_rows(self, name: str) -> np.ndarray:
-        parts = [part for part in self._rows[name] if len(part)]  # a process without samples knows no width
+        parts = [part for part in self._rows[name] if len(part)]  # a process without samples does not know the width
         return np.concatenate(parts) if parts else np.zeros((0, 0), np.float32)
 
 
 def joined(indices: list[np.ndarray]) -> np.ndarray:
-    """Return the indices of all batches; there may be none."""
+    """Return the indices of all batches, of which there may be none."""
     return np.concatenate([np.zeros(0, np.int64), *indices])
 
 
@@ -142,14 +142,14 @@ def results(collector: Collector, references: dict[str, Reference], convention: 
 
     fid; is: inception_score, inception_score_std; kid: kid, kid_std; pr: precision, recall; fd_dinov2.
     references: statistics of the real images by metric; the Inception score needs none.
-    convention: of the images that the features are of (see `conventions`).  KID draws subsets of 1000 rows, or as
-    many as the smaller set has.
-    Raises UserError for a reference that is missing, of other features, or without those that a metric needs.
+    convention: how the images were preprocessed (see `preprocessing`).  KID draws subsets of 1000 rows, or as many as
+    the smaller set has.
+    Raises UserError for a reference that is missing, has other features, or lacks those that a metric needs.
     """
     distances = [metric for metric in collector.metrics if metric in BY_MOMENTS]
     if distances and collector.count < UNBIASED:
         logging.warning(
-            "%s of %d samples is biased upwards: compare it only with that of as many; papers take 50000",
+            "%s of %d samples is biased upwards: compare only with as many samples; papers use 50000",
             " and ".join(distances), collector.count,
         )  # fmt: skip
     values = {}
@@ -168,9 +168,9 @@ def results(collector: Collector, references: dict[str, Reference], convention: 
 def to_reference(
     collector: Collector, metric: str, convention: str, image_size: tuple[int, int] | None = None
 ) -> Reference:
-    """Return the statistics of real images that `metric`, any but `is`, compares with; features if they are kept.
+    """Return the statistics of real images for `metric` (any but `is`), including features if they are kept.
 
-    image_size: height and width of the images, kept in it.  Raises UserError for fewer than two images.
+    image_size: height and width of the images.  Raises UserError for fewer than two images.
     """
     name = FEATURES[metric]
     moments, rows = collector.moments[name], collector.rows(name) if name in collector.kept else None
@@ -179,40 +179,40 @@ def to_reference(
 
 def _reference(metric: str, collector: Collector, references: dict[str, Reference]) -> Reference:
     if metric not in references:
-        raise UserError(f"{metric} compares with real images: give their statistics, or make them by --make_reference")
+        raise UserError(f"{metric} needs statistics of real images: make them by --make_reference")
     reference = references[metric]
     check_width(metric, reference, len(collector.moments[FEATURES[metric]].mean))
     return reference
 
 
 def check_width(metric: str, reference: Reference, width: int) -> None:
-    """Raise UserError unless a reference is of as many features as the images have."""
+    """Raise UserError unless a reference has as many features as the images."""
     if len(reference.mean) != width:
         raise UserError(
-            f"the reference statistics for {metric} are of {len(reference.mean)} features, but the images have "
-            f"{width} of {FEATURES[metric]}: give those of the same network, or make them by --make_reference"
+            f"the reference statistics for {metric} have {len(reference.mean)} features, but the images have "
+            f"{width} of {FEATURES[metric]}: use those of the same network, or make them by --make_reference"
         )
 
 
 def check_numbers(metrics: Iterable[str], num: int, references: Mapping[str, Reference]) -> None:
-    """Raise UserError naming a metric that `num` images, or the real ones whose features are kept, are too few for."""
+    """Raise UserError naming a metric for which `num` images, or the real ones with kept features, are too few."""
     for metric in metrics:
         features = references[metric].features if metric in references else None
         for what, there in (("samples", num), ("real images", num if features is None else len(features))):
             if there < LEAST[metric]:
                 raise UserError(
-                    f"{metric} needs {LEAST[metric]} {what} or more, and there are {there}: use more, or leave it out "
-                    "of the --metrics"
+                    f"{metric} needs at least {LEAST[metric]} {what}, but there are {there}: use more, or drop it from "
+                    "--metrics"
                 )
 
 
 def check_size(metric: str, reference: Reference, size: tuple[int, int]) -> None:
-    """Raise UserError if the real images had another height and width than the generated ones, (h, w)."""
+    """Raise UserError if the real images had another height and width than the generated ones, `size` (h, w)."""
     if reference.image_size not in (None, size):
         theirs, ours = (" x ".join(map(str, a)) for a in (reference.image_size, size))
         raise UserError(
-            f"the reference statistics for {metric} are of images of {theirs} pixels, the images have {ours} (h x w): "
-            f"give those of that size, or make them by --make_reference with --image_size={size[0]}"
+            f"the reference statistics for {metric} belong to images of {theirs} pixels, the images have {ours} "
+            f"(h x w): use those of that size, or make them by --make_reference with --image_size={size[0]}"
         )
 
 
@@ -230,7 +230,7 @@ def _inception_score(collector: Collector, convention: str) -> dict[str, float]:
 def _by_rows(metric: str, collector: Collector, reference: Reference) -> dict[str, float]:
     if reference.features is None:
         raise UserError(
-            f"{metric} needs the features of the real images, and the reference has only their mean and covariance: "
+            f"{metric} needs the features of the real images, but the reference has only their mean and covariance: "
             f"make one with --make_reference and {metric} among the metrics"
         )
     rows = collector.rows(FEATURES[metric])
@@ -239,6 +239,6 @@ def _by_rows(metric: str, collector: Collector, reference: Reference) -> dict[st
         return {"precision": precision, "recall": recall}
     size = min(KID_SUBSET, len(rows), len(reference.features))
     if size < KID_SUBSET:
-        logging.warning("KID is of subsets of %d samples, not %d: there are no more", size, KID_SUBSET)
+        logging.warning("KID uses subsets of %d samples instead of %d: there are no more", size, KID_SUBSET)
     mean, std = measures.kernel_distance(rows, reference.features, subset_size=size)
     return {"kid": mean, "kid_std": std}

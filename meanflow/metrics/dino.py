@@ -12,11 +12,11 @@ from meanflow.data import features
 from meanflow.metrics.extractor import Extract, Extractor
 
 SIDE = 224  # pixels
-OFFSET = 0.1  # added by the official network to the grid before its positions are resampled
+OFFSET = 0.1  # the official network adds this to the grid before it resamples its positions
 
 
 def load(name_or_path: str, batch_size: int = 32) -> Extract:
-    """Return the function images uint8 [b h w 1 or 3] -> {"dino": float32 [b d]}, on the current GPU if there is one.
+    """Return a function from images uint8 [b h w 1 or 3] to {"dino": float32 [b d]}, on the current GPU if any.
 
     name_or_path: a directory as transformers saves it, or a name on the Hugging Face hub: `facebook/dinov2-large`.
     Raises UserError as `encoder.load` does.
@@ -33,7 +33,7 @@ def load(name_or_path: str, batch_size: int = 32) -> Extract:
 
 def encode(model: Any, images: np.ndarray) -> np.ndarray:
     """Return the class token float32 [b d] of images uint8 [b h w 1 or 3], in full float32."""
-    import torch  # slow to import, and for this one metric only
+    import torch  # slow to import, and only for this metric
     from torch.nn import functional as F
 
     from meanflow.torch_precision import full_float32
@@ -46,7 +46,7 @@ def encode(model: Any, images: np.ndarray) -> np.ndarray:
 
 
 def resample_positions(embeddings: Any, grid: int) -> None:
-    """Bring the position embeddings [1 1+m^2 d] to grid x grid patches, as the official network does."""
+    """Resample the position embeddings [1 1+m^2 d] to grid x grid patches, as the official network does."""
     import torch
     from torch.nn import functional as F
 

@@ -1,4 +1,4 @@
-"""Functions from images to features, with the widths of the features."""
+"""Feature extractors: functions from images to features, with known widths."""
 
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -9,10 +9,10 @@ Extract = Callable[[np.ndarray], Any]  # images uint8 [b h w c] -> {name: featur
 
 
 class Extractor:
-    """Makes features of images uint8 [b h w c]: {name: [b d]}."""
+    """Extracts features {name: [b d]} from images uint8 [b h w c]."""
 
     def __init__(self, function: Extract, widths: Mapping[str, int]):
-        """widths: d by name, known before any image is seen."""
+        """widths: d by name, known before the first image."""
         self.function, self.widths = function, widths
 
     def __call__(self, images: np.ndarray) -> dict[str, np.ndarray]:

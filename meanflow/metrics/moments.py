@@ -1,16 +1,16 @@
-"""Mean and covariance of features that come in batches, from one process or many."""
+"""Mean and covariance of features that arrive in batches, from one process or many."""
 
 import numpy as np
 
 from meanflow.errors import UserError
 
-BLOCK = 1024  # rows that are held in float64 at a time
+BLOCK = 1024  # rows held in float64 at a time
 
 
 class Moments:
-    """The number, mean and covariance of rows, in float64; memory of two [d d] matrices, however many the rows.
+    """Number, mean and covariance of rows in float64, in the memory of two [d d] matrices for any number of rows.
 
-    Every batch is centred before it is squared, so a mean far from 0 costs no digits.
+    Each batch is centred before it is squared, so a mean far from 0 costs no precision.
     Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
     """
 
@@ -18,7 +18,7 @@ class Moments:
         self._done = 0  # rows in the mean and the products
         self._mean = np.zeros(0)
         self._products = np.zeros((0, 0))  # sum of (x - mean) (x - mean)^T
-        self._pending: list[np.ndarray] = []  # rows to come: a block costs d^2, however few rows it has
+        self._pending: list[np.ndarray] = []  # rows not yet added: a block costs d^2, however few rows it has
 
     @property
     def count(self) -> int:
@@ -26,9 +26,9 @@ class Moments:
         return self._done + sum(map(len, self._pending))
 
     def add(self, rows: np.ndarray) -> None:
-        """Take in rows [b d] of any float type.
+        """Add rows [b d] of any float type.
 
-        Raises UserError if some are not finite, ValueError for another shape or d than before; then none is taken in.
+        Raises UserError if some are not finite, ValueError for another shape or d than before; then none is added.
         """
         rows = np.asarray(rows)
         width = len(self._mean) or (self._pending[0].shape[1] if self._pending else 0)
@@ -43,7 +43,7 @@ class Moments:
             self._flush()
 
     def merge(self, other: "Moments") -> None:
-        """Take in all rows of another.  Raises ValueError if those have another number of features."""
+        """Add all rows of another.  Raises ValueError if those have another number of features."""
         self._flush()
         other._flush()
         if self.count and other.count and len(self._mean) != len(other._mean):
@@ -64,13 +64,13 @@ class Moments:
         return self._products / (self.count - 1)
 
     def to_arrays(self) -> dict[str, np.ndarray]:
-        """Return all that there is to know, for `from_arrays` in another process."""
+        """Return the whole state, for `from_arrays` in another process."""
         self._flush()
         return {"count": np.array(self.count), "mean": self._mean, "products": self._products}
 
     @classmethod
     def from_arrays(cls, arrays: dict[str, np.ndarray]) -> "Moments":
-        """Return the moments that `to_arrays` was called on."""
+        """Return the moments that `to_arrays` returned."""
         moments = cls()
         moments._done = int(arrays["count"])
         moments._mean = np.array(arrays["mean"], np.float64)
@@ -78,7 +78,7 @@ class Moments:
         return moments
 
     def _flush(self) -> None:
-        """Take the pending rows into the mean and the products."""
+        """Add the pending rows to the mean and the products."""
         pending, self._pending = self._pending, []
         rows = pending[0] if len(pending) == 1 else np.concatenate(pending or [np.zeros((0, 0))])
         for start in range(0, len(rows), BLOCK):
@@ -88,7 +88,7 @@ class Moments:
             self._combine(len(block), mean, block.T @ block)
 
     def _combine(self, count: int, mean: np.ndarray, products: np.ndarray) -> None:
-        """Take in `count` rows of a mean and products; the array of these is used up."""
+        """Add `count` rows with this mean and these products, whose array may be overwritten."""
         if not self._done:
             self._done, self._mean, self._products = count, mean.copy(), products
             return
@@ -102,4 +102,4 @@ class Moments:
     def _need(self, count: int) -> None:
         self._flush()
         if self._done < count:
-            raise UserError(f"statistics of {self._done} samples cannot be made: there must be at least {count}")
+            raise UserError(f"cannot compute statistics of {self._done} samples: at least {count} are needed")

@@ -1,9 +1,9 @@
-"""Statistics of real images that generated ones are compared with: read from the official formats, written in ours.
+"""Statistics of real images to compare generated ones with: read from the official formats, written in ours.
 
-Ours is an .npz with mu [d] and sigma [d d], and if known num_samples, features [n d], convention (how images were
-resized before their features were taken) and image_size [2] (their height and width before that); those of DINOv2's
-features, beside or without Inception's, under fd_dinov2/mu and so on.  Also read: ref_mu and ref_sigma in place of mu
-and sigma, as the official JAX code has them, and EDM2's pickles {kind: {mu, sigma}}.
+Ours is an .npz with mu [d], sigma [d d] and, if known, num_samples, features [n d], convention (the preprocessing of
+the images) and image_size [2] (their height and width before it).  Statistics of DINOv2's features, with or without
+Inception's in the same file, are under fd_dinov2/mu and so on.  Also read: ref_mu and ref_sigma instead of mu and
+sigma, as in the official JAX code, and EDM2's pickles {kind: {mu, sigma}}.
 """
 
 import io
@@ -19,32 +19,32 @@ from meanflow import files
 from meanflow.errors import UserError
 from meanflow.weights import pickles
 
-METRICS = ("fid", "fd_dinov2")  # whose statistics a file can hold: of Inception's features, of DINOv2's
-KINDS = {"fid": "fid", "kid": "fid", "pr": "fid", "fd_dinov2": "fd_dinov2"}  # metric: whose statistics it compares with
+METRICS = ("fid", "fd_dinov2")  # statistics that a file can hold: of Inception's features, of DINOv2's
+KINDS = {"fid": "fid", "kid": "fid", "pr": "fid", "fd_dinov2": "fd_dinov2"}  # metric: the statistics it compares with
 KEYS = (("mu", "sigma"), ("ref_mu", "ref_sigma"))
-ASYMMETRY = 1e-5  # of the largest entry: more than float32 arithmetic leaves in a covariance
+ASYMMETRY = 1e-5  # relative to the largest entry: more than float32 rounding leaves in a covariance
 MAKE = "make one with --make_reference"
-# What a file that is cut off or altered can raise, on the way through zip and numpy.
+# What zip and numpy raise for a truncated or altered file.
 DAMAGE = (zipfile.BadZipFile, EOFError, LookupError, MemoryError, OverflowError, TypeError, ValueError, zlib.error)
 
 
 class Reference(NamedTuple):
-    """What is known of the features of real images."""
+    """Statistics of the features of real images."""
 
     mean: np.ndarray  # [d]
     covariance: np.ndarray  # [d d], unbiased
     num_samples: int | None = None
-    features: np.ndarray | None = None  # [n d] float32, of all samples; KID, precision and recall need them
-    convention: str = ""  # of the images; "": unknown
+    features: np.ndarray | None = None  # [n d] float32; KID, precision and recall need them
+    convention: str = ""  # preprocessing of the images; "": unknown
     image_size: tuple[int, int] | None = None  # height and width in pixels; None: unknown
 
 
 def read(path: str | os.PathLike, metric: str = "fid") -> Reference:
     """Return the statistics that `metric`, one of `KINDS`, compares with.
 
-    Of an .npz these are the arrays under the name of their kind, else those that are under none.  Of a pickle nothing
-    is imported or called.  Raises UserError for a file that is missing, damaged or unsafe, lacks what it must have, or
-    whose arrays are no mean and covariance.
+    In an .npz these are the arrays under the name of their kind, else those without a prefix.  Reading a pickle
+    imports and calls nothing.  Raises UserError for a file that is missing, damaged, unsafe or incomplete, or whose
+    arrays are not a mean and a covariance.
     """
     path = pathlib.Path(path)
     if metric not in KINDS:
@@ -53,23 +53,23 @@ def read(path: str | os.PathLike, metric: str = "fid") -> Reference:
         read_entries = _read_npz if zipfile.is_zipfile(path) else _read_pickle
         reference = _from_entries(read_entries(path, KINDS[metric]), path)
     except OSError as error:
-        raise UserError(f"cannot read {path}: {error.strerror or error}; give another file, or {MAKE}") from error
+        raise UserError(f"cannot read {path}: {error.strerror or error}; choose another file, or {MAKE}") from error
     except UserError:
         raise
     except DAMAGE as error:
-        raise UserError(f"cannot read {path} as statistics in an .npz: {error!r:.200}; get it again") from error
+        raise UserError(f"cannot read {path} as statistics in an .npz: {error!r:.200}; download it again") from error
     _check(reference, str(path))
     return reference
 
 
 def write(path: str | os.PathLike, references: Reference | dict[str, Reference]) -> None:
-    """Write statistics as .npz, atomically; parent directories are made.
+    """Write statistics as .npz, atomically; creates parent directories.
 
-    references: those for FID, or {one of `METRICS`: those}.
-    Raises UserError for none, for arrays that are no mean and covariance, or if the file cannot be written.
+    references: statistics for FID, or {one of `METRICS`: statistics}.
+    Raises UserError if there are none, for arrays that are not a mean and a covariance, or if writing fails.
     """
     if not references:
-        raise UserError(f"there are no statistics for {path}: among the metrics must be one of {', '.join(KINDS)}")
+        raise UserError(f"there are no statistics for {path}: the metrics must include one of {', '.join(KINDS)}")
     arrays: dict[str, Any] = {}
     for kind, reference in ({"fid": references} if isinstance(references, Reference) else references).items():
         _check(reference, f"the {kind} reference to be written")
@@ -105,7 +105,7 @@ def _from_entries(entries: dict[str, Any], path: pathlib.Path) -> Reference:
 
 
 def _check(reference: Reference, name: str) -> None:
-    """Raise UserError, with the name, unless this is a mean, a covariance and features of the same size."""
+    """Raise UserError naming it unless this is a mean, a covariance and features of the same size."""
     mean, covariance, features = reference.mean, reference.covariance, reference.features
     if mean.ndim != 1 or not len(mean) or covariance.shape != (len(mean), len(mean)):
         raise UserError(f"{name}: mu {mean.shape} and sigma {covariance.shape} must have the shapes [d] and [d d]")
@@ -115,9 +115,9 @@ def _check(reference: Reference, name: str) -> None:
         if array is not None and not np.isfinite(array).all():
             raise UserError(f"{name}: {key} has values that are not finite; {MAKE}")
     if np.abs(covariance - covariance.T).max() > ASYMMETRY * np.abs(covariance).max():
-        raise UserError(f"{name}: sigma is not symmetric, so it is no covariance; {MAKE}")
+        raise UserError(f"{name}: sigma is not symmetric, so it is not a covariance; {MAKE}")
     if np.diagonal(covariance).min() < 0:
-        raise UserError(f"{name}: sigma has negative variances, so it is no covariance; {MAKE}")
+        raise UserError(f"{name}: sigma has negative variances, so it is not a covariance; {MAKE}")
 
 
 def _read_npz(path: pathlib.Path, kind: str) -> dict[str, Any]:

@@ -1,16 +1,16 @@
-"""Numbers that say how close generated images are to real ones.
+"""Metrics of how close generated images are to real ones.
 
-All but the classifier take features, whoever made them, and are the measures of the official evaluations: the Fréchet
-distance (FID of Inception features), the Inception score, the kernel distance (KID), precision and recall.
+All but the classifier take features of any network, and are those of the official evaluations: Fréchet distance (FID
+with Inception features), Inception score, kernel distance (KID), precision and recall.
 """
 
 import numpy as np
 
 from meanflow.errors import UserError
 
-SEED = 2020  # of the order of rows in the Inception score and of the subsets of the kernel distance, in official code
-NOT_A_COVARIANCE = 1e-3  # of the largest eigenvalue; float32 statistics of thousands of features stay far below
-LOG_OFFSET = 1e-10  # of the official JAX code's logarithms
+SEED = 2020  # official seed of the row order (Inception score) and the subsets (kernel distance)
+NOT_A_COVARIANCE = 1e-3  # relative to the largest eigenvalue; float32 statistics stay far below
+LOG_OFFSET = 1e-10  # added inside the official JAX code's logarithms
 
 
 def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
@@ -19,13 +19,13 @@ def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
     a [n d], b [m d]: finite, n, m >= 2.  Covariances are unbiased; float64; never negative.
     Raises ValueError for other shapes or non-finite features.
     Source: arXiv:1706.08500, eq. 6.  With S_a = R_a^T R_a (R from a QR decomposition of the centred rows), the trace
-    of the square root is the sum of the singular values of R_a R_b^T.  Departs from the official code, which takes a
-    matrix square root: that one turns complex, or needs an offset, when there are fewer rows than features.
+    of the square root is the sum of the singular values of R_a R_b^T.  Departs from the official code, whose matrix
+    square root becomes complex, or needs an offset, with fewer rows than features.
     """
     mean_a, root_a = _fit_gaussian("a", a)
     mean_b, root_b = _fit_gaussian("b", b)
     if len(mean_a) != len(mean_b):
-        raise ValueError(f"a has {len(mean_a)} features a row, b has {len(mean_b)}")
+        raise ValueError(f"a has {len(mean_a)} features per row, b has {len(mean_b)}")
     return _distance(mean_a, root_a, mean_b, root_b)
 
 
@@ -35,16 +35,16 @@ def frechet_distance_of(
     """Return the Fréchet distance of two Gaussians, |mu_a - mu_b|^2 + tr(S_a + S_b - 2 (S_a S_b)^(1/2)).
 
     mean_a, mean_b [d]; covariance_a, covariance_b [d d], symmetric, of any rank.  float64; never negative.
-    Raises ValueError for other shapes, values that are not finite, and for matrices that are no covariances.
+    Raises ValueError for other shapes or values that are not finite, UserError for matrices that are not covariances.
     Source: arXiv:1706.08500, eq. 6.  The trace of the square root is the sum of the singular values of
     S_a^(1/2) S_b^(1/2), which are the square roots of the eigenvalues of S_a^(1/2) S_b S_a^(1/2).  Eigenvalues of a
-    covariance that are below its rounding count as 0.  Departs from the official code, where their square roots stay:
-    with few samples those are some 1e-8 of the result, for a matrix of d features.
+    covariance below its rounding error count as 0.  Departs from the official code, which keeps their square roots:
+    about 1e-8 of the result with few samples.
     """
     mean_a, mean_b = _finite("mean_a", mean_a, 1), _finite("mean_b", mean_b, 1)
     for name, mean, covariance in (("a", mean_a, covariance_a), ("b", mean_b, covariance_b)):
         if np.shape(covariance) != (len(mean), len(mean)):
-            raise ValueError(f"covariance_{name} is of shape {np.shape(covariance)}, mean_{name} of {mean.shape}")
+            raise ValueError(f"covariance_{name} has shape {np.shape(covariance)}, mean_{name} {mean.shape}")
     if len(mean_a) != len(mean_b):
         raise ValueError(f"mean_a has {len(mean_a)} features, mean_b has {len(mean_b)}")
     return _distance(mean_a, _root("covariance_a", covariance_a), mean_b, _root("covariance_b", covariance_b))
@@ -53,19 +53,19 @@ def frechet_distance_of(
 def inception_score(
     logits: np.ndarray, splits: int = 10, convention: str = "torch_fidelity", shuffle: bool = True
 ) -> tuple[float, float]:
-    """Return mean and standard deviation, over splits of the rows, of exp(mean KL(p(y|x) || p(y))).  In [1, k].
+    """Return mean and standard deviation over splits of the rows of exp(mean KL(p(y|x) || p(y))), in [1, k].
 
-    logits [n k], n >= splits.  shuffle: put the rows in the order of RandomState(2020).permutation first.
-    convention: torch_fidelity, the rows from i*n//splits to (i+1)*n//splits in float64; or official_jax, n//splits rows
-    each and the rest dropped, in float32, with 1e-10 added to the probabilities whose logarithms are taken.
+    logits: [n k], n >= splits.  shuffle: first permute the rows by RandomState(2020).permutation.
+    convention: torch_fidelity (rows i*n//splits to (i+1)*n//splits, float64) or official_jax (n//splits rows each,
+    dropping the remainder, float32, with 1e-10 added inside the logarithms).
     Raises UserError for another convention, too few rows or logits that are not finite.
     Source: arXiv:1606.03498; torch-fidelity, metric_isc.py; Lyy-iiis/imeanflow, the JAX code's evaluation.
     """
     if convention not in IS_CONVENTIONS:
-        raise UserError(f"{convention!r} is no convention of the Inception score: {' or '.join(IS_CONVENTIONS)}")
+        raise UserError(f"{convention!r} is not a convention of the Inception score: {' or '.join(IS_CONVENTIONS)}")
     logits = np.asarray(logits)
     if logits.ndim != 2 or not 1 <= splits <= len(logits):
-        raise UserError(f"an Inception score of {splits} splits needs as many rows of logits, not {logits.shape}")
+        raise UserError(f"an Inception score with {splits} splits needs as many rows of logits, not {logits.shape}")
     if not np.isfinite(logits).all():
         raise UserError("some logits are not finite: the model has diverged")
     score, bounds = IS_CONVENTIONS[convention]
@@ -79,10 +79,10 @@ def kernel_distance(
 ) -> tuple[float, float]:
     """Return mean and standard deviation, over random subsets of both sets, of the squared MMD (KID of Inception).
 
-    a [n d], b [m d]: features; subset_size of at most n and m rows.  The kernel is (x.y / d + 1)^3, the estimate
-    unbiased: it can be negative.  float64.  A subset of `a` is drawn, then one of `b`, both without replacement.
-    Raises UserError for larger subsets, subsets of one row, other shapes or features that are not finite.
-    Source: arXiv:1801.01401, section 4; torch-fidelity, metric_kid.py.  Departs from it: it computes in float32.
+    a [n d], b [m d]: features; 2 <= subset_size <= n, m.  The kernel is (x.y / d + 1)^3; the estimate is unbiased, so
+    it can be negative.  float64.  A subset of `a` is drawn, then one of `b`, both without replacement.
+    Raises UserError for other subset sizes, other shapes or features that are not finite.
+    Source: arXiv:1801.01401, section 4; torch-fidelity, metric_kid.py, which computes in float32.
     """
     a, b = _features("a", a), _features("b", b)
     _check_width(a, b)
@@ -91,7 +91,7 @@ def kernel_distance(
             f"subsets of {subset_size} rows cannot be drawn from {len(a)} and {len(b)} rows for the kernel distance: "
             "use more samples, or a subset_size from 2 to the smaller number"
         )
-    if subset_size == len(a) == len(b):  # every subset is the whole: rounding would be all that varies
+    if subset_size == len(a) == len(b):  # every subset is the whole set: only rounding would vary
         return _squared_mmd(a.astype(np.float64), b.astype(np.float64)), 0.0
     rng = np.random.RandomState(seed)
     distances = []
@@ -107,9 +107,9 @@ def precision_recall(
 ) -> tuple[float, float, float]:
     """Return precision, recall and their F-score, in [0, 1].
 
-    generated [n d], real [m d]: features; n, m > k.  Precision is the share of generated rows that lie within the
-    distance from some real row to its k-th nearest other one; recall the same with the sets exchanged.  float64;
-    batch_size: the distances of so many rows to so many others are in memory at a time.
+    generated [n d], real [m d]: features; n, m > k.  Precision is the fraction of generated rows that are closer to
+    some real row than its k-th nearest other real row; recall swaps the sets.  float64.
+    batch_size: distances are computed in blocks of batch_size x batch_size.
     Raises UserError for too few rows, other shapes or features that are not finite.
     Source: arXiv:1904.06991, eq. 1 and 2; torch-fidelity, metric_prc.py, whose F-score is 2pr / max(p + r, 1e-5).
     """
@@ -131,17 +131,17 @@ def precision_recall(
 
 
 def class_accuracy(images: np.ndarray, labels: np.ndarray, real_images: np.ndarray, real_labels: np.ndarray) -> float:
-    """Return the share, in [0, 1], of `images` that a classifier trained on the real ones gives their own label.
+    """Return the fraction, in [0, 1], of `images` to which a classifier trained on the real ones assigns their label.
 
     images [n h w c], labels [n] ints; real_images [m h w c], real_labels [m].  The classifier is a support vector
-    machine with an RBF kernel on pixels, as scikit-learn's digits example: its cost grows with m^2, so only small
-    datasets suit it.  Deterministic.
-    Raises UserError if the real labels are of one class only.
+    machine with an RBF kernel on pixels, as in scikit-learn's digits example; its cost grows with m^2, so it only suits
+    small datasets.  Deterministic.
+    Raises UserError if there is only one class.
     """
     from sklearn import svm  # takes a second to import
 
     if len(np.unique(real_labels)) < 2:
-        raise UserError("the real images are all of one class: set --config.evaluation.classifier=False")
+        raise UserError("all real images have the same class: set --config.evaluation.classifier=False")
     classifier = svm.SVC(kernel="rbf", gamma="scale")
     classifier.fit(real_images.reshape(len(real_images), -1), real_labels)
     return float(np.mean(classifier.predict(images.reshape(len(images), -1)) == labels))
@@ -175,7 +175,7 @@ def _root(name: str, covariance: np.ndarray) -> np.ndarray:
     values, vectors = np.linalg.eigh((covariance + covariance.T) / 2)
     if values[0] < -NOT_A_COVARIANCE * np.abs(values).max():
         raise UserError(
-            f"{name} is no covariance: it has an eigenvalue {values[0]:.3g}, the largest is {values[-1]:.3g}"
+            f"{name} is not a covariance: it has an eigenvalue {values[0]:.3g}, the largest is {values[-1]:.3g}"
         )
     kept = values > len(values) * np.finfo(np.float64).eps * values[-1]
     return np.sqrt(values[kept])[:, None] * vectors[:, kept].T

@@ -79,7 +79,7 @@ def test_each_process_has_its_own_gpu(started, caplog):
 def test_a_process_alone_says_that_it_leaves_gpus_idle(started, caplog):
     device, found = started(8)
     assert (device, found["world_size"]) == (torch.device("cuda", 0), 1)
-    assert "1 of the 8 GPUs of" in caplog.text
+    assert "1 of the 8 GPUs on" in caplog.text
 
 
 def test_tasks_without_torchrun_are_refused(started):

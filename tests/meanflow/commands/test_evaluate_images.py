@@ -265,7 +265,7 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
         ({"reference": ""}, "--make_reference needs --reference=FILE.npz, the file to write"),
         ({"reference": "real.pkl"}, "--make_reference needs --reference=FILE.npz"),
         ({"inception": ""}, "--make_reference needs --inception, the weights that parity/convert.py makes"),
-        ({"metrics": ("fvd",)}, "fvd: no metric of that name"),
+        ({"metrics": ("fvd",)}, "fvd: unknown metric"),
         ({"metrics": ("is",)}, "--make_reference: the metric `is` needs no real images; name others by --metrics"),
     ],
 )
@@ -365,7 +365,7 @@ def unread(npz, reference, config, parse, monkeypatch):
 def test_samples_of_another_size_than_the_reference(unread, config):
     reference = references.read(config.evaluation.reference)
     references.write(config.evaluation.reference, reference._replace(image_size=(32, 24)))
-    words = r"for fid are of images of 32 x 24 pixels, the images have {} x {} \(h x w\): give .*--image_size={}"
+    words = r"for fid belong to images of 32 x 24 pixels, the images have {} x {} \(h x w\): use .*--image_size={}"
     unread(("fid",), words.format(6, 6, 6))
     unread(("kid", "fid"), words.replace("fid", "kid").format(4, 4, 4), "--image_size=4")
 
@@ -378,17 +378,17 @@ def test_a_reference_of_unknown_size_is_told(npz, reference, config, parse, capl
 
 
 def test_samples_and_a_reference_of_other_features(unread):
-    unread(("fid",), "for fid are of 3 features, but the images have 2048 of pool", widths={"pool": 2048})
+    unread(("fid",), "for fid have 3 features, but the images have 2048 of pool", widths={"pool": 2048})
 
 
 def test_too_few_samples(unread, config, tmp_path, npz, parse):
     np.savez(npz, IMAGES[:3])
-    unread(("fid", "pr"), "pr needs 4 samples or more, and there are 3")
-    unread(("fid", "is"), "is needs 10 samples or more, and there are 3")
+    unread(("fid", "pr"), "pr needs at least 4 samples, but there are 3")
+    unread(("fid", "is"), "is needs at least 10 samples, but there are 3")
     np.savez(npz, IMAGES)
     few = references.read(config.evaluation.reference)
     references.write(config.evaluation.reference, few._replace(features=few.features[:3]))
-    unread(("pr",), "pr needs 4 real images or more, and there are 3")
+    unread(("pr",), "pr needs at least 4 real images, but there are 3")
 
 
 def test_samples_need_metrics(config, parse):

@@ -276,8 +276,8 @@ def test_a_reference_is_read_before_anything_is_sampled(config, framework):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"metrics": ("is",), "num_samples": 9}, "is needs 10 samples or more, and there are 9: use more"),
-        ({"metrics": ("kid", "pr"), "num_samples": 3}, "pr needs 4 samples or more, and there are 3"),
+        ({"metrics": ("is",), "num_samples": 9}, "is needs at least 10 samples, but there are 9: use more"),
+        ({"metrics": ("kid", "pr"), "num_samples": 3}, "pr needs at least 4 samples, but there are 3"),
     ],
 )
 def test_too_few_samples(config, framework, changes, message):
@@ -291,7 +291,7 @@ def test_a_reference_of_another_size(config, framework, tmp_path):
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(8, 8)))
     image_metrics.ImageMetrics(config, framework.networks())
     references.write(tmp_path / "real.npz", REFERENCE._replace(image_size=(64, 64)))
-    with pytest.raises(UserError, match=r"for fid are of images of 64 x 64 pixels, the images have 8 x 8 \(h x w\)"):
+    with pytest.raises(UserError, match=r"for fid belong to images of 64 x 64 pixels, the images have 8 x 8 \(h x w\)"):
         image_metrics.ImageMetrics(config, framework.networks())
 
 
@@ -307,7 +307,7 @@ def test_the_size_of_samples_is_that_of_decoded_ones(latents, framework, tmp_pat
 
 def test_a_reference_of_other_features(config, framework):
     extract = Extractor(lambda images: pytest.fail("features are made"), {"pool": 2048, "logits": 1008})
-    with pytest.raises(UserError, match="for fid are of 2 features, but the images have 2048 of pool"):
+    with pytest.raises(UserError, match="for fid have 2 features, but the images have 2048 of pool"):
         image_metrics.ImageMetrics(config, framework.networks()._replace(make_inception=lambda *_: extract))
 
 

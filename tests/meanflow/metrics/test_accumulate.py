@@ -51,7 +51,7 @@ def test_needs():
     assert accumulate.needs(("is",)) == {"logits"}
     assert accumulate.needs(accumulate.METRICS) == {"pool", "logits", "dino"}
     assert accumulate.needs(()) == set()
-    with pytest.raises(UserError, match="fvd, lpips: no metric of that name; there are fid, is, kid, pr, fd_dinov2"):
+    with pytest.raises(UserError, match="fvd, lpips: unknown metric; choose from fid, is, kid, pr, fd_dinov2"):
         accumulate.needs(["lpips", "fid", "fvd"])
     with pytest.raises(UserError, match="lpips"):
         Collector(["lpips"])
@@ -182,9 +182,9 @@ def test_reference_without_features(features, references, metric):
 
 def test_reference_that_is_missing_or_of_another_network(features, references):
     collector = collect(features, ["fd_dinov2"])
-    with pytest.raises(UserError, match="fd_dinov2 compares with real images.*--make_reference"):
+    with pytest.raises(UserError, match="fd_dinov2 needs statistics of real images.*--make_reference"):
         accumulate.results(collector, {"fid": references["fid"]}, "torch_fidelity")
-    with pytest.raises(UserError, match="fd_dinov2 are of 12 features, but the images have 5 of dino"):
+    with pytest.raises(UserError, match="fd_dinov2 have 12 features, but the images have 5 of dino"):
         accumulate.results(collector, {"fd_dinov2": references["fid"]}, "torch_fidelity")
 
 
@@ -192,7 +192,7 @@ def test_warnings_of_small_sets(features, references, warnings, monkeypatch):
     accumulate.results(collect(features), references, "torch_fidelity")
     bias, subsets = warnings
     assert "fid and fd_dinov2 of 40 samples is biased upwards" in bias
-    assert "subsets of 30 samples, not 1000" in subsets
+    assert "subsets of 30 samples instead of 1000" in subsets
     warnings.clear()
     monkeypatch.setattr(accumulate, "UNBIASED", NUM)
     monkeypatch.setattr(accumulate, "KID_SUBSET", 30)

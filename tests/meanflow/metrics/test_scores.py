@@ -57,7 +57,7 @@ def test_symmetric_and_computed_in_float64():
     [
         (np.zeros((1, 3)), np.zeros((5, 3)), "a must be at least two rows"),
         (np.zeros((5, 3)), np.zeros(5), "b must be at least two rows"),
-        (np.zeros((5, 3)), np.zeros((5, 4)), "3 features a row, b has 4"),
+        (np.zeros((5, 3)), np.zeros((5, 4)), "3 features per row, b has 4"),
         (np.zeros((5, 3)), np.full((5, 3), np.nan), "b has features that are not finite"),
     ],
 )
@@ -106,11 +106,11 @@ def test_distance_of_a_point():
 @pytest.mark.parametrize(
     ("mean", "covariance", "words"),
     [
-        (np.zeros(3), np.eye(2), r"covariance_a is of shape \(2, 2\), mean_a of \(3,\)"),
+        (np.zeros(3), np.eye(2), r"covariance_a has shape \(2, 2\), mean_a \(3,\)"),
         (np.zeros(2), np.eye(2), "mean_a has 2 features, mean_b has 3"),
         (np.full(3, np.nan), np.eye(3), "mean_a has values that are not finite"),
         (np.zeros(3), np.diag([1, np.inf, 1]), "covariance_a has values that are not finite"),
-        (np.zeros(3), np.diag([1.0, 1.0, -0.1]), "covariance_a is no covariance"),
+        (np.zeros(3), np.diag([1.0, 1.0, -0.1]), "covariance_a is not a covariance"),
     ],
 )
 def test_moments_that_cannot_be_compared(mean, covariance, words):
@@ -148,7 +148,7 @@ def test_splits_of_the_inception_score():
 @pytest.mark.parametrize(
     ("logits", "options", "words"),
     [
-        (np.zeros((20, 3)), {"convention": "tf"}, "'tf' is no convention .* torch_fidelity or official_jax"),
+        (np.zeros((20, 3)), {"convention": "tf"}, "'tf' is not a convention .* torch_fidelity or official_jax"),
         (np.zeros((9, 3)), {}, "10 splits needs as many rows"),
         (np.zeros(30), {}, "10 splits needs as many rows"),
         (np.full((20, 3), np.nan), {}, "not finite"),
