@@ -1,4 +1,4 @@
-"""Runs a frozen network over any number of images, a few at once, on the devices of this process."""
+"""Runs a frozen network over any number of images, in batches, on the devices of this process."""
 
 from collections.abc import Callable
 
@@ -12,11 +12,11 @@ from jax_impl.devices import AXES, local_mesh
 
 
 def in_batches(build: Callable, canonical: dict, function: Callable, batch_size: int) -> Callable:
-    """Return run(rows) -> tuple of arrays, numpy: those of function(network, rows) for all rows [n ...].
+    """Return run(rows) -> tuple of numpy arrays: the results of function(network, rows) for all rows [n ...].
 
     build: () -> network.  canonical: its weights.  function: (network, rows) -> tuple of arrays [n ...].
-    At most `batch_size` rows, or one for each device of this process if that is more, are computed at once, shared by
-    the devices; the last rows are filled up by zeros, so that a number of rows compiles once.
+    The devices of this process share batches of at most `batch_size` rows, or of one row per device if that is more.
+    The last batch is padded with zeros, so that it compiles once.
     Raises UserError for weights that do not fit.
     """
     mesh = local_mesh()

@@ -1,7 +1,7 @@
 """Checkpoints of a run, through Orbax: WORKDIR/checkpoints/jax/STEP, written asynchronously.
 
-Each holds parameters, EMAs, optimizer, step, the loader's state and the config.  It is complete once it has its name
-and its `_CHECKPOINT_METADATA`; an unfinished one is never read.
+Each holds parameters, EMAs, optimizer, step, the loader's state and the config.  It is complete once it has its final
+name and its `_CHECKPOINT_METADATA`; an incomplete one is never read.
 """
 
 import json
@@ -26,12 +26,11 @@ from meanflow.errors import UserError
 DIRECTORY = "checkpoints/jax"
 MARKER = "_CHECKPOINT_METADATA"  # the file that Orbax writes last, before it gives the directory its name
 _STATE, _RUN = "state", "run"
-_SAVE_SECONDS = 3600  # after which a save is given up
-# What TensorStore says, in a ValueError, of a disk, a network or a memory that fails, and not of files that are wrong.
+_SAVE_SECONDS = 3600  # timeout of a save
+# In TensorStore's ValueErrors about a failing disk, network or memory, as opposed to damaged files.
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
-
-# Parts of a path that Orbax, TensorStore or etils take for a pattern, an escape or the name of a cloud, or cannot take.
+# Parts of a path that Orbax, TensorStore or etils treat as a pattern, an escape or a cloud, or cannot handle.
 _MISREAD = re.compile(r"[*?\[\\\udc80-\udcff]|:(?=/|$)|^/(gs|s3|az|hf)(?=/|$)")
 
 
@@ -64,10 +63,10 @@ class Checkpoints(checkpoints.CheckpointDirectory):
             raise checkpoints.cannot_save(self.path, error) from error
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
-        """Return the newest readable state, shaped and sharded as `like`, arrays or shapes; None if there is none.
+        """Return the newest readable state and its progress; None if there is no checkpoint.
 
-        Returns the state and its progress.
-        A damaged checkpoint is named in a warning, the one before it used, and `open` sets the damaged one aside.
+        like: arrays or shapes, by which the state is shaped and sharded.
+        A damaged checkpoint is logged and skipped, and `open` sets it aside.
         Raises UserError if all are damaged, or if the disk keeps one from being read.
         """
         wanted = {name: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=a.sharding) for name, a in _named(like).items()}
@@ -96,7 +95,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         self.tidy()
 
     def close(self) -> None:
-        """Finish the last save and end."""
+        """Finish the last save."""
         self.wait()
         self.checkpointer.close()
 
@@ -128,7 +127,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
 @with_float64
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
-    """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
+    """Create a work directory whose step-0 checkpoint holds canonical weights {name: array}, also as EMAs."""
     lock = open_workdir(workdir, config, "jax")
     mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
     graphdef, state = create_state(config, mesh)
@@ -142,7 +141,7 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
 
 
 def _path_in(workdir):
-    """Return the directory of the checkpoints.  Raises UserError if Orbax would take its name for something else."""
+    """Return the directory of the checkpoints.  Raises UserError if Orbax would misread its name."""
     path = pathlib.Path(workdir).absolute() / DIRECTORY
     misread = _MISREAD.search(str(path))
     if misread:
@@ -154,7 +153,7 @@ def _path_in(workdir):
 
 
 def _inspect(directory):
-    """Return what else resuming needs.  Raises `Damaged`, or UserError if the disk keeps it from being read."""
+    """Return a checkpoint's progress.  Raises `Damaged`, or UserError if the disk keeps it from being read."""
     try:
         run = json.loads((directory / _RUN / "metadata").read_text())
         if not checkpoints.can_resume(run):
@@ -169,24 +168,24 @@ def _inspect(directory):
 
 
 def _load(directory, wanted):
-    """Return the arrays {name: array} of the shapes `wanted`, sharded as these are or numpy, and read nothing else.
+    """Return the arrays {name: array} named in `wanted`, with its shapes and shardings, if any; reads no others.
 
-    Raises `Damaged`, or UserError if the checkpoint is of another network or the disk keeps it from being read.
+    Raises `Damaged`, or UserError if the checkpoint belongs to another network or the disk keeps it from being read.
     """
     path, handler = ocp.utils.epath.Path(directory / _STATE), ocp.PyTreeCheckpointHandler()
-    stored = _named_problems(directory, lambda: handler.metadata(path).tree)
+    found = _named_problems(directory, lambda: handler.metadata(path).tree)
     for name, a in wanted.items():
-        shape = getattr(stored.get(name), "shape", None)
+        shape = getattr(found.get(name), "shape", None)
         if shape != a.shape:
-            there = "missing" if shape is None else f"of shape {shape}"
-            raise UserError(f"{directory}: {name} is {there}, this network wants {a.shape}")
+            there = "is missing" if shape is None else f"has shape {shape}"
+            raise UserError(f"{directory}: {name} {there}, this network needs {a.shape}")
     restore_args = ocp.checkpoint_utils.construct_restore_args(wanted)
     args = ocp.args.PyTreeRestore(item=wanted, restore_args=restore_args, partial_restore=True)
     return _named_problems(directory, lambda: handler.restore(path, args=args))
 
 
 def _named_problems(directory, read):
-    """Return `read()`.  What Orbax and TensorStore raise becomes `Damaged`, or UserError if the machine is to blame."""
+    """Return `read()`.  Errors of Orbax and TensorStore become `Damaged`, or UserError if the machine is at fault."""
     try:
         return read()
     except checkpoints.MISSING as error:
@@ -200,7 +199,7 @@ def _named_problems(directory, read):
 
 
 def _named(state):
-    """Return {dotted name: array}, so that a checkpoint is read without this project's classes."""
+    """Return {dotted name: array}, so that checkpoints can be read without this project's classes."""
     leaves, _ = jax.tree_util.tree_flatten_with_path(state)
     return {jax.tree_util.keystr(path, simple=True, separator="."): leaf for path, leaf in leaves}
 

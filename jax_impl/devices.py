@@ -1,4 +1,4 @@
-"""Devices and processes: what the flags and the cluster say."""
+"""Devices and processes, from the flags and the cluster's environment."""
 
 import functools
 import os
@@ -19,33 +19,33 @@ from meanflow.errors import UserError
 
 AXES = ("data", "fsdp")
 _TEXT = 2**12  # bytes of an error message between processes
-PIECE = 2**26  # bytes of each process on the devices at a time
+PIECE = 2**26  # bytes per process that `gather` moves at a time
 
-flags.disclaim_key_flags()  # the flags are those of the command that has them defined, and --help shows them as such
+flags.disclaim_key_flags()  # --help lists the flags under the command that defines them
 
 
 def define_flags():
     """Define the flags of commands that run in several processes."""
     flags.DEFINE_bool("distributed", False, "Join the processes that the cluster's scheduler started.")
     flags.DEFINE_string("coordinator", None, "HOST:PORT of process 0, for processes started by hand.")
-    flags.DEFINE_integer("num_processes", 1, "Processes in all, with --coordinator.", lower_bound=1)
-    flags.DEFINE_integer("process", 0, "Number of this process, with --coordinator.", lower_bound=0)
+    flags.DEFINE_integer("num_processes", 1, "Number of processes, with --coordinator.", lower_bound=1)
+    flags.DEFINE_integer("process", 0, "Index of this process, with --coordinator.", lower_bound=0)
     flags.DEFINE_integer("cpu_devices", 0, "Split the CPU into this many devices, to try out sharding.", lower_bound=0)
 
 
 def set_precision(config):
-    """Set how precisely this process computes; call it before any array is made.
+    """Set the precision of this process; call it before any array is created.
 
-    train.matmul_precision is that of float32 matmuls and convolutions; a model in float64 switches float64 on.
+    train.matmul_precision applies to float32 matmuls and convolutions; a float64 model enables float64.
     """
     jax.config.update("jax_default_matmul_precision", config.train.matmul_precision)
     jax.config.update("jax_enable_x64", config.model.compute_dtype == "float64")
 
 
 def with_float64(function):
-    """Return the function that runs with float64 switched on, so that arrays keep their dtype whatever the process set.
+    """Return the function, run with float64 enabled, so that arrays keep their dtype whatever the process has set.
 
-    Without it JAX reads and writes weights in float64 as float32, silently.
+    Otherwise JAX silently reads and writes float64 weights as float32.
     """
 
     @functools.wraps(function)
@@ -97,41 +97,40 @@ def _set_up(config, visible):
 
 
 def start_alone(config):
-    """Return the number of this process and how many there are; from here on each works alone."""
+    """Return the index of this process and the number of processes; from here on each works alone."""
     f = flags.FLAGS
-    if f.coordinator:  # the flags say all there is to know
+    if f.coordinator:  # the flags say everything
         _set_up(config, cluster.visible_gpus(os.environ))
         return f.process, f.num_processes
     start_jax(config)
     group = jax.process_index(), jax.process_count()
-    jax.distributed.shutdown()  # else one that ends early would wait for the others, and one that dies end them
+    jax.distributed.shutdown()  # else a process that ends early would wait for the others, and a crash would end them
     return group
 
 
 def local_mesh(devices=None):
-    """Return the mesh (data, fsdp) of devices of this process, by default all, on which parameters are whole."""
+    """Return the mesh (data, fsdp) of some or all devices of this process, with fsdp 1."""
     return device_mesh(devices or jax.local_devices(), 1)
 
 
 def device_mesh(devices, fsdp):
-    """Return the mesh (data, fsdp) of the devices.  Raises UserError as `order_devices`."""
+    """Return the mesh (data, fsdp) of the devices.  Raises UserError as `order_devices` does."""
     return Mesh(order_devices(devices, fsdp), AXES, axis_types=(AxisType.Auto,) * 2)
 
 
 def order_devices(devices, fsdp):
-    """Return the devices as an array [data fsdp], of which `fsdp` neighbours share one copy of the state.
+    """Return the devices as an array [data fsdp]; each row of `fsdp` neighbours shares one copy of the state.
 
-    Devices are in the order of their processes, so process p of n owns the p-th of n equal parts of a batch, in one
-    piece.  `jax.make_mesh` refuses more than one host of GPUs.  A single slice of TPUs keeps JAX's order, which follows
-    the topology.
-    Raises UserError if processes have different numbers of devices, or as `check_groups`.
+    Devices are ordered by process, so process p of n owns the p-th of n equal, contiguous parts of a batch.
+    (`jax.make_mesh` refuses several GPU hosts.)  A single TPU slice keeps JAX's order, which follows the topology.
+    Raises UserError if processes have different numbers of devices, or as `check_groups` does.
     """
     devices = sorted(devices, key=lambda device: (device.process_index, device.id))
     sizes = Counter(device.process_index for device in devices)
     if len(set(sizes.values())) > 1:
         shown = ", ".join(f"process {process} has {size}" for process, size in sizes.items())
         raise UserError(f"every process needs the same number of devices, but {shown}")
-    # On GPUs a slice is what NVLink connects: a host.  CPUs have no slices.
+    # On GPUs a slice is a host, connected by NVLink.  CPUs have no slices.
     slices = [getattr(device, "slice_index", None) for device in devices]
     hosts = [device.process_index for device in devices] if None in slices else slices
     cluster.check_groups(hosts, fsdp, "devices")
@@ -142,7 +141,7 @@ def order_devices(devices, fsdp):
 
 
 def first_does(act):
-    """Call `act` in the first process alone.  Returns its result there and None elsewhere; all wait for it.
+    """Call `act` only in the first process and wait for it in all.  Returns its result there, None elsewhere.
 
     Raises its UserError in every process, so that none waits for one that has ended.
     """
@@ -161,7 +160,7 @@ def first_does(act):
 
 
 def make_board():
-    """Return the board of this process and the others, kept by the coordinator; None for one process alone."""
+    """Return the board that the processes share, kept by the coordinator; None for a single process."""
     if jax.process_count() == 1:
         return None
     client: Any = distributed.global_state.client
@@ -180,15 +179,15 @@ def make_board():
 
 
 def wait_for_all():
-    """Return once all processes have come here."""
+    """Wait until all processes get here."""
     multihost_utils.sync_global_devices("end")
 
 
 def gather(part):
-    """Return the bytes that each process calls it with, in the order of the processes; nothing but in the first one."""
+    """Return the bytes of every process, in their order, in the first process; an empty list elsewhere."""
     if jax.process_count() == 1:
         return [part]
-    size = divmod(len(part), PIECE)  # in two numbers, for JAX has no 64 bits here
+    size = divmod(len(part), PIECE)  # as two numbers: JAX has no 64-bit integers here
     whole, rest = multihost_utils.process_allgather(np.array(size, np.uint32)).reshape(-1, 2).T.astype(int)
     sizes = whole * PIECE + rest
     parts = [bytearray() for _ in sizes]

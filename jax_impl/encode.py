@@ -1,11 +1,11 @@
-"""Encode images into a dataset of latents, which both trainers read: folder, .zip or TFDS dataset to ArrayRecord.
+"""Encode images into a latent dataset for both trainers: folder, .zip or TFDS dataset to ArrayRecord.
 
     python -m jax_impl.encode --source=imagenet/train --dest=imagenet_latents
     python -m jax_impl.encode --source=imagenet.zip --dest=latents_512 --image_size=512 --convention=edm2
 
-Run again with the same arguments to go on after a kill.  Then --config.data.name=imagenet_latents trains on them.
-Several processes share the work, each on its own shards.  On SLURM or TPU pods add
---distributed, elsewhere --coordinator=HOST:PORT --num_processes=N --process=I to each.
+Run again with the same arguments to continue after a kill.  Train on it with --config.data.name=imagenet_latents.
+Several processes share the work, each with its own shards: on SLURM or TPU pods add --distributed, elsewhere
+--coordinator=HOST:PORT --num_processes=N --process=I to each.
 """
 
 from jax_impl.autoencoder import make_encoder

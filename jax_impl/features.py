@@ -1,4 +1,4 @@
-"""Features of images by the Inception network, for the Fréchet distance and the Inception score."""
+"""Inception features of images, for the Fréchet distance and the Inception score."""
 
 from jax_impl import weights
 from jax_impl.batches import in_batches
@@ -10,11 +10,11 @@ from meanflow.metrics.extractor import Extractor
 def make_inception(weights_path, convention, batch_size=64):
     """Return extract(images uint8 [b h w c], grey or RGB) -> {"pool": [b 2048], "logits": [b 1008]}, float32, numpy.
 
-    The logits are without the bias of the last layer.
-    weights_path: a .safetensors with the names of torch-fidelity, which parity/convert.py makes of its .pth.
-    convention: a name of `preprocessing`.  At most `batch_size` images are computed at once; each size of
-    images compiles once.
-    Raises UserError for an unknown convention, for weights that are not Inception's, and for other images.
+    The logits omit the last layer's bias.
+    weights_path: a .safetensors with torch-fidelity's names, which parity/convert.py makes from its .pth.
+    convention: a name in `preprocessing.CONVENTIONS`.  At most `batch_size` images are computed at once; each image
+    size compiles once.
+    Raises UserError for an unknown convention, weights that are not Inception's, and other images.
     """
     convention = preprocessing.get(convention)
 

@@ -1,11 +1,11 @@
-"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset that both trainers read.
+"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset for both trainers.
 
     python -m jax_impl.reflow --teacher=runs/flow --output=couplings --num_samples=100000
     python -m jax_impl.reflow --teacher=teacher.safetensors --config=configs/dmf_imagenet.py:sit_256 --labels=dataset \\
         --num_passes=2 --guidance=1.5 --output=couplings
 
-Run again with the same arguments to go on after a kill.  Then --config.data.name=couplings trains on them.  Several
-processes share the work, each on its own shards: on SLURM or TPU pods add --distributed, elsewhere
+Run again with the same arguments to continue after a kill.  Train on it with --config.data.name=couplings.  Several
+processes share the work, each with its own shards: on SLURM or TPU pods add --distributed, elsewhere
 --coordinator=HOST:PORT --num_processes=N --process=I to each.
 """
 
@@ -31,14 +31,14 @@ from meanflow.sampling.noise import in_dtype_of
 def load(path, config, step=None):
     """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
 
-    step: of the work directory's checkpoint; None: the newest.
+    step: the work directory's checkpoint; None for the newest.
     """
     if not os.path.isdir(path):
         return weights.load(path)
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         raise UserError(
-            f"{path} is a work directory, whose checkpoint --distributed processes cannot read one by one: make it a "
-            ".safetensors by parity/convert.py, and name that with its --config"
+            f"{path} is a work directory, whose checkpoint --distributed processes cannot read independently: convert "
+            "it to a .safetensors with parity/convert.py, and pass that with its --config"
         )
     return checkpoints.read_weights(path, config.sample.ema, step)[1]
 

@@ -31,12 +31,12 @@ NETWORKS = FrozenNetworks(make_decoder, make_inception)
 def make_sampler(config, graphdef, mesh=None):
     """Return the sampler (params, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.
 
-    All but the first are numpy.  params: nnx.State.  c: a `config.sample`, see `sampling`; one compilation serves every
-    guidance that is told.
-    fresh: [k b h w c], the noise that samplers draw anew.
-    mesh: devices that share the rows, those of the parameters; None: one device has them all.  Processes that share a
-    mesh call it together, with the same arrays.
-    Raises UserError for sampling times that do not fall, or a diffusion that is infinite.
+    All but params (nnx.State) are numpy.  c: a `config.sample`, see `sampling`; all guidance values that the network is
+    conditioned on share one compilation.
+    fresh: [k b h w c], fresh noise for the steps that add some.
+    mesh: devices that share the rows and hold the parameters; None for a single device.  Processes that share a mesh
+    call the sampler together, with the same arrays.
+    Raises UserError for sampling times that do not decrease, or a diffusion that is infinite.
     """
     method = METHODS[config.method.name]
     method.sampling_steps(config.sample)
@@ -47,12 +47,12 @@ def make_sampler(config, graphdef, mesh=None):
     def compiled(params, noise, y, given):
         return method.sample(nnx.merge(graphdef, params), noise, y, given, config.sample)
 
-    def put(a, sharding):  # an array that all processes hold
+    def put(a, sharding):  # from an array that all processes hold
         return jax.make_array_from_callback(a.shape, sharding, lambda index: a[index])
 
     def sampler(params, noise, y, c, fresh=None):
         noise = in_dtype_of(config, noise)
-        num, missing = len(noise), -len(noise) % mesh.size  # each device has as many rows
+        num, missing = len(noise), -len(noise) % mesh.size  # all devices get as many rows
         noise, y = (put(np.pad(a, [(0, missing)] + [(0, 0)] * (a.ndim - 1)), rows) for a in (noise, y))
         given: dict = {name: float(value) for name, value in method.sampling_conditions(c).items()}
         if fresh is not None:
@@ -66,8 +66,8 @@ def make_sampler(config, graphdef, mesh=None):
 def load(workdir_path, weights_path, config):
     """Return config, sampler and its weights (nnx.State) of a work directory or of a safetensors file.
 
-    All devices of this process share the sampling, in the precision that the model was trained in.  Sampling flags
-    given on the command line replace those of the config.
+    All devices of this process share the work, in the precision in which the model was trained.  Sampling flags on the
+    command line override the config.
     """
     config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
     set_precision(config)

@@ -18,14 +18,14 @@ from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
 from meanflow.config.stages import stages
 
-BATCH = PartitionSpec(AXES)  # rows of a batch over all devices
+BATCH = PartitionSpec(AXES)  # batch rows over all devices
 
-# XLA for CPUs removes the barriers around what `remat` computes again, sees it computed already, and so keeps it.
+# On CPUs, XLA removes the barriers around rematerialised computations and merges them with the originals.
 KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds of the optimization; the draws of a step follow from its number and the seed."""
+    """The optimisation state in a checkpoint; the draws of a step follow from its number and the seed."""
 
     step: jax.Array  # optimizer steps done
     params: Any  # nnx.State of the network, float32
@@ -49,7 +49,7 @@ def build_net(config):
 
 
 def abstract_net(config):
-    """Return the same without drawing it: parameters are shapes and dtypes, for networks whose weights are loaded."""
+    """Return the same with shapes and dtypes in place of parameters, for networks whose weights are loaded."""
     return jax.eval_shape(lambda: build_net(config))
 
 
@@ -62,7 +62,7 @@ def make_mesh(config):
 
 
 def state_shardings(state, mesh):
-    """Return the sharding of each array of `state`: its longest axis that fsdp divides, whole if there is none."""
+    """Return the sharding of each array of `state`: along its longest axis that fsdp divides, if there is one."""
     fsdp = mesh.shape["fsdp"]
 
     def sharding(a):
@@ -76,7 +76,7 @@ def state_shardings(state, mesh):
 
 
 def create_state(config, mesh, params=None):
-    """Return the graph definition and the state of step 0, sharded; `params` (nnx.State) replace the fresh weights."""
+    """Return the graph definition and the sharded state of step 0; `params` (nnx.State) replace fresh weights."""
 
     def create(params):
         emas = tuple(jax.tree.map(jnp.copy, params) for _ in config.train.ema_decays)
@@ -89,20 +89,19 @@ def create_state(config, mesh, params=None):
 
 
 def abstract_state(config, mesh):
-    """Return the same of fresh weights without making them: shapes, dtypes and shardings, to restore a state into."""
+    """Return the same as shapes, dtypes and shardings, to restore a state into."""
     graphdef, state = jax.eval_shape(lambda: create_state(config, mesh))
     shardings = state_shardings(state, mesh)
     return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 
 
 def learning_rate(step, c):
-    """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
+    """Return the learning rate after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
 
-    The cosine falls to final_factor of the peak at the last step, that of schedule_steps if that is set, or
-    warmup_steps before it (cosine_end = early), as in the official iMF code, which passes optax a length that already
-    excludes the warm-up.
+    The cosine reaches final_factor times the peak at the last step (schedule_steps if set), or warmup_steps earlier
+    with cosine_end = early, as in the official iMF code, which passes optax a length that already excludes the warm-up.
     """
-    step = jnp.asarray(step, jnp.result_type(float))  # float64 where that is enabled: an int32 would give float32
+    step = jnp.asarray(step, jnp.result_type(float))  # float64 where enabled: an int32 would give float32
     warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
     end = (c.schedule_steps or c.steps) - (c.warmup_steps if c.cosine_end == "early" else 0)
     progress = jnp.clip((step - c.warmup_steps) / max(end - c.warmup_steps, 1), 0, 1)
@@ -112,9 +111,9 @@ def learning_rate(step, c):
 
 
 def make_optimizer(c):
-    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway.
+    """Return Adam or AdamW from `config.train`; the step clips, since it needs the norm anyway.
 
-    Frequencies and phases that are never trained do not decay either.
+    Frequencies and phases, which are not trained, do not decay either.
     """
 
     def decays(params):
@@ -127,12 +126,12 @@ def make_optimizer(c):
 
 
 def is_fixed(name):
-    """Return whether the name of a parameter is that of random frequencies or phases, which are never trained."""
+    """Return whether a parameter of this name holds random frequencies or phases, which are not trained."""
     return "freqs" in name or "phases" in name
 
 
 def project(state, config):
-    """Return the state with its parameters as a step wants them: EDM2's are normalised, all others as they are."""
+    """Return the state with its parameters as a step needs them: normalised for EDM2, otherwise unchanged."""
     projection = PROJECTIONS.get(config.model.name)
     return state if projection is None else state._replace(params=projection(state.params))
 
@@ -140,8 +139,8 @@ def project(state, config):
 def apply_gradients(state, grads, c):
     """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
 
-    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every, in a form
-    whose rounding does not depend on how near d is to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
+    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every; this form
+    rounds well even for d close to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
     Gsunshine/py-meanflow, models/meanflow.py (every 16 steps).
     """
     norm = optax.tree.norm(grads)
@@ -166,11 +165,11 @@ def apply_gradients(state, grads, c):
 def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
     """Return the compiled step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b h w c] float32, 'label' [b] int32, and what more the loader gives}, rows sharded over all
-    devices.  stage: number of the stage (see `stages`), each of which is compiled.  The state is donated.
-    draw: (key, shape, cfg) -> Draws; None: the method's own.
-    teacher: (graph definition, parameters) of a frozen network that the method's loss is given, or None.
-    Draws depend on (seed, step) alone and the rows are split inside each device's shard, so the result does not
+    batch: {'image' [b h w c] float32, 'label' [b] int32, and the loader's other features}, rows sharded over all
+    devices.  stage: index of the stage (see `stages`); each one compiles.  The state is donated.
+    draw: (key, shape, cfg) -> Draws; the method's own if None.
+    teacher: (graph definition, parameters) of a frozen network for the method's loss, or None.
+    Draws depend only on (seed, step) and micro-batches are taken within each device's shard, so the result does not
     depend on the number of devices or micro-batches.
     """
     method, c, settings = METHODS[config.method.name], config.train, stages(config)
@@ -184,7 +183,7 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         return loss, measure(loss, aux)
 
     def micro_batches(a):
-        """[b ...] -> [accumulate b/accumulate ...], each device keeping its own rows."""
+        """[b ...] -> [accumulate b/accumulate ...]; each device keeps its rows."""
         a = a.reshape(mesh.size, c.accumulate, -1, *a.shape[1:]).swapaxes(0, 1)
         return a.reshape(c.accumulate, -1, *a.shape[3:])
 
@@ -211,7 +210,7 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
-        # Every device gathers whole parameters and gradients; else activations would be sharded as parameters are.
+        # Every device gathers whole parameters and gradients; otherwise activations would be sharded like parameters.
         params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), whole)
         grads, metrics = jax.lax.with_sharding_constraint(gradients(stage, params, frozen, *rows), whole)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))

@@ -40,7 +40,7 @@ def train(config, workdir):
     """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
 
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
-    can fix, including a loss that is not finite; the latest checkpoint is then from before it.
+    can fix, including a non-finite loss; the latest checkpoint then predates it.
     """
     checks.check_trainable(config)
     check_kernels(config.model)
@@ -48,7 +48,7 @@ def train(config, workdir):
     if not first:
         show_only_warnings()
     config = with_latents(config)
-    # Before anything takes memory on a device, of which a run in the same directory may leave none.
+    # First, because another run in this directory may have taken all the memory of the device.
     check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
     checks.check_divisible(config, jax.device_count(), "devices")
     mesh = make_mesh(config)
@@ -58,7 +58,7 @@ def train(config, workdir):
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)
     reports = make_reports(config, graphdef, mesh, workdir)
-    # Once everything the config names is there, so that a mistake in it leaves nothing behind.
+    # Only now that everything the config names has been found: a mistake leaves no directory behind.
     digests = training.read_contents(config, read_weights)
     lock = first_does(lambda: open_workdir(workdir, config, "jax", digests))
     num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
@@ -73,13 +73,13 @@ def train(config, workdir):
 
 
 def start_state(config, mesh, checkpoints=None):
-    """Return the graph definition, the state to train from and what else its checkpoint says (see `Checkpoints.save`).
+    """Return the graph definition, the state to train from and its progress (see `Checkpoints.save`).
 
-    That of the newest checkpoint; if there is none, the state of step 0, from `train.load_from` if that is set, and
-    None.  A run that has a checkpoint never reads that model, which may be gone.  Raises UserError if it is needed and
-    differs from this one in images, classes, heads or path.
+    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
+    `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
+    may be gone.  Raises UserError if it is needed and differs from this one in images, classes, heads or path.
     """
-    graphdef, like = abstract_state(config, mesh)  # no arrays yet, so that no device ever holds two states
+    graphdef, like = abstract_state(config, mesh)  # shapes only, so that no device ever holds two states
     restored = checkpoints.restore(like) if checkpoints else None
     if restored:
         return graphdef, *restored
@@ -93,9 +93,9 @@ def start_state(config, mesh, checkpoints=None):
 
 
 def load_teacher(config, mesh):
-    """Return (graph definition, parameters) of the frozen flow model of guidance distillation, None without it.
+    """Return (graph definition, parameters) of the frozen flow model of guidance distillation, None without one.
 
-    Raises UserError if `method.teacher` is no flow model, or one of other images or classes.
+    Raises UserError if `method.teacher` is not a flow model, or has other images or classes.
     """
     if not training.has_teacher(config):
         return None

@@ -1,7 +1,7 @@
 """Canonical weights: the names and layouts of the official PyTorch state dicts, as numpy arrays and safetensors.
 
-A parameter's path is its canonical name but for the leaf: `kernel` is `weight`, transposed, and `embedding` is
-`weight`.  The rule is total and bijective: an unknown or a missing name is an error, a round trip is bitwise.
+A parameter's path is its canonical name except for the leaf: `kernel` is `weight`, transposed, and `embedding` is
+`weight`.  The rule is total and bijective: an unknown or missing name is an error, a round trip is bitwise.
 """
 
 import jax
@@ -19,7 +19,7 @@ LEAVES = {"kernel": "weight", "embedding": "weight"}
 
 
 def to_canonical(net, params):
-    """Return {canonical name: numpy array} of `params` (nnx.State of `net`), with the fixed tables of the net."""
+    """Return {canonical name: numpy array} of `params` (nnx.State of `net`) and of the net's fixed tables."""
     weights = dict(net.tables())
     for path, leaf in nnx.to_flat_state(params):
         array = np.asarray(jax.device_get(_whole(leaf.get_value())))
@@ -28,7 +28,7 @@ def to_canonical(net, params):
 
 
 def _whole(a):
-    """Return an array whole on this host: all processes call it for one whose parts lie with others."""
+    """Return an array whole on this host; all processes call it for an array that is spread over them."""
     here = not isinstance(a, jax.Array) or a.is_fully_addressable or a.is_fully_replicated
     return a if here else multihost_utils.process_allgather(a, tiled=True)
 
@@ -36,7 +36,7 @@ def _whole(a):
 def from_canonical(net, weights):
     """Return the parameters (nnx.State, in the dtypes of `net`) held by canonical `weights` {name: array}.
 
-    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
+    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that differs from the computed one.
     """
     flat, tables = nnx.to_flat_state(nnx.state(net, nnx.Param)), net.tables()
     shapes = {name: table.shape for name, table in tables.items()}
@@ -67,10 +67,10 @@ def canonical_name(path):
 
 
 def to_torch(kernel):
-    """Return the axes that carry a kernel [... in out] to a weight [out in ...]."""
+    """Return the transposition of a kernel [... in out] to a weight [out in ...]."""
     return (kernel.ndim - 1, kernel.ndim - 2, *range(kernel.ndim - 2))
 
 
 def to_flax(weight):
-    """Return the axes that carry a weight [out in ...] to a kernel [... in out]."""
+    """Return the transposition of a weight [out in ...] to a kernel [... in out]."""
     return (*range(2, weight.ndim), 1, 0)

@@ -355,7 +355,7 @@ def test_failures_of_the_machine_are_no_damage(framework, config, run_of, monkey
 def test_a_checkpoint_of_another_network_is_no_damage(framework, config, run_of):
     workdir, other = run_of(framework, 3, 6), config.copy_and_resolve_references()
     other.model.width = 32
-    with pytest.raises(UserError, match="this network wants"):
+    with pytest.raises(UserError, match="this network needs"):
         start(framework, other, workdir)
     assert {p.name for p in (workdir / path_of(framework, 3)).parent.iterdir()} == {"3", "6"}
 

@@ -1,4 +1,4 @@
-"""Latents of images and images of latents, through a frozen autoencoder, as functions of numpy arrays.
+"""Encodes images to latents and decodes latents to images with a frozen autoencoder, from numpy to numpy.
 
 Both run in the precision that the process has set for float32 (`devices.start_torch`).
 """
@@ -18,10 +18,9 @@ def make_encoder(files, pixels, batch_size=8):
     """Return encode(images uint8 [b H W c]) -> moments float32 [b h w 2c], numpy.
 
     Moments are the means, then the standard deviations, of raw latents.
-    files: what `autoencoder.read` returns.  pixels: what the encoder reads, symmetric (x / 127.5 - 1) or unit
-    (x / 255).
+    files: from `autoencoder.read`.  pixels: the encoder's input range, symmetric (x / 127.5 - 1) or unit (x / 255).
     At most `batch_size` images are encoded at once.
-    Raises UserError for weights that do not fit, and, when it is called, for images that it cannot take.
+    Raises UserError for weights that do not fit and, when called, for images of the wrong type or size.
     """
     autoencoder.check_pixels(pixels)
 
@@ -45,9 +44,9 @@ def make_decoder(files, convention, batch_size=8):
     """Return decode(latents float32 [b h w c] in data units) -> images float32 [b H W c] in [-1, 1], numpy.
 
     Images are not clipped.
-    files: what `autoencoder.read` returns.  convention: of the data units, a `latents.Convention`; what the decoder
-    writes in [0, 1] (pixels unit) becomes 2x - 1.  At most `batch_size` images are decoded at once.
-    Raises UserError for weights or a convention that do not fit, and, when it is called, for latents that do not.
+    files: from `autoencoder.read`.  convention: the `latents.Convention` of the data units; with unit pixels the
+    decoder's output in [0, 1] becomes 2x - 1.  At most `batch_size` images are decoded at once.
+    Raises UserError for weights or a convention that do not fit and, when called, for latents that do not.
     """
     conventions.check(convention, files.settings["latent_channels"])
 

@@ -1,4 +1,4 @@
-"""Runs a frozen network over any number of images, a few at once, on the device of this process."""
+"""Runs a frozen network over any number of images, in batches, on the device of this process."""
 
 from collections.abc import Callable
 
@@ -10,7 +10,7 @@ from torch_impl.devices import choose_device
 
 
 def in_batches(build: Callable, canonical: dict, function: Callable, batch_size: int) -> Callable:
-    """Return run(rows) -> tuple of arrays, numpy: those of function(network, rows) for all rows [n ...].
+    """Return run(rows) -> tuple of numpy arrays: the results of function(network, rows) for all rows [n ...].
 
     build: () -> network.  canonical: its weights.  function: (network, rows) -> tuple of tensors [n ...].
     At most `batch_size` rows are computed at once.  Raises UserError for weights that do not fit.

@@ -1,7 +1,7 @@
 """Checkpoints of a run, through torch.distributed.checkpoint: WORKDIR/checkpoints/torch/STEP, written asynchronously.
 
 Each holds parameters, EMAs, optimizer, step, the loader's state and the config.  It is complete once its `.metadata`
-is there, which is written last; an unfinished one is never read.
+is there, which is written last; an incomplete one is never read.
 """
 
 import collections
@@ -30,9 +30,9 @@ from torch_impl.step import TrainState, build_net, create_state
 DIRECTORY = "checkpoints/torch"
 MARKER = ".metadata"  # the file that is written last
 _RUN = "run.json"
-# What unpickling raises for a file that is no pickle, or none of this library's.
+# What unpickling raises for a file that is not a pickle, or not one of this library's.
 _UNPICKLING = (pickle.UnpicklingError, EOFError, AttributeError, ImportError, LookupError, TypeError, ValueError)
-_BROKEN_TENSOR = ("PytorchStreamReader", "corrupt", "unexpected EOF")  # in messages of a RuntimeError of torch.load
+_BROKEN_TENSOR = ("PytorchStreamReader", "corrupt", "unexpected EOF")  # in RuntimeErrors of torch.load
 
 
 class Checkpoints(checkpoints.CheckpointDirectory):
@@ -43,7 +43,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         path = pathlib.Path(workdir).absolute() / DIRECTORY
         super().__init__(path, config, MARKER, _RUN, _rank() == 0)
         self.saving: Any = None
-        # A save's collectives run in a thread of their own; in the training's group the two would get mixed up.
+        # A save's collectives run in their own thread, so they must not share the group of the training.
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: TrainState, progress: dict) -> None:
@@ -66,10 +66,10 @@ class Checkpoints(checkpoints.CheckpointDirectory):
             stager.close()
 
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
-        """Load the newest readable state into the tensors of `like`; None if there is no checkpoint.
+        """Load the newest readable state into the tensors of `like`.
 
-        Returns the state and its progress.
-        A damaged checkpoint is named in a warning, the one before it used, and `open` sets the damaged one aside.
+        Returns the state and its progress; None if there is no checkpoint.
+        A damaged checkpoint is logged and skipped, and `open` sets it aside.
         Raises UserError if all are damaged, or if the disk keeps one from being read.
         """
 
@@ -96,11 +96,11 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         self.tidy()
 
     def close(self) -> None:
-        """Finish the last save and end."""
+        """Finish the last save."""
         self.wait()
 
     def _from_first(self, function) -> Any:
-        """Return what `function` returns in the first process."""
+        """Return the result of `function` in the first process."""
         shared: list[Any] = [function() if _rank() == 0 else None]
         if self.group is not None:
             dist.broadcast_object_list(shared, src=0, group=self.group)
@@ -134,7 +134,7 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
 
 def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
-    """Make a work directory whose step-0 checkpoint holds canonical weights {name: array}, EMAs included."""
+    """Create a work directory whose step-0 checkpoint holds canonical weights {name: array}, also as EMAs."""
     lock = open_workdir(workdir, config, "torch")
     cpu = torch.device("cpu")
     state = create_state(config, None, cpu)
@@ -146,7 +146,7 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
 
 
 class _Writer(dcp.FileSystemWriter):
-    """Writes a checkpoint and its run.json over what an unfinished save left, an error being every process's."""
+    """Writes a checkpoint and its run.json over the remains of an interrupted save; all processes see an error."""
 
     def __init__(self, path, run):
         super().__init__(path)
@@ -157,7 +157,7 @@ class _Writer(dcp.FileSystemWriter):
         self._first = is_coordinator
 
     def prepare_local_plan(self, plan):
-        if not self._first:  # it writes once the first process has its plan, for which the directory is ready
+        if not self._first:  # by then the first process has prepared the directory
             return plan
         checkpoints.delete(pathlib.Path(self.path), MARKER)
         files.replace_text(pathlib.Path(self.path) / _RUN, self._run)
@@ -165,7 +165,7 @@ class _Writer(dcp.FileSystemWriter):
 
 
 def _inspect(directory):
-    """Return run.json, and what is damaged in the checkpoint or '': files that are missing, cut off or rubbish.
+    """Return run.json and a description of the damage: files that are missing, truncated or garbage; '' if none.
 
     Raises UserError if the disk keeps it from being read.
     """
@@ -175,8 +175,8 @@ def _inspect(directory):
             return None, f"{_RUN} lacks what resuming needs"
         metadata = dcp.FileSystemReader(directory).read_metadata()
         ends: dict[str, int] = {}
-        for stored in metadata.storage_data.values():
-            ends[stored.relative_path] = max(ends.get(stored.relative_path, 0), stored.offset + stored.length)
+        for tensor in metadata.storage_data.values():
+            ends[tensor.relative_path] = max(ends.get(tensor.relative_path, 0), tensor.offset + tensor.length)
         for name, end in ends.items():
             size = (directory / name).stat().st_size
             if size < end:
@@ -191,18 +191,18 @@ def _inspect(directory):
 
 
 def _load(directory, tensors, group=None):
-    """Load the tensors {part: {name: tensor}} and nothing else, each process its own shard if there is a group.
+    """Load only the tensors {part: {name: tensor}}; with a group, each process loads its own shard.
 
-    Raises `Damaged`, or UserError if the checkpoint is of another network or the disk keeps it from being read.
+    Raises `Damaged`, or UserError if the checkpoint belongs to another network or the disk keeps it from being read.
     """
-    stored = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
+    found = dcp.FileSystemReader(directory).read_metadata().state_dict_metadata
     for name, tensor in _flat(tensors).items():
-        size = getattr(stored.get(name), "size", None)
+        size = getattr(found.get(name), "size", None)
         if size != tensor.shape:
-            there = "missing" if size is None else f"of shape {tuple(size)}"
-            raise UserError(f"{directory}: {name} is {there}, this network wants {tuple(tensor.shape)}")
+            there = "is missing" if size is None else f"has shape {tuple(size)}"
+            raise UserError(f"{directory}: {name} {there}, this network needs {tuple(tensor.shape)}")
     try:
-        with warnings.catch_warnings():  # that one process without a group reads alone is what we want
+        with warnings.catch_warnings():  # a single process without a group is intended
             warnings.filterwarnings("ignore", message="torch.distributed is disabled")
             dcp.load(tensors, checkpoint_id=directory, process_group=group, no_dist=group is None)
     except CheckpointException as error:
@@ -215,14 +215,14 @@ def _load(directory, tensors, group=None):
 
 
 def _is_damage(error):
-    """Return whether an error says that a file of tensors is not what was written; running out of memory does not."""
+    """Return whether an error means that a tensor file is damaged; running out of memory, for one, does not."""
     if isinstance(error, RuntimeError):
         return any(text in str(error) for text in _BROKEN_TENSOR)
     return isinstance(error, (*checkpoints.MISSING, *_UNPICKLING))
 
 
 def _named(state):
-    """Return {part: {name: tensor}} of the state, the tensors themselves."""
+    """Return the state's tensors (not copies) as {part: {name: tensor}}."""
     optimizer = {name: state.optimizer.state[p] for name, p in state.net.named_parameters()}
     return {
         "params": {name: p.detach() for name, p in state.net.named_parameters()},
@@ -232,11 +232,11 @@ def _named(state):
 
 
 def _own(tensors):
-    """Return those of the tensors {name: tensor} that this process writes: of replicas, one, and as many bytes each.
+    """Return the tensors {name: tensor} that this process writes: one replica of each, balanced by bytes.
 
-    A sharded tensor is written by all processes that hold a part of one replica.
+    A sharded tensor is written by all processes that hold a part of the chosen replica.
     """
-    loads: dict[tuple[int, int], int] = collections.Counter()  # bytes, by how many replicas there are and which it is
+    loads: dict[tuple[int, int], int] = collections.Counter()  # bytes by (number of replicas, index of the replica)
     own = {}
     for name, tensor in sorted(tensors.items(), key=lambda item: (-item[1].numel(), item[0])):
         replica, num = _replica(tensor)
@@ -248,7 +248,7 @@ def _own(tensors):
 
 
 def _replica(tensor):
-    """Return which of the replicas of a tensor this process holds, or a part of, and how many there are."""
+    """Return the index of the replica of a tensor that this process holds (a part of), and the number of replicas."""
     if not isinstance(tensor, DTensor):
         return _rank(), dist.get_world_size() if dist.is_initialized() else 1
     replica, num = 0, 1
@@ -260,7 +260,7 @@ def _replica(tensor):
 
 
 def _flat(tree):
-    """Return {dotted name: tensor}, the names in a checkpoint."""
+    """Return {dotted name: tensor}, with the names in a checkpoint."""
     flat = {}
     for key, value in tree.items():
         flat |= {f"{key}.{name}": a for name, a in _flat(value).items()} if isinstance(value, dict) else {key: value}
@@ -272,5 +272,5 @@ def _rank():
 
 
 def _cause(error):
-    """Return the error itself, or the first of those that a CheckpointException only counts."""
+    """Return the error itself, or the first of those collected in a CheckpointException."""
     return next(iter(error.failures.values()))[0] if isinstance(error, CheckpointException) else error

@@ -1,4 +1,4 @@
-"""Devices and processes: what torchrun started, or one process alone."""
+"""Devices and processes: those of torchrun, or a single process."""
 
 import datetime
 import os
@@ -18,7 +18,7 @@ TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while o
 
 
 def choose_device():
-    """Return this process's device: its own GPU if there is one, else the CPU.
+    """Return this process's device: its GPU if there is one, else the CPU.
 
     Raises UserError if torchrun started more processes than there are GPUs.
     """
@@ -28,18 +28,18 @@ def choose_device():
 
 
 def set_precision(config):
-    """Set how precisely this process computes: train.matmul_precision of float32 matmuls and convolutions."""
+    """Set the precision of float32 matmuls and convolutions in this process, train.matmul_precision."""
     torch_precision.set_precision(config.train.matmul_precision)
 
 
 def start_torch(config, num_threads=0):
-    """Set the precision, and join the processes of torchrun or stand alone.  Returns the device.
+    """Set the precision and join torchrun's processes, if any.  Returns the device.
 
-    num_threads: of an operation on the CPU unless train.num_threads says otherwise; 0 leaves that to PyTorch.
+    num_threads: threads per CPU operation if train.num_threads is 0; 0 leaves the choice to PyTorch.
     Raises UserError if the processes cannot be joined.
     """
     set_precision(config)
-    remedy = "start one torchrun per node, and tell each of the others, as launch/slurm.sh does"
+    remedy = "start one torchrun per node that knows the others, as launch/slurm.sh does"
     cluster.check_started_together(os.environ, cluster.tasks_joined(os.environ), remedy)
     device = choose_device()
     if config.train.num_threads or num_threads:
@@ -48,11 +48,9 @@ def start_torch(config, num_threads=0):
         torch.cuda.set_device(device)
         cluster.warn_of_idle_gpus(os.environ, torch.cuda.device_count())
     group: dict[str, Any] = {"backend": "gloo", "timeout": TIMEOUT}
-    if (
-        device.type == "cuda"
-    ):  # without a device_id: PyTorch would split this pair for the mesh, gloo with NCCL's options
+    if device.type == "cuda":  # no device_id: PyTorch would split this pair for the mesh, gloo with NCCL's options
         group |= {"backend": "cpu:gloo,cuda:nccl"}
-    if "RANK" not in os.environ:  # asynchronous checkpoints want a group even for one process
+    if "RANK" not in os.environ:  # asynchronous checkpoints need a group even for one process
         group |= {"store": dist.HashStore(), "rank": 0, "world_size": 1}
     try:
         dist.init_process_group(**group)
@@ -66,10 +64,10 @@ def start_torch(config, num_threads=0):
 
 
 def start_alone(config):
-    """Return the number of this process and how many there are; from here on each works alone.
+    """Return the index of this process and the number of processes; from here on each works alone.
 
-    On the CPU with one thread, unless the config says otherwise: more would round otherwise, and torchrun gives several
-    processes fewer than one.  What is written does not depend on their number; for more cores start more processes.
+    Uses one CPU thread unless the config says otherwise: rounding depends on the number of threads, which torchrun
+    reduces for several processes.  Output does not depend on the number of processes; start more to use more cores.
     """
     start_torch(config, num_threads=1)
     group = dist.get_rank(), dist.get_world_size()
@@ -78,7 +76,7 @@ def start_alone(config):
 
 
 def first_does(act):
-    """Call `act` in the first process alone.  Returns its result there and None elsewhere; all wait for it.
+    """Call `act` only in the first process and wait for it in all.  Returns its result there, None elsewhere.
 
     Raises its UserError in every process, so that none waits for one that has ended.
     """
@@ -95,11 +93,11 @@ def first_does(act):
 
 
 def make_board():
-    """Return the board of this process and the others, in the store of torchrun; None for one process alone."""
+    """Return the board that the processes share, in torchrun's store; None for a single process."""
     if dist.get_world_size() == 1:
         return None
     shared: Any = dist.distributed_c10d._get_default_store()
-    store, rank = shared.clone(), dist.get_rank()  # a connection of its own, for waiting blocks the shared one
+    store, rank = shared.clone(), dist.get_rank()  # its own connection, because waiting blocks the shared one
     keeper = rank == 0 and os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
 
     def read():
@@ -113,12 +111,12 @@ def make_board():
 
 
 def wait_for_all():
-    """Return once all processes have come here."""
+    """Wait until all processes get here."""
     dist.barrier()
 
 
 def gather(part):
-    """Return the bytes that each process calls it with, in the order of the processes; nothing but in the first one."""
+    """Return the bytes of every process, in their order, in the first process; an empty list elsewhere."""
     parts = [b""] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, parts)
     return parts or []

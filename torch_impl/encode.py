@@ -1,11 +1,11 @@
-"""Encode images into a dataset of latents, which both trainers read: folder, .zip or TFDS dataset to ArrayRecord.
+"""Encode images into a latent dataset for both trainers: folder, .zip or TFDS dataset to ArrayRecord.
 
     torchrun torch_impl/encode.py --source=imagenet/train --dest=imagenet_latents
     torchrun torch_impl/encode.py --source=imagenet.zip --dest=latents_512 --image_size=512 --convention=edm2
     torchrun --nproc_per_node=8 torch_impl/encode.py --source=imagenet/train --dest=imagenet_latents
 
-Run again with the same arguments to go on after a kill.  Then --config.data.name=imagenet_latents trains on them.
-Several processes share the work, each on its own shards.
+Run again with the same arguments to continue after a kill.  Train on it with --config.data.name=imagenet_latents.
+Several processes share the work, each with its own shards.
 """
 
 from meanflow.commands import encode

@@ -7,10 +7,10 @@
         --reference=imagenet_256.npz --inception=inception.safetensors
     torchrun torch_impl/evaluate.py --workdir=runs/imf --omegas=1,2,4,8 --intervals=0:1,0.4:0.65
 
-The first compares the data themselves.  The second evaluates images, decoded if the model makes latents, by Inception
-features; --save=png keeps them in DIR/evaluation.  Either leaves a grid of samples in DIR/evaluation.png.  The third
-makes the statistics of real images that the second compares with.  The last evaluates every guidance scale with
-every interval (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
+The first compares with the dataset itself.  The second evaluates images, decoded if the model makes latents, by
+Inception features; --save=png keeps them in DIR/evaluation.  Both write a grid of samples to DIR/evaluation.png.  The
+third makes the statistics of real images that the second needs.  The last evaluates every guidance scale with every
+interval (improved MeanFlow only): it prints a table, and writes DIR/sweep.json and DIR/sweep.html.
 Several processes share the samples: torchrun --nproc_per_node=8.
 """
 
@@ -29,9 +29,9 @@ from torch_impl.sample import NETWORKS, load
 
 
 def start(config, stack):
-    """Set up the device, join the other processes if there are any, and return the process group.
+    """Set up devices, join the other processes if there are any, and return the process group.
 
-    stack: until it closes, a process that fails ends all.
+    stack: until it closes, a process that fails ends all of them.
     """
     start_torch(config)
     stack.enter_context(ending_together(make_board(), wait_for_all))
@@ -39,11 +39,11 @@ def start(config, stack):
 
 
 def main():
-    """Load and evaluate: once, or for every guidance of a sweep."""
+    """Load and evaluate, once or for every guidance setting of a sweep."""
     setup_logging()
     with contextlib.ExitStack() as stack:
         evaluate.evaluate(load, NETWORKS, functools.partial(start, stack=stack))
-    if dist.is_initialized():  # NCCL warns of a group that is left open
+    if dist.is_initialized():  # NCCL warns about a group left open
         dist.destroy_process_group()
 
 

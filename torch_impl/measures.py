@@ -1,17 +1,17 @@
-"""What a step says of itself: scalars that do not depend on how its batch was divided."""
+"""The metrics of a training step: scalars that do not depend on how its batch was divided."""
 
 import torch
 
-SHARE = " share"  # ends the name of a metric's share of the rows, until `of_kinds`
+FRACTION = " fraction"  # suffix for the fraction of rows that a mean covers, until `of_kinds`
 
 
 def measure(loss, aux):
-    """Return the scalars of a step that are logged: raw errors are squared and summed over a row.
+    """Return the scalars of a step to log.  Raw errors are squared and summed over a row.
 
-    raw_error_v: that of the head of v, where the method has one.  Where the flow term has rows of its own, all others
-    are the JVP's.  projection: the term of REPA.  kept: the share of couplings that are near enough to be learnt.
-    All are means over the rows, so those of the parts of a batch may be averaged; `of_kinds` then makes means over the
-    rows of a kind.
+    raw_error_v: the error of the v head, if the method has one.  raw_error_flow_rows: the rows with r = t, or the
+    separate flow term if there is one.  projection: the REPA term.  kept: fraction of pairs within distance_clip.
+    All are means over all rows, so they may be averaged over the parts of a batch; `of_kinds` then turns those of one
+    kind of rows into means over these rows.
     """
     scalars = {"loss": loss, "raw_error": aux["err"].mean()}
     if "du_dt" in aux:
@@ -19,7 +19,7 @@ def measure(loss, aux):
         du_dt_norm = aux["du_dt"].square().sum((1, 2, 3)).sqrt()
 
         def mean_over(name, rows, a):
-            return {name: torch.where(rows, a, 0).mean(), name + SHARE: rows.to(a.dtype).mean()}
+            return {name: torch.where(rows, a, 0).mean(), name + FRACTION: rows.to(a.dtype).mean()}
 
         scalars |= mean_over("raw_error_jvp_rows", jvp_row, aux["err"]) | mean_over("du_dt_norm", jvp_row, du_dt_norm)
         if "err_flow" not in aux:
@@ -32,13 +32,14 @@ def measure(loss, aux):
 
 
 def of_kinds(metrics):
-    """Return the metrics of a whole batch with those of rows of a kind as means over these rows; 0 if there are none.
+    """Return the metrics of a whole batch, with those of one kind of rows as means over these rows; 0 without any.
 
-    metrics: of `measure`, which has the sum over the rows of a kind divided by the number of all, and their share.
+    metrics: from `measure`, which divides sums over one kind of rows by the number of all rows, and has the fraction of
+    these rows.
     """
-    shares = {name: share for name, share in metrics.items() if name.endswith(SHARE)}
-    means = {name: a for name, a in metrics.items() if name not in shares}
-    for name, share in shares.items():
-        name = name.removesuffix(SHARE)
-        means[name] = means[name] / (share or 1)
+    fractions = {name: a for name, a in metrics.items() if name.endswith(FRACTION)}
+    means = {name: a for name, a in metrics.items() if name not in fractions}
+    for name, fraction in fractions.items():
+        name = name.removesuffix(FRACTION)
+        means[name] = means[name] / (fraction or 1)
     return means

@@ -1,11 +1,11 @@
-"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset that both trainers read.
+"""Make couplings of a flow model, pairs of noise and image, for Re-MeanFlow: a dataset for both trainers.
 
     python torch_impl/reflow.py --teacher=runs/flow_torch --output=couplings --num_samples=100000
     torchrun --nproc_per_node=8 torch_impl/reflow.py --teacher=teacher.safetensors \\
         --config=configs/dmf_imagenet.py:sit_256 --labels=dataset --num_passes=2 --guidance=1.5 --output=couplings
 
-Run again with the same arguments to go on after a kill.  Then --config.data.name=couplings trains on them.  Several
-processes share the work, each on its own shards.
+Run again with the same arguments to continue after a kill.  Train on it with --config.data.name=couplings.  Several
+processes share the work, each with its own shards.
 """
 
 import os
@@ -25,7 +25,7 @@ from torch_impl.step import build_net, put_batch
 def load(path, config, step=None):
     """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
 
-    step: of the work directory's checkpoint; None: the newest.
+    step: the work directory's checkpoint; None for the newest.
     """
     return checkpoints.read_weights(path, config.sample.ema, step)[1] if os.path.isdir(path) else weights.load(path)
 

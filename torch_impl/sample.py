@@ -26,13 +26,13 @@ NETWORKS = FrozenNetworks(make_decoder, make_inception)
 def make_sampler(config, device):
     """Return the sampler (canonical, noise [b h w c], labels [b], c, fresh) -> images [b h w c] in data units.
 
-    All are numpy.  canonical: weights {name: array}.  c: a `config.sample`, see `sampling`.  fresh: [k b h w c], the
-    noise that samplers draw anew.
-    Raises UserError for sampling times that do not fall, or a diffusion that is infinite.
+    All are numpy.  canonical: weights {name: array}.  c: a `config.sample`, see `sampling`.  fresh: [k b h w c], fresh
+    noise for the steps that add some.
+    Raises UserError for sampling times that do not decrease, or a diffusion that is infinite.
     """
     method, net = METHODS[config.method.name], build_net(config).to(device).eval()
     method.sampling_steps(config.sample)
-    loaded = [None]  # the weights that the network holds: a sweep asks for the same ones many times
+    loaded = [None]  # the weights that the network holds: a sweep reuses the same ones many times
 
     @torch.no_grad()
     def sampler(canonical, noise, y, c, fresh=None):
@@ -41,11 +41,8 @@ def make_sampler(config, device):
             loaded[0] = canonical
         noise = in_dtype_of(config, noise)
         batch, given = put_batch({"image": noise, "label": y}, device), method.sampling_conditions(c)
-        given |= (
-            {}
-            if fresh is None
-            else {"fresh": torch.from_numpy(in_dtype_of(config, fresh)).to(device).permute(0, 1, 4, 2, 3)}
-        )
+        if fresh is not None:
+            given["fresh"] = torch.from_numpy(in_dtype_of(config, fresh)).to(device).permute(0, 1, 4, 2, 3)
         images = method.sample(net, batch["image"], batch["label"], given, config.sample)
         return images.permute(0, 2, 3, 1).cpu().numpy()
 
@@ -55,8 +52,7 @@ def make_sampler(config, device):
 def load(workdir_path, weights_path, config):
     """Return config, sampler and its canonical weights of a work directory or of a safetensors file.
 
-    Samples in the precision that the model was trained in.  Sampling flags given on the command line replace those of
-    the config.
+    Samples in the precision in which the model was trained.  Sampling flags on the command line override the config.
     """
     config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
     set_precision(config)

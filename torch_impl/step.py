@@ -25,7 +25,7 @@ from torch_impl.models import ARCHITECTURES, PROJECTIONS
 
 
 class TrainState(NamedTuple):
-    """What a checkpoint holds of the optimization; the draws of a step follow from its number and the seed."""
+    """The optimisation state in a checkpoint; the draws of a step follow from its number and the seed."""
 
     step: int  # optimizer steps done
     net: nn.Module  # the bare network, float32 parameters
@@ -35,26 +35,26 @@ class TrainState(NamedTuple):
 
 
 class Loss(nn.Module):
-    """A method's loss as a module: what is compiled and what DDP or FSDP wraps.
+    """A method's loss as a module, to be compiled and wrapped by DDP or FSDP.
 
-    `torch.func.jvp` through a DDP-wrapped network skips gradient synchronisation without an error, so the wrapper
-    goes around the loss.
+    `torch.func.jvp` through a DDP-wrapped network silently skips gradient synchronisation, so the wrapper goes around
+    the loss.
     """
 
     def __init__(self, net, method, settings, teacher=None):
-        """settings: the `config.method` of each stage of the run."""
+        """settings: the `config.method` of each stage."""
         super().__init__()
         self.net, self.method, self.settings, self.teacher = net, method, settings, teacher
 
     def forward(self, batch, draws, stage=0):
-        """Return the mean loss of the rows in a stage of the run, and the scalars that are logged."""
+        """Return the mean loss of the rows in a stage, and the scalars to log."""
         given = {} if self.teacher is None else {"teacher": self.teacher}
         loss, aux = self.method.loss(self.net, batch, draws, self.settings[stage], **given)
         return loss, measure(loss.detach(), aux)
 
 
 class Sharded(nn.Module):
-    """A plain parent for FSDP, whose hooks then run outside the compiled module."""
+    """A plain parent module for FSDP, so that its hooks run outside the compiled module."""
 
     def __init__(self, module):
         super().__init__()
@@ -66,7 +66,7 @@ class Sharded(nn.Module):
 
 
 def build_net(config):
-    """Return the network with fresh parameters drawn from config.seed; the global random state is left alone.
+    """Return the network with fresh parameters drawn from config.seed, without touching the global random state.
 
     Parameters are float32; float64 where that is the compute dtype.
     """
@@ -95,7 +95,7 @@ def make_mesh(config, device):
 def wrap(loss, config, mesh: DeviceMesh | None):
     """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
     if config.train.compile:
-        # A rematerialised block writes to the tape when it first runs, and only then.
+        # A rematerialised block writes to the tape only when it first runs.
         torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.train.remat
         torch._dynamo.config.optimize_ddp = False  # else cuts the graph at every bucket of DDP, inside the JVP too
         loss = torch.compile(loss, backend=config.train.compile_backend, fullgraph=True, dynamic=False)
@@ -105,16 +105,16 @@ def wrap(loss, config, mesh: DeviceMesh | None):
         return fully_shard(Sharded(loss), mesh=mesh if mesh["data"].size() > 1 else mesh["fsdp"])
     device = next(loss.parameters()).device
     ids = [device.index] if device.type == "cuda" else None
-    with warnings.catch_warnings():  # torch 2.13 renames the argument; 2.11 knows this name only
+    with warnings.catch_warnings():  # torch 2.13 renames the argument; 2.11 only has this name
         warnings.simplefilter("ignore", FutureWarning)
-        # Buffers are fixed tables, the same everywhere; and torch 2.13 fails to broadcast a single one of rank 3.
+        # Buffers are fixed tables, equal everywhere; and torch 2.13 fails to broadcast a single one of rank 3.
         return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
 
 
 def create_state(config, mesh, device, params=None, teacher=None):
-    """Return the state of step 0 on `device`; `params` {name: tensor} replace the fresh weights.
+    """Return the state of step 0 on `device`; `params` {name: tensor} replace fresh weights.
 
-    teacher: a frozen network that the method's loss is given, or None.
+    teacher: a frozen network for the method's loss, or None.
     """
     net = build_net(config)
     if params is not None:
@@ -128,9 +128,9 @@ def create_state(config, mesh, device, params=None, teacher=None):
 
 
 def replace_params(state, params):
-    """Make `params` {name: tensor}, whole ones on the CPU, the parameters and the EMAs of a state, sharded or not.
+    """Copy `params` {name: tensor}, whole on the CPU, to the parameters and EMAs of a state, sharded or not.
 
-    One tensor at a time: the device never holds a second copy of the weights.
+    Copies one tensor at a time, so the device never holds a second copy of the weights.
     """
     with torch.no_grad():
         for name, p in state.net.named_parameters():
@@ -142,11 +142,10 @@ def replace_params(state, params):
 
 
 def learning_rate(step, c):
-    """Return the rate of the step after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
+    """Return the learning rate after `step` steps: linear warm-up, then constant or cosine.  c: `config.train`.
 
-    The cosine falls to final_factor of the peak at the last step, that of schedule_steps if that is set, or
-    warmup_steps before it (cosine_end = early), as in the official iMF code, which passes optax a length that already
-    excludes the warm-up.
+    The cosine reaches final_factor times the peak at the last step (schedule_steps if set), or warmup_steps earlier
+    with cosine_end = early, as in the official iMF code, which passes optax a length that already excludes the warm-up.
     """
     warmup = c.warmup_from + (c.learning_rate - c.warmup_from) * step / max(c.warmup_steps, 1)
     end = (c.schedule_steps or c.steps) - (c.warmup_steps if c.cosine_end == "early" else 0)
@@ -157,12 +156,12 @@ def learning_rate(step, c):
 
 
 def make_optimizer(net, c):
-    """Return Adam or AdamW from `config.train`; clipping is in the step, which needs the norm anyway."""
+    """Return Adam or AdamW from `config.train`; the step clips, since it needs the norm anyway."""
     optimizer = torch.optim.AdamW(
         net.parameters(), lr=c.learning_rate, betas=(c.beta1, c.beta2), eps=c.adam_eps,
         weight_decay=c.weight_decay if c.optimizer == "adamw" else 0.0, fused=True,
     )  # fmt: skip
-    for p in net.parameters():  # what the first step would make, so that a checkpoint always has the same names
+    for p in net.parameters():  # as the first step would, so that a checkpoint always has the same names
         optimizer.state[p] = {
             "step": torch.zeros((), device=p.device),
             "exp_avg": torch.zeros_like(p),
@@ -172,7 +171,7 @@ def make_optimizer(net, c):
 
 
 def project(state, config):
-    """Return the state with its parameters as a step wants them: EDM2's are normalised, all others as they are."""
+    """Return the state with its parameters as a step needs them: normalised for EDM2, otherwise unchanged."""
     projection = PROJECTIONS.get(config.model.name)
     if projection is not None:
         projection(dict(state.net.named_parameters()))
@@ -182,8 +181,8 @@ def project(state, config):
 def apply_gradients(state, c):
     """Return the state after one optimizer and EMA step, and the gradient norm before clipping.
 
-    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every, in a form
-    whose rounding does not depend on how near d is to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
+    EMA: ema + (1 - d) (params - ema) after the update, every `ema_every` steps with d = decay^ema_every; this form
+    rounds well even for d close to 1.  Source: Gsunshine/meanflow, utils/ema_util.py;
     Gsunshine/py-meanflow, models/meanflow.py (every 16 steps).
     """
     params = [p for p in state.net.parameters() if p.grad is not None]
@@ -208,12 +207,12 @@ def apply_gradients(state, c):
 def make_train_step(config, draw=None):
     """Return the step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b c h w] float32, 'label' [b] int, and what more the loader gives}, this process's rows.  stage:
-    number of the stage (see `stages`), each of which is compiled.  The state's tensors change in place.
-    draw: (key, shape, cfg) -> Draws; None: the method's own.
-    Draws depend on (seed, step) alone, each process taking its own rows of them, so the result does not depend on
-    the number of processes or micro-batches.  Metrics are scalars: tensors on the device, averaged over this process's
-    rows until `reduce_metrics`, and numbers that the host knows.  A step does not wait for the device.
+    batch: {'image' [b c h w] float32, 'label' [b] int, and the loader's other features}, this process's rows.  stage:
+    index of the stage (see `stages`); each one compiles.  The state's tensors change in place.
+    draw: (key, shape, cfg) -> Draws; the method's own if None.
+    Draws depend only on (seed, step) and each process takes its rows of them, so the result does not depend on the
+    number of processes or micro-batches.  Metrics are scalars: tensors on the device, averaged over this process's rows
+    until `reduce_metrics`, or numbers known to the host.  A step does not wait for the device.
     """
     method, c, settings = METHODS[config.method.name], config.train, stages(config)
     draw, type_of_draws = draw or method.draw, method.Draws
@@ -254,8 +253,8 @@ def synchronised(loss, last):
 def reduce_metrics(window):
     """Return the metrics of each step as floats, averaged over the processes; see `of_kinds`.
 
-    window: a list of {name: scalar}, where scalars are tensors of one device, or floats that are the same in every
-    process.  However long the list, this waits for the device once and runs one all-reduce.
+    window: a list of {name: scalar}; scalars are tensors on one device, or floats that are equal in all processes.
+    Waits for the device once and runs one all-reduce, however long the list is.
     """
     tensors = [a for metrics in window for a in metrics.values() if torch.is_tensor(a)]
     if not tensors:
@@ -270,9 +269,9 @@ def reduce_metrics(window):
 
 
 def put_batch(batch, device):
-    """Put this process's rows of a numpy batch on its device, image, noise as [b c h w], channels last in memory."""
+    """Put this process's rows of a numpy batch on its device, images as [b c h w] but channels last in memory."""
     rows = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
-    if device.type == "cuda":  # which copies from pinned memory while the process goes on
+    if device.type == "cuda":  # copies from pinned memory are asynchronous
         rows = {name: a.pin_memory() for name, a in rows.items()}
     rows = {name: a.to(device, non_blocking=True) for name, a in rows.items()}
     images = {name: rows[name].permute(0, 3, 1, 2) for name in ("image", "noise") if name in rows}

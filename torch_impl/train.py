@@ -47,7 +47,7 @@ def train(config, workdir, device):
     """Train from config, or resume what is in the work directory, to `config.train.steps`.  Returns the last state.
 
     SIGTERM or SIGUSR1, inside `signals.caught`, saves a checkpoint and returns.  Raises UserError for anything the user
-    can fix, including a loss that is not finite; the latest checkpoint is then from before it.
+    can fix, including a non-finite loss; the latest checkpoint then predates it.
     """
     checks.check_trainable(config)
     check_kernels(config.model, device)
@@ -55,7 +55,7 @@ def train(config, workdir, device):
     if not first:
         show_only_warnings()
     config = with_latents(config)
-    # Before anything takes memory on a device, of which a run in the same directory may leave none.
+    # First, because another run in this directory may have taken all the memory of the device.
     check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
     checks.check_divisible(config, dist.get_world_size(), "processes")
     mesh = make_mesh(config, device)
@@ -64,7 +64,7 @@ def train(config, workdir, device):
     checkpoints = Checkpoints(workdir, config)
     state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, device, workdir)
-    # Once everything the config names is there, so that a mistake in it leaves nothing behind.
+    # Only now that everything the config names has been found: a mistake leaves no directory behind.
     digests = training.read_contents(config, read_weights)
     lock = first_does(lambda: open_workdir(workdir, config, "torch", digests))
     num_parameters = sum(p.numel() for p in state.net.parameters())
@@ -79,11 +79,11 @@ def train(config, workdir, device):
 
 
 def start_state(config, mesh, device, checkpoints=None):
-    """Return the state to train from and what else its checkpoint says (see `Checkpoints.save`).
+    """Return the state to train from and its progress (see `Checkpoints.save`).
 
-    That of the newest checkpoint; if there is none, the state of step 0, from `train.load_from` if that is set, and
-    None.  A run that has a checkpoint never reads that model, which may be gone.  Raises UserError if it is needed and
-    differs from this one in images, classes, heads or path.
+    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
+    `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
+    may be gone.  Raises UserError if it is needed and differs from this one in images, classes, heads or path.
     """
     state = create_state(config, mesh, device, teacher=load_teacher(config, device))
     restored = checkpoints.restore(state) if checkpoints else None
@@ -99,9 +99,9 @@ def start_state(config, mesh, device, checkpoints=None):
 
 
 def load_teacher(config, device):
-    """Return the frozen flow model of guidance distillation, None without it.
+    """Return the frozen flow model of guidance distillation, None without one.
 
-    Raises UserError if `method.teacher` is no flow model, or one of other images or classes.
+    Raises UserError if `method.teacher` is not a flow model, or has other images or classes.
     """
     if not training.has_teacher(config):
         return None

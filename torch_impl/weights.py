@@ -1,7 +1,7 @@
 """Canonical weights: the names and layouts of the official PyTorch state dicts, as numpy arrays and safetensors.
 
-They are this network's own state dict, but fixed tables are computed: given ones are verified, never loaded.  An
-unknown or a missing name is an error, a round trip is bitwise.
+They are this network's own state dict, except that fixed tables are computed: given ones are checked, never loaded.
+An unknown or missing name is an error, a round trip is bitwise.
 """
 
 import numpy as np
@@ -15,7 +15,7 @@ __all__ = ["from_canonical", "load", "metadata", "save", "to_canonical", "transf
 
 
 def to_canonical(net, params):
-    """Return {canonical name: numpy array} of `params` {name: tensor}, with the fixed tables of the net.
+    """Return {canonical name: numpy array} of `params` {name: tensor} and of the net's fixed tables.
 
     Gathers sharded tensors: call it on every process.
     """
@@ -30,7 +30,7 @@ def to_canonical(net, params):
 def from_canonical(net, weights):
     """Return the state dict {name: tensor} in the dtypes of `net` held by canonical `weights` {name: array}.
 
-    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that is not the computed one.
+    Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that differs from the computed one.
     """
     params, tables = net.state_dict(), net.tables()
     shapes = {name: () if name.endswith(canonical.SCALARS) else tuple(tensor.shape) for name, tensor in params.items()}

@@ -11,7 +11,7 @@ from torch.utils._pytree import tree_leaves
 
 from meanflow.config.stages import stages
 from torch_impl import step, weights
-from torch_impl.measures import SHARE
+from torch_impl.measures import FRACTION
 from torch_impl.methods import METHODS
 from torch_impl.sample import make_sampler
 
@@ -112,7 +112,7 @@ def test_a_step_stays_on_its_device(config, monkeypatch, read_backs, tiny, tiny_
         reduced = step.reduce_metrics(window)
     assert mode.copies == 0
     assert read_backs == [sum(torch.is_tensor(a) for metrics in window for a in metrics.values())]
-    assert [list(m) for m in reduced] == [[name for name in m if not name.endswith(SHARE)] for m in window]
+    assert [list(m) for m in reduced] == [[name for name in m if not name.endswith(FRACTION)] for m in window]
     assert all(isinstance(a, float) for metrics in reduced for a in metrics.values())
     tensors = [*state.net.state_dict().values(), *(a for ema in state.emas for a in ema.values())]
     tensors += [a for moments in state.optimizer.state.values() for a in moments.values()]
