@@ -1,14 +1,12 @@
-"""Both implementations behind one set of functions: numpy and NHWC in, numpy and NHWC out.
-
-`with_jax` and `with_torch` mirror each other function by function; nothing here is used by the trainers.
-"""
+"""Both implementations behind one set of functions: numpy and NHWC in, numpy and NHWC out."""
 
 import contextlib
 from collections.abc import Iterator
+from typing import Any
 
 from parity.adapters import with_jax, with_torch
 
-FRAMEWORKS = {"jax": with_jax, "torch": with_torch}
+FRAMEWORKS: dict[str, Any] = {"jax": with_jax.Jax(), "torch": with_torch.Torch()}
 
 
 @contextlib.contextmanager

@@ -109,7 +109,7 @@ def loss(network: str, setting: dict, measure: Measure, inputs=None) -> None:
     rows, draws = (inputs or batch)(cfg)
     result, formula = {}, oracle_of(cfg, rows, draws)
     for name, f, net in nets(cfg):
-        net = net._replace(teacher=teacher(f, cfg))
+        net = net.replace(teacher=teacher(f, cfg))
         result[name] = f.loss(net, rows, draws, cfg.method)
         against_reference(measure, name, result[name], f.loss(net, rows, draws, cfg.method, function="loss_reference"))
         against_formula(measure, name, result[name], formula)

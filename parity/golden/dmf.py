@@ -62,7 +62,7 @@ def nets(fixture) -> tuple:
     built = network.nets(config, fixture.under("param/"))
     if "teacher" in fixture.config:
         teachers = network.nets(config_of(fixture.config["teacher"]), fixture.under("param_teacher/"))
-        built = [(name, f, net._replace(teacher=t[2])) for (name, f, net), t in zip(built, teachers, strict=True)]
+        built = [(name, f, net.replace(teacher=t[2])) for (name, f, net), t in zip(built, teachers, strict=True)]
     return config, built
 
 

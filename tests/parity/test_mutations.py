@@ -29,7 +29,6 @@ from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from meanflow.sampling import steps
 from parity import check
-from parity.adapters import with_torch
 from parity.adapters.frameworks import FRAMEWORKS
 from parity.cases import objectives, settings
 from torch_impl import step as torch_step
@@ -91,9 +90,9 @@ class StandIn:
     def __getattr__(self, name):
         def call(*args, **kwargs):
             with self._mutation.undone():
-                return getattr(with_torch, name)(*args, **kwargs)
+                return getattr(FRAMEWORKS["torch"], name)(*args, **kwargs)
 
-        return with_torch.full_precision if name == "full_precision" else call
+        return FRAMEWORKS["torch"].full_precision if name == "full_precision" else call
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ import pytest
 
 from meanflow.errors import UserError
 from parity import check
-from parity.adapters import frameworks, with_torch
+from parity.adapters import frameworks
 from parity.golden import fixtures, network, optim, sit
 
 
@@ -48,14 +48,14 @@ def other(tmp_path):
     with frameworks.full_precision():
         fixture = fixtures.Fixture(check.GOLDEN / "sit_torch.npz")
         ours, nets = sit.nets(fixture)
-        net = dict((name, net) for name, _, net in nets)["torch"]
+        adapter, net = {name: (f, net) for name, f, net in nets}["torch"]
         for case, options in {"steps3_cfg": {"steps": 3, "cfg_scale": 2.25}, "steps8": {"steps": 8}}.items():
             ours.sample.update({"cfg_scale": 1.0} | options)
-            images = with_torch.sample(net, network.nhwc(noise), y, ours.sample)
+            images = adapter.sample(net, network.nhwc(noise), y, ours.sample)
             arrays[f"out/sample/{case}"] = images.transpose(0, 3, 1, 2)
         coin, drawn = rng.uniform(size=40).astype(np.float32), rng.normal(size=(40, 2)).astype(np.float32)
         ours.method.update(flow_rows="coin", flow_fraction=0.6, time_mean=(-0.1, -0.1), time_std=(1.4, 1.4))
-        t, r = with_torch.sample_times(net, {"times": drawn, "coin": coin}, ours.method)
+        t, r = adapter.sample_times(net, {"times": drawn, "coin": coin}, ours.method)
     arrays |= {"in/time/time_n": drawn, "in/time/eq_u": coin, "out/time/logit_wide/t": t, "out/time/logit_wide/r": r}
     np.savez(tmp_path / "other.npz", config=np.array(json.dumps(config)), **arrays)
     return tmp_path
