@@ -39,7 +39,7 @@ def rows_of(config):
     """Return a batch with all that the methods read."""
     rng = np.random.RandomState(0)
     tokens = (config.model.input_size // config.model.patch_size) ** 2
-    more = {"features": rng.randn(16, tokens, sum(config.model.repa_dims))} if config.model.repa_dims else {}
+    more = {"features": rng.randn(16, tokens, sum(config.model.repa_dims))} if config.method.name == "flow" else {}
     return {"image": rng.randn(16, 8, 8, 1), "label": rng.randint(0, 10, 16)} | more
 
 

@@ -4,6 +4,7 @@ import functools
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from configs import digits
@@ -11,11 +12,11 @@ from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.step import build_net
 
-SIZES = {"depth": 1, "width": 16, "num_heads": 2, "dmf_depth": 1, "projector_dim": 8, "repa_depth": 1}
-FLOW = {"name": "dit", "interval_embedder": False}
+SIZES = {"depth": 1, "width": 16, "num_heads": 2}
+FLOW, MAP = {"name": "dit", "interval_embedder": False}, {"name": "dmf_dit", "dmf_depth": 1}
 NETWORKS = {
-    "meanflow": {}, "flow": FLOW, "repa": FLOW | {"repa_dims": (3,)}, "map": {"name": "dmf_dit"},
-    "normed_map": {"name": "dmf_dit", "qk_norm": True}, "longer": FLOW | {"mlp_ratio": 2.0},
+    "meanflow": {}, "flow": FLOW, "map": MAP, "normed_map": MAP | {"qk_norm": True},
+    "repa": FLOW | {"repa_dims": (3,), "repa_depth": 1, "projector_dim": 8}, "longer": FLOW | {"mlp_ratio": 2.0},
 }  # fmt: skip
 
 
@@ -154,8 +155,7 @@ def test_a_truncated_or_missing_file_is_named(net_and_weights, tmp_path):
 @functools.cache
 def fresh_network(name):
     """Return a fresh one of `NETWORKS`, its parameters, and its canonical weights."""
-    config = digits.get_config()
-    config.model.update(SIZES | NETWORKS[name])
+    config = tiny.of_network(SIZES | NETWORKS[name])
     net = build_net(config)
     params = dict(net.named_parameters())
     return net, params, weights.to_canonical(net, params)
