@@ -113,8 +113,8 @@ OTHER_SIZES = {
 @pytest.mark.parametrize("option", OTHER_SIZES)
 def test_the_option_that_makes_weights_not_fit_is_named(net_and_weights, option):
     value, message = OTHER_SIZES[option]
-    config = digits.get_config()
-    config.model.update({"depth": 2, "width": 16, "num_heads": 2} | {option: value})
+    sizes = {} if option == "name" else {"depth": 2, "width": 16, "num_heads": 2}
+    config = tiny.of_network(sizes | {option: value})
     net = build_net(config)
     given = weights.to_canonical(net, dict(net.named_parameters()))
     with pytest.raises(UserError, match=message):
