@@ -58,7 +58,7 @@ class Framework:
 
 
 def sampler(weights, noise, y, c, fresh):
-    return np.tanh(weights * noise * c.omega)
+    return np.tanh(weights * noise * c.cfg_scale)
 
 
 @pytest.fixture
@@ -66,7 +66,7 @@ def config(tmp_path):
     """Return a config of which 20 samples in batches of 6 are compared with a reference of two features."""
     references.write(tmp_path / "real.npz", REFERENCE)
     config = digits.get_config()
-    config.sample.update(batch_size=6, omega=1.0)
+    config.sample.update(batch_size=6, cfg_scale=1.0)
     config.evaluation.update(
         num_samples=NUM, metrics=("fid", "is", "kid", "pr"), reference=str(tmp_path / "real.npz"), inception="w"
     )
@@ -104,7 +104,7 @@ def test_each_model_is_measured_anew(config, framework):
 
 def test_samples_are_of_the_guidance_asked_for(config, framework):
     one, guided = image_metrics.ImageMetrics(config, framework.networks()), config.copy_and_resolve_references()
-    guided.sample.omega = 2.0
+    guided.sample.cfg_scale = 2.0
     assert one(guided, sampler, 1.0)[0] == one(config, sampler, 2.0)[0] != one(config, sampler, 1.0)[0]
 
 
