@@ -17,7 +17,7 @@ SIZES = {
 OWN = {"dmf_dit": {"dmf_depth": 1}, "imf_dit": {"head_depth": 1}}  # options of one network alone
 FLOW = {"name": "dit", "interval_embedder": False}
 REPA = FLOW | {"repa_dims": (6, 7), "repa_depth": 1, "projector_dim": 8}
-ROWS = common.Rows(groups=1, flow=0, rest=2)
+ROWS = common.Rows(groups=1, flow=0, jvp=2)
 
 
 def fresh(**changes):
