@@ -1,10 +1,10 @@
-"""Features of clean images from a frozen DINOv2, which REPA draws a network's own features to.
+"""Features of clean images from a frozen DINOv2, with which REPA aligns the features of a network.
 
 Source: arXiv:2410.06940; official repository sihyun-yu/REPA, utils.py (load_encoders) and train.py
 (preprocess_raw_image).  Only PyTorch has these networks, so both trainers use this module.
 
-Departs from the source: runs in float32, where the official trainer lets the encoder run in its mixed precision; any
-number of tokens, where the official code has 256 or, for images of 512 pixels, 1024.
+Departs from the source: runs in float32, where the official trainer uses mixed precision; any number of tokens, where
+the official code has 256 or, for images of 512 pixels, 1024.
 """
 
 import math
@@ -16,16 +16,16 @@ from safetensors import SafetensorError
 from meanflow.errors import UserError
 
 MODEL_TYPES = ("dinov2", "dinov2_with_registers")
-# Of the RGB values in [0, 1] of ImageNet, which DINOv2 was trained with.
+# Statistics of ImageNet's RGB values in [0, 1], which DINOv2 was trained with.
 MEAN = (0.485, 0.456, 0.406)
 STD = (0.229, 0.224, 0.225)
 
 
 class Encoder:
-    """A frozen DINOv2: from images to the features of one patch for each token; made by `load`."""
+    """A frozen DINOv2 that returns the features of one image patch per token; made by `load`."""
 
     def __init__(self, model: Any, grid: int):
-        """model: a DINOv2 of transformers, which becomes the encoder's own.  grid: tokens of a row, and of a column."""
+        """model: a DINOv2 of transformers, modified in place.  grid: tokens per row and per column."""
         _resample_positions(model.embeddings, grid)
         self.model = model.eval().requires_grad_(False)
         self._side = grid * model.config.patch_size
@@ -51,10 +51,10 @@ def load(name_or_path: str, grid: int, width: int) -> Encoder:
     """Return a frozen DINOv2, on the current GPU if there is one.
 
     name_or_path: a directory as transformers saves it, or a name on the Hugging Face hub: `facebook/dinov2-base`.
-    grid: tokens of a row of the network that is trained; images are resized so that each has a patch of its own.
+    grid: tokens per row of the network being trained; images are resized so that each token has one patch.
     width: of the features, config.model.repa_dims.
-    Raises UserError: transformers not installed; the model not found, not readable, incomplete, no DINOv2 or not of
-        this width.
+    Raises UserError: transformers not installed; the model not found, not readable, incomplete, not a DINOv2 or of
+        another width.
     """
     model = load_model(name_or_path, f"encoder {name_or_path!r} (config.data.encoder)", width)
     return Encoder(model, grid)
@@ -63,7 +63,7 @@ def load(name_or_path: str, grid: int, width: int) -> Encoder:
 def load_model(name_or_path: str, where: str, width: int | None = None) -> Any:
     """Return a frozen DINOv2 of transformers, on the current GPU if there is one.
 
-    where: what messages call it.  width: of its features; None: any.  The rest and errors as of `load`.
+    where: its name in messages.  width: of its features; None: any.  Other arguments and errors as in `load`.
     """
     import torch
 
@@ -78,16 +78,21 @@ def load_model(name_or_path: str, where: str, width: int | None = None) -> Any:
     _check(config, where, width)
     options = {"config": config, "dtype": torch.float32, "output_loading_info": True}
     model, report = _read(where, transformers.AutoModel, name_or_path, **options)
-    if report["missing_keys"]:  # which transformers would leave at random values
+    if report["missing_keys"]:  # transformers would leave them at random values
         raise UserError(f"{where} lacks {', '.join(sorted(report['missing_keys']))}: give a complete copy")
     return model.to("cuda" if torch.cuda.is_available() else "cpu").eval().requires_grad_(False)
 
 
 def _read(where: str, kind: Any, name_or_path: str, **options: Any) -> Any:
-    """Return what an Auto class of transformers reads.  Raises UserError if it cannot."""
+    """Return what an Auto class of transformers reads.  Raises UserError if it cannot read it."""
     try:
         return kind.from_pretrained(name_or_path, **options)
-    except (OSError, ValueError, RuntimeError, SafetensorError) as error:  # not there, malformed, of other shapes, torn
+    except (
+        OSError,
+        ValueError,
+        RuntimeError,
+        SafetensorError,
+    ) as error:  # missing, malformed, of other shapes, truncated
         reason = " ".join(str(error).split())
         raise UserError(
             f"cannot load {where}: {reason}  Give a directory that transformers has saved, or a name on the Hugging "
@@ -96,7 +101,7 @@ def _read(where: str, kind: Any, name_or_path: str, **options: Any) -> Any:
 
 
 def _check(config: Any, where: str, width: int | None) -> None:
-    """Raise UserError if a model's config is of no DINOv2 or of another width."""
+    """Raise UserError if a model's config is not of a DINOv2 or has another width."""
     if config.model_type not in MODEL_TYPES:
         raise UserError(f"{where} is a {config.model_type}; give one of {' or '.join(MODEL_TYPES)}")
     if width is not None and config.hidden_size != width:
@@ -107,9 +112,9 @@ def _check(config: Any, where: str, width: int | None) -> None:
 
 
 def _resample_positions(embeddings: Any, grid: int) -> None:
-    """Bring the position embeddings [1 1+m^2 d] to a grid of its own, as timm's resample_abs_pos_embed does.
+    """Resample the position embeddings [1 1+m^2 d] to another grid, as timm's resample_abs_pos_embed does.
 
-    Left to itself, transformers resamples those of a DINOv2 without registers with no low-pass filter.
+    transformers itself resamples those of a DINOv2 without registers, but without a low-pass filter.
     """
     import torch
     from torch.nn import functional as F

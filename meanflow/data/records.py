@@ -1,12 +1,12 @@
-"""Writes a dataset of ArrayRecord shards in TFDS's layout, by any number of processes, each of which may be killed.
+"""Writes datasets of ArrayRecord shards in TFDS's layout, by any number of processes, any of which may be killed.
 
-    DIRECTORY/settings.json     what the records depend on, once the first process has started
-    DIRECTORY/NAME-SPLIT.array_record-00000-of-00010 ...     shards, each whole from the moment it is there
-    DIRECTORY/metadata.json, dataset_info.json, features.json     once all shards are there
-    DIRECTORY/.NAME-SPLIT.notes/00000.json ...     notes on shards, for the metadata; gone once these are there
+    DIRECTORY/settings.json     what the records depend on, written by the first process
+    DIRECTORY/NAME-SPLIT.array_record-00000-of-00010 ...     shards; one that exists is complete
+    DIRECTORY/metadata.json, dataset_info.json, features.json     written once all shards exist
+    DIRECTORY/.NAME-SPLIT.notes/00000.json ...     notes on shards, from which the metadata are made; then removed
 
-`sources.open_source(DIRECTORY, SPLIT, "")` reads it, as does TFDS.  If a process is killed, do the same again: only
-the shard that it was writing is redone.
+`sources.open_source(DIRECTORY, SPLIT, "")` and TFDS read it.  If a process is killed, repeat the call: only the shard
+that it was writing is redone.
 """
 
 import contextlib
@@ -28,11 +28,11 @@ from meanflow.errors import UserError
 
 METADATA = "metadata.json"
 VERSION = "1.0.0"
-OPTIONS = "group_size:1"  # as TFDS writes them: each record can be read alone
+OPTIONS = "group_size:1"  # as TFDS does: records can be read one by one
 
 
 class Layout(NamedTuple):
-    """The files of a dataset with one split."""
+    """The files of a dataset, which has one split."""
 
     directory: pathlib.Path
     name: str  # of the dataset: lower case, digits and underscores
@@ -49,24 +49,24 @@ class Layout(NamedTuple):
         return self.directory / f".{self.name}-{self.split}.notes" / f"{number:05}.json"
 
     def missing(self) -> list[int]:
-        """Return the numbers of the shards that are not there."""
+        """Return the numbers of the shards that do not exist."""
         return [number for number in range(self.num_shards) if not self.shard(number).exists()]
 
 
 def split_into_shards(num_records: int, shard_size: int) -> list[range]:
-    """Return the indices of the records of each shard, `shard_size` but for the last one."""
+    """Return the record indices of each shard: `shard_size` of them, fewer in the last shard."""
     return [range(start, min(start + shard_size, num_records)) for start in range(0, num_records, shard_size)]
 
 
 def own_shards(layout: Layout, process: int, num_processes: int) -> list[int]:
-    """Return the numbers of the missing shards that process `process` of `num_processes` is to write."""
+    """Return the numbers of the missing shards that process `process` of `num_processes` should write."""
     return [number for number in layout.missing() if number % num_processes == process]
 
 
 def begin(layout: Layout, settings: Mapping[str, Any]) -> None:
-    """Make the directory and keep in it what the records depend on (JSON values), or compare with what is there.
+    """Make the directory and store what the records depend on (JSON values), or compare with what is stored there.
 
-    Raises UserError naming the settings that differ, for a directory of other files, or one that cannot be written.
+    Raises UserError naming the settings that differ, for a directory with other files, or one that cannot be written.
     """
     settings = json.loads(json.dumps({**settings, "num_shards": layout.num_shards}))
     path = layout.directory / SETTINGS
@@ -96,12 +96,12 @@ def write(
     num_processes: int = 1,
     metadata: Any = None,
 ) -> list[int]:
-    """Write this process's missing shards, and, once there are all shards, what makes them a dataset.
+    """Write this process's missing shards and, once all shards exist, the files that make them a dataset.
 
-    Call `begin` first.  records: from the number of a shard to its records; the same in whichever process.
-    metadata: JSON value, kept beside the shards, or a function without arguments that returns it once all shards are
-    there.  Returns the numbers of the shards that others have still to write: nobody waits for them, the process that
-    ends last completes the dataset, and if it was killed, any that comes after.
+    Call `begin` first.  records: from the number of a shard to its records; the same in every process.
+    metadata: JSON value, stored with the shards, or a function without arguments that returns it once all shards exist.
+    Returns the numbers of the shards that others have yet to write: no process waits for them, the last one to finish
+    completes the dataset, or, if it was killed, any later one.
     Raises UserError for a directory that cannot be written, or if all shards are empty.
     """
     for number in own_shards(layout, process, num_processes):
@@ -111,13 +111,15 @@ def write(
     if not missing:
         if not (layout.directory / FEATURES).exists():
             _complete(layout, metadata)
-        for path in layout.directory.glob(f".{layout.name}-{layout.split}.*"):  # notes, and of processes killed
+        for path in layout.directory.glob(
+            f".{layout.name}-{layout.split}.*"
+        ):  # notes, and leftovers of killed processes
             shutil.rmtree(path, ignore_errors=True)
     return missing
 
 
 def announce(directory: str, missing: list[int]) -> None:
-    """Say what `write` returned: print the directory of a whole dataset, or log what is missing of it."""
+    """Report what `write` returned: print the directory of a complete dataset, or log which shards are missing."""
     if missing:
         logging.info(
             "%s misses %d shards, the first is %d.  Processes still at work write them; if none is, run the command "
@@ -128,9 +130,9 @@ def announce(directory: str, missing: list[int]) -> None:
 
 
 def keep_note(layout: Layout, number: int, note: Any) -> None:
-    """Keep a JSON value on a shard until the dataset is complete.
+    """Store a JSON value about a shard until the dataset is complete.
 
-    Call it as the last thing that the iterator of the shard's records does: a shard that is there then has its note.
+    Call it at the very end of the iterator of the shard's records, so that every existing shard has its note.
     Raises UserError for a directory that cannot be written.
     """
     path = layout.note(number)
@@ -145,7 +147,7 @@ def keep_note(layout: Layout, number: int, note: Any) -> None:
 
 
 def read_notes(layout: Layout) -> list[Any]:
-    """Return the notes on all shards, in their order.  Raises UserError naming a shard whose note is not there."""
+    """Return the notes on all shards, in order.  Raises UserError naming a shard without a note."""
     notes = []
     for number in range(layout.num_shards):
         try:
@@ -158,7 +160,7 @@ def read_notes(layout: Layout) -> list[Any]:
 
 
 def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any]]) -> int:
-    """Write a shard under a name of its own, and rename it when it is whole.  Returns the number of its records."""
+    """Write a shard under a temporary name and rename it when complete.  Returns the number of its records."""
     from tensorflow_datasets.core import example_serializer  # slow to import, and only needed to write
 
     features = _tfds_features(layout)
@@ -171,18 +173,20 @@ def _write_shard(layout: Layout, number: int, records: Iterable[Mapping[str, Any
         for record in records:
             example = serializer.get_tf_example(features.encode_example(record))
             with _writing(layout.directory):
-                writer.write(example.SerializeToString(deterministic=True))  # as features.serialize_example is not
+                writer.write(
+                    example.SerializeToString(deterministic=True)
+                )  # features.serialize_example is not deterministic
             count += 1
         with _writing(layout.directory):
             writer.close()
-            with open(path, "rb") as file:  # on the disk before it is there by name, should the machine stop
+            with open(path, "rb") as file:  # on disk before it has its name, in case the machine stops
                 os.fsync(file.fileno())
             path.replace(final)
     return count
 
 
 def _complete(layout: Layout, metadata: Any) -> None:
-    """Write the metadata, features.json last: with it the directory is a dataset."""
+    """Write the metadata, features.json last: it makes the directory a dataset."""
     shards = [layout.shard(number) for number in range(layout.num_shards)]
     lengths = [_num_records(shard) for shard in shards]
     if not any(lengths):
@@ -190,7 +194,7 @@ def _complete(layout: Layout, metadata: Any) -> None:
     try:
         content = metadata() if callable(metadata) else metadata
     except UserError:
-        if (layout.directory / FEATURES).exists():  # another process was faster, and has cleared the notes away
+        if (layout.directory / FEATURES).exists():  # another process was faster and has removed the notes
             return
         raise
     import tensorflow_datasets as tfds
@@ -228,7 +232,7 @@ def _num_records(shard: pathlib.Path) -> int:
 
 
 def _tfds_features(layout: Layout) -> Any:
-    """Return the features of a dataset as TFDS has them."""
+    """Return the features of a dataset as TFDS represents them."""
     from tensorflow_datasets import features
 
     makers = {
@@ -241,7 +245,7 @@ def _tfds_features(layout: Layout) -> Any:
 
 
 def _create(path: pathlib.Path, text: str) -> None:
-    """Write a file, whole at once, unless it is there already; of several processes the first one does."""
+    """Write a file atomically unless it exists; among several processes the first one writes it."""
     unfinished = path.with_name(f".{path.name}.{uuid.uuid4().hex}")
     unfinished.write_text(text)
     try:
@@ -256,7 +260,7 @@ def _create(path: pathlib.Path, text: str) -> None:
 
 @contextlib.contextmanager
 def _unfinished(layout: Layout, name: str) -> Iterator[pathlib.Path]:
-    """Make a directory, hidden beside the shards, for what is not whole yet; it goes in the end, with what is left."""
+    """Make a hidden directory next to the shards for unfinished files; it is removed at the end with its content."""
     with _writing(layout.directory):
         unfinished = tempfile.TemporaryDirectory(prefix=f".{name}.", dir=layout.directory)
     with unfinished as path:
@@ -265,7 +269,7 @@ def _unfinished(layout: Layout, name: str) -> Iterator[pathlib.Path]:
 
 @contextlib.contextmanager
 def _writing(directory: pathlib.Path) -> Iterator[None]:
-    """Turn an error of the disk into one that the user can mend; ArrayRecord raises RuntimeError for it."""
+    """Turn disk errors into UserError; ArrayRecord raises RuntimeError for them."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -1,4 +1,4 @@
-"""The handwritten digits that come inside scikit-learn: a real dataset which needs no network."""
+"""The handwritten digits that come with scikit-learn: a real dataset that needs no download."""
 
 from collections.abc import Iterator
 from typing import ClassVar
@@ -7,7 +7,7 @@ import numpy as np
 import tensorflow_datasets as tfds
 
 NUM_TRAIN = 1397
-MAX_INK = 16  # scikit-learn stores the number of inked pixels in each 4x4 cell
+MAX_INK = 16  # values are the number of inked pixels in each 4x4 cell
 
 
 class Digits(tfds.core.GeneratorBasedBuilder):
@@ -16,7 +16,7 @@ class Digits(tfds.core.GeneratorBasedBuilder):
     Features: image uint8 [8 8 1] in [0, 255]; label int in [0, 10).
     Source: sklearn.datasets.load_digits, which is the test part of
     https://archive.ics.uci.edu/dataset/80/optical+recognition+of+handwritten+digits.
-    Departs from the source: values 0..16 are scaled to 0..255 and rounded; the split is our own, and fixed.
+    Departs from the source: values 0..16 are scaled to 0..255 and rounded; the split is ours, and fixed.
     """
 
     VERSION = tfds.core.Version("1.0.0")
@@ -35,11 +35,11 @@ class Digits(tfds.core.GeneratorBasedBuilder):
         )
 
     def _split_generators(self, dl_manager: tfds.download.DownloadManager) -> dict[str, Iterator]:
-        from sklearn import datasets  # slow to import, and needed only where the dataset is first prepared
+        from sklearn import datasets  # slow to import, and only needed to prepare the dataset
 
         images, labels = datasets.load_digits(return_X_y=True)
         images = np.rint(images * (255 / MAX_INK)).astype(np.uint8).reshape(-1, 8, 8, 1)
-        # RandomState, not a Generator: its stream is frozen, so that the split is the same under every numpy.
+        # RandomState instead of a Generator: its stream is frozen, so the split is the same in every NumPy version.
         order = np.random.RandomState(0).permutation(len(images))
         return {
             "train": self._generate_examples(images, labels, order[:NUM_TRAIN]),

@@ -1,4 +1,4 @@
-"""The list of images that a dataset is made of, kept while it is made: those removed on the way are left out."""
+"""The list of images of a dataset, stored while the dataset is written: images removed meanwhile are left out."""
 
 import gzip
 import json
@@ -13,11 +13,11 @@ from absl import logging
 from meanflow.data.images.pictures import BrokenImageError, FilePictures, Pictures
 from meanflow.errors import UserError
 
-PREFIX, SUFFIX = "images-", ".json.gz"  # of the file; between them the digest of the list
+PREFIX, SUFFIX = "images-", ".json.gz"  # of the file name, with the digest of the list between them
 
 
 class GoneImageError(BrokenImageError):
-    """An image that was removed since the dataset was begun."""
+    """An image that was removed after the dataset was started."""
 
 
 class ListedPictures(Pictures):
@@ -42,9 +42,10 @@ class ListedPictures(Pictures):
 
 
 def recall(directory: pathlib.Path, pictures: Pictures) -> Pictures:
-    """Return the images of the list that `keep` has left in a directory; without one, `pictures`.
+    """Return the images on the list that `keep` stored in a directory; `pictures` if there is none.
 
-    Raises UserError if `pictures` has images that are not on it, or have another label there, or if it is damaged.
+    Raises UserError if `pictures` has images that are not on the list or have another label there, or if the list is
+    damaged.
     """
     path = next(iter(sorted(directory.glob(f"{PREFIX}*{SUFFIX}"))), None)
     if path is None or path == _path(directory, pictures):
@@ -72,7 +73,7 @@ def recall(directory: pathlib.Path, pictures: Pictures) -> Pictures:
 
 
 def keep(directory: pathlib.Path, pictures: Pictures) -> None:
-    """Keep the list of the images of a folder or zip in a directory, atomically, unless there is one.
+    """Store the list of the images of a folder or zip in a directory, atomically, unless it is there.
 
     Raises UserError if it cannot be written.
     """

@@ -77,16 +77,16 @@ def _find_builder(name: str, directory: str, remedy: str = "") -> tfds.core.Data
             f"no dataset {name!r} (config.data.name): {hint}  A builder of your own is known once the config file "
             f"imports its module.{remedy}"
         ) from error
-    except (ValueError, AssertionError) as error:  # TFDS's own words on a malformed name, a wrong config or version
+    except (ValueError, AssertionError) as error:  # raised by TFDS for a malformed name, a wrong config or version
         if os.sep in name and not name.partition(os.sep)[0].isidentifier():
             raise UserError(f"{name} (config.data.name) is not the directory of a dataset.{remedy}") from error
         raise UserError(f"cannot open dataset {name!r} (config.data.name): {error}") from error
 
 
 def _prepare(name: str, directory: str, root: pathlib.Path) -> tfds.core.DatasetBuilder:
-    """Write the dataset below `root` unless another process is faster; return a builder that sees it."""
+    """Write the dataset below `root` unless another process does; return a builder of the prepared dataset."""
     try:
-        # TFDS reports on stdout, which belongs to the results of a command.
+        # TFDS writes to stdout, which is reserved for the results of a command.
         with _lock(root, name), contextlib.redirect_stdout(sys.stderr):
             builder = _find_builder(name, directory)
             if not builder.data_path.exists():
@@ -94,14 +94,14 @@ def _prepare(name: str, directory: str, root: pathlib.Path) -> tfds.core.Dataset
     except OSError as error:
         raise UserError(f"cannot prepare dataset {name!r} in {root}: {error}.  {_way_out(error)}") from error
     except (AssertionError, util.DownloadError, download_manager.NonMatchingChecksumError) as error:
-        # AssertionError is how TFDS asks for files that must be fetched by hand (ImageNet, for one).
+        # TFDS raises AssertionError for files that must be fetched by hand (ImageNet, for example).
         raise UserError(f"cannot download dataset {name!r}: {error}") from error
     return _find_builder(name, directory)
 
 
 @contextlib.contextmanager
 def _lock(root: pathlib.Path, name: str) -> Iterator[None]:
-    """Hold the one lock of this dataset on this machine; the kernel releases it if the holder dies."""
+    """Hold the lock of this dataset on this machine; the kernel releases it if the holder dies."""
     root.mkdir(parents=True, exist_ok=True)
     with open(root / f".{name.replace('/', '_')}.lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
