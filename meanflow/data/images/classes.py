@@ -1,4 +1,4 @@
-"""Labels of files by the folders at the top of a folder or .zip: which of these are classes, and in which order."""
+"""Labels from the top-level folders of a folder or .zip: which of them are classes, and in which order."""
 
 import collections
 import itertools
@@ -14,20 +14,30 @@ SPLITS = (
     "dev", "devset", "eval", "evaluation", "holdout", "test", "testing", "testset", "train", "training", "trainset",
     "trainval", "unlabeled", "unlabelled", "val", "valid", "validation", "valset",
 )  # fmt: skip
-WRAPPERS = ("data", "dataset", "full", "image", "images", "img", "imgs", "set", "split")  # words that name no class
-BUCKET = re.compile(r"(\d{5})/img(\d{8})\.\w+")  # EDM's name of a file, of which a folder has a thousand
+WRAPPERS = (
+    "data",
+    "dataset",
+    "full",
+    "image",
+    "images",
+    "img",
+    "imgs",
+    "set",
+    "split",
+)  # words that do not name a class
+BUCKET = re.compile(r"(\d{5})/img(\d{8})\.\w+")  # EDM's file names, a thousand per folder
 NUMBER = re.compile("[+-]?[0-9]+")
-PARTS = 10  # folders: classes are more, parts of a dataset fewer, where all have the same folders
-SHOWN = 5  # classes whose labels are logged
-Tree = Mapping[str, set[str]]  # folder: the folders in it that hold files, "" for files of its own
+PARTS = 10  # folders: if all contain the same folders, more than this are classes, fewer are parts of a dataset
+SHOWN = 5  # number of classes whose labels are logged
+Tree = Mapping[str, set[str]]  # folder: its subfolders that contain files, "" for its own files
 
 
 def labels_by_folder(names: Sequence[str], tops: set[str], where: str) -> tuple[list[int], list[str]]:
-    """Return labels by the folders at the top, and the names of these; no folders: 0 for all, and a note is logged.
+    """Return labels by top-level folder, and the names of these; without folders all labels are 0, which is logged.
 
-    Folders whose names are all whole numbers are ordered by value, others by name, as torchvision's ImageFolder does.
-    Raises UserError for files both within and beside such folders, a folder without any, folders that are splits or
-    hold the classes, and for numbers whose order is not clear.
+    Folders whose names are all whole numbers are ordered by value, others by name, as in torchvision's ImageFolder.
+    Raises UserError for files both inside and outside such folders, a folder without files, folders that are splits or
+    that contain the classes, and for numbers in an ambiguous order.
     """
     beside = [name for name in names if "/" not in name]
     if beside and len(beside) < len(names):
@@ -55,7 +65,7 @@ def labels_by_folder(names: Sequence[str], tops: set[str], where: str) -> tuple[
 
 
 def in_order(folders: Collection[str], where: str) -> list[str]:
-    """Return class folders in the order of their labels.  Raises UserError for numbers whose order is not clear."""
+    """Return class folders in the order of their labels.  Raises UserError for numbers in an ambiguous order."""
     numbers = {name: int(name) for name in folders if NUMBER.fullmatch(name)}
     by_value = sorted(numbers, key=lambda name: (numbers[name], name))
     for name, following in itertools.pairwise(by_value):
@@ -91,7 +101,7 @@ def in_order(folders: Collection[str], where: str) -> list[str]:
 
 
 def _check_folders(names: Sequence[str], where: str) -> None:
-    """Raise UserError, naming the folder to give, unless the folders at the top may be the classes."""
+    """Raise UserError naming the right folder unless the top-level folders can be the classes."""
     inside, tree = _holder(names)
     split = _split(tree)
     if split:
@@ -112,7 +122,7 @@ def _check_folders(names: Sequence[str], where: str) -> None:
 
 
 def _holder(names: Sequence[str]) -> tuple[str, Tree]:
-    """Return the path of the first folder that holds more than one other, and what it holds; "" for the top."""
+    """Return the path of the first folder that contains several, "" for the top, and its content."""
     inside, tree = "", _tree(names)
     while len(tree) == 1:
         (only,) = tree
@@ -132,7 +142,7 @@ def _tree(names: Sequence[str]) -> Tree:
 
 
 def _split(tree: Tree) -> str | None:
-    """Return a folder that is no class but holds classes, or files of all; None if there is none."""
+    """Return a folder that is not a class but contains classes, or files of several; None if there is none."""
     words = {top: _words(top) for top in tree}
     splits = [top for top in words if words[top] - set(WRAPPERS) and words[top] <= {*SPLITS, *WRAPPERS}]
     named = [words[top] & set(SPLITS) for top in tree]
@@ -155,5 +165,5 @@ def _words(name: str) -> set[str]:
 
 
 def _first(folders: Collection[str]) -> str:
-    """Return the folder to propose: one to train on, if there is one."""
+    """Return the folder to suggest: one to train on, if there is one."""
     return min(folders, key=lambda name: ("train" not in name.casefold(), name))

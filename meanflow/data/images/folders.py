@@ -1,4 +1,4 @@
-"""The files of a folder or .zip, and the labels that a list among them gives."""
+"""The files of a folder or .zip, and the labels in an index file among them."""
 
 import contextlib
 import os
@@ -14,12 +14,12 @@ from absl import logging
 from meanflow.data import label_files
 from meanflow.errors import UserError
 
-# What operating systems add to zips and disks; @eaDir of Synology's holds thumbnails.
+# Added to zips and disks by operating systems; Synology's @eaDir contains thumbnails.
 IGNORED = ("__MACOSX", "@eaDir", "$RECYCLE.BIN", "System Volume Information", "lost+found")
 ARCHIVES = ("7z", "bz2", "gz", "rar", "tar", "tgz", "zip")
 COMPRESSIONS = (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)
 ENCRYPTED, UTF8 = 0x1, 0x800  # flags of a zip's entry
-# What a file of a zip can raise that is cut off or altered.
+# Errors from reading a truncated or corrupt file in a zip.
 DAMAGED = (EOFError, NotImplementedError, RuntimeError, zipfile.BadZipFile, zlib.error)
 Listing = tuple[list[str], set[str]]
 
@@ -31,10 +31,10 @@ class Folder:
         self.path = path
 
     def list(self) -> Listing:
-        """Return the paths of all files, with /, and the names of the folders at the top; hidden ones are left out.
+        """Return the paths of all files, with /, and the names of the top-level folders, without hidden ones.
 
-        Links are followed, each folder once: those that lead back to a folder around them are left out with a warning.
-        Raises UserError for links that lead nowhere, or that put a folder below two folders at the top.
+        Links are followed, each folder once: links to a folder around them are left out with a warning.
+        Raises UserError for broken links, and for links that put a folder below two top-level folders.
         """
         names, folders, links = _walk(self.path, "")
         seen = _Seen(self.path)
@@ -57,21 +57,21 @@ class Folder:
 
 
 class Zip:
-    """The files of a zip; each process opens it for itself, its threads share that."""
+    """The files of a zip; each process opens it once, for all its threads."""
 
     def __init__(self, path: str):
-        """Raises UserError unless there is a zip whose files can be read."""
+        """Raises UserError unless this is a zip with readable files."""
         self.path = path
         self._lock, self._opened = threading.Lock(), (0, None)
         self._open()
 
     def list(self) -> Listing:
-        """Return the paths of all files, with /, and the names of the folders at the top; hidden ones are left out."""
+        """Return the paths of all files, with /, and the names of the top-level folders, without hidden ones."""
         paths = list(self._open()[1])
         return [p for p in paths if not p.endswith("/")], {path.split("/")[0] for path in paths if "/" in path}
 
     def read(self, name: str) -> bytes:
-        """Return the bytes of a file.  Raises KeyError if it is not there."""
+        """Return the bytes of a file.  Raises KeyError if there is none of this name."""
         file, entries = self._open()
         return file.read(entries[name])
 
@@ -79,11 +79,13 @@ class Zip:
         """Return the zip and its entries by path."""
         with self._lock:
             process, opened = self._opened
-            if opened is None or process != os.getpid():  # a fork would share its place in the file
+            if opened is None or process != os.getpid():  # a fork would share the position in the file
                 try:
                     file = zipfile.ZipFile(self.path)
                 except (OSError, zipfile.BadZipFile, NotImplementedError) as error:
-                    raise UserError(f"cannot open {self.path} as a zip: {error}.  Give a folder, or mend it") from error
+                    raise UserError(
+                        f"cannot open {self.path} as a zip: {error}.  Give a folder, or repair it"
+                    ) from error
                 opened = file, _entries(file, self.path)
                 self._opened = os.getpid(), opened
             return opened
@@ -111,7 +113,7 @@ def read_index(files: Folder | Zip) -> dict[str, int] | None:
 
 
 def plain_path(name: str) -> str:
-    """Return a path with / only, without . or a / at its start; a / at its end stays."""
+    """Return a path with / as separator, without . parts and leading /; a trailing / stays."""
     name = name.replace("\\", "/")
     path = "/".join(part for part in name.split("/") if part not in ("", "."))
     return path + "/" if path and name.endswith("/") else path
@@ -133,7 +135,7 @@ def with_suffix(names: Iterable[str], suffixes: Sequence[str], where: str) -> li
 
 
 def labels_of(names: Sequence[str], known: Mapping[str, int], where: str) -> list[int]:
-    """Return the labels of files by name.  Raises UserError for a file without one, or one without its file."""
+    """Return the labels of files by name.  Raises UserError for a file without a label, or a label without a file."""
     unknown = [name for name in names if name not in known]
     if unknown:
         raise UserError(f"{where} has no label of {unknown[0]} ({len(unknown)} such files): add it, or remove the file")
@@ -143,17 +145,17 @@ def labels_of(names: Sequence[str], known: Mapping[str, int], where: str) -> lis
 
 
 def is_hidden(name: str) -> bool:
-    """Return whether a file or folder is no part of the data."""
+    """Return whether a file or folder is not part of the data."""
     return name.startswith(".") or name in IGNORED
 
 
 def _walk(root: str, start: str) -> tuple[list[str], list[str], list[str]]:
-    """Return the files and folders from root/start on, and the links to folders there, which are not followed.
+    """Return the files and folders below root/start, and the links to folders there, which are not followed.
 
-    All are paths within `root`; hidden ones are left out.  `start` is the first of the folders.
+    All are paths within `root`, without hidden ones.  `start` is the first of the folders.
     """
     names, folders, links = [], [start], []
-    for folder in folders:  # which grows on the way
+    for folder in folders:  # grows during the loop
         for entry in _scan(root, folder):
             if is_hidden(entry.name):
                 continue
@@ -178,8 +180,8 @@ def _scan(root: str, folder: str) -> Iterator[os.DirEntry[str]]:
 
 
 def _is_folder(entry: os.DirEntry[str]) -> bool:
-    """Return whether this is a folder or a link to one.  Raises UserError unless it is that or a file."""
-    with contextlib.suppress(OSError):  # a link in a circle
+    """Return whether this is a folder or a link to one, not a file.  Raises UserError for anything else."""
+    with contextlib.suppress(OSError):  # a circular link
         if entry.is_dir():
             return True
         if entry.is_file():
@@ -189,15 +191,15 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 
 class _Seen:
-    """The folders that a walk has listed, by their real paths."""
+    """The folders listed so far, by their real paths."""
 
     def __init__(self, root: str):
         self._root = root
         self._listed: dict[str, str] = {}  # real path: path within the root
-        self._around: dict[str, str] = {}  # real path of a folder around listed ones: path of one of these
+        self._around: dict[str, str] = {}  # real path of a folder around listed ones: path of one of them
 
     def add(self, start: str, folders: Iterable[str]) -> None:
-        """Add what `_walk` found from root/start on."""
+        """Add the folders that `_walk` found below root/start."""
         real = os.path.realpath(os.path.join(self._root, start))
         self._listed.update((os.path.normpath(f"{real}/{folder[len(start) :]}"), folder) for folder in folders)
         for parent in pathlib.Path(real).parents:
@@ -206,7 +208,7 @@ class _Seen:
     def leads_on(self, link: str) -> bool:
         """Return whether a link leads to folders not listed yet; logs a warning if it leads back.
 
-        Raises UserError if it leads to those of another folder at the top.
+        Raises UserError if it leads to folders of another top-level folder.
         """
         target = os.path.realpath(os.path.join(self._root, link))
         other = self._listed.get(target, self._around.get(target))
@@ -222,15 +224,15 @@ class _Seen:
 
 
 def _entries(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
-    """Return the entries of a zip by their plain path, without hidden ones; those of folders end in /.
+    """Return the entries of a zip by their plain path, without hidden ones; paths of folders end in /.
 
-    Raises UserError naming an entry that cannot be read as it is, or that is there twice.
+    Raises UserError naming an entry that cannot be read, or that occurs twice.
     """
     entries: dict[str, zipfile.ZipInfo] = {}
     for entry in file.infolist():
         name = entry.filename
         if not entry.flag_bits & UTF8 and not name.isascii():
-            with contextlib.suppress(UnicodeError):  # macOS writes UTF-8 and does not say so
+            with contextlib.suppress(UnicodeError):  # macOS writes UTF-8 without setting the flag
                 name = name.encode("cp437").decode()
         path = plain_path(name)
         if not path or any(is_hidden(part) and part != ".." for part in path.rstrip("/").split("/")):
@@ -245,7 +247,7 @@ def _entries(file: zipfile.ZipFile, where: str) -> dict[str, zipfile.ZipInfo]:
 
 
 def _problem(entry: zipfile.ZipInfo, path: str) -> str | None:
-    """Return why a file of a zip cannot be read, and the way out; None if it can."""
+    """Return why a file of a zip cannot be read, and how to fix it; None if it can be read."""
     if ".." in path.split("/"):
         return "has .. in its path: zip the files anew"
     if entry.flag_bits & ENCRYPTED:

@@ -1,8 +1,8 @@
-"""Raw images with labels: of a folder or .zip with a folder for each class, or of a TFDS dataset; and ADM's crop.
+"""Raw images with labels, from a folder or .zip with one folder per class or from a TFDS dataset; and ADM's crop.
 
-SOURCE/CLASS/.../NAME.jpg     classes in the order of their names, or by value if all are numbers: labels 0, 1, ...
-SOURCE/dataset.json           optional, as EDM2's: {"labels": [["NAME.png", 3], ...]}; these labels go before.  Null for
-                              labels: all are 0
+SOURCE/CLASS/.../NAME.jpg     classes by name, or by value if all are numbers: labels 0, 1, ...
+SOURCE/dataset.json           optional, as EDM2's: {"labels": [["NAME.png", 3], ...]}; these labels take precedence.
+                              With null for labels, all are 0
 """
 
 import abc
@@ -26,7 +26,7 @@ from meanflow.errors import UserError
 
 CROPS = ("centre", "none")
 SUFFIXES = ("bmp", "gif", "jfif", "jpe", "jpeg", "jpg", "png", "ppm", "tif", "tiff", "webp")
-# What an image that is cut off or altered can raise.
+# Errors from decoding a truncated or corrupt image.
 DAMAGED = (
     EOFError, LookupError, OSError, OverflowError, RuntimeError, SyntaxError, TypeError, ValueError, struct.error,
     zlib.error, PIL.Image.DecompressionBombError,
@@ -60,18 +60,18 @@ class Pictures(abc.ABC):
 
     @abc.abstractmethod
     def read(self, i: int) -> np.ndarray:
-        """Return image i, uint8 [h w 3]: RGB, of whatever it is stored as; transparency is dropped.
+        """Return image i, uint8 [h w 3]: converted to RGB, without transparency.
 
         Raises BrokenImageError naming it.
         """
 
     @abc.abstractmethod
     def digest(self) -> str:
-        """Return a short hash of the names and labels, or of what they follow from."""
+        """Return a short hash of the names and labels, or of what determines them."""
 
 
 class FilePictures(Pictures):
-    """The images of a folder or zip, decoded as ADM does: orientation tags are not followed."""
+    """The images of a folder or zip, decoded as ADM does: orientation tags are ignored."""
 
     def __init__(self, files: folders.Folder | folders.Zip, names: list[str], labels: list[int], classes: list[str]):
         """files: where they are read; names: their paths there."""
@@ -84,13 +84,13 @@ class FilePictures(Pictures):
         try:
             with PIL.Image.open(io.BytesIO(content)) as image:
                 if image.mode.startswith(("I", "F")):
-                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")  # Pillow would cut them off
+                    raise ValueError(f"mode {image.mode} has more than 8 bits a channel")  # Pillow would clip them
                 return np.array(image.convert("RGB"))
         except DAMAGED as error:
             raise BrokenImageError(f"cannot read the image {path} ({error}): replace or remove it") from error
 
     def _content(self, i: int) -> bytes:
-        """Return the bytes of a file.  A disk that fails is not a broken image: it raises another UserError."""
+        """Return the bytes of a file.  Raises BrokenImageError for a corrupt zip, UserError for a failing disk."""
         path = f"{self._files.path}/{self._names[i]}"
         try:
             return self._files.read(self._names[i])
@@ -106,7 +106,7 @@ class FilePictures(Pictures):
 
 
 class RecordPictures(Pictures):
-    """The images of a split of a TFDS dataset; they come decoded."""
+    """The images of a split of a TFDS dataset, which decodes them."""
 
     def __init__(self, source: sources.ImageSource, labels: Sequence[int], split: str):
         """labels: read without decoding the images."""
@@ -120,7 +120,7 @@ class RecordPictures(Pictures):
         return f"{self._split}/{i}"
 
     def read(self, i: int) -> np.ndarray:
-        """Return image i, uint8 [h w 3].  Raises UserError for one of other values than bytes."""
+        """Return image i, uint8 [h w 3].  Raises UserError unless it is stored as uint8 with 1, 3 or 4 channels."""
         record = self._source[i]
         if "image" not in record:
             raise UserError(f"{self.name(i)} holds latents, not an image: name the dataset of images that they are of")
@@ -139,9 +139,9 @@ class RecordPictures(Pictures):
 def open_pictures(source: str, split: str = "train", directory: str = "") -> Pictures:
     """Return the images of a source.
 
-    source: a folder or .zip, see the module; else what `sources.open_source` takes.
+    source: a folder or .zip, see the module; otherwise the name of a dataset for `sources.open_source`.
     split, directory: of a TFDS dataset, as there.
-    Raises UserError for a source that is not there or holds no images, labels that are damaged or incomplete, and as
+    Raises UserError for a source that does not exist or has no images, labels that are damaged or incomplete, and as
     `folders.Folder.list`, `folders.Zip`, `classes.labels_by_folder` and `sources.open_source`.
     """
     if is_folder(source) or pathlib.Path(source).is_file():
@@ -158,7 +158,7 @@ def open_pictures(source: str, split: str = "train", directory: str = "") -> Pic
 
 
 def is_folder(source: str) -> bool:
-    """Return whether this is a folder, other than one of a dataset."""
+    """Return whether this is a folder, but not that of a dataset."""
     known = (record_reader.SETTINGS, record_reader.FEATURES)
     return pathlib.Path(source).is_dir() and not any(pathlib.Path(source, name).is_file() for name in known)
 
@@ -199,8 +199,8 @@ def _labels(
 def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
     """Return the square in the middle, uint8 [size size 3], of an image uint8 [h w 3]; its smaller side becomes `size`.
 
-    Source: ADM, openai/guided-diffusion, image_datasets.py (center_crop_arr): halved by a box filter while the smaller
-    side is 2 size or more, then bicubic.
+    Source: ADM, openai/guided-diffusion, image_datasets.py (center_crop_arr): box filter by factors of 2 while the
+    smaller side is at least 2 size, then bicubic.
     """
     picture = PIL.Image.fromarray(image)
     while min(picture.size) >= 2 * size:
@@ -213,9 +213,9 @@ def centre_crop(image: np.ndarray, size: int) -> np.ndarray:
 
 
 def crop(image: np.ndarray, size: int, how: str, name: str) -> np.ndarray:
-    """Return an image uint8 [size size 3] by one of `CROPS`; `none` takes it as it is.
+    """Return an image cropped to uint8 [size size 3] by one of `CROPS`; `none` leaves it unchanged.
 
-    Raises UserError naming it if it is of another size then, or for another crop.
+    Raises UserError for an unknown crop and, with `none`, naming an image of another size.
     """
     if how not in CROPS:
         raise UserError(f"no crop {how!r}: choose one of {', '.join(CROPS)}")

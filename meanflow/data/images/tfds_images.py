@@ -14,7 +14,7 @@ import tensorflow_datasets as tfds
 from tensorflow_datasets.core.download import download_manager, util
 
 from meanflow import tensorflow_logging
-from meanflow.data.images import digits  # noqa: F401  TFDS knows a builder once its module is imported
+from meanflow.data.images import digits  # noqa: F401  importing the module registers its builder
 from meanflow.data.record_reader import FEATURES, FILE_FORMAT
 from meanflow.errors import UserError
 

@@ -1,10 +1,10 @@
-"""Reads the autoencoder of latents, as diffusers saves it, for both implementations.
+"""Reads the autoencoder of latents from diffusers' format, for both implementations.
 
     read("runs/sd-vae-ft-mse")             a directory with config.json and diffusion_pytorch_model.safetensors or .bin
     read("stabilityai/sd-vae-ft-mse")      a name on the Hugging Face hub
 
-Canonical names are those of diffusers' current state dict; the names of older files are brought to them.
-Source: diffusers, AutoencoderKL and its configuration.  Nothing that a file holds is ever executed.
+Canonical names are those of diffusers' current state dict; names in older files are converted.
+Source: diffusers, AutoencoderKL and its configuration.  Nothing in a file is ever executed.
 """
 
 import hashlib
@@ -20,9 +20,9 @@ from meanflow.weights import files as weight_files
 from meanflow.weights import sources
 
 CONFIG = "config.json"
-WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that is there
+WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that exists
 KIND = "AutoencoderKL"
-# What this project's network is, among the options of AutoencoderKL; those in `DEFAULTS` older files leave out.
+# The options of AutoencoderKL that this project's network has; older files omit those in `DEFAULTS`.
 DEFAULTS = {"use_quant_conv": True, "use_post_quant_conv": True, "mid_block_add_attention": True}
 BLOCKS = {"down_block_types": "DownEncoderBlock2D", "up_block_types": "UpDecoderBlock2D"}
 PIXELS = ("symmetric", "unit")
@@ -34,18 +34,18 @@ ATTENTION = re.compile(r"(en|de)coder\.mid_block\.attentions\.0\.to_(q|k|v|out\.
 
 
 class Files(NamedTuple):
-    """An autoencoder: what `models/vae.py` is built from."""
+    """The settings and weights from which `models/vae.py` builds an autoencoder."""
 
     settings: dict[str, Any]  # keyword arguments of AutoencoderKL there
     weights: dict[str, np.ndarray]  # float32, by canonical names
-    digest: str  # of settings and weights, 16 hexadecimal digits: the same autoencoder has the same in any file format
+    digest: str  # of settings and weights, 16 hexadecimal digits, independent of the file format
 
 
 def read(name_or_path: str) -> Files:
     """Read an autoencoder from a directory, or from the Hugging Face hub.
 
-    Raises UserError: nothing there, damaged or not readable, another kind of autoencoder; the hub out of reach or the
-    package huggingface_hub not installed.  Whether the names and shapes of the weights fit is for `from_canonical`.
+    Raises UserError: missing, damaged or unreadable files, another kind of autoencoder; the hub out of reach or the
+    package huggingface_hub not installed.  `from_canonical` checks the names and shapes of the weights.
     """
     config, weights = _locate(name_or_path)
     return of(_settings(config), _arrays(weights), str(weights))
@@ -57,7 +57,7 @@ def read_factor(name_or_path: str) -> int:
 
 
 def _locate(name_or_path: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Return where config and weights lie on this machine.  Raises UserError as `read`."""
+    """Return the local paths of config and weights.  Raises UserError as `read`."""
     directory = pathlib.Path(name_or_path)
     if directory.is_dir():
         return directory / CONFIG, _weights_in(directory)
@@ -70,9 +70,9 @@ def _locate(name_or_path: str) -> tuple[pathlib.Path, pathlib.Path]:
 
 
 def of(settings: dict[str, Any], weights: dict[str, np.ndarray], where: str) -> Files:
-    """Return the autoencoder of these settings and weights, whose names may be those of older files.
+    """Return the autoencoder with these settings and weights, whose names may be those of older files.
 
-    where: what holds the weights, for messages.  Raises UserError for a name that is there twice, old and current.
+    where: the source of the weights, for messages.  Raises UserError for a name that occurs twice, old and current.
     """
     arrays = {}
     for name, array in weights.items():
@@ -86,12 +86,12 @@ def of(settings: dict[str, Any], weights: dict[str, np.ndarray], where: str) -> 
 
 
 def factor(files: Files) -> int:
-    """Return how many times smaller latents are than images, along each side."""
+    """Return the factor by which latents are smaller than images along each side."""
     return 2 ** (len(files.settings["block_out_channels"]) - 1)
 
 
 def latent_shape(files: Files, image_size: int) -> tuple[int, int, int]:
-    """Return the shape (h, w, c) of the latents of square images.  Raises UserError if the size does not divide."""
+    """Return the shape (h, w, c) of the latents of square images.  Raises UserError if the size is not divisible."""
     if image_size % factor(files):
         raise UserError(f"images of {image_size} pixels have no latents: give a multiple of {factor(files)}")
     side = image_size // factor(files)
@@ -99,7 +99,7 @@ def latent_shape(files: Files, image_size: int) -> tuple[int, int, int]:
 
 
 def check_pixels(pixels: str) -> None:
-    """Raise UserError unless `pixels` says what an encoder reads."""
+    """Raise UserError unless `pixels` is one of PIXELS."""
     if pixels not in PIXELS:
         raise UserError(f"pixels {pixels!r}: choose symmetric ([-1, 1]) or unit ([0, 1])")
 
@@ -114,7 +114,7 @@ def check_images(files: Files, images: np.ndarray) -> None:
 
 
 def check_latents(files: Files, latents: np.ndarray) -> None:
-    """Raise UserError unless latents are [b h w c] with the channels that the autoencoder has."""
+    """Raise UserError unless latents are [b h w c] with the autoencoder's number of channels."""
     channels = files.settings["latent_channels"]
     if latents.ndim != 4 or latents.shape[3] != channels:
         raise UserError(f"latents of shape {latents.shape}: the decoder takes [b h w {channels}]")
@@ -131,7 +131,7 @@ def _weights_in(directory: pathlib.Path) -> pathlib.Path:
 
 
 def _download(name: str) -> tuple[pathlib.Path, pathlib.Path]:
-    """Return where config and weights of a name on the hub lie on this machine.  Raises UserError."""
+    """Return the local paths of config and weights of a name on the hub.  Raises UserError if out of reach."""
     try:
         import huggingface_hub
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
@@ -148,7 +148,7 @@ def _download(name: str) -> tuple[pathlib.Path, pathlib.Path]:
         config = fetch(CONFIG)
         try:
             return config, fetch(WEIGHTS[0])
-        except LocalEntryNotFoundError:  # out of reach, which says nothing of what there is
+        except LocalEntryNotFoundError:  # the hub is out of reach; says nothing about the file
             raise
         except EntryNotFoundError:
             return config, fetch(WEIGHTS[1])
@@ -176,7 +176,7 @@ def _settings(path: pathlib.Path) -> dict[str, Any]:
 def settings(config: dict[str, Any], where: str) -> dict[str, Any]:
     """Return the keyword arguments of our AutoencoderKL for a config of diffusers' one.
 
-    where: what holds the config, for messages.  Raises UserError for options that are missing or not known.
+    where: the source of the config, for messages.  Raises UserError for options that are missing or not supported.
     """
     config = DEFAULTS | config
     needed = (*SIZES, "out_channels", "block_out_channels", "act_fn", *BLOCKS, *DEFAULTS)
@@ -188,7 +188,7 @@ def settings(config: dict[str, Any], where: str) -> dict[str, Any]:
 
 
 def _check(where: str, config: dict[str, Any]) -> None:
-    """Raise UserError for an option that this project's network does not have."""
+    """Raise UserError for an option that this project's network does not support."""
     widths = config["block_out_channels"]
     if not isinstance(widths, list) or not widths:
         raise UserError(f"{where}: block_out_channels is {widths!r}, and not a list of numbers")
@@ -217,7 +217,7 @@ def _arrays(path: pathlib.Path) -> dict[str, np.ndarray]:
 
 
 def _digest(settings: dict[str, Any], weights: dict[str, np.ndarray]) -> str:
-    """Return 16 hexadecimal digits of settings and weights, whatever the order of names."""
+    """Return 16 hexadecimal digits of settings and weights, independent of the order of names."""
     total = hashlib.sha256(json.dumps(settings, sort_keys=True).encode())
     for name, array in sorted(weights.items()):
         total.update(f"{name} {array.shape}".encode())

@@ -1,11 +1,11 @@
-"""Latents as a dataset: of each image the moments of its posterior by an autoencoder, its label and its name.
+"""Latents as a dataset: for each image the moments of an autoencoder's posterior, its label and its name.
 
     moments        float32 [h w 2c]: the mean, then the standard deviation (not the logarithm of the variance)
-    moments_flip   the same of the mirrored image, if asked for
-    pixels         uint8 [s s 3], the image that was encoded, if asked for
+    moments_flip   optional: the same for the mirrored image
+    pixels         optional: uint8 [s s 3], the image that was encoded
     label, name    int64, and the path within the source
 
-metadata.json has the autoencoder, the convention of its latents, their statistics and the names of the classes.
+metadata.json states the autoencoder, the convention of its latents, their statistics and the names of the classes.
 `python -m jax_impl.encode` and `torchrun torch_impl/encode.py` make such datasets of images, `python -m
 meanflow.commands.import_latents` of other people's latents.
 """
@@ -30,12 +30,12 @@ from meanflow.data.record_reader import FEATURES, SETTINGS, Feature
 from meanflow.errors import UserError
 
 NAME = "latents"
-SHARD_SIZE = 2048  # images: of ImageNet at 256, 64 MiB
+SHARD_SIZE = 2048  # images; 64 MiB for ImageNet at 256
 Encode = Callable[[np.ndarray], np.ndarray]
 
 
 class Plan(NamedTuple):
-    """Which latents to make of images."""
+    """Which latents to make from images."""
 
     image_size: int
     latent_shape: tuple[int, int, int]  # h w c
@@ -48,17 +48,17 @@ class Plan(NamedTuple):
 
 
 class Job(NamedTuple):
-    """A dataset of latents to write, whatever it is made of."""
+    """A dataset of latents to write, from any source."""
 
     directory: pathlib.Path
     features: Mapping[str, Feature]
-    shards: Sequence[range]  # the indices of the images of each
+    shards: Sequence[range]  # the indices of the images in each shard
     settings: Mapping[str, Any]  # what the records depend on
     facts: Mapping[str, Any]  # for the metadata: vae, convention, latent_shape and others
 
 
 class Tally:
-    """Sums over the images of a shard, in float64, of which the statistics of the dataset are made."""
+    """Sums over the images of a shard, in float64, for the statistics of the dataset."""
 
     def __init__(self, num_channels: int):
         self.num_images, self.num_positions, self.skipped = 0, 0, []
@@ -73,14 +73,14 @@ class Tally:
         self._squares += (mean**2 + std**2).sum((0, 1))
 
     def note(self) -> dict[str, Any]:
-        """Return the sums as JSON values, which keep every bit."""
+        """Return the sums as JSON values, without loss of precision."""
         images, positions = self.num_images, self.num_positions
         sums = {"sum": self._sum.tolist(), "squares": self._squares.tolist()}
         return {"num_images": images, "num_positions": positions, **sums, "skipped": self.skipped}
 
 
 def features(shape: tuple[int, int, int], flip: bool, pixels: int = 0) -> dict[str, Feature]:
-    """Return the features of a dataset of latents of a shape (h w c); pixels: the side of the images, 0: not kept."""
+    """Return the features of a dataset of latents of a shape (h w c); pixels: side of the images, 0: not stored."""
     moments = Feature("array", (*shape[:2], 2 * shape[2]))
     known = {"moments": moments} | ({"moments_flip": moments} if flip else {})
     known |= {"pixels": Feature("image", (pixels, pixels, 3))} if pixels else {}
@@ -96,16 +96,16 @@ def make(
     process: int = 0,
     num_processes: int = 1,
 ) -> list[int]:
-    """Write this process's share of the latents of `pictures`, or what is missing of it.
+    """Write this process's share of the latents of `pictures`, or the part of it that is missing.
 
-    encode: images uint8 [b s s 3] -> moments float32 [b h w 2c], see the module; always of plan.batch_size rows.
+    encode: images uint8 [b s s 3] -> moments float32 [b h w 2c], see the module; always with plan.batch_size rows.
     settings: JSON values, what `encode` depends on: `vae` (a name, which may change), `convention`
     (`meanflow.config.latents.to_dict`) and any others; with `normalised` true, the convention becomes the one that
     `units.normalising` makes of the data.
-    Batches begin with each shard: the number of processes, and kills, change nothing.  Images that are removed while
-    the dataset is not whole are left out.
-    Returns and raises as `records.begin` and `records.write`; raises UserError, too, naming an image that is of a wrong
-    size or whose moments are not finite, and BrokenImageError for one that cannot be read, unless plan.skip_broken.
+    Every shard starts a new batch: the number of processes, and kills, change nothing.  Images that are removed before
+    the dataset is complete are left out.
+    Returns and raises as `records.begin` and `records.write`; also raises UserError naming an image of the wrong size
+    or whose moments are not finite, and BrokenImageError for one that cannot be read, unless plan.skip_broken.
     """
     kept = features(plan.latent_shape, plan.flip, plan.image_size if plan.pixels else 0)
     notes = records.Layout(directory, NAME, kept, 0).note(0).parent
@@ -113,7 +113,9 @@ def make(
     shards = records.split_into_shards(len(pictures), plan.shard_size)
     own = {name: getattr(plan, name) for name in ("image_size", "latent_shape", "crop", "flip", "pixels")}
     about = {"images": pictures.digest(), "num_images": len(pictures), "shard_size": plan.shard_size}
-    depends = {name: value for name, value in settings.items() if name != "vae"}  # of which a digest is the content
+    depends = {
+        name: value for name, value in settings.items() if name != "vae"
+    }  # represented by the digest of its content
     facts = {**settings, **own, "classes": list(pictures.classes)}
     job = Job(directory, kept, shards, {**depends, **own, **about}, facts)
 
@@ -130,18 +132,18 @@ def write(
     process: int = 0,
     num_processes: int = 1,
 ) -> list[int]:
-    """Write this process's share of the dataset of a job, or what is missing of it, and its statistics with the last.
+    """Write this process's share of the dataset of a job, or the missing part, and with the last shard its statistics.
 
-    of_shard: from the indices of the images of a shard to its records; it adds the names that it leaves out to a list.
-    Returns and raises as `records.begin` and `records.write`; raises UserError, too, for facts without a convention, or
-    one of another number of channels.
+    of_shard: from the image indices of a shard to its records; appends the names of images left out to the given list.
+    Returns and raises as `records.begin` and `records.write`; also raises UserError for facts without a convention, or
+    with one for another number of channels.
     """
     layout = records.Layout(job.directory, NAME, job.features, len(job.shards))
     num_channels = job.facts["latent_shape"][2]
     conventions.check(conventions.from_dict(job.facts["convention"]), num_channels)
     records.begin(layout, {"kind": NAME, **job.settings})
     pending = sum(len(job.shards[number]) for number in records.own_shards(layout, process, num_processes))
-    disable = True if process else None  # None: unless stderr is a terminal
+    disable = True if process else None  # None: shown only on a terminal
     with tqdm(total=pending, desc="latents", unit="image", disable=disable) as bar:
 
         def tallied(number: int) -> Iterator[dict[str, Any]]:
@@ -159,10 +161,10 @@ def write(
 
 
 def _metadata(job: Job, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
-    """Return the metadata of a dataset of the notes of its shards.
+    """Return the metadata of a dataset, given the notes of its shards.
 
-    mean: of the posterior means over images and positions.  std: of samples, sqrt(Var[mean] + E[std^2]).  Mirrored
-    images do not count.
+    mean: of the posterior means over images and positions.  std: of samples, sqrt(Var[mean] + E[std^2]).  Without
+    the mirrored images.
     """
     num_positions = sum(note["num_positions"] for note in notes)
     mean, square = (np.sum([note[key] for note in notes], axis=0) / num_positions for key in ("sum", "squares"))
@@ -181,7 +183,7 @@ def _metadata(job: Job, notes: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 def _encode(
     pictures: Pictures, encode: Encode, plan: Plan, indices: range, skipped: list[str]
 ) -> Iterator[dict[str, Any]]:
-    """Yield the records of the images of a shard that can be read."""
+    """Yield the records of the readable images of a shard."""
     for batch in _batches(pictures, plan, indices, skipped):
         images = np.stack([record["pixels"] for record in batch])
         names = [record["name"] for record in batch]
@@ -207,14 +209,14 @@ def _to_png(image: np.ndarray) -> io.BytesIO:
 
 
 def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str]) -> Iterator[list[dict[str, Any]]]:
-    """Yield {'pixels', 'label', 'name'} of the images that can be read, plan.batch_size of them at a time."""
+    """Yield {'pixels', 'label', 'name'} of the readable images, in batches of plan.batch_size."""
 
     def read(i: int) -> dict[str, Any] | BrokenImageError:
         try:
             image = crop(pictures.read(i), plan.image_size, plan.crop, pictures.name(i))
         except BrokenImageError as error:
             return error
-        name = pictures.name(i).encode(errors="backslashreplace").decode()  # a file's need not be UTF-8
+        name = pictures.name(i).encode(errors="backslashreplace").decode()  # file names need not be UTF-8
         return {"pixels": image, "label": pictures.label(i), "name": name}
 
     batch = []
@@ -235,7 +237,7 @@ def _batches(pictures: Pictures, plan: Plan, indices: range, skipped: list[str])
 
 def _moments(encode: Encode, images: np.ndarray, plan: Plan, names: Sequence[str]) -> np.ndarray:
     """Return the moments float32 [n h w 2c] of up to a batch of images."""
-    missing = plan.batch_size - len(images)  # fill up the last batch: one compilation serves all
+    missing = plan.batch_size - len(images)  # pad the last batch: all have one shape, compiled once
     padded = np.pad(images, [(0, missing), (0, 0), (0, 0), (0, 0)])
     moments = np.asarray(encode(padded), np.float32)[: len(images)]
     h, w, c = plan.latent_shape
@@ -250,7 +252,7 @@ def _moments(encode: Encode, images: np.ndarray, plan: Plan, names: Sequence[str
 
 
 def read_metadata(name_or_directory: str) -> dict[str, Any] | None:
-    """Return the metadata of a dataset of latents, as `write` leaves it; None for any other dataset.
+    """Return the metadata of a dataset of latents, as `write` stores it; None for any other dataset.
 
     Raises UserError for one that is not complete yet, or whose files are damaged.
     """
@@ -265,7 +267,7 @@ def read_metadata(name_or_directory: str) -> dict[str, Any] | None:
 
 
 def _read_json(path: pathlib.Path) -> dict[str, Any] | None:
-    """Return the object of a JSON file; None without one."""
+    """Return the object in a JSON file; None if there is no file."""
     if not path.is_file():
         return None
     try:

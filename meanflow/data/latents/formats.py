@@ -1,6 +1,6 @@
-"""The formats of other people's stores of latents; `importers` tells what each is, and imports it.
+"""Readers of other people's formats of latents; `meanflow.commands.import_latents` describes them.
 
-Nothing that the files hold is executed.
+Nothing in the files is executed.
 """
 
 import contextlib
@@ -19,14 +19,14 @@ from meanflow.data.images import classes, folders
 from meanflow.errors import UserError
 from meanflow.weights import pickles
 
-Labels = Mapping[str, int] | None  # by name, instead of the store's own
+Labels = Mapping[str, int] | None  # by name, to use instead of the store's own
 
 
 class Entry(NamedTuple):
-    """What a store has of an image, as it is there."""
+    """What a store holds for an image, unconverted."""
 
     moments: Any
-    flipped: Any = None  # moments of the mirrored image, if there are any
+    flipped: Any = None  # moments of the mirrored image, if stored
     label: Any = None
 
 
@@ -35,15 +35,15 @@ class Store(NamedTuple):
 
     names: Sequence[str]
     read: Callable[[str], Entry]
-    labels: Sequence[int] | None  # of the names; None: each entry has its own
-    classes: Sequence[str] = ()  # the names of the labels, if they are known
+    labels: Sequence[int] | None  # one per name; None: each entry has its own
+    classes: Sequence[str] = ()  # the names of the labels, if known
 
 
 @contextlib.contextmanager
 def open_lmdb(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
-    """Open an LMDB: its directory, or its file.
+    """Open an LMDB, given its directory or file.
 
-    Raises UserError for one that is cut off or lacks records, and if lmdb is not installed.
+    Raises UserError if it is truncated or lacks records, and if lmdb is not installed.
     """
     try:
         import lmdb  # optional
@@ -60,7 +60,7 @@ def open_lmdb(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
             lmdb.open(str(source), subdir=source.is_dir(), readonly=True, lock=False, readahead=False) as environment,
             environment.begin() as transaction,
         ):
-            # Pages beyond the end of the file would kill the process as soon as they are read.
+            # Reading pages beyond the end of the file would kill the process.
             needed = (environment.info()["last_pgno"] + 1) * environment.stat()["psize"]
             if file.stat().st_size < needed:
                 raise UserError(f"{file} is cut off at {file.stat().st_size} of {needed} bytes: copy it again")
@@ -94,7 +94,7 @@ def _lmdb_entry(transaction: Any, file: pathlib.Path, name: str) -> Entry:
 
 
 def _of_dict(value: Any, where: str) -> Entry:
-    """Return the entry of a dict, or of an array alone."""
+    """Return the entry in a dict, or in an array by itself."""
     if isinstance(value, np.ndarray):
         return Entry(value)
     key = next((key for key in ("moments", "image") if isinstance(value, dict) and key in value), None)
@@ -106,7 +106,7 @@ def _of_dict(value: Any, where: str) -> Entry:
 
 @contextlib.contextmanager
 def open_pt(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
-    """Open a folder of .pt files.  A label within a file goes before that of its folder.
+    """Open a folder of .pt files.  A label in a file takes precedence over that of its folder.
 
     Raises UserError as `classes.labels_by_folder`.
     """
@@ -128,7 +128,7 @@ def open_pt(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
 
 
 def _load_pt(path: pathlib.Path) -> Any:
-    """Return what a .pt file holds, its tensors as arrays."""
+    """Return the content of a .pt file, with tensors as arrays."""
     import torch  # only this format needs it
 
     try:
@@ -136,7 +136,7 @@ def _load_pt(path: pathlib.Path) -> Any:
         if isinstance(value, dict):
             return {key: _to_array(part) if torch.is_tensor(part) else part for key, part in value.items()}
         return _to_array(value) if torch.is_tensor(value) else value
-    except pickle.UnpicklingError as error:  # whose message tells how to run it
+    except pickle.UnpicklingError as error:  # its own message explains how to run the code
         called = re.search(r"GLOBAL (\S+)", str(error))
         does = f"calls {called[1]!r:.200}" if called else "holds more than tensors"
         raise UserError(f"{path} is refused: it {does}.  Have its maker save plain tensors") from error
@@ -145,15 +145,15 @@ def _load_pt(path: pathlib.Path) -> Any:
 
 
 def _to_array(tensor: Any) -> np.ndarray:
-    """Return the array of a PyTorch tensor; floating ones of any precision in float32."""
+    """Return a PyTorch tensor as an array; floating tensors of any precision become float32."""
     return (tensor.detach().float() if tensor.is_floating_point() else tensor).numpy()
 
 
 @contextlib.contextmanager
 def open_edm2(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
-    """Open a folder or .zip of .npy with its dataset.json; null for labels makes them 0.
+    """Open a folder or .zip of .npy with its dataset.json; with null for labels, all are 0.
 
-    Files without a label are left out with a warning.  Raises UserError if there are no labels to read.
+    Files without a label are left out with a warning.  Raises UserError if the labels cannot be read.
     """
     files = folders.Folder(str(source)) if source.is_dir() else folders.Zip(str(source))
     labels = folders.read_index(files) if labels is None else labels
@@ -179,5 +179,5 @@ def open_edm2(source: pathlib.Path, labels: Labels = None) -> Iterator[Store]:
 
 
 def _chosen(names: Sequence[str], labels: Labels) -> list[int] | None:
-    """Return the labels of all names, if there are such instead of the store's own."""
+    """Return the labels of all names, if given to use instead of the store's own."""
     return None if labels is None else folders.labels_of(names, labels, "the file of labels")

@@ -19,7 +19,7 @@ LAYOUTS = ("chw", "hwc", "auto")
 
 
 class Format(NamedTuple):
-    """How to open a format, and what its makers did."""
+    """How to open a format, and the defaults of the code it comes from."""
 
     open: Callable[[pathlib.Path, formats.Labels], AbstractContextManager[formats.Store]]
     moments: str  # of MOMENTS
@@ -42,16 +42,16 @@ class Options(NamedTuple):
     moments: str  # of MOMENTS
     layout: str  # of LAYOUTS
     convention: conventions.Convention
-    vae: str = ""  # the autoencoder, where it is known
+    vae: str = ""  # the autoencoder, if known
     labels: pathlib.Path | None = None  # JSON, as `label_files.read` takes it, instead of the store's own
     shard_size: int = dataset.SHARD_SIZE
 
 
 def import_store(dest: pathlib.Path, options: Options) -> int:
-    """Write the latents of a store as a dataset.  Returns how many there are.
+    """Write the latents of a store as a dataset.  Returns their number.
 
-    Raises UserError naming the file or key that is missing, damaged, unsafe, unlike the first one, not finite or
-    without a label, and as `latents.write`.
+    Raises UserError naming the file or key that is missing, damaged, unsafe, of another shape than the first, not
+    finite or without a label, and as `dataset.write`.
     """
     labels = dict(label_files.read(options.labels)) if options.labels else None
     with FORMATS[options.format].open(options.source, labels) as store:
@@ -66,7 +66,7 @@ def import_store(dest: pathlib.Path, options: Options) -> int:
 
 
 def _job(dest: pathlib.Path, store: formats.Store, options: Options, first: dict[str, Any]) -> dataset.Job:
-    """Return what `latents.write` needs; first: a record."""
+    """Return the job for `dataset.write`; first: a record."""
     h, w, channels = first["moments"].shape
     flip = "moments_flip" in first
     facts = {
@@ -84,7 +84,7 @@ def _job(dest: pathlib.Path, store: formats.Store, options: Options, first: dict
 
 
 def _read(store: formats.Store, i: int, options: Options, first: dict[str, Any] | None = None) -> dict[str, Any]:
-    """Return a record of the dataset.  Raises UserError naming it unless it is whole, and like the first one."""
+    """Return a record of the dataset.  Raises UserError naming it unless it is complete and shaped like the first."""
     name = store.names[i]
     where, entry = f"{options.source}: {name}", store.read(name)
     label = _to_label(entry.label if store.labels is None else store.labels[i], where)
@@ -101,7 +101,7 @@ def _read(store: formats.Store, i: int, options: Options, first: dict[str, Any] 
 
 
 def _to_label(label: Any, where: str) -> int:
-    """Return a label.  Raises UserError unless it is a whole number from 0 on."""
+    """Return a label as int.  Raises UserError unless it is a whole number from 0 on."""
     number = np.asarray(-1 if label is None else label)
     if label is None or number.size != 1 or number.dtype.kind not in "iu" or number.item() < 0:
         shown = "no label" if label is None else f"the label {label!r:.40}, no whole number from 0 on"
@@ -110,7 +110,7 @@ def _to_label(label: Any, where: str) -> int:
 
 
 def _to_moments(array: Any, where: str, options: Options) -> np.ndarray:
-    """Return moments float32 [h w 2c], mean and standard deviation.  Raises UserError for what is none."""
+    """Return moments float32 [h w 2c], mean and standard deviation.  Raises UserError for anything else."""
     if not isinstance(array, np.ndarray) or not np.issubdtype(array.dtype, np.floating):
         raise UserError(f"{where} is no floating array: give moments, [2c h w]")
     array = array[0] if array.ndim == 4 and len(array) == 1 else array
@@ -121,7 +121,7 @@ def _to_moments(array: Any, where: str, options: Options) -> np.ndarray:
     if array.shape[2] % 2:
         raise UserError(f"{where} has {array.shape[2]} channels, and moments an even number: see --layout")
     mean, spread = np.split(array, 2, axis=2)
-    if options.moments == "mean_logvar":  # in float64: rounded once, the same on all machines
+    if options.moments == "mean_logvar":  # in float64, rounded once: the same on all machines
         spread = np.exp(0.5 * np.clip(spread.astype(np.float64), -30, 20))
     moments = np.concatenate([mean, spread], axis=2, dtype=np.float32, casting="same_kind")
     units.check_moments(moments, where, "remove it or make it anew; if they hold log-variances, --moments mean_logvar")
@@ -129,7 +129,7 @@ def _to_moments(array: Any, where: str, options: Options) -> np.ndarray:
 
 
 def _layout(shape: tuple[int, ...], where: str) -> str:
-    """Return which of LAYOUTS an array of square latents has.  Raises UserError if that cannot be told."""
+    """Return which of LAYOUTS an array of square latents has.  Raises UserError if it is ambiguous."""
     first, second = shape[1] == shape[2], shape[0] == shape[1]
     if first == second:
         raise UserError(f"{where} is of shape {shape}, of which the channels cannot be told: --layout chw, or hwc")

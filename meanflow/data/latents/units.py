@@ -13,7 +13,7 @@ RAW = conventions.Convention((0.0,), (1.0,))  # data units that are raw latents
 
 
 def check_moments(moments: np.ndarray, name: str, way_out: str) -> None:
-    """Raise UserError, with the name and the way out, for moments not finite or a standard deviation below 0."""
+    """Raise UserError, with the name and the fix, for moments not finite or a standard deviation below 0."""
     if not np.isfinite(moments).all():
         raise UserError(f"the moments of {name} are not finite: {way_out}")
     if moments[..., moments.shape[-1] // 2 :].min() < 0:
@@ -21,15 +21,15 @@ def check_moments(moments: np.ndarray, name: str, way_out: str) -> None:
 
 
 def sample_posterior(moments: np.ndarray, noise: np.ndarray) -> np.ndarray:
-    """Return raw latents [... c], mean + std * noise, of moments [... 2c] and unit normal noise [... c]."""
+    """Return raw latents [... c], mean + std * noise, from moments [... 2c] and unit normal noise [... c]."""
     mean, std = np.split(moments, 2, axis=-1)
     return mean + std * noise
 
 
 def to_data_units(raw: np.ndarray, convention: conventions.Convention) -> np.ndarray:
-    """Return raw latents [... c] in data units, (raw - shift) * scale, in their own precision.
+    """Return raw latents [... c] in data units, (raw - shift) * scale, in their dtype.
 
-    Raises UserError for a convention of another number of channels.
+    Raises UserError for a convention with another number of channels.
     """
     shift, scale = _numbers(raw, convention)
     return (raw - shift) * scale
@@ -47,9 +47,9 @@ def _numbers(latents: np.ndarray, convention: conventions.Convention) -> tuple[n
 
 
 def normalising(statistics: Mapping[str, Any], std: float = 1.0) -> conventions.Convention:
-    """Return the convention in which the data have mean 0 and this standard deviation in each channel.
+    """Return the convention that gives the data mean 0 and this standard deviation in each channel.
 
-    statistics: metadata of a dataset of latents.  Raises UserError for a channel that is constant.
+    statistics: metadata of a dataset of latents.  Raises UserError for a constant channel.
     """
     if not all(number > 0 and math.isfinite(number) for number in statistics["std"]):
         raise UserError(f"latents of standard deviation {statistics['std']} cannot be normalised: name a convention")
