@@ -1,4 +1,4 @@
-"""Self-attention: from matmul and softmax, through which a tangent passes, or by a fused kernel."""
+"""Self-attention, by matmul and softmax, which support forward-mode AD, or by a fused kernel."""
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +10,7 @@ from meanflow.errors import UserError
 
 
 class HeadNorm(nnx.Module):
-    """Divide the channels of each head by their root mean square and scale them; in float32 at least."""
+    """RMS-normalise the channels of each head and scale them; in float32 at least."""
 
     def __init__(self, dim):
         self.scale = nnx.Param(jnp.ones(dim))
@@ -22,7 +22,7 @@ class HeadNorm(nnx.Module):
 class Attention(nnx.Module):
     """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads).
 
-    kernels: names of `KERNELS`, where no tangent passes and under a JVP.  qk_norm: queries and keys are normed a head.
+    kernels: (normal, under JVP), names from `KERNELS`.  qk_norm: RMS-normalise queries and keys per head.
     """
 
     def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype, rngs):
@@ -48,16 +48,16 @@ def attend(q, k, v, kernel="plain"):
 
 
 def plain(q, k, v):
-    """Attend by matmul and softmax, the latter in float32 at least: every derivative passes."""
+    """Attend by matmul and softmax, the softmax in float32 at least; supports every derivative."""
     scores = (q * q.shape[-1] ** -0.5) @ k.swapaxes(-1, -2)
     weights = jax.nn.softmax(scores.astype(jnp.promote_types(scores.dtype, jnp.float32)), axis=-1)
     return weights.astype(v.dtype) @ v
 
 
 def fused(q, k, v):
-    """Attend by cuDNN's fused kernel, through which gradients pass but no tangent.
+    """Attend by cuDNN's fused kernel, which supports gradients but no JVP.
 
-    On a GPU, in bfloat16 or float16; elsewhere XLA makes what it can of the plain form, its softmax in float32.
+    On a GPU, in bfloat16 or float16; elsewhere XLA compiles the plain form, with its softmax in float32.
     """
     half = jnp.dtype(v.dtype).itemsize == 2
     kernel = "cudnn" if half and jax.default_backend() == "gpu" else None
@@ -69,7 +69,7 @@ KERNELS = {"plain": plain, "fused": fused}
 
 
 def check_kernels(c):
-    """Raise UserError if `config.model` names a kernel for its JVP that JAX does not have."""
+    """Raise UserError if `config.model` names a JVP kernel that JAX does not have."""
     if "attention_jvp" in c and c.attention_jvp not in KERNELS:  # U-Nets have one attention for all
         raise UserError(
             f"config.model.attention_jvp is {c.attention_jvp}, a kernel that PyTorch alone has: set "

@@ -1,15 +1,15 @@
-"""EDM2's magnitude-preserving U-Net as a network of flows: of one time, a flow model, or of two, Re-MeanFlow's.
+"""EDM2's magnitude-preserving U-Net in flow time: with one time a flow model, with two Re-MeanFlow's network.
 
 Source: arXiv:2312.02696 (EDM2, configuration G); NVlabs/edm2, training/networks_edm2.py; Xinxi-Zhang/Re-MeanFlow,
-edm2/networks_edm2.py.  State dicts of both have canonical names.
+edm2/networks_edm2.py.  State dicts of both have the canonical names.
 
-No layer changes the magnitude that its input is expected to have: weights are normalised, sums and concatenations
-rescaled, and there are no biases and no norms of groups.  EDM's preconditioning is written in flow time: with z at
+No layer changes the expected magnitude of its input: weights are normalised, sums and concatenations are rescaled,
+and there are no biases and no group norms.  EDM's preconditioning is written in flow time: with z at
 time t the state (1-t) x + t n, sigma = t/(1-t) and z/(1-t) what EDM denoises, its velocity is
 
     v = (t - s^2 (1-t)) / q^2 z - s / q F(z / q),   q^2 = t^2 + s^2 (1-t)^2,   s = sigma_data
 
-which is finite at both ends, where the quotients of the original are not.
+which is finite at both ends, unlike the quotients of the original.
 """
 
 import functools
@@ -24,60 +24,60 @@ from jax_impl.models.layers import convolve, matmul
 from jax_impl.models.tape import affine, name_layers, rematerialised
 from meanflow.errors import UserError
 
-TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80: as which a network of one time is told t = 1, of infinite sigma
-TIME_MIN = 1e-8  # the smallest that a network of one time is told, whose logarithm it takes
+TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80; replaces t = 1, whose sigma is infinite, in a network of one time
+TIME_MIN = 1e-8  # smallest t of a network of one time, which takes its logarithm
 LABEL_BALANCE, CONCAT_BALANCE, RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.5, 0.5, 0.3, 0.3
 MAX_ACTIVATION = 256.0
 unit_normal = nnx.initializers.normal(1.0)
 
 
 def normalize(x, axes, eps=1e-4):
-    """Divide x by its root mean square over `axes`, but for eps; in float32 at least."""
+    """Divide x by its root mean square over `axes` plus eps; in float32 at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     square = jnp.square(x).mean(axes, keepdims=True)
-    return x / (eps + jnp.sqrt(jnp.where(square == 0, 1, square)))  # at zero, too, it has a derivative
+    return x / (eps + jnp.sqrt(jnp.where(square == 0, 1, square)))  # keeps the derivative finite at zero
 
 
 def mp_silu(x):
-    """SiLU that keeps the magnitude of unit normals."""
+    """SiLU, rescaled to keep the magnitude of unit normals."""
     return nnx.silu(x) / 0.596
 
 
 def mp_sum(a, b, t=0.5):
-    """Return the sum of a and b, a share t of it b, of their magnitude if they are independent."""
+    """Return (1 - t) a + t b, rescaled to keep their magnitude if they are independent."""
     return ((1 - t) * a + t * b) / math.hypot(1 - t, t)
 
 
 def mp_cat(a, b, t=0.5):
-    """Return a and b [b h w c] joined along the channels, each with its share of the magnitude, t that of b."""
+    """Return a and b [b h w c] concatenated along channels, with shares 1 - t and t of the magnitude."""
     num_a, num_b = a.shape[-1], b.shape[-1]
     scale = math.sqrt((num_a + num_b) / ((1 - t) ** 2 + t**2))
     return jnp.concatenate([a * (scale * (1 - t) / math.sqrt(num_a)), b * (scale * t / math.sqrt(num_b))], axis=-1)
 
 
 def resample(x, mode):
-    """Return x [b h w c] as it is (None), half as large (`down`, means of 2x2) or twice (`up`, each pixel repeated)."""
+    """Return x [b h w c] unchanged (None), halved (`down`, means of 2x2) or doubled (`up`, pixels repeated)."""
     batch, height, width, features = x.shape
     if mode == "down":
         return x.reshape(batch, height // 2, 2, width // 2, 2, features).mean((2, 4))
     return x.repeat(2, axis=1).repeat(2, axis=2) if mode == "up" else x
 
 
-def told(t):
+def finite_time(t):
     """Return times t [b] of finite sigma: t = 1 becomes `TIME_MAX`, every earlier time stays."""
     return jnp.where(t < 1, t, TIME_MAX)
 
 
 def log_sigma(t):
-    """Return log(sigma) / 4 of times t [b], what a network of one time is told."""
-    t = jnp.maximum(told(t), TIME_MIN)
+    """Return log(sigma) / 4 of times t [b], the condition of a network of one time."""
+    t = jnp.maximum(finite_time(t), TIME_MIN)
     return (jnp.log(t) - jnp.log1p(-t)) / 4
 
 
 def normalize_weights(params):
-    """Return parameters (nnx.State) whose weights are all of unit magnitude: EDM2's forced weight normalisation.
+    """Return the parameters (nnx.State) with all weights at unit magnitude: EDM2's forced weight normalisation.
 
-    Training applies it before each step; the network normalises once more, so that gradients are tangential to it.
+    Training applies it before each step; the network normalises again, so gradients are tangential to the weights.
     """
     flat = nnx.to_flat_state(params)
     normalized = [
@@ -88,7 +88,7 @@ def normalize_weights(params):
 
 
 class MPFourier(nnx.Module):
-    """Features [b dim] of numbers [b]: cosines at random frequencies and phases.  Loaded, but never trained."""
+    """Features [b dim] of numbers [b]: cosines at random frequencies and phases.  Loaded, never trained."""
 
     def __init__(self, dim, *, rngs):
         self.freqs = nnx.Param(jax.random.normal(rngs.params(), (dim,)) * (2 * math.pi))
@@ -103,7 +103,7 @@ class MPFourier(nnx.Module):
 class MPConv(nnx.Module):
     """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, or linear layer (kernel_size 0), without bias.
 
-    Its weight is normalised in every forward: only its direction counts.
+    The weight is normalised in every forward pass, so only its direction matters.
     """
 
     name = None  # see `name_layers`
@@ -123,9 +123,9 @@ class MPConv(nnx.Module):
 
 
 def attend(qkv, head_width):
-    """Return self-attention [b h w c] over the pixels of queries, keys and values [b h w 3c], normalised a head.
+    """Return self-attention [b h w c] over pixels, from queries, keys and values [b h w 3c], normalised per head.
 
-    The 3c channels are those of a head after another, and in each q, k and v of one channel after another.
+    The 3c channels are ordered by head, then by channel, then q, k, v.
     """
     batch, height, width, features = qkv.shape
     qkv = normalize(qkv.reshape(batch, height * width, features // 3 // head_width, head_width, 3), (3,))
@@ -136,9 +136,9 @@ def attend(qkv, head_width):
 
 
 class Block(nnx.Module):
-    """Residual block under the condition emb [b d], then attention if asked for; the residual stays in float32.
+    """Residual block conditioned on emb [b d], with optional attention; the residual stays in float32.
 
-    flavor: `enc` normalises its input a pixel and branches off after its skip convolution, `dec` before it.
+    flavor: `enc` normalises its input per pixel and branches after the skip convolution, `dec` before it.
     mode: see `resample`.
     """
 
@@ -164,7 +164,7 @@ class Block(nnx.Module):
             self.attn_proj = MPConv(out_features, out_features, 1, dtype=dtype, rngs=rngs)
 
     def skip(self, x, tape=None):
-        """Return x with as many channels as the block has."""
+        """Return x with the block's number of channels."""
         return x if self.conv_skip is None else widen(self.conv_skip(x, tape))
 
     @rematerialised
@@ -190,7 +190,7 @@ def widen(x):
 
 
 class UNet(nnx.Module):
-    """EDM2's U-Net: (x [b h w c], emb [b d]) -> [b h w c], and `embed`, which makes emb of times and labels."""
+    """EDM2's U-Net: (x [b h w c], emb [b d]) -> [b h w c]; `embed` computes emb from times and labels."""
 
     def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
                  num_blocks, attn_resolutions, head_width, interval_embedder, dtype, rngs):  # fmt: skip
@@ -234,16 +234,16 @@ class UNet(nnx.Module):
         self.out_conv = MPConv(features, channels, 3, dtype=dtype, rngs=rngs)
 
     def embed_times(self, t, r, tape=None):
-        """Return the embedding [b d] of times t, r [b]: flow times in a network of two.
+        """Return the embedding [b d] of times t, r [b].
 
-        In one of one time t is log(sigma) / 4, and r is ignored.
+        In a network of two times they are flow times; in one of one, t is log(sigma) / 4 and r is ignored.
         """
         if self.interval_embedder:
             return mp_sum(self.emb_noise_t(self.emb_fourier(t), tape), self.emb_noise_r(self.emb_fourier(r), tape))
         return self.emb_noise(self.emb_fourier(t), tape)
 
     def embed(self, t, r, y, tape=None):
-        """Return the condition [b d] of times, see `embed_times`, and labels y [b]; the null label adds nothing."""
+        """Return the condition [b d] from times, see `embed_times`, and labels y [b]; the null label adds nothing."""
         emb = self.embed_times(t, r, tape)
         one_hot = jax.nn.one_hot(y, self.num_classes, dtype=emb.dtype) * math.sqrt(self.num_classes)
         return mp_silu(mp_sum(emb, self.emb_label(one_hot, tape), LABEL_BALANCE))
@@ -273,9 +273,9 @@ class EDM2(nnx.Module):
     """Average velocity u = net(z, t, r, y), or without interval_embedder a flow model's velocity v, which ignores r.
 
     z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise, which a network of one
-    time takes as `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b h w c] in float32
-    at least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance, 0 for none; nothing
-    trains it here.  Raises UserError for sizes that do not divide.
+    time replaces by `TIME_MAX`.  y: [b] labels in [0, num_classes], the last the null class.  Returns [b h w c] in
+    float32 at least.  `dtype` is that of the convolutions.  logvar_channels: features of the log-variance head, 0
+    for none; nothing trains it here.  Raises UserError for sizes that do not divide.
     """
 
     takes_tape = True
@@ -304,11 +304,11 @@ class EDM2(nnx.Module):
         return {}
 
     def log_variance(self, t, r):
-        """Return the logarithm of the variance that EDM2 expects of the error of its denoised images, [b]."""
+        """Return EDM2's predicted log-variance [b] of the error of its denoised images."""
         return self.logvar_linear(self.logvar_fourier(log_sigma(t)))[:, 0]
 
     def __call__(self, z, t, r, y, tape=None):
-        t = t if self.interval_embedder else told(t)
+        t = t if self.interval_embedder else finite_time(t)
         emb = self.unet.embed(t if self.interval_embedder else log_sigma(t), r, y, tape)
         t, s = t[:, None, None, None], self.sigma_data
         q = jnp.sqrt(t**2 + (s * (1 - t)) ** 2)

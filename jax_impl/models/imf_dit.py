@@ -1,7 +1,7 @@
-"""The transformer of improved MeanFlow: conditions as tokens in context, a trunk, and one head each for u and v.
+"""The transformer of improved MeanFlow: conditions as prefix tokens, a trunk, and one head each for u and v.
 
-Source: arXiv:2512.02012; Lyy-iiis/imeanflow, models/imfDiT.py, whose state-dict names are the canonical ones, the
-wrappers `_flax_linear` and `_flax_embedding` among them, but for the prefix `net.` of the class around the network.
+Source: arXiv:2512.02012; Lyy-iiis/imeanflow, models/imfDiT.py, whose state-dict names are canonical,
+including the wrappers `_flax_linear` and `_flax_embedding`, without the prefix `net.` of the class around the network.
 """
 
 import math
@@ -20,7 +20,7 @@ BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt
 
 
 class Linear(nnx.Module):
-    """A linear layer in -> out with normal initial weights of deviation gain / sqrt(in), and zero bias or none."""
+    """A linear layer with normal initial weights of deviation gain / sqrt(in); the bias, if any, starts at zero."""
 
     def __init__(self, in_features, out_features, gain, *, dtype, rngs, bias=False):
         init = nnx.initializers.normal(gain / math.sqrt(in_features)) if gain else zeros
@@ -32,7 +32,7 @@ class Linear(nnx.Module):
 
 
 class RMSNorm(nnx.Module):
-    """Divide the last axis by its root mean square and scale it; in float32 at least."""
+    """RMS-normalise the last axis and scale it; in float32 at least."""
 
     def __init__(self, width):
         self.weight = nnx.Param(jnp.ones(width))
@@ -72,17 +72,17 @@ class ClassEmbedder(nnx.Module):
 
 
 def rotate(x, cos, sin):
-    """Turn adjacent channels of x [b heads n d] by the angles of cos, sin [n, d/2]: rotary positions.
+    """Rotate adjacent channels of x [b heads n d] by the angles of cos, sin [n, d/2]: rotary positions.
 
-    Real arithmetic, through which gradients and tangents pass: the official PyTorch code sees pairs as complex numbers
-    by a change of data type, which no derivative passes.
+    In real arithmetic, which supports gradients and JVPs: the official PyTorch code reinterprets pairs as complex
+    numbers, which does not.
     """
     even, odd = x[..., 0::2], x[..., 1::2]
     return jnp.stack([even * cos - odd * sin, even * sin + odd * cos], axis=-1).reshape(x.shape)
 
 
 class RotaryAttention(nnx.Module):
-    """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normed a head, then rotated."""
+    """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normalised per head, then rotated."""
 
     def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype, rngs):
         self.num_heads, self.kernels = num_heads, kernels
@@ -117,7 +117,7 @@ class SwiGLU(nnx.Module):
 
 
 class RotaryBlock(nnx.Module):
-    """Attention and MLP, each RMS-normed before and scaled by a vector after; the residual stays in float32."""
+    """Attention and MLP, each after RMSNorm and scaled by a vector; the residual stays in float32."""
 
     remat = False
 
@@ -148,16 +148,16 @@ class NormedLayer(nnx.Module):
 
 
 class IMFDiT(nnx.Module):
-    """Average velocity u and instantaneous velocity v, under guidance of a scale and an interval that it is told.
+    """Average velocity u and instantaneous velocity v, conditioned on a guidance scale and interval.
 
     z: [b h w c] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; only t - r is used.
     y: [b] int labels in [0, num_classes]; num_classes is the null class.  omega: [b] guidance scales, at least 1.
-    t_min, t_max: [b] times between which it guides.  heads: `u`, `v`, or `uv` for both; the tape
+    t_min, t_max: [b] times between which guidance holds.  heads: `u`, `v`, or `uv` for both; the tape
     serves the first.
     Returns u or v [b h w c], or a pair of them, in float32 at least.  `dtype` is that of the matmuls.
     `depth` counts the blocks on the way to u: depth - head_depth in the trunk, then head_depth for each head.  Without
-    v_heads, as in released weights, its v is what the official code returns in eval mode: a final layer on the trunk,
-    of no meaning.  It has no dropout and is told of no augmentation.  Raises ValueError for sizes that do not divide.
+    v_heads, as in released weights, v is what the official code returns in eval mode: a final layer on the trunk, which
+    is meaningless.  No dropout, no augmentation labels.  Raises ValueError for sizes that do not divide.
     """
 
     takes_tape = True
@@ -207,7 +207,7 @@ class IMFDiT(nnx.Module):
         )  # fmt: skip
 
     def tables(self):
-        """Return the fixed tables of the canonical state dict: none, the rotary one is not in it."""
+        """Return the fixed tables of the canonical state dict: none, as the rotary table is not in it."""
         return {}
 
     def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", tape=None):
@@ -219,7 +219,7 @@ class IMFDiT(nnx.Module):
         return velocities if len(heads) > 1 else velocities[0]
 
     def prefix_tokens(self, h, y, omega, t_min, t_max, tape=None):
-        """Return the tokens [b n width] that stand before those of the patches: learnt ones plus what they carry."""
+        """Return the prefix tokens [b n width]: learnt tokens plus the embeddings of the conditions."""
         carried = (
             (self.class_tokens, self.y_embedder(y)),
             (self.omega_tokens, self.omega_embedder(1 - 1 / omega, tape)),
@@ -230,7 +230,7 @@ class IMFDiT(nnx.Module):
         return jnp.concatenate([tokens + embedding[:, None] for tokens, embedding in carried], axis=1)
 
     def velocity(self, head, x, cos, sin, tape=None):
-        """Return the velocity [b h w c] that the head `u` or `v` makes of the trunk's tokens x [b n width]."""
+        """Return the velocity [b h w c] that the head `u` or `v` predicts from the trunk's tokens x [b n width]."""
         blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
         for block in blocks:
             x = block(x, cos, sin, tape=tape)

@@ -14,7 +14,7 @@ from meanflow.metrics.preprocessing import Convention, resize_matrix
 
 
 def average_pool(x):
-    """Return means of 3 x 3 pixels of x [b h w c], of fewer at the border: the padding does not count."""
+    """Return means of 3 x 3 pixels of x [b h w c], of fewer at the border: padding does not count."""
 
     def sums(x):
         return jax.lax.reduce_window(x, 0.0, jax.lax.add, (1, 3, 3, 1), (1, 1, 1, 1), "SAME")
@@ -28,7 +28,7 @@ def max_pool(x):
 
 
 def halving_pool(x):
-    """Return maxima of 3 x 3 pixels of every other place of x [b h w c], without padding."""
+    """Return maxima of 3 x 3 pixels at every other position of x [b h w c], without padding."""
     return jax.lax.reduce_window(x, -jnp.inf, jax.lax.max, (1, 3, 3, 1), (1, 2, 2, 1), "VALID")
 
 
@@ -36,7 +36,7 @@ POOLS = {"average": average_pool, "maximum": max_pool, "halving": halving_pool}
 
 
 class BatchNorm(nnx.Module):
-    """Normalise the channels of x [b h w c] by stored means and variances, with affine."""
+    """Normalise the channels of x [b h w c] by fixed means and variances, then scale and shift."""
 
     def __init__(self, features, *, dtype):
         self.weight = nnx.Param(jnp.ones(features, dtype))
@@ -94,7 +94,7 @@ class Mixed(nnx.Module):
         return jnp.concatenate([self.branch(x, branch) for branch in self.branches], axis=-1)
 
     def branch(self, x, branch):
-        """Return what one branch makes of x."""
+        """Return the output of one branch for x."""
         for step in branch:
             if is_split(step):
                 x = jnp.concatenate([getattr(self, unit.name)(x) for unit in step], axis=-1)
@@ -118,10 +118,10 @@ class Logits(nnx.Module):
 class Inception(nnx.Module):
     """Features and logits of images x [b 299 299 3] as `resized` returns them.
 
-    `dtype` is that of everything: float32 or float64.
+    `dtype`, float32 or float64, is used throughout.
     Returns {name: array}: "64", "192", "768" and "2048", that many features [b n], each the mean over all pixels, and
-    "logits" and "logits_unbiased" [b 1008].  The Fréchet distance reads 2048, and the Inception score logits_unbiased,
-    which leave out the bias of the last layer.
+    "logits" and "logits_unbiased" [b 1008].  The Fréchet distance uses 2048, the Inception score logits_unbiased, which
+    omit the bias of the last layer.
     """
 
     def __init__(self, *, dtype=jnp.float32):
@@ -152,7 +152,7 @@ class Inception(nnx.Module):
 
 
 def resized(images, convention: Convention, dtype=jnp.float32):
-    """Return images [b h w c] in [0, 255], grey or RGB, as Inception reads them: [b 299 299 3] in about [-1, 1]."""
+    """Return images [b h w c] in [0, 255], grey or RGB, in the form Inception takes: [b 299 299 3] in about [-1, 1]."""
     x = images.astype(dtype)
     down, across = (jnp.asarray(resize_matrix(size, convention.resize), dtype) for size in np.shape(images)[1:3])
     x = jnp.einsum("ph,bhwc,qw->bpqc", down, x, across, precision="highest")

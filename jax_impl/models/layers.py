@@ -1,8 +1,8 @@
 """Layers that several networks share: initialisers, norms, embeddings of time, label and position.
 
 Parameters are kept in `param_dtype`; matmuls run in `dtype`; time features and norms in at least float32.
-Attribute names are those of the official PyTorch checkpoints, so a parameter's path is its canonical name but for
-the leaf (`kernel` there `weight`, transposed).
+Attribute names are those of the official PyTorch checkpoints, so a parameter's path is its canonical name except for
+the leaf (`kernel` here is `weight` there, transposed).
 """
 
 import functools
@@ -21,7 +21,7 @@ zeros = nnx.initializers.zeros_init()
 
 
 class Linear(nnx.Linear):
-    """An affine layer with zero bias or none, computed in `dtype` from float32 parameters; None: that of the input."""
+    """An affine layer computed in `dtype` (None: the input's) from float32 parameters; a bias starts at zero."""
 
     name = None  # see `name_layers`
 
@@ -40,7 +40,7 @@ class Linear(nnx.Linear):
 def matmul(x, kernel):
     """Return x [... in] times kernel [in out] as one product of two matrices.
 
-    The gradient of a product of higher rank transposes whole arrays first on a CPU: 1.15 times the step of DiT-S/4.
+    On a CPU the gradient of a higher-rank product first transposes whole arrays: 1.15 times the step of DiT-S/4.
     """
     y = x.reshape(-1, x.shape[-1]) @ kernel
     return y.reshape(*x.shape[:-1], kernel.shape[-1])
@@ -54,7 +54,7 @@ def convolve(x, kernel, *, padding, strides=(1, 1)):
 
 
 def layer_norm(x, eps=1e-6):
-    """Normalise the last axis to mean 0 and variance 1, without affine; float32 statistics at least."""
+    """Normalise the last axis to mean 0 and variance 1, without scale and shift; float32 statistics at least."""
     x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
     x = x - x.mean(-1, keepdims=True)
     return x * jax.lax.rsqrt(jnp.square(x).mean(-1, keepdims=True) + eps)

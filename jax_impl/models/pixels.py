@@ -27,7 +27,7 @@ def positional_features(t, dim, max_period=10_000.0):
 
 
 def hash32(x):
-    """Mix integers in [0, 2^32), uint32, into integers that look random, one to one.
+    """Hash uint32 integers into random-looking ones, one to one.
 
     Source: the `lowbias32` function of Chris Wellons' hash-prospector, after an offset.
     """
@@ -38,10 +38,10 @@ def hash32(x):
 
 
 def keep_masks(draws, num_entries, prob):
-    """Return which of `num_entries` entries dropout keeps, [b n] bool, each with probability 1 - prob.
+    """Return which of `num_entries` entries dropout keeps, [b n] bool, each kept with probability 1 - prob.
 
-    draws: [b] uniforms in [0, 1).  A mask is a function of (draw of the row, entry) in exact integer arithmetic: the
-    same in both frameworks, on any number of devices and in any number of micro-batches.
+    draws: [b] uniforms in [0, 1).  A mask is a function of (row's draw, entry) in exact integer arithmetic: the same in
+    both frameworks, on any number of devices and in any number of micro-batches.
     """
     seeds = hash32(jnp.floor(draws * 2**24).astype(jnp.uint32))
     places = hash32(jnp.arange(num_entries, dtype=jnp.uint32))
@@ -54,7 +54,7 @@ def dropout(x, prob, keep):
 
 
 class FourierFeatures(nnx.Module):
-    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, but never trained.
+    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, never trained.
 
     scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
     """
@@ -85,10 +85,10 @@ class GroupNorm(nnx.Module):
 
 
 class Conv(nnx.Module):
-    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded, after down- or upsampling by a filter.
+    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded, after resampling by a filter.
 
-    resample: None | down | up, of images of `size` x `size`.  kernel_size 0: no convolution, only the resampling.
-    filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
+    resample: None | down | up, for images of `size` x `size`.  kernel_size 0: only resample.
+    filter_last: filter and halve after the convolution, which then extends past the border by the filter's reach.
     """
 
     name = None  # see `name_layers`
@@ -103,7 +103,7 @@ class Conv(nnx.Module):
             self.bias = nnx.Param(jnp.zeros(out_features))
 
     def resampled(self, x):
-        """Return x [b h w c] filtered, and half or twice as large."""
+        """Return x [b h w c] filtered, at half or twice its size."""
         matrix = jnp.asarray(resample_matrix(self.taps, self.size, self.resample, valid=self.filter_last), x.dtype)
         return jnp.einsum("ph,bhwc,qw->bpqc", matrix, x, matrix)
 
@@ -122,9 +122,9 @@ class Conv(nnx.Module):
 
 
 def attend(qkv, layout):
-    """Return one head of self-attention [b h w c] over the pixels of queries, keys and values [b h w 3c].
+    """Return single-head self-attention [b h w c] over pixels, from queries, keys and values [b h w 3c].
 
-    layout: of the 3c channels, `split` (q, then k, then v) or `interleaved` (q, k, v of one channel after another).
+    layout: order of the 3c channels: `split` (all q, all k, all v) or `interleaved` (q, k, v of each channel in turn).
     """
     batch, height, width, features = qkv.shape
     if layout == "interleaved":

@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: images into latents an eighth as large, and back.
+"""Stable Diffusion's autoencoder: images to latents of an eighth of their size, and back.
 
 Source: arXiv:2112.10752; diffusers, models/autoencoders (AutoencoderKL), whose state dict has the canonical names.
 It is never trained here: fresh parameters are zeros, for `weights.from_canonical` to fill.
@@ -14,18 +14,18 @@ from jax_impl.models.layers import zeros
 from jax_impl.models.pixels import GroupNorm, add, attend
 from meanflow.errors import UserError
 
-LOG_VARIANCE = (-30.0, 20.0)  # range that log-variances are clipped to
+LOG_VARIANCE = (-30.0, 20.0)  # log-variances are clipped to this range
 
 
 def group_norm(features, groups, *, dtype):
     """Return a norm of `groups` groups of channels.  Raises UserError if they do not divide."""
     if features % groups:
         raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
-    return GroupNorm(features, groups, dtype=stored(dtype))
+    return GroupNorm(features, groups, dtype=param_dtype(dtype))
 
 
 class Conv(nnx.Module):
-    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded; stride 2 halves an image of even sides.
+    """Convolution [b h w in] -> [b h w out] of odd `kernel_size`, zero-padded; stride 2 halves images of even size.
 
     At stride 2 the padding is asymmetric: one row below, one column to the right.
     """
@@ -33,8 +33,8 @@ class Conv(nnx.Module):
     def __init__(self, in_features, out_features, kernel_size, *, dtype, stride=1):
         self.stride, self.dtype = stride, dtype
         self.padding = (0, 1) if stride == 2 else (kernel_size // 2, kernel_size // 2)
-        self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, in_features, out_features), stored(dtype)))
-        self.bias = nnx.Param(jnp.zeros(out_features, stored(dtype)))
+        self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, in_features, out_features), param_dtype(dtype)))
+        self.bias = nnx.Param(jnp.zeros(out_features, param_dtype(dtype)))
 
     def __call__(self, x):
         x, kernel, bias = (a.astype(self.dtype) for a in (x, self.kernel[...], self.bias[...]))
@@ -68,7 +68,7 @@ class Attention(nnx.Module):
 
         def linear():
             return nnx.Linear(
-                features, features, dtype=dtype, param_dtype=stored(dtype), kernel_init=zeros, bias_init=zeros,
+                features, features, dtype=dtype, param_dtype=param_dtype(dtype), kernel_init=zeros, bias_init=zeros,
                 rngs=nnx.Rngs(0),
             )  # fmt: skip
 
@@ -97,7 +97,7 @@ class MidBlock(nnx.Module):
 
 
 class Resampler(nnx.Module):
-    """A convolution [b h w c] that halves the image, or that follows its doubling by nearest neighbours."""
+    """A convolution [b h w c] that halves the image, or follows nearest-neighbour doubling."""
 
     def __init__(self, features, *, up, dtype):
         self.up = up
@@ -126,7 +126,7 @@ class Level(nnx.Module):
 
 
 class Encoder(nnx.Module):
-    """Images [b H W c] -> features [b h w 2 latents], half as large at each level but the last."""
+    """Images [b H W c] -> features [b h w 2 latents], halved at each level except the last."""
 
     def __init__(self, in_channels, latent_channels, widths, num_blocks, groups, *, dtype):
         self.conv_in = Conv(in_channels, widths[0], 3, dtype=dtype)
@@ -148,7 +148,7 @@ class Encoder(nnx.Module):
 
 
 class Decoder(nnx.Module):
-    """Latents [b h w c] -> images [b H W c], through the levels of the encoder in reverse, each a block deeper."""
+    """Latents [b h w c] -> images [b H W c], through the encoder's levels in reverse, each with one more block."""
 
     def __init__(self, out_channels, latent_channels, widths, num_blocks, groups, *, dtype):
         widths = tuple(reversed(widths))
@@ -172,8 +172,8 @@ class Decoder(nnx.Module):
 class AutoencoderKL(nnx.Module):
     """Images [b H W in_channels] to the moments of a normal over raw latents [b h w latent_channels], and back.
 
-    H = h 2^(levels - 1), with one entry of block_out_channels a level.  What images range over, [-1, 1] or [0, 1], is
-    a matter of the weights' use; `dtype` is that of the matmuls and convolutions.
+    H = h 2^(levels - 1), with one entry of block_out_channels per level.  Whether images are in [-1, 1] or [0, 1]
+    depends on the weights; `dtype` is that of the matmuls and convolutions.
     Raises UserError if norm_num_groups does not divide the channels.
     """
 
@@ -190,7 +190,7 @@ class AutoencoderKL(nnx.Module):
         return {}
 
     def moments(self, x):
-        """Return means, then log-variances as the network gives them, [b h w 2 latent_channels]."""
+        """Return means, then unclipped log-variances, [b h w 2 latent_channels]."""
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x):
@@ -203,6 +203,6 @@ class AutoencoderKL(nnx.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def stored(dtype):
+def param_dtype(dtype):
     """Return the dtype in which parameters are kept for computations in `dtype`: float32 at least."""
     return jnp.promote_types(dtype, jnp.float32)

@@ -47,9 +47,9 @@ def test_activations_are_bounded():
 @pytest.mark.parametrize("dtype", ["float32", "float64"])
 def test_all_times_but_full_noise_are_told_with_their_derivative(dtype):
     times = jnp.asarray([0.5, TIME_MAX, 0.99, 1.0], dtype)
-    told, rate = jax.jvp(edm2.told, (times,), (jnp.ones_like(times),))
-    assert told.tolist() == [*times[:3].tolist(), times[1].item()] and rate.tolist() == [1, 1, 1, 0]
-    assert told.dtype == rate.dtype == dtype
+    finite, slope = jax.jvp(edm2.finite_time, (times,), (jnp.ones_like(times),))
+    assert finite.tolist() == [*times[:3].tolist(), times[1].item()] and slope.tolist() == [1, 1, 1, 0]
+    assert finite.dtype == slope.dtype == dtype
 
 
 @pytest.mark.parametrize(

@@ -249,9 +249,9 @@ def test_the_derivative_at_the_largest_time_is_that_from_below(networks, times):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 def test_all_times_but_full_noise_are_told_with_their_derivative(dtype):
     times = torch.tensor([0.5, TIME_MAX, 0.99, 1.0], dtype=dtype)
-    told, rate = torch.func.jvp(edm2.told, (times,), (torch.ones_like(times),))
-    assert told.tolist() == [*times[:3].tolist(), times[1].item()] and rate.tolist() == [1, 1, 1, 0]
-    assert told.dtype == rate.dtype == dtype
+    finite, slope = torch.func.jvp(edm2.finite_time, (times,), (torch.ones_like(times),))
+    assert finite.tolist() == [*times[:3].tolist(), times[1].item()] and slope.tolist() == [1, 1, 1, 0]
+    assert finite.dtype == slope.dtype == dtype
 
 
 def test_log_sigma():

@@ -1,4 +1,4 @@
-"""Self-attention: from matmul and softmax, through which a tangent passes, or by a fused kernel."""
+"""Self-attention, by matmul and softmax, which support forward-mode AD, or by a fused kernel."""
 
 import torch
 import torch.nn.functional as F
@@ -10,7 +10,7 @@ from torch_impl.models.tape import under_jvp
 
 
 class HeadNorm(nn.Module):
-    """Divide the channels of each head by their root mean square and scale them; in float32 at least."""
+    """RMS-normalise the channels of each head and scale them; in float32 at least."""
 
     def __init__(self, dim):
         super().__init__()
@@ -23,7 +23,7 @@ class HeadNorm(nn.Module):
 class Attention(nn.Module):
     """Multi-head self-attention over tokens x [b n d]; fused qkv laid out as (3, heads, d/heads).
 
-    kernels: names of `KERNELS`, where no tangent passes and under a JVP.  qk_norm: queries and keys are normed a head.
+    kernels: (normal, under JVP), names from `KERNELS`.  qk_norm: RMS-normalise queries and keys per head.
     """
 
     def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype):
@@ -50,14 +50,14 @@ def attend(q, k, v, kernel="plain"):
 
 
 def plain(q, k, v):
-    """Attend by matmul and softmax, the latter in float32 at least: every derivative passes."""
+    """Attend by matmul and softmax, the softmax in float32 at least; supports every derivative."""
     scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
     weights = torch.softmax(scores.to(torch.promote_types(scores.dtype, torch.float32)), dim=-1)
     return weights.to(v.dtype) @ v
 
 
 def fused(q, k, v):
-    """Attend by PyTorch's fused kernel, the best that the device has; gradients pass, but no tangent."""
+    """Attend by PyTorch's fused kernel, the best for the device; it supports gradients but no JVP."""
     return F.scaled_dot_product_attention(q, k, v)
 
 
@@ -65,6 +65,6 @@ KERNELS = {"plain": plain, "fused": fused, "flash": flash}
 
 
 def check_kernels(c, device):
-    """Raise UserError if `config.model` names a kernel for its JVP that there is not, here or on `device`."""
+    """Raise UserError if `config.model` names a JVP kernel that is not installed or does not run on `device`."""
     if "attention_jvp" in c and c.attention_jvp == "flash":  # U-Nets have one attention for all
         check_flash(device)

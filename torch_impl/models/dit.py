@@ -1,4 +1,4 @@
-"""DiT: a transformer over patches, conditioned on t and the label, and for MeanFlow on t - r, through adaLN-Zero.
+"""DiT: a transformer over patches, conditioned on t, the label and, for MeanFlow, t - r, through adaLN-Zero.
 
 Source: arXiv:2212.09748 (DiT) and arXiv:2505.13447 (MeanFlow, section 5); Gsunshine/meanflow, models/models_dit.py;
 zhuyu-cs/MeanFlow, sit.py, whose state-dict names are the canonical ones (there `r_embedder` embeds t - r).  Without
@@ -59,7 +59,7 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Map tokens [b n d] to patches [b n p*p*c], modulated by c as a block is; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c], modulated by c like a block; zero at initialisation."""
 
     def __init__(self, width, out_features, *, dtype):
         super().__init__()
@@ -72,7 +72,7 @@ class FinalLayer(nn.Module):
 
 
 class Projector(nn.Module):
-    """Map tokens [b n d] to the features [b n out] that an encoder has of them, by a three-layer MLP."""
+    """Map tokens [b n d] to an encoder's features [b n out] with a three-layer MLP."""
 
     def __init__(self, width, hidden, out_features, *, dtype):
         super().__init__()
@@ -87,7 +87,7 @@ class Projector(nn.Module):
 
 
 class DiT(nn.Module):
-    """Average velocity u = net(z, t, r, y), or velocity v of a flow model.  It has no dropout nor augmentation labels.
+    """Average velocity u = net(z, t, r, y), or velocity v of a flow model.  No dropout, no augmentation labels.
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise; a flow model, without
     interval_embedder, ignores r.  y: [b] int labels in [0, num_classes]; num_classes is the null class.
@@ -146,7 +146,7 @@ class DiT(nn.Module):
     def transform(self, z, conditions, tape):
         """Return the velocity [b c h w] and the tokens [b n width] after repa_depth blocks.
 
-        conditions: [b width] for each block and one for the final layer, through SiLU: once, not in every block.
+        conditions: [b width] for each block and one for the final layer, after SiLU, which runs once and not per block.
         """
         x = self.x_embedder(z, tape)
         x = tokens = x + self.pos_embed
@@ -158,7 +158,7 @@ class DiT(nn.Module):
 
 
 def sizes_of(c):
-    """Return the arguments of a DiT that every kind of it takes, from `config.model`."""
+    """Return the arguments that all kinds of DiT share, from `config.model`."""
     return {
         "input_size": c.input_size, "channels": c.channels, "num_classes": c.num_classes, "patch_size": c.patch_size,
         "depth": c.depth, "width": c.width, "num_heads": c.num_heads, "mlp_ratio": c.mlp_ratio, "qk_norm": c.qk_norm,

@@ -1,7 +1,7 @@
-"""DiT for decoupled MeanFlow: a flow transformer whose first blocks are told t and whose last blocks are told r.
+"""DiT for decoupled MeanFlow: a flow transformer whose first blocks are conditioned on t and whose last ones on r.
 
-It has the parameters of the flow model, one time embedder among them, so that a trained flow model is one of these:
-at r = t their outputs are the same.  New is only a head of a few hundred parameters, which training alone uses.
+It has the parameters of the flow model, including its single time embedder, so a trained flow model can be loaded:
+at r = t the outputs are equal.  The only addition is a head of a few hundred parameters, used only in training.
 Source: arXiv:2510.24474; kyungmnlee/dmf, models/dmft.py.
 """
 
@@ -15,7 +15,7 @@ LOG_VARIANCE_FEATURES = 128  # of each time
 
 
 class DMFDiT(DiT):
-    """Average velocity u = net(z, t, r, y), as `DiT`; the first dmf_depth blocks see t, the rest and the last layer r.
+    """Average velocity u = net(z, t, r, y), as `DiT`; the first dmf_depth blocks see t, all later layers r.
 
     Raises ValueError for sizes that do not divide.
     """
@@ -39,6 +39,6 @@ class DMFDiT(DiT):
         return self.transform(z, [early] * self.dmf_depth + [late] * num_late, tape)[0]
 
     def log_variance(self, t, r):
-        """Return the logarithm [b] of the variance that the error of u at times t, r [b] is expected to have."""
+        """Return the predicted log-variance [b] of the error of u at times t, r [b]."""
         features = [timestep_features(time, LOG_VARIANCE_FEATURES) for time in (t, r)]
         return self.logvar_linear(torch.cat(features, dim=-1))[:, 0]

@@ -1,6 +1,6 @@
-"""Attention and its tangent in one fused kernel, that of the package jvp_flash_attention: PyTorch on CUDA alone.
+"""Attention and its JVP in one fused kernel, from the package jvp_flash_attention: PyTorch on CUDA only.
 
-Its version 0.14.0 needs block pointers, which Triton 3.6 has and 3.9 no longer.
+Version 0.14.0 needs block pointers, which Triton 3.6 has and 3.9 has removed.
 """
 
 import torch
@@ -10,15 +10,15 @@ from torch import Tensor
 
 from meanflow.errors import UserError
 
-# The package accepts heads of 16 channels too, but its kernel's blocks of keys may not be longer than a head is wide.
+# The package also accepts 16 channels per head, but its kernel needs key blocks no longer than a head is wide.
 WIDTHS = (32, 64, 128, 256)
-# Tokens of a block.  The kernel reads and writes whole blocks without regard to the end of a sequence: of other even
-# lengths, which the package accepts, it mixes neighbouring sequences.
+# Tokens per block.  The kernel reads and writes whole blocks and ignores the end of a sequence: for other even lengths,
+# which the package accepts, it mixes neighbouring sequences.
 BLOCK = 32
 
 
 def check_flash(device):
-    """Raise UserError if the package is not installed, or `device` is none that its kernel runs on."""
+    """Raise UserError if the package is not installed or its kernel does not run on `device`."""
     load()
     if device.type != "cuda":
         raise UserError(
@@ -42,8 +42,8 @@ def load():
 def flash(q, k, v):
     """Return softmax(q k^T / sqrt(d)) v for q, k, v [b heads n d], d <= 256, and its tangent, inside torch.func.jvp.
 
-    Of bfloat16, float16, or float32, whose products are TF32.  No gradient passes: to ask for one is an error.  Widths
-    and lengths that the kernel does not take are filled up with zeros.
+    For bfloat16, float16, or float32, whose products are TF32.  Gradients are not supported: asking for one is an
+    error.  Widths and lengths that the kernel does not take are padded with zeros.
     """
     tokens, dim = q.shape[2:]
     padding = (0, min(w for w in WIDTHS if w >= dim) - dim, 0, -tokens % BLOCK)
@@ -60,15 +60,15 @@ def launch(
 ) -> tuple[Tensor, Tensor]:
     """Return softmax(scale q k^T) v over the first `tokens` keys, and its tangent: [b heads n d], as all are.
 
-    An operation that torch.compile does not look into, for on the way the package sets Triton's allocator, which not
-    every version of PyTorch can trace.  JVPAttn.fwd_dual, the package's entry for duals, calls the same function.
+    Opaque to torch.compile, because the package sets Triton's allocator, which not every version of PyTorch can trace.
+    JVPAttn.fwd_dual, the package's entry for duals, calls the same function.
     """
     batch, heads, length, _ = q.shape
     mask = None
     if length > tokens:  # one byte for each score
         mask = (torch.arange(length, device=q.device) < tokens).expand(batch, heads, length, length)
-    q, k, v, q_t, k_t, v_t = (a.contiguous() for a in (q, k, v, q_t, k_t, v_t))  # it uses the strides of q for all
-    # To verify a mask is to wait for the device.
+    q, k, v, q_t, k_t, v_t = (a.contiguous() for a in (q, k, v, q_t, k_t, v_t))  # it uses q's strides for all
+    # Verifying a mask would wait for the device.
     value, (tangent, *_) = load().forward(
         q, k, v, q_t, k_t, v_t, attn_mask=mask, sm_scale=scale, USE_TMA=False, verify_attn_mask=False
     )

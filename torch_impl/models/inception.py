@@ -13,7 +13,7 @@ from meanflow.metrics.preprocessing import Convention, resize_matrix
 
 
 def average_pool(x):
-    """Return means of 3 x 3 pixels of x [b c h w], of fewer at the border: the padding does not count."""
+    """Return means of 3 x 3 pixels of x [b c h w], of fewer at the border: padding does not count."""
     return F.avg_pool2d(x, 3, stride=1, padding=1, count_include_pad=False)
 
 
@@ -23,7 +23,7 @@ def max_pool(x):
 
 
 def halving_pool(x):
-    """Return maxima of 3 x 3 pixels of every other place of x [b c h w], without padding."""
+    """Return maxima of 3 x 3 pixels at every other position of x [b c h w], without padding."""
     return F.max_pool2d(x, 3, stride=2)
 
 
@@ -31,7 +31,7 @@ POOLS = {"average": average_pool, "maximum": max_pool, "halving": halving_pool}
 
 
 class BatchNorm(nn.Module):
-    """Normalise the channels of x [b c h w] by stored means and variances, with affine."""
+    """Normalise the channels of x [b c h w] by fixed means and variances, then scale and shift."""
 
     def __init__(self, features, *, dtype):
         super().__init__()
@@ -90,7 +90,7 @@ class Mixed(nn.Module):
         return torch.cat([self.branch(x, branch) for branch in self.branches], dim=1)
 
     def branch(self, x, branch):
-        """Return what one branch makes of x."""
+        """Return the output of one branch for x."""
         for step in branch:
             if is_split(step):
                 x = torch.cat([getattr(self, unit.name)(x) for unit in step], dim=1)
@@ -115,10 +115,10 @@ class Logits(nn.Module):
 class Inception(nn.Module):
     """Features and logits of images x [b 3 299 299] as `resized` returns them.
 
-    `dtype` is that of everything: float32 or float64.
+    `dtype`, float32 or float64, is used throughout.
     Returns {name: array}: "64", "192", "768" and "2048", that many features [b n], each the mean over all pixels, and
-    "logits" and "logits_unbiased" [b 1008].  The Fréchet distance reads 2048, and the Inception score logits_unbiased,
-    which leave out the bias of the last layer.
+    "logits" and "logits_unbiased" [b 1008].  The Fréchet distance uses 2048, the Inception score logits_unbiased, which
+    omit the bias of the last layer.
     """
 
     def __init__(self, *, dtype=torch.float32):
@@ -150,7 +150,7 @@ class Inception(nn.Module):
 
 
 def resized(images, convention: Convention, dtype=torch.float32):
-    """Return images [b c h w] in [0, 255], grey or RGB, as Inception reads them: [b 3 299 299] in about [-1, 1]."""
+    """Return images [b c h w] in [0, 255], grey or RGB, in the form Inception takes: [b 3 299 299] in about [-1, 1]."""
     x = images.to(dtype)
     matrices = [resize_matrix(size, convention.resize) for size in images.shape[2:]]
     down, across = (torch.from_numpy(matrix).to(x) for matrix in matrices)

@@ -30,9 +30,9 @@ def zeros(weight):
 
 
 class Linear(nn.Linear):
-    """An affine layer with zero bias or none, computed in `dtype` from float32 parameters; None: that of the input.
+    """An affine layer computed in `dtype` (None: the input's) from float32 parameters; a bias starts at zero.
 
-    The bias is added to the product, not inside it: compiled, that joins what comes next, and costs no pass of its own.
+    The bias is added to the product, not inside it: compiled, the addition fuses with what follows and costs no pass.
     """
 
     name = None  # see `name_layers`
@@ -51,7 +51,7 @@ class Linear(nn.Linear):
 
 
 def gelu(x):
-    """Return the tanh-approximate GELU of x, compiled with the sigmoid that is the same number and costs a CPU less."""
+    """Return the tanh-approximate GELU of x; compiled, as an equal sigmoid form that is cheaper on a CPU."""
     if not torch.compiler.is_compiling():
         return F.gelu(x, approximate="tanh")
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -59,7 +59,7 @@ def gelu(x):
 
 
 def layer_norm(x, eps=1e-6):
-    """Normalise the last axis to mean 0 and variance 1, without affine; float32 statistics at least."""
+    """Normalise the last axis to mean 0 and variance 1, without scale and shift; float32 statistics at least."""
     x = x.to(torch.promote_types(x.dtype, torch.float32))
     return F.layer_norm(x, x.shape[-1:], eps=eps)
 

@@ -27,7 +27,7 @@ def positional_features(t, dim, max_period=10_000.0):
 
 
 def hash32(x):
-    """Mix integers in [0, 2^32), int64, into integers that look random, one to one.
+    """Hash integers in [0, 2^32), int64, into random-looking ones, one to one.
 
     Source: the `lowbias32` function of Chris Wellons' hash-prospector, after an offset.
     """
@@ -38,10 +38,10 @@ def hash32(x):
 
 
 def keep_masks(draws, num_entries, prob):
-    """Return which of `num_entries` entries dropout keeps, [b n] bool, each with probability 1 - prob.
+    """Return which of `num_entries` entries dropout keeps, [b n] bool, each kept with probability 1 - prob.
 
-    draws: [b] uniforms in [0, 1).  A mask is a function of (draw of the row, entry) in exact integer arithmetic: the
-    same in both frameworks, on any number of devices and in any number of micro-batches.
+    draws: [b] uniforms in [0, 1).  A mask is a function of (row's draw, entry) in exact integer arithmetic: the same in
+    both frameworks, on any number of devices and in any number of micro-batches.
     """
     seeds = hash32(torch.floor(draws * 2**24).long())
     places = hash32(torch.arange(num_entries, device=draws.device))
@@ -56,7 +56,7 @@ def dropout(x, prob, keep):
 
 
 class FourierFeatures(nn.Module):
-    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, but never trained.
+    """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, never trained.
 
     scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
     """
@@ -92,10 +92,10 @@ class GroupNorm(nn.Module):
 
 
 class Conv(nn.Module):
-    """Convolution [b in h w] -> [b out h w] of odd `kernel_size`, zero-padded, after down- or upsampling by a filter.
+    """Convolution [b in h w] -> [b out h w] of odd `kernel_size`, zero-padded, after resampling by a filter.
 
-    resample: None | down | up, of images of `size` x `size`.  kernel_size 0: no convolution, only the resampling.
-    filter_last: filter and halve after the convolution, which then runs beyond the border as far as the filter sees.
+    resample: None | down | up, for images of `size` x `size`.  kernel_size 0: only resample.
+    filter_last: filter and halve after the convolution, which then extends past the border by the filter's reach.
     """
 
     name = None  # see `name_layers`
@@ -115,7 +115,7 @@ class Conv(nn.Module):
             self.register_buffer("matrix", torch.from_numpy(matrix), persistent=False)
 
     def resampled(self, x):
-        """Return x [b c h w] filtered, and half or twice as large."""
+        """Return x [b c h w] filtered, at half or twice its size."""
         matrix = self.matrix.to(x.dtype)
         return matrix @ x @ matrix.T
 
@@ -134,9 +134,9 @@ class Conv(nn.Module):
 
 
 def attend(qkv, layout):
-    """Return one head of self-attention [b c h w] over the pixels of queries, keys and values [b 3c h w].
+    """Return single-head self-attention [b c h w] over pixels, from queries, keys and values [b 3c h w].
 
-    layout: of the 3c channels, `split` (q, then k, then v) or `interleaved` (q, k, v of one channel after another).
+    layout: order of the 3c channels: `split` (all q, all k, all v) or `interleaved` (q, k, v of each channel in turn).
     """
     batch, features, height, width = qkv.shape
     if layout == "interleaved":

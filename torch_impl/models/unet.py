@@ -1,9 +1,9 @@
-"""U-Net for MeanFlow on pixels: EDM's SongUNet, conditioned on two times and on augmentation labels.
+"""U-Net for MeanFlow on pixels: EDM's SongUNet, conditioned on two times and augmentation labels.
 
 Source: arXiv:2011.13456 (DDPM++ and NCSN++), arXiv:2206.00364 (EDM), arXiv:2505.13447 (MeanFlow, appendix A).
-Two published variants are settings of one network: Gsunshine/py-meanflow, models/unet.py (time_embedding joint,
+Two published variants are settings of this network: Gsunshine/py-meanflow, models/unet.py (time_embedding joint,
 qkv_layout split, filter 1-3-3-1) and zhuyu-cs/MeanFlow, branch cifar10, unet.py (separate, interleaved, 1-1).  State
-dicts of both have canonical names.
+dicts of both have the canonical names.
 """
 
 import math
@@ -42,10 +42,10 @@ def for_attention(weight):
 
 
 class Block(nn.Module):
-    """Residual block under the condition emb [b d], then attention if asked for; the residual stays in float32.
+    """Residual block conditioned on emb [b d], with optional attention; the residual stays in float32.
 
-    first: where its dropout mask begins among those of the network.  resample: None | down | up, of images of
-    `size` x `size`, before the first convolution.
+    first: offset of its dropout mask in the network's.  resample: None | down | up, for images of `size` x `size`,
+    before the first convolution.
     """
 
     remat = False
@@ -95,7 +95,7 @@ def group_norm(features):
 
 
 def check_sizes(input_size, channel_mult, taps):
-    """Raise UserError for options of which no U-Net can be built."""
+    """Raise UserError for options that no U-Net can be built from."""
     halvings = len(channel_mult) - 1
     if not channel_mult or input_size % 2**halvings:
         raise UserError(
@@ -110,8 +110,8 @@ class UNet(nn.Module):
     """Average velocity u = net(z, t, r, y, augment, dropout), without classes: y is ignored.
 
     z: [b c h w] state, h = w = input_size.  t, r: [b] times in [0, 1], r <= t, t = 1 is noise.
-    augment: [b augment_dim] labels of data.augment; None: images as they are, the same as zeros.
-    dropout: `dropout_masks`, in training; None: no dropout.
+    augment: [b augment_dim] labels of data.augment; None means unaugmented images, as zeros do.
+    dropout: `dropout_masks` in training; None means no dropout.
     Returns u [b c h w] in float32 at least.  `dtype` is that of the matmuls and convolutions.
     Raises UserError for sizes that do not divide, and for augment_dim with time_embedding separate.
     """
@@ -226,7 +226,7 @@ class UNet(nn.Module):
         return {f"{name}.resample_filter": filter_table(m.taps) for name, m in convolutions.items()}
 
     def dropout_masks(self, draws):
-        """Return the masks of all blocks [b n] bool, true where an entry is kept, of uniform draws [b]."""
+        """Return the masks of all blocks [b n] bool, true where an entry is kept, from uniform draws [b]."""
         return keep_masks(draws, self.num_entries, self.dropout)
 
     def embed_time(self, t):
@@ -247,7 +247,7 @@ class UNet(nn.Module):
         return F.silu(self.map_layer1(F.silu(self.map_layer0(emb, tape)), tape))
 
     def encode(self, x, emb, keep, tape=None):
-        """Return the lowest features and all features that the decoder is given, the last one last."""
+        """Return the lowest-resolution features and those of the skip connections, in order."""
         skips, aux = [], x
         for level, size in enumerate(self.sizes):
             name = f"{size}x{size}"

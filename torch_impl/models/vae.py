@@ -1,4 +1,4 @@
-"""Stable Diffusion's autoencoder: images into latents an eighth as large, and back.
+"""Stable Diffusion's autoencoder: images to latents of an eighth of their size, and back.
 
 Source: arXiv:2112.10752; diffusers, models/autoencoders (AutoencoderKL), whose state dict has the canonical names.
 It is never trained here: fresh parameters are zeros, for `weights.from_canonical` to fill.
@@ -14,18 +14,18 @@ from meanflow.errors import UserError
 from torch_impl.models.layers import Linear, zeros
 from torch_impl.models.pixels import GroupNorm, add, attend
 
-LOG_VARIANCE = (-30.0, 20.0)  # range that log-variances are clipped to
+LOG_VARIANCE = (-30.0, 20.0)  # log-variances are clipped to this range
 
 
 def group_norm(features, groups, *, dtype):
     """Return a norm of `groups` groups of channels.  Raises UserError if they do not divide."""
     if features % groups:
         raise UserError(f"{features} channels do not make {groups} groups: norm_num_groups must divide them all")
-    return GroupNorm(features, groups, dtype=stored(dtype))
+    return GroupNorm(features, groups, dtype=param_dtype(dtype))
 
 
 class Conv(nn.Module):
-    """Convolution [b in h w] -> [b out h w] of odd `kernel_size`, zero-padded; stride 2 halves an image of even sides.
+    """Convolution [b in h w] -> [b out h w] of odd `kernel_size`, zero-padded; stride 2 halves images of even size.
 
     At stride 2 the padding is asymmetric: one row below, one column to the right.
     """
@@ -35,8 +35,8 @@ class Conv(nn.Module):
         self.stride, self.compute_dtype = stride, dtype
         self.padding = (0, 1) if stride == 2 else (kernel_size // 2, kernel_size // 2)
         shape = out_features, in_features, kernel_size, kernel_size
-        self.weight = nn.Parameter(torch.zeros(shape, dtype=stored(dtype)))
-        self.bias = nn.Parameter(torch.zeros(out_features, dtype=stored(dtype)))
+        self.weight = nn.Parameter(torch.zeros(shape, dtype=param_dtype(dtype)))
+        self.bias = nn.Parameter(torch.zeros(out_features, dtype=param_dtype(dtype)))
 
     def forward(self, x):
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.weight, self.bias))
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.group_norm = group_norm(features, groups, dtype=dtype)
 
         def linear():
-            return Linear(features, features, dtype=dtype, kernel_init=zeros).to(stored(dtype))
+            return Linear(features, features, dtype=dtype, kernel_init=zeros).to(param_dtype(dtype))
 
         self.to_q = linear()
         self.to_k = linear()
@@ -98,7 +98,7 @@ class MidBlock(nn.Module):
 
 
 class Resampler(nn.Module):
-    """A convolution [b c h w] that halves the image, or that follows its doubling by nearest neighbours."""
+    """A convolution [b c h w] that halves the image, or follows nearest-neighbour doubling."""
 
     def __init__(self, features, *, up, dtype):
         super().__init__()
@@ -129,7 +129,7 @@ class Level(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Images [b c H W] -> features [b 2 latents h w], half as large at each level but the last."""
+    """Images [b c H W] -> features [b 2 latents h w], halved at each level except the last."""
 
     def __init__(self, in_channels, latent_channels, widths, num_blocks, groups, *, dtype):
         super().__init__()
@@ -152,7 +152,7 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latents [b c h w] -> images [b c H W], through the levels of the encoder in reverse, each a block deeper."""
+    """Latents [b c h w] -> images [b c H W], through the encoder's levels in reverse, each with one more block."""
 
     def __init__(self, out_channels, latent_channels, widths, num_blocks, groups, *, dtype):
         super().__init__()
@@ -177,8 +177,8 @@ class Decoder(nn.Module):
 class AutoencoderKL(nn.Module):
     """Images [b in_channels H W] to the moments of a normal over raw latents [b latent_channels h w], and back.
 
-    H = h 2^(levels - 1), with one entry of block_out_channels a level.  What images range over, [-1, 1] or [0, 1], is
-    a matter of the weights' use; `dtype` is that of the matmuls and convolutions.
+    H = h 2^(levels - 1), with one entry of block_out_channels per level.  Whether images are in [-1, 1] or [0, 1]
+    depends on the weights; `dtype` is that of the matmuls and convolutions.
     Raises UserError if norm_num_groups does not divide the channels.
     """
 
@@ -196,7 +196,7 @@ class AutoencoderKL(nn.Module):
         return {}
 
     def moments(self, x):
-        """Return means, then log-variances as the network gives them, [b 2 latent_channels h w]."""
+        """Return means, then unclipped log-variances, [b 2 latent_channels h w]."""
         return self.quant_conv(self.encoder(x))
 
     def encode(self, x):
@@ -209,6 +209,6 @@ class AutoencoderKL(nn.Module):
         return self.decoder(self.post_quant_conv(z))
 
 
-def stored(dtype):
+def param_dtype(dtype):
     """Return the dtype in which parameters are kept for computations in `dtype`: float32 at least."""
     return torch.promote_types(dtype, torch.float32)
