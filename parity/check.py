@@ -1,13 +1,14 @@
-"""Checks that the JAX and the PyTorch implementation are the same mathematics, and that of the official code.
+"""Checks that both implementations are the same mathematics, and agree with the official code.
 
     python parity/check.py [--golden DIR] [--only REGEX] [--jobs N] [--json FILE] [--report FILE.html]
 
-float64: both implementations under the same weights and draws, and each against a second derivation.  float32 and
-bfloat16: what each loses.  golden: both against stored outputs of the official repositories.
-Exit code 0 if every check holds, 1 if not, 2 for a mistake on the command line.
+float64: both implementations with the same weights and draws, and each against a second derivation.
+float32, bfloat16: each implementation's error against float64.
+golden: both against recorded outputs of the official repositories.
+Exit code 0 if every check passes, 1 if one fails, 2 for a usage error.
 
-Most of the time goes into compiling.  JAX_COMPILATION_CACHE_DIR=DIR JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0 keep
-the programs for the next run.
+Compilation takes most of the time.  To keep compiled programs for the next run, set JAX_COMPILATION_CACHE_DIR=DIR and
+JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS=0.
 """
 
 import argparse
@@ -32,27 +33,27 @@ from parity.checks import Case, Check, Measure
 from parity.golden import fixtures as golden
 
 GOLDEN = pathlib.Path(__file__).parent / "golden"
-FORGET_EVERY = 32  # cases, then compiled programs are dropped: neighbours share some, but a process cannot hold all
-MEMORY = 4 * 2**30  # bytes for each process
-# Compiling takes most of the time, and half of it with XLA's plain emitters; the mathematics is the same.
+FORGET_EVERY = 32  # cases between drops of compiled programs: neighbours share some, but a process cannot hold all
+MEMORY = 4 * 2**30  # bytes per process
+# Halves compilation, which takes most of the time; the mathematics is the same.
 XLA_FLAGS = "--xla_cpu_use_fusion_emitters=false"
 
 
 class Result(NamedTuple):
-    """What a run found."""
+    """Result of a run."""
 
     checks: list[Check]
-    not_covered: list[str]  # golden files and keys that no check looked at
-    strict: bool  # whether not_covered is a failure
+    not_covered: list[str]  # golden files and keys that no check read
+    strict: bool  # whether not_covered counts as a failure
 
     @property
     def ok(self) -> bool:
-        """Whether every check holds and nothing that must be covered is not."""
+        """Whether every check passes and everything that must be covered is."""
         return all(check.ok for check in self.checks) and not (self.strict and self.not_covered)
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code.  Raises UserError for mistakes on it."""
+    """Run the command and return its exit code.  Raises UserError for usage errors."""
     args = parse(argv)
     result = run(args.golden, args.only, args.jobs)
     print_table(result)
@@ -66,29 +67,29 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def parse(argv: list[str] | None) -> argparse.Namespace:
-    """Return the arguments."""
+    """Parse the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
         "--golden", metavar="DIR", type=paths.read,
-        help="directory of golden fixtures, *.npz (default: parity/golden); given explicitly, files of unknown "
-        "systems and results that no check looks at are failures",
+        help="directory of golden fixtures, *.npz (default: parity/golden); if given, files of unknown systems and "
+        "results that no check reads are failures",
     )  # fmt: skip
     parser.add_argument(
         "--only", metavar="REGEX",
-        help="run the cases whose name contains a match, e.g. float64/split, golden/sit_torch/loss",
+        help="run only cases whose name matches, e.g. float64/split, golden/sit_torch/loss",
     )  # fmt: skip
     parser.add_argument(
         "--jobs", metavar="N", type=positive, default=default_jobs(),
-        help="processes; 1 runs every case in the first one (default: one per core that this process may use, and per "
-        f"{MEMORY / 2**30:.0f} GiB of memory, here %(default)s)",
+        help="worker processes; 1 runs every case in this process (default: one per usable core, with at least "
+        f"{MEMORY / 2**30:.0f} GiB of memory each; here %(default)s)",
     )  # fmt: skip
     parser.add_argument(
         "--json", metavar="FILE", type=paths.written,
-        help="write the checks there: a list of {case, framework, quantity, error, bound, ok}; framework is jax, torch "
-        "or jax-torch; an error that is not a finite number is null",
+        help="write the checks to FILE: a list of {case, framework, quantity, error, bound, ok}; framework is jax, "
+        "torch or jax-torch; non-finite errors are null",
     )  # fmt: skip
     parser.add_argument(
-        "--report", metavar="FILE.html", type=paths.written, help="write a page with table, plots and samples there"
+        "--report", metavar="FILE.html", type=paths.written, help="write a page with a table, plots and samples to FILE"
     )
     return parser.parse_args(argv)
 
@@ -108,9 +109,9 @@ def default_jobs() -> int:
 
 
 def run(golden_directory: pathlib.Path | None = None, only: str | None = None, jobs: int = 1) -> Result:
-    """Run the cases whose name matches `only` (None: all), in this process or, if `jobs` > 1, in that many others.
+    """Run the cases whose name matches `only` (all if None), in this process or, if jobs > 1, in that many workers.
 
-    Raises UserError if nothing matches, `only` is no regular expression, a fixture cannot be read or a process is
+    Raises UserError if nothing matches, `only` is not a regular expression, a fixture cannot be read or a worker is
     killed.
     """
     try:
@@ -145,7 +146,7 @@ def every_case(fixtures: golden.Plan) -> list[Case]:
 
 
 def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan) -> Iterator[workers.Done]:
-    """Run cases, those of one network after another."""
+    """Run cases network by network, which share compiled programs."""
     with frameworks.full_precision():
         run_one = runner(fixtures)
         for name in itertools.chain(*groups.values()):
@@ -155,13 +156,13 @@ def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan) -> Iter
 
 @contextlib.contextmanager
 def in_worker(directory: pathlib.Path) -> Iterator[Callable]:
-    """Prepare a process of `workers` for cases."""
+    """Set up a worker process."""
     with frameworks.full_precision():
         yield runner(golden.plan(directory))
 
 
 def runner(fixtures: golden.Plan) -> Callable[[str], tuple[list[Check], list[str]]]:
-    """Return the function that runs a case by its name: its checks, and the golden results that it did not look at."""
+    """Return a function that runs a case by name and returns its checks and the golden results it did not read."""
     cases, count = {case.name: case for case in every_case(fixtures)}, itertools.count(1)
 
     def run_one(name):
@@ -177,7 +178,7 @@ def runner(fixtures: golden.Plan) -> Callable[[str], tuple[list[Check], list[str
 
 
 def run_case(case: Case) -> list[Check]:
-    """Return the checks of one case; a fixture that lacks something or does not fit is a failed check."""
+    """Return the checks of one case; a fixture that is incomplete or does not fit is a failed check."""
     measure = Measure(case.name)
     try:
         case.run(measure)
@@ -189,7 +190,7 @@ def run_case(case: Case) -> list[Check]:
 
 
 def print_table(result: Result) -> None:
-    """Print every check under its system, what is not covered, and a summary."""
+    """Print all checks by system, uncovered results, and a summary."""
     section = None
     for check in result.checks:
         if section != (section := "/".join(check.case.split("/")[: 2 if check.case.startswith("golden") else 1])):
@@ -207,7 +208,7 @@ def print_table(result: Result) -> None:
 
 
 def summary(result: Result, num_failed: int) -> str:
-    """Return one line: counts and the check nearest to its bound, or farthest beyond it."""
+    """Return one line: the counts and the check with the largest error/bound."""
     text = f"{len(result.checks)} checks, {num_failed} failed, {len(result.not_covered)} not covered"
     if not result.checks:
         return text

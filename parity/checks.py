@@ -1,4 +1,4 @@
-"""What one check is, and how an error is measured."""
+"""Checks, cases, and how errors are measured."""
 
 import dataclasses
 import math
@@ -10,12 +10,12 @@ import numpy as np
 
 @dataclasses.dataclass(frozen=True)
 class Check:
-    """One measured error and the bound it must keep."""
+    """A measured error and its bound."""
 
     case: str  # e.g. float64/split/kappa
     framework: str  # jax | torch, each against a reference, or jax-torch: one against the other
     quantity: str  # what was compared
-    error: float  # relative L2 norm of the difference, unless the quantity says otherwise; inf: not comparable
+    error: float  # relative L2 norm of the difference unless the quantity says otherwise; inf if not comparable
     bound: float  # largest error allowed
 
     @property
@@ -25,7 +25,7 @@ class Check:
 
     @property
     def ratio(self) -> float:
-        """Error over bound: above 1 is a failure; inf for anything that is not finite, or above a bound of 0."""
+        """Error over bound; above 1 fails.  inf for non-finite errors, and for any error above a bound of 0."""
         if self.ok:
             return self.error / self.bound if self.bound else 0.0
         return self.error / self.bound if self.bound and math.isfinite(self.error) else math.inf
@@ -33,11 +33,11 @@ class Check:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A named group of checks that share their computation."""
+    """A named group of checks that share a computation."""
 
     name: str
     run: Callable[["Measure"], None]
-    network: str = ""  # cases of one network share compiled programs, so that they run one after another
+    network: str = ""  # cases of the same network share compiled programs and run consecutively
 
 
 class Measure:
@@ -52,20 +52,20 @@ class Measure:
         self.checks.append(Check(self.case, framework, quantity, float(error), float(bound)))
 
     def compare(self, framework: str, quantity: str, got, want, bound: float) -> None:
-        """Record the relative error of `got` against `want`, arrays of one shape; another shape is a failure."""
+        """Record the relative error of `got` against `want`; different shapes fail."""
         got, want = np.asarray(got), np.asarray(want)
         if got.shape != want.shape:
             quantity = f"{quantity} (shape {got.shape}, expected {want.shape})"
         self.add(framework, quantity, relative_error(got, want), bound)
 
     def equal(self, framework: str, quantity: str, got, want) -> None:
-        """Record how many entries of two arrays of integers differ: none may."""
+        """Record how many entries of two integer arrays differ; any difference fails."""
         got, want = np.asarray(got), np.asarray(want)
         differ = (got != want).sum() if got.shape == want.shape else math.inf
         self.add(framework, f"{quantity} (entries that differ)", differ, 0.0)
 
     def compare_worst(self, framework: str, quantity: str, got: dict, want: dict, bound: Any) -> None:
-        """Record the worst entry of two dicts of arrays, by name; other names are a failure.
+        """Record the worst entry of two dicts of arrays, by name; different names fail.
 
         bound: a number, or a function of the name.
         """
@@ -84,7 +84,7 @@ class Measure:
 def relative_error(got: np.ndarray, want: np.ndarray) -> float:
     """Return ||got - want|| / ||want||, in float64; 0 where both are exactly 0.
 
-    inf for other shapes, and if any entry is not finite.
+    inf for different shapes or non-finite entries.
     """
     if got.shape != want.shape:
         return math.inf

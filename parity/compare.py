@@ -1,4 +1,4 @@
-"""Compare two samples.npz: the same labels, and images that differ by at most a bound.
+"""Compares two samples.npz: labels must be equal, and images within a bound.
 
 python parity/compare.py A/samples.npz B/samples.npz --bound=1e-4
 """
@@ -22,7 +22,7 @@ def read(path):
 
 
 def difference(a, b):
-    """Return the largest absolute difference of two (images, labels); inf if shapes or labels differ, or on NaN."""
+    """Return the largest absolute difference of two (images, labels); inf on NaN or if shapes or labels differ."""
     if a[0].shape != b[0].shape or not np.array_equal(a[1], b[1]):
         return float("inf")
     largest = float(np.abs(a[0].astype(np.float64) - b[0]).max())

@@ -1,11 +1,11 @@
-"""Takes one training step of a config's whole network in both frameworks, compiled, and compares what comes out.
+"""Takes one compiled training step of a config's full network in both frameworks and compares the results.
 
     python parity/full_step.py --config=configs/meanflow_cifar10.py:v1 [--batch_size 8] [--backend aot_eager]
 
-Same random non-zero weights, same batch, same draws, in float32 whatever the config says, through the trainers' own
-step functions.  Prints the number of parameters, the scalars that training logs, and how far the gradients' norms are
-apart, tensor by tensor.
-Exit code 0 if all agree to 1e-4, 1 if not, 2 for a mistake on the command line.
+Both use the same random non-zero weights, batch and draws, in float32 whatever the config says, and the trainers' own
+step functions.  Prints the number of parameters, the logged scalars, and the difference of the gradient norms per
+tensor.
+Exit code 0 if all agree to 1e-4, 1 if not, 2 for a usage error.
 """
 
 import argparse
@@ -33,17 +33,17 @@ from torch_impl import weights as torch_weights
 from torch_impl.methods import METHODS as TORCH_METHODS
 
 BOUND = 1e-4
-FLOOR = 1e-3  # share of the whole gradient's norm; differences of smaller gradients are measured against it
+FLOOR = 1e-3  # fraction of the full gradient's norm: the least norm that differences are measured against
 
 
 def main(argv: list[str] | None = None) -> int:
-    """Run the command line and return the exit code.  Raises UserError for mistakes on it."""
+    """Run the command and return its exit code.  Raises UserError for usage errors."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", required=True, metavar="FILE", help="config of the run: FILE.py[:variant]")
     parser.add_argument("--batch_size", type=int, default=8, help="rows of the batch (default: 8)")
     parser.add_argument(
         "--backend", choices=("inductor", "aot_eager", "eager"),
-        help="of PyTorch; eager: not compiled (default: the config's)",
+        help="torch.compile backend; eager: not compiled (default: from the config)",
     )  # fmt: skip
     args = parser.parse_args(argv)
     if args.batch_size < 1:
@@ -60,7 +60,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def compare(config) -> bool:
-    """Take the step in both, print what comes out, and return whether it agrees."""
+    """Take the step in both frameworks, print the results, and return whether they agree."""
     jax_devices.set_precision(config)
     torch_devices.set_precision(config)
     canonical = random_weights(config)
@@ -92,7 +92,7 @@ def compare(config) -> bool:
 
 
 def random_weights(config) -> dict[str, np.ndarray]:
-    """Return canonical weights that keep activations of order 1 and are zero nowhere, as they are in training."""
+    """Return canonical weights that are non-zero everywhere and keep activations of order 1, as in training."""
     torch_framework, rng = FRAMEWORKS["torch"], np.random.RandomState(0)
     weights = torch_framework.fresh_weights(config, [0])[0]
     kept = {
@@ -135,7 +135,7 @@ def random_rows(config) -> tuple[dict, dict]:
 
 
 def jax_result(config, canonical, batch, draws):
-    """Return (metrics, gradients by canonical name) of the JAX step, and the seconds of the first and a second one."""
+    """Return (metrics, gradients by canonical name) of the JAX step, and the seconds of two steps."""
     mesh = jax_step.make_mesh(config)
     graphdef, fresh = jax_step.build_net(config)
     net = nnx.merge(graphdef, fresh)

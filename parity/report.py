@@ -15,7 +15,7 @@ from parity.checks import Check
 
 matplotlib.use("Agg")
 COLOURS = {"jax": "tab:blue", "torch": "tab:orange", "jax-torch": "tab:green"}
-FLOOR = 1e-18  # where an error of exactly 0 is drawn on a logarithmic axis
+FLOOR = 1e-18  # where zero errors are drawn on a logarithmic axis
 STYLE = """
 body { font-family: sans-serif; margin: 2em; max-width: 75em }
 table { border-collapse: collapse; font-size: 85% }
@@ -26,7 +26,7 @@ img { max-width: 100% }
 
 
 def html(checks: list[Check], not_covered: list[str]) -> str:
-    """Return the page: plots of all checks, of the two lower precisions, samples side by side, and the table."""
+    """Return the page: plots of all checks and of the lower precisions, samples of both frameworks, and the table."""
     num_failed = sum(not check.ok for check in checks)
     parts = [f"<p>{len(checks)} checks, {num_failed} failed, {len(not_covered)} not covered.</p>"]
     parts += [f"<p>Not covered: {text.escape(name)}</p>" for name in not_covered]
@@ -52,7 +52,7 @@ def table(checks: list[Check]) -> str:
 
 
 def ratios(checks: list[Check]) -> Figure:
-    """Plot error over bound of every check, by case; above the line is a failure."""
+    """Plot error over bound of every check, by case; anything above the line fails."""
     names = list(dict.fromkeys(check.case for check in checks))
     figure = Figure(figsize=(11, 1.5 + 0.2 * len(names)), layout="constrained")
     axes = figure.subplots()
@@ -94,7 +94,7 @@ def quantity(check: Check) -> str:
 
 @full_precision()
 def samples() -> Figure:
-    """Draw the images that both frameworks make of the same noise, and how far they are apart."""
+    """Draw the images that both frameworks sample from the same noise, and their difference."""
     config = objectives.config(model={"compute_dtype": "float32"}, sample={"steps": 2})
     rows, draws = objectives.batch(config)
     images = {

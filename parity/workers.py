@@ -1,7 +1,7 @@
-"""Runs named jobs in processes, one job at a time each.
+"""Runs named jobs in worker processes.
 
-Unlike a pool of `concurrent.futures` it says which job a process died in, and prefers to hand a process jobs of one
-group, which share what the process has compiled or loaded.  Imports nothing large: each process imports what it needs.
+Unlike `concurrent.futures`, it reports which job a process died in, and keeps a process on one group of jobs, which
+share what it has compiled.  Imports are light, as every process repeats them.
 """
 
 import contextlib
@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 
 from meanflow.errors import UserError
 
-# One thread for each process: they share the cores already.
+# One thread per process, as the processes already fill the cores.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
 
 
