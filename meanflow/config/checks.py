@@ -1,4 +1,4 @@
-"""Checks of a config before it is used: of its values, and of what it is to be trained or combined with."""
+"""Checks of a config before use: of its values, for training, and against other models it starts or learns from."""
 
 import copy
 

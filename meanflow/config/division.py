@@ -1,6 +1,6 @@
-"""How a batch is divided: the whole number of rows that a device computes at once, and the share of flow rows in them.
+"""How a batch is divided among devices and micro-batches, and the fraction of flow rows in each part.
 
-A step trains one objective, whatever divides its batch.  What would change with the division is refused.
+A step optimises the same objective however its batch is divided; a division that would change it is refused.
 """
 
 import fractions
@@ -9,12 +9,12 @@ from collections.abc import Iterable, Iterator
 from meanflow.config import options
 from meanflow.errors import UserError
 
-LARGEST = 10**6  # denominator of a share; rounding to float64 never moves a fraction of this size to another
-CLOSE = 1e-9  # between a share and the fraction that it stands for
+LARGEST = 10**6  # denominator; rounding to float64 never turns one such fraction into another
+CLOSE = 1e-9  # largest distance between a number and the fraction it stands for
 
 
 def exact(share: float) -> fractions.Fraction:
-    """Return the fraction that a share stands for: 3/10 for 0.3, and for 0.1 + 0.2 too."""
+    """Return the fraction that a float stands for: 3/10 for 0.3, and for 0.1 + 0.2 as well."""
     fraction = fractions.Fraction(share)
     simple = fraction.limit_denominator(LARGEST)
     return simple if abs(simple - fraction) < CLOSE else fraction
@@ -34,9 +34,9 @@ def split(num_rows: int, share: float) -> tuple[int, int, int]:
 
 
 def check(config: options.Config, devices: int, kind: str) -> None:
-    """Raise UserError unless a step over `devices` is the step of the whole batch; kind: what they are called.
+    """Raise UserError unless a step over `devices` equals the step of the whole batch.  kind: what messages call them.
 
-    Every device gets whole rows, of which whole ones are flow rows, and log-variances are paired within the batch.
+    Every device gets a whole number of rows and of flow rows, and pairs of log-variances need the whole batch.
     """
     batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
     parts = devices * accumulate
@@ -64,7 +64,7 @@ def check(config: options.Config, devices: int, kind: str) -> None:
 def whole_share(config: options.Config, batch: int, parts: int, fraction: float) -> bool:
     """Return whether `fraction` of each of the equal `parts` of a batch is whole; for flow_rows = front, of the batch.
 
-    True for methods without flow rows, and where they are drawn.
+    True for methods without flow rows, and if each row is drawn by chance.
     """
     c = config.method
     if "flow_rows" not in c or c.flow_rows == "coin":
@@ -75,7 +75,7 @@ def whole_share(config: options.Config, batch: int, parts: int, fraction: float)
 
 
 def ways_out(config: options.Config, devices: int) -> str:
-    """Return the options that would divide the batch, the nearest values of each."""
+    """Return the options that would divide the batch, with the nearest values of each, as text."""
     batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
     fraction = c.flow_fraction if "flow_rows" in c else 0.0
     parts = devices * accumulate
@@ -94,13 +94,13 @@ def ways_out(config: options.Config, devices: int) -> str:
         ways["method.flow_fraction"] = [share for share in (below / num, (below + 1) / num) if fits(fraction=share)]
     if batch % parts == 0:
         ways["method.flow_rows"] = ["coin, by chance"]
-    elif not any(ways.values()):  # the share fits no size near; at least the batch can be divided
+    elif not any(ways.values()):  # the fraction fits no size nearby; at least the batch can be divided
         ways["train.batch_size"] = nearest(batch, 2 * parts + batch, lambda size: size % parts == 0)
     return "set " + "; or ".join(f"--config.{name}={' or '.join(map(str, ways[name]))}" for name in ways if ways[name])
 
 
 def nearest(value: int, most: int, fits) -> list[int]:
-    """Return the largest number below `value` and the smallest above it, up to `most`, that fit: two, one or none."""
+    """Return the largest number below `value` and the smallest above it, up to `most`, that fit: at most two."""
     searches: tuple[Iterable[int], ...] = range(value - 1, 0, -1), range(value + 1, most + 1)
     found: Iterator[int | None] = (next((n for n in numbers if fits(n)), None) for numbers in searches)
     return [n for n in found if n is not None]

@@ -1,4 +1,4 @@
-"""The command line that all commands share: absl flags, and configs by `--config=FILE[:variant]`."""
+"""The command line shared by all commands: absl flags, and configs by `--config=FILE[:variant]`."""
 
 import os
 import sys
@@ -23,14 +23,14 @@ def config():
 
 
 def workdir() -> str:
-    """Return `--workdir`, absolute.  Raises UserError if it is not given, or cannot be a directory."""
+    """Return `--workdir` as an absolute path.  Raises UserError if it is missing or cannot be a directory."""
     if not _WORKDIR.value:
         raise UserError("--workdir is missing: name the directory of the run, e.g. --workdir=runs/digits")
     return paths.check_directory(_WORKDIR.value, "workdir")
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse the command line and call `main`; a mistake of the user becomes one line and exit code 2."""
+    """Parse the command line and call `main`; user mistakes become one line and exit code 2."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help())
         return

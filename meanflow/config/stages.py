@@ -1,4 +1,4 @@
-"""The stages of a run: what holds in which step.  Only Re-MeanFlow has more than one."""
+"""The stages of a run: which config applies in which step.  Only Re-MeanFlow has more than one."""
 
 import copy
 
@@ -6,9 +6,9 @@ from meanflow.config import options
 
 
 def stages(config: options.Config) -> tuple[options.Config, ...]:
-    """Return the config of each stage of a run, in order: `config` itself, or Re-MeanFlow's plain and guided one.
+    """Return the config of each stage of a run, in order: `config` itself, or Re-MeanFlow's plain and guided stages.
 
-    With train.clip_stage = guided, a stage that is not guided does not clip.
+    With train.clip_stage = guided, a stage without guidance does not clip.
     """
     c = config.method
     if "stage1_steps" not in c:
@@ -18,7 +18,7 @@ def stages(config: options.Config) -> tuple[options.Config, ...]:
 
 
 def stage(config: options.Config, guidance: bool) -> options.Config:
-    """Return the config of a stage with guidance or without it."""
+    """Return the config of a stage with or without guidance."""
     config = copy.deepcopy(config)
     config.method.guidance = guidance
     if config.train.clip_stage == "guided" and not guidance:
@@ -27,6 +27,6 @@ def stage(config: options.Config, guidance: bool) -> options.Config:
 
 
 def stage_at(config: options.Config, step: int) -> int:
-    """Return the number of the stage to which the step after `step` steps belongs."""
+    """Return the index of the stage that the step after `step` steps belongs to."""
     c = config.method
     return int("stage1_steps" in c and 0 < c.stage1_steps <= step)

@@ -1,4 +1,4 @@
-"""The work directory of a run: its config, and whether a run there can go on with another."""
+"""The work directory of a run: its config, and whether the run can continue with another config."""
 
 import os
 import pathlib
@@ -11,17 +11,17 @@ from meanflow.errors import UserError
 
 # A run may be resumed with other values of these options, and of whole sections.
 FREE = {
-    "name", "sample", "evaluation", "latents.vae",  # what is reported, and how finished weights are used
+    "name", "sample", "evaluation", "latents.vae",  # reports, and how finished weights are used
     "train.log_every", "train.sample_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_at_start",
     "train.snapshot_every",  # what is kept
-    "train.steps", "train.schedule_steps",  # how far it goes; `schedule_length` sees to the rates of steps done
-    "data.dir", "data.name", "data.encoder", "method.teacher",  # where things are; `contents` sees to what they hold
-    "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # how it is divided
-    "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # how rounded
-    "train.load_from",  # read before the first checkpoint only
+    "train.steps", "train.schedule_steps",  # its length; `schedule_length` guards the learning rates of past steps
+    "data.dir", "data.name", "data.encoder", "method.teacher",  # paths; `CONTENTS` are compared by content
+    "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # division of work
+    "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # rounding
+    "train.load_from",  # only read before the first checkpoint
 }  # fmt: skip
-CONTENTS = ("data.name", "data.encoder", "method.teacher")  # compared by what they hold, if that was stored
+CONTENTS = ("data.name", "data.encoder", "method.teacher")  # compared by digest, if one was stored
 FILE_NAME = "config.json"
 FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 
@@ -29,12 +29,12 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 def open_workdir(
     workdir: str | os.PathLike, config: options.Config, framework: str, contents: dict[str, str] | None = None
 ) -> locks.Lock:
-    """Make the work directory of a run, write its config there and return the lock on it: close it when the run ends.
+    """Make the work directory of a run, write its config there and return the lock on it; close that when the run ends.
 
-    framework: `jax` or `torch`, the writer of its checkpoints.  contents: {option: digest} of what `CONTENTS` hold.
-    A run that is there already goes on if its config is the same but for what may change (`FREE`), and its paths hold
-    what they held.  Raises UserError naming what differs, if another run uses the directory or it is one of the other
-    framework, or if it cannot be written.
+    framework: `jax` or `torch`, which writes its checkpoints.  contents: {option: digest} of what `CONTENTS` name.
+    An existing run continues if its config is the same except for `FREE` options and the digests are the same.
+    Raises UserError naming what differs, if another run uses the directory, if it belongs to the other framework, or if
+    it cannot be written.
     """
     path, contents = pathlib.Path(workdir) / FILE_NAME, contents or {}
     try:
@@ -60,9 +60,9 @@ def open_workdir(
 
 
 def check_workdir(workdir: str | os.PathLike, config: options.Config, framework: str, alone: bool = False) -> None:
-    """Raise UserError unless the run of a work directory, if there is one, can go on with `config`; write nothing.
+    """Raise UserError unless the run in a work directory, if any, can continue with `config`.  Writes nothing.
 
-    alone: this process is a whole run, so whatever process holds the lock of the directory is of another.
+    alone: this process is the whole run, so if the directory is locked, another run has it.
     """
     path = pathlib.Path(workdir) / FILE_NAME
     if alone and (path.parent / locks.FILE_NAME).exists():
@@ -77,7 +77,7 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
         return
     there = read_workdir(workdir)
     old, new = flatten(there), flatten(config)
-    both = [key for key in new if key in old]  # of another network or method others, but its name differs, too
+    both = [key for key in new if key in old]  # those of another network or method differ, but so does its name
     differing = [key for key in both if new[key] != old[key] and not {key, key.split(".")[0]} & FREE]
     if differing:
         shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
@@ -97,17 +97,17 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
 
 
 def schedule_length(config: options.Config) -> int | None:
-    """Return the steps that the schedule of the learning rate spans; None for one that does not depend on them."""
+    """Return the length of the learning-rate schedule in steps; None if the rate does not depend on it."""
     c = config.train
     return None if c.schedule == "constant" else c.schedule_steps or c.steps
 
 
 def _check_contents(workdir: str | os.PathLike, config: options.Config, contents: dict[str, str]) -> None:
-    """Raise UserError if a path of the config holds something else than that of the run that is there."""
+    """Raise UserError if the content of a path in the config differs from that of the existing run."""
     path = pathlib.Path(workdir) / FILE_NAME
     stored, old, new = read_content(path), flatten(read_file(path)), flatten(config)
     for key in filter(new.__contains__, CONTENTS):
-        known = key in stored and key in contents  # else the run is from before digests were stored
+        known = key in stored and key in contents  # otherwise the run is from before digests were stored
         differs = stored[key] != contents[key] if known else old[key] != new[key]
         if differs:
             moved = f"{new[key]!r}, and that" if old[key] != new[key] else "the same path, which by now"

@@ -43,9 +43,9 @@ def rows_of(config):
     """Return a batch with all that the methods read."""
     rng = np.random.RandomState(0)
     images, noise = rng.randn(2, 16, 8, 8, 1)
-    tokens = (config.model.input_size // config.model.patch_size) ** 2
     more = {"noise": noise} if config.method.name == "rectified" else {}
     if "repa_dims" in config.model:
+        tokens = (config.model.input_size // config.model.patch_size) ** 2
         more["features"] = rng.randn(16, tokens, sum(config.model.repa_dims))
     return {"image": images, "label": rng.randint(0, 10, 16)} | more
 
