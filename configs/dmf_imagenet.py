@@ -4,8 +4,8 @@
     python -m jax_impl.main --config=configs/dmf_imagenet.py:dmf_256 --workdir=runs/dmf_256 \\
         --config.train.load_from=runs/sit_256
 
-`dmf_...` starts from a flow model: the work directory of `sit_...`, or a released SiT checkpoint with or without REPA's
-projectors, made canonical by parity/convert.py.
+`dmf_...` starts from a flow model: the work directory of `sit_...`, or a released SiT checkpoint, with or without
+REPA's projectors, converted by parity/convert.py.
 """
 
 from meanflow.config import options
@@ -13,7 +13,7 @@ from meanflow.config.latents import CONVENTIONS
 from meanflow.config.networks import DIT_SIZES
 
 STEPS_PER_EPOCH = 1_281_167 // 256  # ImageNet's training images at batch 256, the last partial batch dropped
-FLOW_EPOCHS = 800  # the longest run of REPA; how long DMF's own flow models were trained is not published
+FLOW_EPOCHS = 800  # as the longest run of REPA; the length for DMF's own flow models is not published
 
 #            input interval    steps     published FID in 1 and 4 steps
 VARIANTS = {
@@ -25,15 +25,15 @@ VARIANTS = {
 
 
 def get_config(variant: str = "dmf_256") -> options.Config:
-    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for another."""
+    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for others."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of dmf_imagenet; there are {', '.join(VARIANTS)}")
     input_size, interval, steps = VARIANTS[variant]
     network, method = ("dit", "flow") if interval is None else ("dmf_dit", "decoupled")
     config = options.get_config(network, method)
     config.name = f"dmf_imagenet:{variant}"
-    # The directory that an encode command wrote; for sit_ with --pixels and --config.data.encoder=facebook/dinov2-base,
-    # or with `features` of your own.
+    # The directory written by an encode command; for sit_ with --pixels and --config.data.encoder=facebook/dinov2-base,
+    # or with your own `features`.
     config.data.name = "imagenet_latents"
     config.latents.update(CONVENTIONS["sd"]._asdict(), vae="stabilityai/sd-vae-ft-ema")
     config.data.num_workers = 8
@@ -56,14 +56,14 @@ def get_config(variant: str = "dmf_256") -> options.Config:
 
 
 def flow(config: options.Config) -> None:
-    """Make it a flow model, aligned with DINOv2-B."""
+    """Make it a flow model aligned with DINOv2-B."""
     config.model.update(repa_dims=(768,), repa_depth=8, projector_dim=2048)
-    # As REPA.  A batch of samples holds the noise of all steps, a gigabyte at 512 pixels.
+    # As in REPA.  A batch of samples holds the noise of all steps, a gigabyte at 512 pixels.
     config.sample.update(steps=250, sampler="sde", cfg_scale=1.8, interval=(0.0, 0.7), batch_size=64)
 
 
 def decoupled(config: options.Config, interval: tuple[float, float]) -> None:
-    """Make it decoupled MeanFlow, guided by itself in an interval."""
+    """Make it decoupled MeanFlow that guides itself inside an interval."""
     config.model.dmf_depth = 20
     config.method.update(time_mean=(0.4, -1.2), time_std=(1.0, 1.0), omega=0.6)
     config.method.guidance_start, config.method.guidance_end = interval

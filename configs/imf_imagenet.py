@@ -3,7 +3,7 @@
     python -m jax_impl.main --config=configs/imf_imagenet.py:b2 --workdir=runs/imf_b2
 
 FID-50k of samples at the guidance scale and interval of the variant: official JAX, official PyTorch, paper.
-On less memory than a batch of 1024 takes, add --config.train.accumulate=N: the same result from N smaller batches.
+If a batch of 1024 does not fit in memory, add --config.train.accumulate=N: the same result from N smaller batches.
 """
 
 from meanflow.config import options
@@ -11,7 +11,7 @@ from meanflow.config.latents import CONVENTIONS
 
 STEPS_PER_EPOCH = 1_281_167 // 1024  # ImageNet's training images at batch 1024, the last partial batch dropped
 EPOCHS, WARMUP_EPOCHS = 640, 10
-# Blocks on the way to u, of which 8 are its head; the head of v has 8 more.
+# Depth counts the blocks that lead to u, 8 of them its head; the head of v has 8 more.
 SIZES = {
     "B": {"depth": 12, "width": 768, "num_heads": 12},
     "M": {"depth": 24, "width": 768, "num_heads": 12},
@@ -30,19 +30,19 @@ VARIANTS = {
 
 
 def get_config(variant: str = "b2") -> options.Config:
-    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for another."""
+    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for others."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of imf_imagenet; there are {', '.join(VARIANTS)}")
     size, steps, omega, interval = VARIANTS[variant]
     config = options.get_config("imf_dit", "improved")
     config.name = f"imf_imagenet:{variant}"
-    config.data.name = "imagenet_latents"  # the directory that an encode command wrote, with --convention=imf
+    config.data.name = "imagenet_latents"  # the directory written by an encode command, with --convention=imf
     config.latents.update(CONVENTIONS["imf"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.data.flip = True
     config.data.num_workers = 8
     config.model.update(SIZES[size], patch_size=2, input_size=32, channels=4, num_classes=1000)
     config.model.update(mlp_ratio=8 / 3, head_depth=8)
-    config.model.compute_dtype = "bfloat16"  # rounding far below the noise of a batch: docs/performance.md
+    config.model.compute_dtype = "bfloat16"  # its rounding is far below the noise of a batch: docs/performance.md
     config.method.flow_fraction = 0.5
     config.train.batch_size = 1024
     config.train.steps = EPOCHS * STEPS_PER_EPOCH

@@ -3,20 +3,21 @@
     python -m jax_impl.main --config=configs/meanflow_cifar10.py:v1 --workdir=runs/cifar10
 
 v0            the paper's run, arXiv:2505.13447, appendix A; FID of one-step samples 2.92
-v1            the later run of Gsunshine/py-meanflow, other times: 2.8 to 2.9; 0.21 s a step on eight H200 (published)
-reproduction  zhuyu-cs/MeanFlow, branch cifar10, its own variant of the U-Net: 6.35 after 100 000 steps.  Batch size,
-              flips and the length of the warm-up, which are its user's choice, are those of the other runs
+v1            the later run of Gsunshine/py-meanflow, with other times: 2.8 to 2.9; 0.21 s per step on eight H200
+              (published)
+reproduction  zhuyu-cs/MeanFlow, branch cifar10, with its own variant of the U-Net: 6.35 after 100 000 steps.  It leaves
+              batch size, flips and the length of the warm-up to its user: here they are those of the other runs
 
-On less memory than a batch of 1024 takes, add --config.train.accumulate=N: the same result from N smaller batches.
+If a batch of 1024 does not fit in memory, add --config.train.accumulate=N: the same result from N smaller batches.
 """
 
 from meanflow.config import options
 
-STEPS_PER_EPOCH = 50  # rounded, as published: 16 000 epochs, 800 000 steps
+STEPS_PER_EPOCH = 50  # rounded, as published: 16 000 epochs are 800 000 steps
 
 
 def get_config(variant: str = "v1") -> options.Config:
-    """Return a published run: `v0`, `v1` or `reproduction`.  Raises ValueError for another."""
+    """Return a published run: `v0`, `v1` or `reproduction`.  Raises ValueError for others."""
     if variant not in ("v0", "v1", "reproduction"):
         raise ValueError(f"no variant {variant!r} of meanflow_cifar10; there are v0, v1, reproduction")
     config = options.get_config("unet", "meanflow")

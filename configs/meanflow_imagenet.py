@@ -25,18 +25,18 @@ VARIANTS = {
 
 
 def get_config(variant: str = "b4") -> options.Config:
-    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for another."""
+    """Return a published run; `variant` is one of `VARIANTS`.  Raises ValueError for others."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of meanflow_imagenet; there are {', '.join(VARIANTS)}")
     size, patch_size, omega, kappa, (start, end), epochs = VARIANTS[variant]
     config = options.get_config("dit", "meanflow")
     config.name = f"meanflow_imagenet:{variant}"
-    config.data.name = "imagenet_latents"  # the directory that `jax_impl.encode` or `torch_impl/encode.py` wrote
+    config.data.name = "imagenet_latents"  # the directory written by `jax_impl.encode` or `torch_impl/encode.py`
     config.latents.update(CONVENTIONS["sd"]._asdict(), vae="stabilityai/sd-vae-ft-mse")
     config.data.flip = True
     config.data.num_workers = 8
     config.model.update(DIT_SIZES[size], patch_size=patch_size, input_size=32, channels=4, num_classes=1000)
-    config.model.compute_dtype = "bfloat16"  # rounding far below the noise of a batch: docs/performance.md
+    config.model.compute_dtype = "bfloat16"  # its rounding is far below the noise of a batch: docs/performance.md
     config.method.omega, config.method.kappa = omega, kappa
     config.method.guidance = (omega, kappa) != (1.0, 0.0)
     config.method.guidance_start, config.method.guidance_end = start, end

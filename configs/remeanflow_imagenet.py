@@ -10,10 +10,9 @@
     python -m jax_impl.main --config=configs/remeanflow_imagenet.py:512 --config.data.name=couplings \\
         --config.train.load_from=start.safetensors --workdir=runs/remeanflow_512
 
-Latents are EDM2's: of the Stable Diffusion VAE on images in [0, 1], normalised a channel (the convention `edm2` of
-meanflow/config/latents.py): an encode command makes them with --convention=edm2 --image_size=512.  Labels count the
-sorted synsets; TFDS's own imagenet_resized counts them in another order, so that its labels are not those of released
-networks.
+Latents are EDM2's: Stable Diffusion's VAE on images in [0, 1], normalised per channel (the convention `edm2` in
+meanflow/config/latents.py); an encode command makes them with --convention=edm2 --image_size=512.  Labels index the
+sorted synsets; TFDS's imagenet_resized orders them differently, so its labels do not match released networks.
 
 64, 512              the student: published FID in one step 2.87, 3.03
 teacher_64, _512     EDM2-S as released, a flow model
@@ -25,14 +24,14 @@ from meanflow.config.latents import CONVENTIONS
 
 #        input channels
 DATA = {"64": (64, 3), "512": (64, 4)}
-REAL = {"64": "imagenet_64", "512": "imagenet_edm2_latents"}  # directories or TFDS names of yours, with EDM2's labels
+REAL = {"64": "imagenet_64", "512": "imagenet_edm2_latents"}  # your own directories or TFDS names, with EDM2's labels
 WIDTHS = {"teacher": 192, "guide": 128}  # EDM2-S and EDM2-XS
 VARIANTS = (*DATA, *(f"{kind}_{size}" for kind in WIDTHS for size in DATA))
-STAGE1_STEPS = 50_000  # half of the run: where the published one changes its stage is in none of our sources
+STAGE1_STEPS = 50_000  # half of the run; none of our sources says where the published run changes its stage
 
 
 def get_config(variant: str = "512") -> options.Config:
-    """Return a published run, or a model that it needs, of `VARIANTS`.  Raises ValueError for another variant."""
+    """Return a published run or a model that it needs, one of `VARIANTS`.  Raises ValueError for others."""
     if variant not in VARIANTS:
         raise ValueError(f"no variant {variant!r} of remeanflow_imagenet; there are {', '.join(VARIANTS)}")
     kind, _, size = variant.rpartition("_")
@@ -57,15 +56,15 @@ def get_config(variant: str = "512") -> options.Config:
 
 
 def released(config: options.Config, size: str) -> None:
-    """Make it a released network of EDM2: of one time, with its log-variance."""
+    """Make it a released EDM2 network: one time, with its log-variance."""
     config.data.name = REAL[size]
     config.model.logvar_channels = 128
-    config.model.compute_dtype = "float32"  # what rounding does to couplings stays in them
+    config.model.compute_dtype = "float32"  # rounding errors would stay in the couplings
     config.sample.update(steps=32, sampler="heun")
 
 
 def student(config: options.Config, size: str) -> None:
-    """Make it Re-MeanFlow, from couplings and from fitted time embeddings."""
+    """Make it Re-MeanFlow, from couplings and fitted time embeddings."""
     config.data.name = "couplings"  # their directory
     config.evaluation.dataset = REAL[size]
     config.method.update(interval_mean=-0.8, interval_std=1.0)

@@ -21,10 +21,10 @@ def exact(share: float) -> fractions.Fraction:
 
 
 def split(num_rows: int, share: float) -> tuple[int, int, int]:
-    """Return (groups, flow, jvp): rows fall into groups, each of `flow` flow rows and then `jvp` rows with r < t.
+    """Return (groups, flow, jvp): rows come in groups of `flow` flow rows followed by `jvp` rows with r < t.
 
-    A group is as small as the share allows, so a row's part in it follows from its place in the batch, and any division
-    of the batch into whole groups leaves it there.  Raises UserError if `num_rows` are not whole groups.
+    A group is as small as the share allows: a row's kind follows from its position in the batch, and dividing the batch
+    into whole groups does not change it.  Raises UserError unless `num_rows` is a whole number of groups.
     """
     fraction = exact(share)
     groups, left = divmod(num_rows, fraction.denominator)

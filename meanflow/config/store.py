@@ -1,4 +1,4 @@
-"""Configs as JSON, in work directories, checkpoints and snapshots, and how those of other versions are read.
+"""Configs as JSON, in work directories, checkpoints and snapshots, and how other versions of them are read.
 
 A stored config is the nested options and, next to them, the `version` of the config.  Options added since take the
 value in `CHANGES` for older runs, or else their default; unknown ones are refused.  Up to version 1 every run stored
@@ -25,7 +25,7 @@ SECTIONS = ("data", "model", "method", "train", "sample", "evaluation")  # that 
 
 
 class Change(NamedTuple):
-    """What a version changed.  One that only adds options whose defaults do what was done before needs no entry."""
+    """What a version changed.  A version that only adds options whose defaults keep the behaviour needs no entry."""
 
     version: int  # the first with the change
     renamed: dict[str, str] = {}  # noqa: RUF012  dotted options: {old: new}
@@ -83,7 +83,7 @@ def read_file(path: pathlib.Path) -> options.Config:
 
 
 def read_content(path: pathlib.Path) -> dict[str, str]:
-    """Return the {option: digest} stored in a JSON file, empty if it is from before they were."""
+    """Return the {option: digest} stored in a JSON file; empty if it predates them."""
     content = _parse(_read(path), str(path)).get(CONTENT_KEY, {})
     return content if isinstance(content, dict) else {}
 
@@ -136,7 +136,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _upgrade(flat: dict[str, Any], version: int) -> dict[str, Any]:
-    """Return the options under the names that they have now."""
+    """Return the options under their current names."""
     for change in CHANGES:
         if change.version > version:
             flat = {change.renamed.get(key, key): value for key, value in flat.items()}
@@ -156,7 +156,7 @@ def _fresh(flat: dict[str, Any], where: str) -> options.Config:
 
 
 def _converted(key: str, value: Any, default: Any, where: str) -> Any:
-    """Return a JSON value as the type of the option's default.  Raises UserError if it is another."""
+    """Return a JSON value as the type of the option's default.  Raises UserError if it has another type."""
     if isinstance(default, tuple):
         fits = isinstance(value, list)
         value = _tuple(value)
