@@ -203,7 +203,8 @@ def sample(fixture, case: str, measure: Measure) -> None:
     sampler, steps, shift, kind = match.groups()
     g, c = fixture.config["cfg"], config.sample
     c.update(sampler=sampler, steps=int(steps), shift=float(shift or 1))
-    c.gamma = GAMMA_GUIDED if kind == "cfg" else GAMMA
+    if sampler == "ctm":
+        c.gamma = GAMMA_GUIDED if kind == "cfg" else GAMMA
     if kind == "cosine":
         c.update(SDE_COSINE if sampler == "sde" else {"path": "cosine"})
     elif kind in ("cfg", "cfgall"):
