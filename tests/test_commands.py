@@ -185,7 +185,7 @@ def test_a_workdir_that_cannot_be_written(framework, refused, options, tmp_path)
         (("--ema=7",), "config.sample.ema is 7"),
         (("--labels=a",), "--labels"),
         (("--labels=11",), "label 11 is outside the classes 0 to 9"),
-        (("--omega=2",), "--omega is for networks that are told"),
+        (("--omega=2",), "--omega is for networks conditioned on guidance"),
     ],
 )
 def test_mistakes_of_sampling(framework, flags, message, refused, runs, tmp_path):

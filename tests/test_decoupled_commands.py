@@ -142,4 +142,4 @@ def test_a_run_goes_on_with_its_teacher_elsewhere_and_with_no_other(
 def test_a_sampler_of_other_models(framework, refused, runs, tmp_path):
     run = runs[framework]["flow"][0]
     message = refused(SAMPLE[framework], f"--workdir={run}", f"--output={tmp_path}", "--sampler=ctm")
-    assert "flow is sampled by one of euler, heun, sde" in message
+    assert "config.sample.sampler is 'ctm'; choose one of euler, heun, sde" in message
