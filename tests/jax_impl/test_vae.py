@@ -10,7 +10,7 @@ from flax import nnx
 
 from jax_impl import weights
 from jax_impl.autoencoder import make_decoder, make_encoder
-from jax_impl.models.vae import AutoencoderKL, Conv, GroupNorm, MidBlock
+from jax_impl.models.vae import AutoencoderKL, Conv, MidBlock, group_norm
 from meanflow.config.latents import CONVENTIONS
 from meanflow.data.latents import autoencoder
 from meanflow.errors import UserError
@@ -97,7 +97,7 @@ def test_mistakes_are_named(files):
         lacking = {name: a for name, a in files.weights.items() if name != "decoder.conv_in.bias"}
         make_encoder(files._replace(weights=lacking), "unit")
     with pytest.raises(UserError, match="norm_num_groups"):
-        GroupNorm(10, 4, dtype=jnp.float32)
+        group_norm(10, 4, dtype=jnp.float32)
 
 
 def test_bfloat16_keeps_the_residual_in_float32():

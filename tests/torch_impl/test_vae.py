@@ -10,7 +10,7 @@ from meanflow.data.latents import autoencoder
 from meanflow.errors import UserError
 from torch_impl import weights
 from torch_impl.autoencoder import make_decoder, make_encoder
-from torch_impl.models.vae import AutoencoderKL, GroupNorm
+from torch_impl.models.vae import AutoencoderKL, group_norm
 
 
 def official():
@@ -99,7 +99,7 @@ def test_mistakes_are_named(files):
         lacking = {name: a for name, a in files.weights.items() if name != "decoder.conv_in.bias"}
         make_encoder(files._replace(weights=lacking), "unit")
     with pytest.raises(UserError, match="norm_num_groups"):
-        GroupNorm(10, 4, dtype=torch.float32)
+        group_norm(10, 4, dtype=torch.float32)
 
 
 def test_bfloat16_keeps_the_residual_in_float32(files):
