@@ -1,7 +1,7 @@
-"""Fixtures of EDM's augmentation of pixels: images and labels under the stored draws.
+"""Fixtures of EDM's pixel augmentation: images and labels for the stored draws.
 
-Both trainers are fed by the one implementation in `meanflow/data/augment.py`, so a check stands for both: its
-framework is `jax-torch`.
+Both trainers use the implementation in `meanflow/data/augment.py`, so one check covers both: its framework is
+`jax-torch`.
 """
 
 import numpy as np
@@ -11,8 +11,8 @@ from meanflow.data import augment
 from meanflow.errors import UserError
 from parity.checks import Measure
 
-BOUND = 1e-4  # the official result itself depends on the batch by up to 5e-5
-# The stored draws by our names.  NAME_u beside NAME_i, NAME_n or NAME_w decides whether the transform applies.
+BOUND = 1e-4  # the official result itself varies with the batch by up to 5e-5
+# Keys of the stored draws by our names.  NAME_u goes with NAME_i, NAME_n or NAME_w and decides whether to transform.
 KEYS = {
     "xflip": "xflip_i", "yflip": "yflip_i", "rotate_int": "rotint_i", "translate_int": "transint_w",
     "scale": "scale_n", "rotate_frac": "rot_w", "aniso": "aniso_n", "translate_frac": "translate_n",
@@ -27,7 +27,7 @@ def groups(fixture) -> list[str]:
 
 
 def images(fixture, case: str, measure: Measure) -> None:
-    """CASE: the augmented images, and the labels that the network is told."""
+    """CASE: the augmented images, and the labels passed to the network."""
     c = options(fixture.config["cases"][case]["kwargs"])
     given = fixture.get(f"in/{case}/images").transpose(0, 2, 3, 1)
     got, labels = augment.augment(given, draws(fixture, case, len(given), c), c)
@@ -36,9 +36,9 @@ def images(fixture, case: str, measure: Measure) -> None:
 
 
 def options(kwargs: dict[str, float]) -> base.Config:
-    """Return `config.data.augment` of the official pipe's arguments; what they do not name is off, p is 1.
+    """Return `config.data.augment` for the official pipe's arguments; unnamed transforms are off, and p defaults to 1.
 
-    Raises UserError for an argument that is no transform.
+    Raises UserError for an argument that is not a transform.
     """
     c = base.get_config().data.augment
     values = dict.fromkeys(KEYS, 0.0) | {"p": 1.0} | kwargs
@@ -51,7 +51,7 @@ def options(kwargs: dict[str, float]) -> base.Config:
 
 
 def draws(fixture, case: str, num_images: int, c: base.Config) -> augment.Draws:
-    """Return the stored draws; those of transforms that are off are not stored, and 0."""
+    """Return the stored draws; those of disabled transforms are not stored and become 0."""
     result = {key: np.zeros_like(a) for key, a in augment.draw(np.random.default_rng(0), num_images)._asdict().items()}
     for row, (name, key) in zip(result["apply"], KEYS.items(), strict=True):
         if c[name] > 0:

@@ -1,6 +1,6 @@
 """Fixtures of Gsunshine/meanflow (JAX): meanflow.py, models/models_dit.py.
 
-Its settings in our words: flow rows and dropped labels are the first rows of the batch, and t - r is clipped.
+In our terms: flow rows and dropped labels are the first rows of the batch, and t - r is clipped.
 """
 
 import re
@@ -14,7 +14,7 @@ from parity.checks import Measure
 from parity.golden import network
 from parity.golden.network import BOUND
 
-# Our names of the official intermediates of the loss.
+# Intermediates of the loss: official name -> ours.
 INTERMEDIATES = {"t": "t", "r": "r", "v_g": "v_g", "u": "u", "du_dt": "du_dt", "u_tgt": "target"}
 
 
@@ -85,13 +85,13 @@ def loss(fixture, case: str, measure: Measure) -> None:
 
 
 def drawn(fixture, group: str, method) -> np.ndarray:
-    """Return the draws of both times [b 2] of a group: normals or, for the uniform sampler, uniforms."""
+    """Return a group's draws of both times [b 2]: normals, or uniforms for the uniform sampler."""
     letter = "u" if method.time_sampler == "uniform" else "n"
     return np.stack([fixture.get(f"in/{group}/{letter}_{key}") for key in ("t", "r")], axis=1)
 
 
 def method_of(settings: dict) -> dict:
-    """Return our options of config.method for the official ones, of which a negative kappa means no guidance."""
+    """Return our config.method options for the official ones, where a negative kappa means no guidance."""
     guidance = settings["guidance_eq"] == "cfg" and settings["kappa"] >= 0
     return {
         "path": "linear", "time_sampler": settings.get("noise_dist", "logit_normal"),
@@ -119,7 +119,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """t and r of many rows; the name of a case ends in its percentage of flow rows, e.g. logit_normal_p75."""
+    """t and r for many rows; the case name ends in the percentage of flow rows, e.g. logit_normal_p75."""
     match = re.fullmatch(r"(logit_normal|uniform)_p(\d+)", case)
     if match is None:
         raise UserError(f"the time case {case} is not SAMPLER_pPERCENT, with SAMPLER logit_normal or uniform")
@@ -135,7 +135,7 @@ def times(fixture, case: str, measure: Measure) -> None:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks."""
+    """Statistics of freshly initialised networks."""
     config = network.config_of(fixture.config["net"])
     want = {canonical_name(name): statistics for name, statistics in fixture.under("init/").items()}
     network.compare_initial(measure, config, want)

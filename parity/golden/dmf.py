@@ -1,7 +1,7 @@
 """Fixtures of kyungmnlee/dmf: models/sit.py and dmft.py, loss.py, samplers.py.
 
-Its settings in our words: label drop by coin, every log-variance paired with every row's error, on the cosine path
-times without the exponential, and samplers with their mistakes.  Samples are float64 states of a float32 network.
+In our terms: labels dropped by coin, every log-variance paired with every row's error, times without the exponential on
+the cosine path, and samplers with their bugs.  Samplers keep float64 states around a float32 network.
 """
 
 import copy
@@ -16,11 +16,11 @@ from parity.golden import network
 from parity.golden.network import BOUND, nhwc
 
 EPS = 0.01  # a constant of the official loss.py
-DIFFUSION_TIMES = np.array([0.05, 0.3, 0.5, 0.9])  # of the fixture's results, by its README
-# Settings of sampling cases that only the fixture's README states.
-GAMMA, GAMMA_GUIDED = 0.9, 0.5  # of ctm
+DIFFUSION_TIMES = np.array([0.05, 0.3, 0.5, 0.9])  # of the fixture's results, from its README
+# Settings of sampling cases that are stated only in the fixture's README.
+GAMMA, GAMMA_GUIDED = 0.9, 0.5  # ctm's
 SDE_COSINE = {"path": "cosine", "diffusion_scale": 0.5, "shift": 1.5}
-# Our names of the official intermediates of the loss.
+# Intermediates of the loss: official name -> ours.
 INTERMEDIATES = {
     "t_fm": "t_flow", "t_mf": "t", "r_mf": "r", "v_tgt_fm": "v_g_flow", "v_tgt_mf": "v_g", "v_fm": "u_flow", "u": "u",
     "du_dt": "du_dt", "u_tgt": "target", "lv_fm": "log_variance_flow", "lv_mf": "log_variance", "fm_loss": "err_flow",
@@ -36,12 +36,12 @@ def groups(fixture) -> list[str]:
 
 
 def is_flow(fixture) -> bool:
-    """Return whether the fixture is of the flow model."""
+    """Return whether the fixture is the flow model's."""
     return "use_logvar" not in fixture.config["net"]
 
 
 def config_of(net: dict) -> options.Config:
-    """Return our config of a network that the official code describes by `net`."""
+    """Return our config for the official network description `net`."""
     flow = "dmf_depth" not in net
     config = network.config_of(net, *("dit", "flow") if flow else ("dmf_dit", "decoupled"))
     config.model.qk_norm = net["qk_norm"]
@@ -57,7 +57,7 @@ def config_of(net: dict) -> options.Config:
 
 
 def nets(fixture) -> tuple:
-    """Return the config and the networks with the fixture's weights, and with its teacher if it has one."""
+    """Return the config and the networks with the fixture's weights and, if it has one, its teacher."""
     config = config_of(fixture.config["net"])
     built = network.nets(config, fixture.under("param/"))
     if "teacher" in fixture.config:
@@ -77,7 +77,7 @@ def image(fixture, key: str) -> np.ndarray:
 
 
 def forward(fixture, measure: Measure) -> None:
-    """u and its log-variance, or v and what the projectors make of its tokens."""
+    """u and its log-variance, or the flow model's v and projected tokens."""
     x, t, y = images(fixture, "in/fwd/x", "in/fwd/t", "in/fwd/y")
     for name, f, net in nets(fixture)[1]:
         if is_flow(fixture):
@@ -162,14 +162,14 @@ def decoupled_loss(fixture, case: str, measure: Measure):
 
 
 def path_of(case: str) -> dict:
-    """Return the path and the times of a case; only one has another path than the linear."""
+    """Return the path and time sampler of a case; all but the cosine case use the linear path."""
     if case.startswith("cosine"):
         return {"path": "cosine", "time_sampler": "arctan_official"}
     return {"path": "linear", "time_sampler": "logit_normal"}
 
 
 def method_of(fixture, guidance: str) -> dict:
-    """Return our options of config.method for the official ones."""
+    """Return our config.method options for the official ones."""
     c, g = fixture.config["times"], fixture.config["g"][guidance]
     return {
         "guidance_type": g.get("g_type", guidance), "omega": g.get("omega", 0.0), "guidance_start": g.get("g_min", 0.0),
@@ -180,12 +180,12 @@ def method_of(fixture, guidance: str) -> dict:
 
 
 def features(fixture) -> np.ndarray:
-    """Return the features of all encoders side by side [b n d]."""
+    """Return the features of all encoders, concatenated [b n d]."""
     return np.concatenate([fixture.get(f"in/loss/zs{i}") for i in range(len(fixture.config["net"]["z_dims"]))], axis=-1)
 
 
 def repa_loss(fixture, measure: Measure) -> None:
-    """The projection loss of the projections that the fixture has."""
+    """The projection loss of the stored projections."""
     num = len(fixture.config["net"]["z_dims"])
     projections = [fixture.get(f"out/fwd/z{i}") for i in range(num)]
     for name, f, _ in nets(fixture)[1]:
@@ -195,7 +195,7 @@ def repa_loss(fixture, measure: Measure) -> None:
 
 
 def sample(fixture, case: str, measure: Measure) -> None:
-    """SAMPLER_nN_sS, sde_nN; _cfg: guided inside the interval, _cfgall: everywhere, _nocfg: not, _cosine: that path."""
+    """SAMPLER_nN_sS, sde_nN; _cfg: guided inside the interval, _cfgall: everywhere, _nocfg: nowhere; _cosine: path."""
     match = re.fullmatch(r"(euler|heun|restart|ctm|sde)_n(\d+)(?:_s([\d.]+))?(?:_(cfg|cfgall|nocfg|cosine))?", case)
     if match is None:
         raise UserError(f"the sampling case {case} is not SAMPLER_nN_sS with _cfg, _cfgall, _nocfg or _cosine after it")
@@ -208,7 +208,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
     if kind == "cosine":
         c.update(SDE_COSINE if sampler == "sde" else {"path": "cosine"})
     elif kind in ("cfg", "cfgall"):
-        scale = max(float(g["cfg_scale"]), 1.0)  # the official samplers guide only if it is above 1
+        scale = max(float(g["cfg_scale"]), 1.0)  # the official samplers guide only above 1
         c.update(cfg_scale=scale, interval=(g["g_min"], g["g_max"]) if kind == "cfg" else (0.0, 1.0))
     noise, y = images(fixture, "in/sample/noise", "in/sample/y")
     fresh = None
@@ -221,7 +221,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """The times of both terms of many rows, on the path that names the case."""
+    """Times of both terms for many rows; the case names the path."""
     config, built = nets(fixture)
     config.method.update(method_of(fixture, "default") | path_of(case))
     n_fm, n_t, n_r = (fixture.get(f"in/time/{key}") for key in ("n_fm", "n_t", "n_r"))
@@ -233,7 +233,7 @@ def times(fixture, case: str, measure: Measure) -> None:
 
 
 def steps(fixture, measure: Measure) -> None:
-    """The times of sampling, nN_sS: N steps shifted by S."""
+    """Sampling times, nN_sS: N steps, shifted by S."""
     config, built = nets(fixture)
     for case, want in fixture.under("out/tsteps/").items():
         match = re.fullmatch(r"n(\d+)_s([\d.]+)", case)
@@ -245,7 +245,7 @@ def steps(fixture, measure: Measure) -> None:
 
 
 def score(fixture, measure: Measure) -> None:
-    """The score of a velocity, on each path."""
+    """The score computed from a velocity, on each path."""
     v, x, t = images(fixture, "in/loss/x", "in/fwd/x", "in/score/t")
     for path, want in fixture.under("out/score/").items():
         for name, f, _ in nets(fixture)[1]:
@@ -253,7 +253,7 @@ def score(fixture, measure: Measure) -> None:
 
 
 def diffusion(fixture, measure: Measure) -> None:
-    """The coefficient of the stochastic sampler, PATH_KIND."""
+    """The diffusion coefficient of the stochastic sampler, PATH_KIND."""
     config, built = nets(fixture)
     for case, want in fixture.under("out/diffusion/").items():
         path, kind = case.split("_")
@@ -263,7 +263,7 @@ def diffusion(fixture, measure: Measure) -> None:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks."""
+    """Statistics of freshly initialised networks."""
     network.compare_initial(measure, config_of(fixture.config["net"]), fixture.under("init/"))
 
 

@@ -1,8 +1,8 @@
-"""Fixtures of Xinxi-Zhang/Re-MeanFlow and of the EDM2 networks that it starts from.
+"""Fixtures of Xinxi-Zhang/Re-MeanFlow and of the EDM2 networks it starts from.
 
-remeanflow_edm2_torch: the network of two times, its loss, samplers and the fit of its time embeddings; its weights
-hold EDM2's own embedder of one time too.  edm2_reflow_torch: EDM2's network, its autoguidance network, and couplings.
-In our words: flow rows and label drop by coin, errors averaged over a row, times U-shaped (re2_truncate).
+remeanflow_edm2_torch: the two-time network, its loss, its samplers and the fit of its time embeddings; the weights also
+include EDM2's own one-time embedder.  edm2_reflow_torch: EDM2's network, its autoguidance network, and couplings.
+In our terms: flow rows and dropped labels by coin, errors averaged over each row, U-shaped times (re2_truncate).
 """
 
 import functools
@@ -20,14 +20,14 @@ from parity.golden.network import BOUND, nhwc
 
 TWO_TIMES = ("unet.emb_noise_t.", "unet.emb_noise_r.")
 ONE_TIME = "unet.emb_noise."
-FIT_TIMES = 1 / 501, 80 / 81  # of the fit of the time embeddings, by the fixture's README
-# Arguments of the official network whose defaults are constants of ours.
+FIT_TIMES = 1 / 501, 80 / 81  # range in the fit of the time embeddings, from the fixture's README
+# Official network arguments that ours fixes at their defaults.
 CONSTANTS = {
     "res_balance": 0.3, "attn_balance": 0.3, "label_balance": 0.5, "concat_balance": 0.5, "clip_act": 256,
     "resample_filter": [1, 1],
 }  # fmt: skip
-OMEGA_MAX = 2.5  # of the published command; the fixture gives the scales themselves
-# What the cases of sampling fix without saying so in the fixture.
+OMEGA_MAX = 2.5  # from the published command; the fixture stores the scales themselves
+# Values of the sampling cases that the fixture does not state.
 CFG_TIME, CFG_SCALE = 0.3, 1.5
 INTERMEDIATES = {
     "t": "t",
@@ -48,12 +48,12 @@ def groups(fixture) -> list[str]:
 
 
 def is_teacher(fixture) -> bool:
-    """Return whether the fixture is of EDM2's own network."""
+    """Return whether the fixture is that of EDM2's own network."""
     return "cases" not in fixture.config
 
 
 def config_of(net: dict, two_times: bool) -> options.Config:
-    """Return our config of a network that the official code describes by `net`, of two times or of one."""
+    """Return our config for the official description `net` of a two-time or a one-time network."""
     config, mult = options.get_config("edm2", "rectified" if two_times else "flow"), net["channel_mult"]
     config.model.update(
         input_size=net["img_resolution"], channels=net["img_channels"], num_classes=net["label_dim"],
@@ -68,7 +68,7 @@ def config_of(net: dict, two_times: bool) -> options.Config:
 
 
 def nets(fixture, two_times: bool, prefix: str = "param/", net: str = "net") -> tuple:
-    """Return the config and the networks with the fixture's weights, without what a network of so many times lacks."""
+    """Return the config and the networks with the fixture's weights, less unused time embedders."""
     config = config_of(fixture.config[net], two_times)
     unused = (ONE_TIME,) if two_times else TWO_TIMES
     weights = {name: a for name, a in fixture.under(prefix).items() if not name.startswith(unused)}
@@ -76,22 +76,22 @@ def nets(fixture, two_times: bool, prefix: str = "param/", net: str = "net") -> 
 
 
 def images(fixture, group: str, *keys: str) -> list[np.ndarray]:
-    """Return inputs of a group, images as [b h w c]."""
+    """Return a group's inputs, images as [b h w c]."""
     return [nhwc(fixture.get(f"in/{group}/{key}")) for key in keys]
 
 
 def nchw(a: np.ndarray) -> np.ndarray:
-    """Return images [b h w c] as [b c h w]; leave anything else."""
+    """Return images [b h w c] as [b c h w]; leave other arrays unchanged."""
     return a.transpose(0, 3, 1, 2) if a.ndim == 4 else a
 
 
 def forward(fixture, measure: Measure) -> None:
-    """The networks' outputs, with preconditioning and without, and with weights as the official training has them."""
+    """The networks' outputs, with and without preconditioning, and with weights normalised as in official training."""
     (teacher_forward if is_teacher(fixture) else student_forward)(fixture, measure)
 
 
 def student_forward(fixture, measure: Measure) -> None:
-    """u of the network of two times, with a label and without; the velocity of that of one time; Fourier features."""
+    """u of the two-time network, with and without a label; the one-time network's velocity; Fourier features."""
     x, t, r, y = images(fixture, "fwd", "x", "t", "r", "y")
     null = np.full_like(y, fixture.config["net"]["label_dim"])
     for two_times in (True, False):
@@ -105,7 +105,7 @@ def student_forward(fixture, measure: Measure) -> None:
 
 
 def teacher_forward(fixture, measure: Measure) -> None:
-    """D of EDM2's network and of its guide, and of the weights that one training forward leaves behind."""
+    """D of EDM2's network and of its guide, and with the weights that one training forward pass leaves behind."""
     x, sigma, y = images(fixture, "fwd", "x", "sigma", "y")
     null, t = np.full_like(y, fixture.config["num_classes"]), sigma / (1 + sigma)
     config, built = nets(fixture, False)
@@ -127,7 +127,7 @@ def guides(fixture) -> list[tuple]:
 
 
 def jvp(fixture, measure: Measure) -> None:
-    """u and du/dt along (v_g, 1, 0), in a row at the largest time too."""
+    """u and du/dt along (v_g, 1, 0), including a row at the largest time."""
     inputs = images(fixture, "jvp", "z", "t", "r", "y", "v_g")
     for name, f, net in nets(fixture, True)[1]:
         for key, got in zip(("u", "du_dt"), f.jvp(net, *inputs), strict=True):
@@ -143,7 +143,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     config.method.update(method_of(fixture, settings) | omega)
     x, noise, y = images(fixture, "loss", "x", "n", "y")
     want = fixture.under(f"out/loss/{case}/")
-    # Official weights are normalised in place by every forward: two of guidance, one of the loss.
+    # Every official forward pass normalises the weights in place: two passes for guidance, one for the loss.
     num_forwards = (3 if settings["w_pi"] > 1 else 1) if training else 0
     for name, f, net in built:
         for _ in range(num_forwards):
@@ -154,12 +154,12 @@ def loss(fixture, case: str, measure: Measure) -> None:
         params = {f"param_after/{key}": a for key, a in (f.canonical(net) if training else {}).items()}
         got |= params | {f"grad/{key}": a for key, a in grads.items()}
         for key in want:
-            if key.startswith(f"param_after/{ONE_TIME}"):  # unused, so that it stays as it was
+            if key.startswith(f"param_after/{ONE_TIME}"):  # unused, so unchanged
                 measure.equal(name, key, fixture.get(f"param/{key.removeprefix('param_after/')}"), want[key])
                 continue
             if key not in got:
                 raise UserError(f"{key} of out/loss/{case} is not a result that this runner knows")
-            ours = got[key][: len(want[key])] if key.startswith("param_after/") else got[key]  # some are cut short
+            ours = got[key][: len(want[key])] if key.startswith("param_after/") else got[key]  # some are truncated
             measure.compare(name, key, ours, want[key], BOUND)
         grad = fixture.under(f"grad/{case}/")
         if grad:
@@ -169,7 +169,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
 def loss_draws(fixture, settings: dict) -> tuple[dict, dict]:
     """Return the draws of the loss, and our options for its guidance scales w and w_pi.
 
-    Scales that the trainer can draw, w = max(1, w_pi - 1), are drawn; others are given by omega and kappa.
+    Scales that the trainer could draw, w = max(1, w_pi - 1), become draws; others become omega and kappa.
     """
     draws = time_draws(fixture, "loss", method_of(fixture, settings)["time_sampler"])
     draws["drop"] = fixture.get("in/loss/drop_u")
@@ -183,7 +183,7 @@ def loss_draws(fixture, settings: dict) -> tuple[dict, dict]:
 
 
 def time_draws(fixture, group: str, sampler: str) -> dict[str, np.ndarray]:
-    """Return our draws of the times of a group.  Raises UserError for a sampler that the official code has not."""
+    """Return our draws of a group's times.  Raises UserError for a sampler that the official code lacks."""
     if sampler not in ("re2_truncate", "uniform"):
         raise UserError(f"the times {sampler} are neither re2_truncate nor uniform")
     coin = fixture.get(f"in/{group}/mask_u")
@@ -196,14 +196,14 @@ def time_draws(fixture, group: str, sampler: str) -> dict[str, np.ndarray]:
 
 
 def u_shaped(raw: np.ndarray, perm: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return our draws (times, second) of draws of the exponential density and a permutation of them and 1 - them."""
+    """Return our draws (times, second) for draws x of the exponential density and a permutation of [x, 1 - x]."""
     chosen = perm[: len(raw)]
     exponential = raw[chosen % len(raw)]
     return np.expm1(4 * exponential) / np.expm1(4), np.where(chosen < len(raw), 0.25, 0.75)
 
 
 def method_of(fixture, settings: dict | None = None) -> dict:
-    """Return our options of config.method for the official ones, `settings` those of a case."""
+    """Return our config.method options for the official ones; settings: those of a case."""
     c = fixture.config["mf"] | (settings or {})
     network.expect(c, loss_type="adaptive_loss_weight")
     return {
@@ -216,7 +216,7 @@ def method_of(fixture, settings: dict | None = None) -> dict:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """t and r of many rows, and which are flow rows."""
+    """t and r for many rows, and the mask of flow rows."""
     config, built = nets(fixture, True)
     config.method.update(method_of(fixture) | {"time_sampler": case})
     draws = time_draws(fixture, "time", case)
@@ -234,7 +234,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def teacher_sample(fixture, case: str, measure: Measure) -> None:
-    """heunN: couplings of N steps, guided by the autoguidance network; _noguid: not guided."""
+    """heunN: couplings of N steps, guided by the autoguidance network; _noguid: unguided."""
     match = re.fullmatch(r"heun(\d+)(_noguid)?", case)
     if match is None:
         raise UserError(f"the sampling case {case} is neither heunN nor heunN_noguid")
@@ -246,7 +246,7 @@ def teacher_sample(fixture, case: str, measure: Measure) -> None:
 
 
 def grid(fixture, steps: int) -> dict:
-    """Return the options of the noise levels."""
+    """Return the options for the noise levels."""
     return {"steps": steps} | {key: fixture.config[key] for key in ("sigma_min", "sigma_max", "rho")}
 
 
@@ -259,7 +259,7 @@ def levels(fixture, measure: Measure) -> None:
 
 
 def student_sample(fixture, case: str, measure: Measure) -> None:
-    """one_step; edm_stepsN, by the velocity, _og: of the network of one time; forward_with_cfg."""
+    """one_step; edm_stepsN: by the velocity; edm_og_stepsN: by the one-time network's velocity; forward_with_cfg."""
     if case == "forward_with_cfg":
         guided_forward(fixture, measure)
         return
@@ -277,7 +277,7 @@ def student_sample(fixture, case: str, measure: Measure) -> None:
 
 
 def guided_forward(fixture, measure: Measure) -> None:
-    """The guided velocity at a time counted from noise, with the opposite sign, as samplers of other projects want."""
+    """The negated guided velocity at a time counted from noise, as other projects' samplers expect it."""
     x, y = images(fixture, "fwd", "x", "y")
     t, null = np.full(len(y), 1 - CFG_TIME), np.full_like(y, fixture.config["null_class"])
     for name, f, net in nets(fixture, True)[1]:
@@ -287,7 +287,7 @@ def guided_forward(fixture, measure: Measure) -> None:
 
 
 def time_embedding(fixture, measure: Measure) -> None:
-    """The official fit of both time embeddings, by Adam: its first and last loss, and that ours has a smaller error."""
+    """The official Adam fit of both time embeddings: its first and last loss; our fit must have a smaller error."""
     low, high = FIT_TIMES
     drawn = np.stack([np.clip(a, low, high) for a in images(fixture, "timeemb", "t", "r")], axis=1)
     times = np.stack([drawn.max(1), drawn.min(1)], axis=1).astype(np.float32)
@@ -308,7 +308,7 @@ def time_embedding(fixture, measure: Measure) -> None:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks, of two times and of one."""
+    """Statistics of freshly initialised networks, two-time and one-time."""
     want = fixture.under("init/")
     for two_times in (True, False):
         unused = (ONE_TIME,) if two_times else TWO_TIMES

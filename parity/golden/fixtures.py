@@ -1,7 +1,7 @@
-"""Golden fixtures: outputs of the official code, one .npz a system, read so that no output goes unchecked.
+"""Golden fixtures: outputs of the official code, one .npz per system, read so that no output goes unchecked.
 
 A fixture holds `config` (JSON), `param/NAME`, `in/...` and the results `out/...`, `grad/CASE/NAME`, `init/NAME`.
-Results are grouped into cases; a family of systems registers a function that runs a group.
+Results are grouped into cases; each family of systems registers functions that run a group.
 """
 
 import functools
@@ -19,7 +19,7 @@ from parity.checks import Case
 from parity.golden import augment, dit, dmf, edm2, imf, inception, metrics, optim, sit, unet, vae
 
 RESULTS = ("out/", "grad/", "init/")
-# Systems by the `system` of a fixture's config; later families add theirs.
+# Modules by the `system` in a fixture's config; new families add theirs.
 SYSTEMS = {
     "sit_torch": sit, "meanflow_dit_flax": dit, "ema_lr_optim": optim,
     "edm_augment_torch": augment, "meanflow_unet_torch": unet, "sit_cifar_unet_torch": unet,
@@ -31,11 +31,11 @@ SYSTEMS = {
 
 
 class MissingKey(UserError):
-    """A fixture lacks an array or a setting that its system has."""
+    """A fixture lacks an array or a setting that its system requires."""
 
 
 class Settings(dict):
-    """A JSON object whose missing keys are named, those of a union too."""
+    """A JSON object, or a union of two, whose missing keys are reported by name."""
 
     def __or__(self, other):
         return Settings(super().__or__(other))
@@ -45,12 +45,12 @@ class Settings(dict):
 
 
 class Fixture:
-    """The arrays and settings of one file; an array is read when it is asked for.  Raises UserError."""
+    """The arrays and settings of one file; arrays are read on demand.  Raises UserError."""
 
     def __init__(self, path: pathlib.Path):
         self.path, self.name = path, path.stem
         try:
-            self.arrays = np.load(path, allow_pickle=False)  # a mapping, and its file stays open
+            self.arrays = np.load(path, allow_pickle=False)  # a lazy mapping: the file stays open
             text = str(self.arrays["config"]) if "config" in self.arrays else ""
         except (OSError, ValueError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
             raise UserError(f"cannot read {path} as a golden fixture: {error}") from error
@@ -62,7 +62,7 @@ class Fixture:
         self.used: set[str] = set()
 
     def get(self, key: str) -> np.ndarray:
-        """Return an array and note that it was used.  Raises MissingKey, or UserError if it is damaged."""
+        """Return an array and mark it as used.  Raises MissingKey, or UserError if it is damaged."""
         if key not in self.arrays:
             raise MissingKey(f"{self.name} has no {key!r}")
         self.used.add(key)
@@ -72,7 +72,7 @@ class Fixture:
             raise UserError(f"cannot read {key!r} of {self.path}, which may be damaged: {error}") from error
 
     def under(self, prefix: str) -> dict[str, np.ndarray]:
-        """Return {rest of the key: array} of all keys that begin with `prefix`, noted as used."""
+        """Return {rest of the key: array} for all keys that begin with `prefix`, and mark them as used."""
         keys = [key for key in self.arrays if key.startswith(prefix)]
         return {key.removeprefix(prefix): self.get(key) for key in keys}
 
@@ -82,10 +82,10 @@ class Fixture:
 
 
 class Plan(NamedTuple):
-    """What a directory of fixtures asks for."""
+    """The cases that a directory of fixtures calls for."""
 
     cases: list[Case]
-    keys: dict[str, tuple[Fixture, list[str]]]  # of each case: the results it must look at
+    keys: dict[str, tuple[Fixture, list[str]]]  # by case: the results it must check
     not_covered: list[str]  # golden/FILE of unknown systems, golden/FILE/KEY of results that belong to no case
 
 
@@ -108,7 +108,7 @@ def plan(directory: pathlib.Path) -> Plan:
 
 
 def plan_fixture(fixture: Fixture, system, result: Plan) -> None:
-    """Add the cases of one fixture, `system.groups(fixture)` first: those that its config promises."""
+    """Add the cases of one fixture, first those that its config promises: `system.groups(fixture)`."""
     groups: dict[str, list[str]] = {group: [] for group in system.groups(fixture)}
     for key in fixture.results():
         groups.setdefault(group_of(key), []).append(key)
@@ -134,9 +134,9 @@ def group_of(key: str) -> str:
 
 
 def runner(system, group: str) -> Callable | None:
-    """Return the function (fixture, measure) of a group; its second component is given to it, if it has one.
+    """Return the function (fixture, measure) that runs a group, bound to the group's second component if it has one.
 
-    A system whose groups are named by the file has one runner, `*`, which is given the whole name.
+    A system whose groups are named by the fixture has a single runner, `*`, which gets the whole name.
     """
     kind, *name = ["*", group] if "*" in system.RUNNERS else group.split("/", 1)
     run = system.RUNNERS.get(kind)

@@ -1,7 +1,7 @@
-"""Fixtures of Lyy-iiis/imeanflow, its JAX and its PyTorch branch: imf.py, models/imfDiT.py.
+"""Fixtures of Lyy-iiis/imeanflow, JAX and PyTorch branches: imf.py, models/imfDiT.py.
 
-Its settings in our words: flow rows and dropped labels are the first rows of the batch.  The PyTorch branch only
-samples, without the head of v; its rotary positions lose the tangent of queries and keys, which ours keep.
+In our terms: flow rows and dropped labels are the first rows of the batch.  The PyTorch branch only samples, without
+the v head; its rotary positions lose the tangents of queries and keys, which ours keep.
 """
 
 import re
@@ -15,12 +15,12 @@ from parity.checks import Measure, relative_error
 from parity.golden import network
 from parity.golden.network import BOUND
 
-# Our names of the official intermediates of the loss.
+# Intermediates of the loss: official name -> ours.
 INTERMEDIATES = {
     "t": "t", "r": "r", "omega": "omega", "t_min": "t_min", "t_max": "t_max", "v_g": "v_g", "v_c": "v_c", "u": "u",
     "v": "v_head", "du_dt": "du_dt", "V": "compound", "adp_loss_u": "row_loss", "adp_loss_v": "row_loss_v",
 }  # fmt: skip
-LOST_TANGENT = 1e-2  # least distance of du/dt from what the official PyTorch code makes of it
+LOST_TANGENT = 1e-2  # least relative distance of du/dt from the official PyTorch code's
 
 
 def groups(fixture) -> list[str]:
@@ -30,7 +30,7 @@ def groups(fixture) -> list[str]:
 
 
 def config_of(fixture) -> options.Config:
-    """Return our config of the fixture's network."""
+    """Return our config for the fixture's network."""
     net, top, common = (fixture.config.get(key, {}) for key in ("net", "top", "base"))
     sizes = net | {"input_size": top.get("img_size"), "in_channels": top.get("img_channels")} if top else net
     sizes = sizes | {"num_classes": (top or common)["num_classes"]}
@@ -55,7 +55,7 @@ def canonical(fixture, prefix: str) -> dict[str, np.ndarray]:
 
 
 def is_flax(fixture) -> bool:
-    """Return whether the fixture is of the JAX branch, whose images are NHWC."""
+    """Return whether the fixture is from the JAX branch, whose images are NHWC."""
     return fixture.config["layout"] == "NHWC"
 
 
@@ -65,7 +65,7 @@ def images(fixture, key: str) -> np.ndarray:
 
 
 def nets(fixture, v_heads: bool = True) -> tuple:
-    """Return the config and the networks with the fixture's weights; v_heads: with the head of v, if it is there."""
+    """Return the config and the networks with the fixture's weights; v_heads: keep the v head, if there is one."""
     config, weights = config_of(fixture), canonical(fixture, "param/")
     if not v_heads:
         config.model.v_heads = False
@@ -74,12 +74,12 @@ def nets(fixture, v_heads: bool = True) -> tuple:
 
 
 def given(fixture, group: str) -> dict[str, np.ndarray]:
-    """Return what the network is told of guidance."""
+    """Return the network's guidance inputs."""
     return {name: fixture.get(f"in/{group}/{name}") for name in ("omega", "t_min", "t_max")}
 
 
 def rotary(part: int):
-    """Return the runner of the cosines (0) or the sines (1) of rotary positions."""
+    """Return the runner for the cosines (0) or the sines (1) of rotary positions."""
 
     def run(fixture, measure: Measure) -> None:
         key = f"rope_{('real', 'imag')[part]}"
@@ -90,7 +90,7 @@ def rotary(part: int):
 
 
 def forward(fixture, measure: Measure) -> None:
-    """u and v, and what is called u and v of a network without the head of v."""
+    """u and v, with the v head and (u_eval, v_eval) without it."""
     x, t, h, y = (images(fixture, f"in/fwd/{key}") for key in ("x", "t", "h", "y"))
     cases = {"u": ("u", True), "v": ("v", True)}
     cases |= {"u_eval": ("u", False), "v_eval": ("v", False)} if is_flax(fixture) else {}
@@ -101,7 +101,7 @@ def forward(fixture, measure: Measure) -> None:
 
 
 def jvp(fixture, measure: Measure) -> None:
-    """Both heads and their derivatives along (v_g, 1, 0); not the derivative of the official PyTorch code as it is."""
+    """Both heads and their derivatives along (v_g, 1, 0); du/dt must differ from the unmodified PyTorch code's."""
     inputs = [images(fixture, f"in/jvp/{key}") for key in ("z", "t", "r", "y", "v_g")]
     for name, f, net in nets(fixture)[1]:
         for head in "uv" if is_flax(fixture) else "u":
@@ -121,7 +121,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     x, y, noise, n_t, n_r = (images(fixture, f"in/loss/{key}") for key in ("x", "y", "e", "n_t", "n_r"))
     uniforms = {"drop": "drop_u", "omega": "u_omega", "t_min": "u_tmin", "t_max": "u_tmax"}
     draws = {ours: fixture.get(f"in/loss/{key}") for ours, key in uniforms.items()}
-    # Run with other draws than those stored: omega = 1, no label dropped.
+    # The official run did not use the stored draws: omega = 1, no label dropped.
     if case == "noguid" or f"{case}_overrides" in fixture.config:
         draws |= {"omega": np.zeros_like(draws["omega"]), "drop": np.ones_like(draws["drop"])}
     draws |= {"noise": noise, "times": np.stack([n_t, n_r], axis=1), "coin": draws["drop"]}
@@ -141,7 +141,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
 
 
 def method_of(fixture, settings: dict) -> dict:
-    """Return our options of config.method for the official ones."""
+    """Return our config.method options for the official ones."""
     settings = fixture.config["base"] | settings
     return {
         "path": "linear", "time_sampler": "logit_normal", "time_mean": (settings["P_mean"],) * 2,
@@ -153,7 +153,7 @@ def method_of(fixture, settings: dict) -> dict:
 
 
 def sample(fixture, case: str, measure: Measure) -> None:
-    """stepsN; stepsN_sample_idxK: labels (0, 1, ...) + K b, over all classes; one_step_iI_ofN: step I of N alone."""
+    """stepsN; stepsN_sample_idxK: labels (0, 1, ...) + K b modulo classes; one_step_iI_ofN: step I of N alone."""
     match = re.fullmatch(r"steps(\d+)(?:_sample_idx(\d+))?|one_step_i(\d+)_of(\d+)", case)
     if match is None:
         raise UserError(f"the sampling case {case} is none of stepsN, stepsN_sample_idxK and one_step_iI_ofN")
@@ -171,7 +171,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """t, r, t_min, t_max and fm_mask of many rows, and omega_betaP: scales whose density has the power P."""
+    """t, r, t_min, t_max and fm_mask for many rows; omega_betaP: scales from the density of power P."""
     config, built = nets(fixture)
     power = re.fullmatch(r"omega_beta([\d.]+)", case)
     config.method.update(
@@ -192,7 +192,7 @@ def times(fixture, case: str, measure: Measure) -> None:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks."""
+    """Statistics of freshly initialised networks."""
     want = {
         canonical_name(name, "improved") if is_flax(fixture) else name.removeprefix("net."): statistics
         for name, statistics in fixture.under("init/").items()

@@ -9,19 +9,19 @@ from parity.adapters import frozen_networks
 from parity.checks import Measure
 from parity.golden.network import BOUND, nhwc
 
-# Of resized images: the official ones compute places in float32, 4e-5 off near 299 pixels; ours in float64.
+# For resized images: official code computes positions in float32, 4e-5 off near 299 pixels; ours uses float64.
 RESIZE_BOUND = 1e-4
-STRIDE = 23  # of the rows and columns of resized images that the fixture keeps
-# Groups of features and of resized images, by their convention of evaluation.
+STRIDE = 23  # between the rows and columns of resized images that the fixture keeps
+# Evaluation convention of each group of features and of resized images.
 FEATURES = {"torch_fidelity": "torch_fidelity", "pytorch_fid": "pytorch_fid", "imf_jax": "jax_meanflow"}
 RESIZED = {
     "resize_tf1": "torch_fidelity", "resize_half_pixel": "jax_meanflow", "resize_jaxrepo": "jax_meanflow",
     "resize_pytorchfid": "pytorch_fid",
 }  # fmt: skip
-# Official names of our outputs.  What the official JAX code calls logits has no bias.
+# Outputs: official name -> ours.  The official JAX code's logits have no bias.
 OUTPUTS = {name: name for name in ("64", "192", "768", "2048", "logits", "logits_unbiased")}
 JAX_OUTPUTS = {"pooled": "2048", "logits": "logits_unbiased"}
-FLOAT64 = "_f64"  # ends the name of what the official network computed in float64
+FLOAT64 = "_f64"  # suffix of what the official network computed in float64
 
 
 def groups(fixture) -> list[str]:
@@ -31,7 +31,7 @@ def groups(fixture) -> list[str]:
 
 @functools.lru_cache(maxsize=4)
 def network(fixture, framework: str, dtype: str):
-    """Return Inception with the weights that the fixture's seed draws.  Kept, for it compiles long."""
+    """Return Inception with the weights that the fixture's seed draws.  Cached: it is slow to compile."""
     return frozen_networks.inception(framework, frozen_networks.inception_weights(fixture.config["weight_seed"]), dtype)
 
 
@@ -54,7 +54,7 @@ def features(group: str, fixture, measure: Measure) -> None:
 
 
 def resized(group: str, fixture, measure: Measure) -> None:
-    """Images as Inception reads them, of every image of the fixture."""
+    """Every image of the fixture as Inception reads it."""
     for name, want in fixture.under(f"out/{group}/").items():
         images = nhwc(fixture.get(f"in/{name}"))
         for framework in frozen_networks.INCEPTION:

@@ -1,7 +1,7 @@
-"""Fixtures of the measures of image quality, as torch-fidelity, pytorch-fid and the official repositories compute them.
+"""Fixtures of the image-quality metrics, as torch-fidelity, pytorch-fid and the official repositories compute them.
 
-Both trainers are judged by the one implementation in `scores.py` and `moments.py` of `meanflow/metrics`, so a check
-stands for both: its framework is `jax-torch`.
+Both trainers use `scores.py` and `moments.py` of `meanflow/metrics`, so one check covers both: its framework is
+`jax-torch`.
 """
 
 import functools
@@ -14,9 +14,9 @@ from parity.checks import Measure
 
 BOUND = 1e-10  # both in float64
 FLOAT32 = 2.0**-24  # relative rounding of one float32 operation
-# Of rank-deficient covariances, official code keeps the square roots of eigenvalues that are rounding, some 1e-8 each.
+# For rank-deficient covariances, official code keeps square roots of eigenvalues that are rounding, some 1e-8 each.
 ROOTS_BOUND = 1e-6
-# torch-fidelity's means are float32: an error of 2^-24 of the means, times twice their distance.
+# torch-fidelity's means are float32: an error of 2^-24 relative to the means, times twice their distance.
 MEANS_BOUND = 1e-6
 FRECHET = ("gsunshine_sqrtm", "imf_eigvals", "pytorch_fid", "dmf", "torchmetrics", "torch_fidelity")
 BATCH = 7  # rows; the results do not depend on it
@@ -28,7 +28,7 @@ def groups(fixture) -> list[str]:
 
 
 def frechet_distances(group: str, generated: str, fixture, measure: Measure) -> None:
-    """fid, fid_small: one distance, as each code computes it; ours of rows, and of means and covariances."""
+    """fid, fid_small: one distance, as each codebase computes it; ours from rows, and from means and covariances."""
     rows = fixture.get(f"in/{generated}"), fixture.get("in/f2")
     a, b = map(moments_of, rows)
     of_moments = scores.frechet_distance_of(a.mean, a.covariance, b.mean, b.covariance)
@@ -40,13 +40,13 @@ def frechet_distances(group: str, generated: str, fixture, measure: Measure) -> 
 
 
 def inception_scores(fixture, measure: Measure) -> None:
-    """is: mean and deviation under both conventions; the mean of all rows as one split, in their own order."""
+    """is: mean and standard deviation under both conventions; the mean for all rows as one split, not shuffled."""
     logits, splits = fixture.get("in/logits"), fixture.config["is_splits"]
     got = scores.inception_score(logits, splits)
     measure.compare("jax-torch", "torch_fidelity", got, fixture.get("out/is/torch_fidelity"), BOUND)
     whole = scores.inception_score(logits, 1, shuffle=False)[:1]
     measure.compare("jax-torch", "torch_fidelity_1split", whole, fixture.get("out/is/torch_fidelity_1split"), BOUND)
-    # A sum of k terms, in float32 on both sides, is the exponent of the score; the deviation has the mean's error.
+    # The score's exponent is a sum of k float32 terms on both sides; the standard deviation has the mean's error.
     got = np.array(scores.inception_score(logits, splits, "official_jax"))
     want = fixture.get("out/is/imf")
     error = np.abs(got - want).max() / want[0]
@@ -54,12 +54,12 @@ def inception_scores(fixture, measure: Measure) -> None:
 
 
 def kernel_distances(fixture, measure: Measure) -> None:
-    """kid: over subsets, and of one that has all rows of the smaller set, which is also known in float64."""
+    """kid: over subsets, and for one subset as large as the smaller set, whose value is also known in float64."""
     a, b = fixture.get("in/f1"), fixture.get("in/f2")
     size = min(len(a), len(b))
     whole, _ = scores.kernel_distance(a[:size], b[:size], 1, size)
     measure.compare("jax-torch", "full_f64", [whole], fixture.get("out/kid/full_f64"), BOUND)
-    # Float32 loses what the sums of kernel values have in excess of their small difference; 8: of many terms.
+    # The sums of kernel values nearly cancel, so float32 rounding scales with the sums; 8: many terms are added.
     pairs = ((a, a), (b, b), (a, b))
     rounding = 8 * FLOAT32 * sum(np.abs((x.astype(np.float64) @ y.T / x.shape[1] + 1) ** 3).mean() for x, y in pairs)
     settings = fixture.config["kid"]
@@ -70,20 +70,20 @@ def kernel_distances(fixture, measure: Measure) -> None:
 
 
 def precision_and_recall(fixture, measure: Measure) -> None:
-    """prc: precision, recall and F-score.  Shares of rows: one row more or less is a difference of 1/n."""
+    """prc: precision, recall and F-score.  They are fractions of rows: one row changes them by 1/n."""
     got = scores.precision_recall(fixture.get("in/f1"), fixture.get("in/f2"), fixture.config["prc_k"], BATCH)
     measure.compare("jax-torch", "torch_fidelity", got, fixture.get("out/prc/torch_fidelity"), 2 * FLOAT32)
 
 
 def moments(group: str, rows: str, fixture, measure: Measure) -> None:
-    """mu1, mu2, sigma1, sigma2: mean or covariance of rows that come in batches."""
+    """mu1, mu2, sigma1, sigma2: mean or covariance of rows that arrive in batches."""
     got = moments_of(fixture.get(f"in/{rows}"))
     value = got.mean if group.startswith("mu") else got.covariance
     measure.compare("jax-torch", group, value, fixture.get(f"out/{group}"), BOUND)
 
 
 def moments_of(rows: np.ndarray) -> Moments:
-    """Return the moments of rows [n d], in batches on two processes."""
+    """Return the moments of rows [n d], accumulated in batches as by two processes."""
     halves = Moments(), Moments()
     for start in range(0, len(rows), BATCH):
         halves[start // BATCH % 2].add(rows[start : start + BATCH])

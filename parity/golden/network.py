@@ -1,4 +1,4 @@
-"""What the fixtures of transformers have in common: build both networks, compare, and check initial weights."""
+"""Shared by the network fixtures: builds both networks, compares gradients, and checks initial weights."""
 
 import numpy as np
 
@@ -7,17 +7,17 @@ from meanflow.errors import UserError
 from parity.adapters.frameworks import FRAMEWORKS
 from parity.checks import Measure
 
-BOUND = 2e-5  # float32 against float32 of another kernel, relative: the fixtures' own spread is 6e-6
-# A gradient whose norm is below this share of the norm of all is a near-cancellation and carries more rounding.
+BOUND = 2e-5  # relative, float32 against float32 from other kernels; the fixtures' own spread is 6e-6
+# A gradient whose norm is below this fraction of the global norm nearly cancels and carries more rounding.
 TINY_SHARE, TINY_BOUND = 1e-2, 1e-4
-# So does this one whatever its norm: its terms are 1 - x / (x + eps) with x far above eps, 5e-5 between two kernels.
+# So does this one at any norm: its terms are 1 - x / (x + eps) with x far above eps; two kernels differ by 5e-5.
 CANCELLING = "logvar_linear."
 SEEDS = range(40)  # fresh networks pooled for the statistics of initial weights, as many as in the fixtures
-UNIFORM = 1.8  # largest over standard deviation: sqrt(3) for uniforms, well above 2 for so many normals
+UNIFORM = 1.8  # maximum / standard deviation: sqrt(3) for uniforms, well above 2 for so many normals
 
 
 def config_of(net: dict, network: str = "dit", method: str = "meanflow"):
-    """Return our config of a transformer that the official code describes by `net`; network, method: our names."""
+    """Return our config for the official description `net` of a transformer; network, method: our names."""
     config = options.get_config(network, method)
     config.model.update(
         input_size=net["input_size"], channels=net["in_channels"], num_classes=net["num_classes"],
@@ -28,7 +28,7 @@ def config_of(net: dict, network: str = "dit", method: str = "meanflow"):
 
 
 def expect(settings: dict, **fixed) -> None:
-    """Raise UserError for a setting of a fixture, if it has it at all, of which ours has the value in `fixed` alone."""
+    """Raise UserError if the fixture has a setting other than in `fixed`, the only values that ours supports."""
     for name, value in fixed.items():
         if settings.get(name, value) != value:
             raise UserError(f"the fixture has {name} = {settings[name]!r}, but ours has only {value!r}")
@@ -40,13 +40,13 @@ def nets(config, weights: dict) -> list[tuple]:
 
 
 def nhwc(a: np.ndarray) -> np.ndarray:
-    """Return images [b c h w] as [b h w c]; leave anything else."""
+    """Return images [b c h w] as [b h w c]; leave other arrays unchanged."""
     return a.transpose(0, 2, 3, 1) if a.ndim == 4 else a
 
 
 def compare_gradients(measure: Measure, framework: str, got: dict, want: dict) -> None:
     """Compare gradients by canonical name: `TINY_BOUND` for those that nearly cancel, `BOUND` for the others."""
-    # The official code stores no gradient of what receives none; ours must then be exactly 0.
+    # The official code stores no gradient for parameters that receive none; ours must then be exactly 0.
     got = {name: grad for name, grad in got.items() if name in want or np.any(grad)}
     whole = np.sqrt(sum(np.square(grad, dtype=np.float64).sum() for grad in want.values()))
 
@@ -60,14 +60,14 @@ def compare_gradients(measure: Measure, framework: str, got: dict, want: dict) -
 def compare_initial(measure: Measure, config, want: dict) -> None:
     """Compare the [mean, std, min, max] of fresh weights with those of the official networks, by canonical name.
 
-    Constants exactly but for rounding; random weights of n entries statistically, the errors being shares of the
-    official standard deviation or range: means within 12 standard errors, standard deviations within 5 % (6 standard
-    errors if that is more), the range of uniforms within 5 %, that of normals, whose tails are rare, within 50 %,
-    both more for few entries.
+    Constants must agree up to rounding.  Random weights must agree statistically, with errors relative to the official
+    standard deviation or range: means within 12 standard errors, standard deviations within 5 % (6 standard errors if
+    that is more), the range of uniforms within 5 %, that of normals, whose tails are rare, within 50 %; the bounds on
+    the range are looser for few entries.
     """
     for framework, f in FRAMEWORKS.items():
         drawn = f.fresh_weights(config, SEEDS)
-        # Official Flax trees leave out the fixed tables; where they are in, they are compared as constants.
+        # Official Flax trees leave out the fixed tables; where present, they are compared as constants.
         tables = f.tables(f.build(config, drawn[0]))
         pooled = {
             name: np.stack([weights[name].ravel() for weights in drawn])
@@ -103,8 +103,8 @@ def deviation(pooled: np.ndarray, want: np.ndarray) -> list[tuple[float, float]]
     return [
         (abs(mean - want[0]) / want[1], 2 * error),
         (abs(std / want[1] - 1), max(0.05, error)),
-        # The ends of few entries vary more, and the official networks may be a quarter as many as ours.  Of n uniforms
-        # the least is about 1/n of the range away from its end; of n normals the largest is near sqrt(2 log n) and
-        # exceeds that by x / sqrt(2 log n) with probability exp(-x), of which x = 10 is allowed.
+        # The extremes of few entries vary more, and there may be only a quarter as many official networks as ours.  The
+        # least of n uniforms is about 1/n of the range from its end; the largest of n normals is near sqrt(2 log n) and
+        # exceeds that by x / sqrt(2 log n) with probability exp(-x); x = 10 is allowed.
         (spread, max(0.05, 100 / pooled.size) if uniform else max(0.5, (np.log(4) + 10) / (2 * np.log(num)))),
     ]

@@ -1,4 +1,4 @@
-"""Fixtures of optimizers, learning rates and EMAs of the official trainers, through our own step functions."""
+"""Fixtures of optimizers, learning rates and EMAs of the official trainers, checked through our own step functions."""
 
 import re
 
@@ -10,8 +10,8 @@ from parity.adapters.frameworks import FRAMEWORKS
 from parity.checks import Measure
 from parity.golden.network import BOUND
 
-# Parameters that barely move would hide an error in how they move; what they moved carries their rounding, 1e-7 of
-# values some hundred times larger.
+# For the distance moved, since parameters that barely move would hide errors in their updates; it carries their
+# rounding, 1e-7 of values some hundred times larger.
 MOVED_BOUND = 2e-4
 PYMF_WARMUP_FROM = 1e-8  # a constant of py-meanflow's train.py
 
@@ -24,7 +24,7 @@ def groups(fixture) -> list[str]:
 def emas(fixture, measure: Measure, every: int = 1) -> None:
     """ema/RULE_DECAY: the EMA after each step, given the parameters after each; all rules are the same mathematics.
 
-    every: steps between its updates.
+    every: steps between EMA updates.
     """
     params, want = fixture.get("in/ema/w"), fixture.under("out/ema/")
     unknown = [key for key in want if not re.fullmatch(r"[a-z]+_0\.\d+", key)]

@@ -1,7 +1,7 @@
 """Fixtures of zhuyu-cs/MeanFlow (PyTorch): sit.py, loss.py, meanflow_sampler.py.
 
-Its settings in our words: flow rows and dropped labels by coin, `adaptive` squares the summed error once more, guided
-where a label is kept and the time is in [cfg_min_t, cfg_max_t].
+In our terms: flow rows and dropped labels by coin; `adaptive` squares the summed error once more; rows are guided where
+the label is kept and the time is in [cfg_min_t, cfg_max_t].
 """
 
 import re
@@ -22,7 +22,7 @@ def groups(fixture) -> list[str]:
 
 
 def nets(fixture) -> tuple:
-    """Return the config and the networks with the fixture's weights, whose names are the canonical ones."""
+    """Return the config and the networks with the fixture's weights, whose names are already canonical."""
     network.expect(fixture.config["net"], qk_norm=False)  # timm's is a LayerNorm
     config = network.config_of(fixture.config["net"])
     return config, network.nets(config, fixture.under("param/"))
@@ -51,7 +51,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     config.method.update(method_of(settings))
     x, y, noise = (nhwc(fixture.get(f"in/loss/{key}")) for key in ("x", "y", "e"))
     times = fixture.get("in/loss/time_u" if settings["time_sampler"] == "uniform" else "in/loss/time_n")
-    # The official code draws no uniforms for labels that are never dropped.
+    # The official code draws no uniforms if labels are never dropped.
     drop = fixture.get("in/loss/drop_u") if settings["label_dropout_prob"] > 0 else np.ones(len(y), np.float32)
     batch = {"image": x, "label": y}
     draws = {"noise": noise, "times": times, "coin": fixture.get("in/loss/eq_u"), "drop": drop}
@@ -85,7 +85,7 @@ def compare_loss(fixture, prefix, measure, name, aux, guided):
 
 
 def method_of(settings: dict) -> dict:
-    """Return our options of config.method for the official ones."""
+    """Return our config.method options for the official ones."""
     weighting = "adaptive_squared" if settings["weighting"] == "adaptive" else "uniform"
     return {
         "path": settings["path_type"], "time_sampler": settings["time_sampler"],
@@ -113,7 +113,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """t and r of many rows."""
+    """t and r for many rows."""
     t, r = (fixture.get(f"out/time/{case}/{key}") for key in ("t", "r"))
     config, built = nets(fixture)
     uniform = case.startswith("uniform")
@@ -128,9 +128,9 @@ def times(fixture, case: str, measure: Measure) -> None:
 
 
 def time_settings(t, r, drawn, coin, uniform) -> dict:
-    """Return the settings of a time case, which neither its name nor the config states, from its results.
+    """Infer the settings of a time case from its results: neither its name nor the config states them.
 
-    All rows must agree on the share of flow rows, and on mean and standard deviation rounded to three digits.
+    All rows must agree on the fraction of flow rows, and on mean and standard deviation rounded to three digits.
     """
     flow = t == r
     below, above = coin[flow].max(initial=0.0), coin[~flow].min(initial=1.0)
@@ -143,7 +143,7 @@ def time_settings(t, r, drawn, coin, uniform) -> dict:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks."""
+    """Statistics of freshly initialised networks."""
     network.compare_initial(measure, network.config_of(fixture.config["net"]), fixture.under("init/"))
 
 

@@ -1,6 +1,6 @@
 """Fixtures of the two U-Nets on CIFAR-10 pixels: Gsunshine/py-meanflow and zhuyu-cs/MeanFlow, branch cifar10.
 
-In our words: no classes and no guidance, flow rows by coin, t - r not clipped; dropout is off in all fixtures.
+In our terms: no classes and no guidance, flow rows by coin, t - r not clipped; dropout is off in all fixtures.
 """
 
 import functools
@@ -15,14 +15,14 @@ from parity.checks import Measure
 from parity.golden import network, optim
 from parity.golden.network import BOUND, nhwc
 
-# What the two variants fix without saying so in their fixtures.
+# Options of the two variants that their fixtures do not state.
 VARIANTS = {
     "meanflow_unet_torch": {"time_embedding": "joint", "qkv_layout": "split"},
     "sit_cifar_unet_torch": {"time_embedding": "separate", "qkv_layout": "interleaved"},
 }
 ADAPTIVE_EPS = 1e-3  # a constant of the reproduction's loss.py
 EMA_EVERY = 16  # a constant of py-meanflow's models/meanflow.py
-# Our names of the official intermediates of the loss.
+# Intermediates of the loss: official name -> ours.
 INTERMEDIATES = {"t": "t", "r": "r", "u_pred": "u", "u": "u", "dudt": "du_dt", "u_tgt": "target", "u_target": "target"}
 
 
@@ -32,16 +32,16 @@ def groups(fixture) -> list[str]:
 
 
 def loss_cases(fixture) -> dict:
-    """Return the settings of the cases of the loss."""
+    """Return the settings of the loss cases."""
     return fixture.config["cases" if fixture.system == "meanflow_unet_torch" else "losses"]
 
 
 def config_of(fixture):
-    """Return our config of the fixture's network.  Raises UserError if it has other channels out than in."""
+    """Return our config for the fixture's network.  Raises UserError if its input and output channels differ."""
     net, config = fixture.config["net"], base.get_config("unet", "meanflow")
     network.expect(net, dropout=0.0, label_dim=0, label_dropout=0, s_embed=True)
     if fixture.system == "sit_cifar_unet_torch":
-        network.expect(net, embedding_type="positional")  # its Fourier features have frequencies for each time
+        network.expect(net, embedding_type="positional")  # its Fourier features have separate frequencies for each time
     if net["out_channels"] != net["in_channels"]:
         raise UserError(f"the official network maps {net['in_channels']} channels to {net['out_channels']}")
     config.model.update(
@@ -57,7 +57,7 @@ def config_of(fixture):
 
 
 def nets(fixture) -> tuple:
-    """Return the config and the networks with the fixture's weights, whose names are the canonical ones."""
+    """Return the config and the networks with the fixture's weights, whose names are already canonical."""
     config = config_of(fixture)
     return config, network.nets(config, fixture.under("param/"))
 
@@ -69,7 +69,7 @@ def labels(fixture, group: str) -> dict[str, np.ndarray]:
 
 
 def forward(fixture, measure: Measure) -> None:
-    """u, with augmentation labels and without, and the features of t before sines and cosines change places."""
+    """u with and without augmentation labels, and the features of t before sines and cosines are swapped."""
     x, t = (nhwc(fixture.get(f"in/fwd/{key}")) for key in ("x", "t"))
     r = fixture.get("in/fwd/r") if "in/fwd/r" in fixture.arrays else t - fixture.get("in/fwd/h")
     cases = {"u": labels(fixture, "fwd")}
@@ -126,7 +126,7 @@ def drawn(fixture, group: str, sampler: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def method_of(settings: dict) -> dict:
-    """Return our options of config.method for the official ones of a case of the loss."""
+    """Return our config.method options for the official ones of a loss case."""
     if "tr_sampler" in settings:
         power = {"adaptive_power": settings["norm_p"], "adaptive_eps": settings["norm_eps"]}
         return {"weighting": "adaptive"} | power | time_options(settings["tr_sampler"], settings)
@@ -152,7 +152,7 @@ def time_options(sampler: str, args: dict) -> dict:
 
 
 def times(fixture, case: str, measure: Measure) -> None:
-    """t and r of many rows; SAMPLER_default with the fixture's arguments, SAMPLER_alt with others."""
+    """t and r for many rows; SAMPLER_default with the fixture's arguments, SAMPLER_alt with others."""
     match = re.fullmatch(r"(v\d)_(default|alt)", case)
     if match is None:
         raise UserError(f"the time case {case} is neither SAMPLER_default nor SAMPLER_alt")
@@ -177,7 +177,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
         images = f.sample(net, noise, np.zeros(len(noise), int), config.sample)
         if match[2]:
             levels = np.clip(images / 2 + 0.5, 0, 1) * 255
-            margin = BOUND * 127.5 * np.abs(images).max()  # so near to a border between levels, rounding decides
+            margin = BOUND * 127.5 * np.abs(images).max()  # this close to the boundary between levels, rounding decides
             nearest = np.clip(want, np.floor(levels - margin), np.floor(levels + margin))
             measure.equal(name, "8-bit samples", nearest, want)
         else:
@@ -185,7 +185,7 @@ def sample(fixture, case: str, measure: Measure) -> None:
 
 
 def learning_rates(fixture, case: str, measure: Measure) -> None:
-    """lr/warmupN of the reproduction: (step + 1) / N of the rate, which lr/warmup0 shows, then the rate."""
+    """lr/warmupN of the reproduction: (step + 1) / N of the rate, then the rate itself, read from lr/warmup0."""
     match = re.fullmatch(r"warmup(\d+)", case)
     if match is None:
         raise UserError(f"{case} is not a known learning-rate schedule")
@@ -199,7 +199,7 @@ def learning_rates(fixture, case: str, measure: Measure) -> None:
 
 
 def initial(fixture, measure: Measure) -> None:
-    """Statistics of freshly built networks."""
+    """Statistics of freshly initialised networks."""
     network.compare_initial(measure, config_of(fixture), fixture.under("init/"))
 
 

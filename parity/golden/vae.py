@@ -1,4 +1,4 @@
-"""Fixtures of the autoencoder, of diffusers' PyTorch and Flax networks, and of what the systems do to its latents."""
+"""Fixtures of the autoencoder (diffusers' PyTorch and Flax networks) and of what each system does to its latents."""
 
 import functools
 
@@ -19,15 +19,15 @@ QUANTITIES = {
     "vae": ("encoder_h", "moments", "mean", "logvar", "std", "sample", "decode"),
     "vae_flax": ("mean_nhwc", "logvar_nhwc", "std_nhwc", "decode"),
 }
-# Of each system of `latent_scaling`: the convention of its latents and, of what it reads, whether the second half of
-# the moments is a standard deviation or the logarithm of a variance.
+# Systems of `latent_scaling`: the convention of their latents, and whether the second half of the moments they read is
+# a standard deviation or a log-variance.
 SYSTEMS = {
     "gs_meanflow": ("sd", "std"), "dmf": ("sd", "std"), "zhuyu": ("imm", "logvar"), "imf_jax": ("imf", "std"),
     "imf_torch": ("imf", "std"), "remf": ("edm2", "std"),
 }  # fmt: skip
 ROUNDINGS = {"gs_imf_jax": "shift", "remf_rgb": "shift", "imf_torch": "round", "pymf": "floor", "zhuyu_dmf": "floor"}
 SIBLING = "vae.npz"  # the fixture whose autoencoder `latent_scaling` uses
-# A truncation at a multiple of 1/255 turns the last bit of a float32 into one level: 5 of 1000 pixels, or two.
+# Truncating near a multiple of 1/255 turns float32's last bit into one level: allow 5 of 1000 pixels, or two.
 SHARE_OFF_BY_ONE, PIXELS_OFF_BY_ONE = 0.005, 2
 
 
@@ -37,7 +37,7 @@ def groups(fixture) -> list[str]:
 
 
 def files(fixture) -> autoencoder.Files:
-    """Return the autoencoder of a fixture, of PyTorch or of Flax.  Raises UserError if it is none that we know."""
+    """Return a fixture's autoencoder, from PyTorch or Flax.  Raises UserError for an unknown one."""
     weights = fixture.under("param/")
     if fixture.system == "vae_flax":
         weights = flax_tree_to_canonical(weights)
@@ -57,7 +57,7 @@ def network(quantity: str, fixture, measure: Measure) -> None:
 
 
 def compute(call, quantity: str, inputs: np.ndarray, fixture) -> np.ndarray:
-    """Return one quantity [b h w c] of a network `call`."""
+    """Return one quantity [b h w c] computed by `call`."""
     if quantity in ("decode", "moments"):
         return call(quantity, inputs)
     if quantity == "encoder_h":
@@ -70,7 +70,7 @@ def compute(call, quantity: str, inputs: np.ndarray, fixture) -> np.ndarray:
 
 
 def system(name: str, fixture, measure: Measure) -> None:
-    """All that a system does to latents, which is one implementation, and to pixels, by both."""
+    """Everything a system does to latents (one shared implementation) and to pixels (both frameworks)."""
     convention, second = CONVENTIONS[SYSTEMS[name][0]], SYSTEMS[name][1]
     for key in fixture.under(f"out/{name}/"):
         want = fixture.get(f"out/{name}/{key}")
@@ -84,7 +84,7 @@ def system(name: str, fixture, measure: Measure) -> None:
 
 
 def latent(key: str, convention, second: str, fixture) -> np.ndarray:
-    """Return the result of one operation on latents, [b h w c] or, of EDM2's constants, [c]."""
+    """Return the result of one operation on latents, [b h w c], or [c] for EDM2's constants."""
     if key == "decode_input":
         return units.to_raw(nhwc(fixture.get("in/z")), convention)
     if key == "rgb_encode":
@@ -99,7 +99,7 @@ def latent(key: str, convention, second: str, fixture) -> np.ndarray:
 
 
 def coded(framework: str, quantity: str, convention, fixture, measure: Measure) -> None:
-    """Moments of images uint8, or images uint8 of latents, by the autoencoder of the sibling fixture."""
+    """Moments of uint8 images, or uint8 images decoded from latents, with the sibling fixture's autoencoder."""
     given, module = files(type(fixture)(fixture.path.parent / SIBLING)), AUTOENCODERS[framework]
     key, want = quantity.split("/")[1], nhwc(fixture.get(f"out/{quantity}"))
     if key == "encode_pixels":
@@ -111,7 +111,7 @@ def coded(framework: str, quantity: str, convention, fixture, measure: Measure) 
 
 
 def levels(framework: str, key: str, got: np.ndarray, want: np.ndarray, measure: Measure) -> None:
-    """Compare uint8 images that are truncated: none may be off by more than one level, and few by one."""
+    """Compare truncated uint8 images: no value may be off by more than one level, and few by one."""
     off = np.abs(got.astype(int) - want) if got.shape == want.shape else np.array([np.inf])
     measure.add(framework, f"{key} (largest difference of levels)", off.max(), 1.0)
     allowed = max(SHARE_OFF_BY_ONE, PIXELS_OFF_BY_ONE / off.size)
@@ -119,7 +119,7 @@ def levels(framework: str, key: str, got: np.ndarray, want: np.ndarray, measure:
 
 
 def rounding(fixture, measure: Measure) -> None:
-    """Images in [-1, 1] as uint8, by every system."""
+    """Images in [-1, 1] converted to uint8 as each system does it."""
     images = fixture.get("in/img")
     for name, want in fixture.under("out/u8/").items():
         if name not in ROUNDINGS:
