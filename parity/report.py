@@ -41,7 +41,7 @@ def html(checks: list[Check], not_covered: list[str]) -> str:
 
 
 def table(checks: list[Check]) -> str:
-    """Return the rows of all checks, failures first."""
+    """Return the table rows of all checks, failures first."""
     rows = ["<tr><th>case<th>framework<th>quantity<th>error<th>bound<th>verdict</tr>"]
     for check in sorted(checks, key=lambda check: check.ok):
         verdict = "ok" if check.ok else "failed"
@@ -88,7 +88,7 @@ def precisions(checks: list[Check]) -> Figure:
 
 
 def quantity(check: Check) -> str:
-    """Return the name of a quantity within a lower precision: its case and itself, without the worst entry's name."""
+    """Return the label of a lower-precision check: its case and quantity, without the worst entry's name."""
     return f"{check.case.partition('/')[2]}: {check.quantity.partition(' (worst')[0]}"
 
 

@@ -53,7 +53,7 @@ class Queue:
 
 
 class Worker:
-    """A process, and the job it was given last."""
+    """A process and its current job."""
 
     def __init__(self, context, prepare: Callable, arguments: tuple):
         self.connection, theirs = context.Pipe()
@@ -71,7 +71,7 @@ class Worker:
         return job is not None
 
     def receive(self) -> Done:
-        """Return the job that it has finished.  Raises UserError if it was killed, RuntimeError if the job raised."""
+        """Wait for the job and return it.  Raises UserError if it was killed, RuntimeError if the job raised."""
         try:
             return Done(self.name, *self.connection.recv())
         except (EOFError, ConnectionError) as gone:
@@ -88,7 +88,7 @@ def run(groups: dict[str, list[str]], num_workers: int, prepare: Callable, *argu
     """Run every job, and yield it as it ends.
 
     groups: names of jobs by group.  prepare: a context manager at the top of a module; every process enters
-    prepare(*arguments) once and calls what it gives, (name) -> result.
+    prepare(*arguments) once and calls what it yields, (name) -> result, for each of its jobs.
     Raises UserError if a process is killed, RuntimeError if a job raises.  No process outlives the iteration.
     """
     context, queue, workers = multiprocessing.get_context("spawn"), Queue(groups), []
@@ -112,7 +112,7 @@ def run(groups: dict[str, list[str]], num_workers: int, prepare: Callable, *argu
 
 @contextlib.contextmanager
 def for_children() -> Iterator[None]:
-    """Set what processes that start now inherit: the environment, and to leave an interrupt to their parent."""
+    """Set what processes started in this context inherit: the environment, and leaving interrupts to the parent."""
     before = {name: os.environ.get(name) for name in ENVIRONMENT}
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ |= ENVIRONMENT | {"XLA_FLAGS": f"{before['XLA_FLAGS'] or ''} {ENVIRONMENT['XLA_FLAGS']}"}
@@ -128,7 +128,7 @@ def for_children() -> Iterator[None]:
 
 
 def serve(connection, prepare: Callable, arguments: tuple) -> None:
-    """Run the jobs that arrive until the other end closes."""
+    """Run jobs as they arrive, until the other end closes."""
     with prepare(*arguments) as call:
         while True:
             try:

@@ -1,6 +1,6 @@
-"""What the adapters of both frameworks share: the functions of a network, a method or a step, called with numpy arrays.
+"""Shared by the adapters of both frameworks: the functions of a network, a method or a step, called with numpy arrays.
 
-Images are [b h w c], weights and gradients go by canonical names.  No trainer uses this.
+Images are [b h w c]; weights and gradients are keyed by canonical name.  No trainer uses this.
 """
 
 import abc
@@ -16,13 +16,13 @@ from meanflow.sampling import edm, steps
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Network:
-    """A network as a function of (z, t, r, y), with its weights; its subclasses say how it is called."""
+    """A network as a function of (z, t, r, y), with its weights; subclasses define the call."""
 
     module: Any  # the framework's network; JAX's holds shapes only
     dtype: Any  # of inputs and draws
     method: str  # name of the method that trains it
-    teacher: Any = None  # the frozen network that its loss is given
-    head: str = "u"  # of a network with several, the one that is called
+    teacher: Any = None  # the frozen network passed to its loss
+    head: str = "u"  # the one to call if there are several
 
     @property
     def num_classes(self):
@@ -41,11 +41,11 @@ class Network:
 
     @property
     def takes_tape(self):
-        """Whether the network records for its own tangent."""
+        """Whether the network takes a tape, on which its forward pass records for the JVP."""
         return self.module.takes_tape
 
     def dropout_masks(self, draws):
-        """Return the masks of draws [b]."""
+        """Return the masks for draws [b]."""
         return self.module.dropout_masks(draws)
 
     def replace(self, **changes):
@@ -54,7 +54,7 @@ class Network:
 
 
 def inference(function):
-    """Let a method of an adapter run without gradients."""
+    """Run a method of an adapter without gradients."""
 
     @functools.wraps(function)
     def run(self, *args, **kwargs):
@@ -68,8 +68,8 @@ class Adapter(abc.ABC):
     """One framework's implementation.  `impl` names its modules: methods, step, models and so on."""
 
     impl: Any
-    array: Any  # makes one of the framework's arrays of one of numpy's
-    compiled: Any = staticmethod(lambda function: function)  # compiles a function, where the framework does
+    array: Any  # converts a numpy array to the framework's
+    compiled: Any = staticmethod(lambda function: function)  # compiles a function, if the framework does
     no_grad: Any = contextlib.nullcontext
 
     def tables(self, net):
@@ -80,14 +80,14 @@ class Adapter(abc.ABC):
     def forward(self, net, z, t, r, y, given=None, head="u"):
         """Return u [b h w c], or the velocity of another head.
 
-        given: further inputs of the network by name; dropout by its draws [b].
+        given: further inputs of the network by name; dropout as its draws [b].
         """
         return self.to_numpy(net(*self.arrays(net, (z, t, r, y)), head, **self._given(net, given)))
 
     def jvp(self, net, z, t, r, y, tangent, given=None, head="u"):
         """Return u and du/dt along (tangent, 1, 0) on all rows, as the methods compute them.
 
-        head: `v` for another head's velocity in place of u.
+        head: `v` for that head's velocity instead of u.
         """
         z, t, r, y, tangent = self.arrays(net, (z, t, r, y, tangent))
         net, given, common = net.replace(head=head), self._given(net, given), self.impl.common
@@ -138,7 +138,7 @@ class Adapter(abc.ABC):
         return self.to_numpy(self.impl.common.to_time(times, cfg.flow_time_mean, cfg.flow_time_std, cfg))
 
     def sample_guidance(self, net, draws, cfg):
-        """Return the guidance that improved MeanFlow conditions its network on, [b] each by name, for draws by name."""
+        """Return the guidance {name: [b]} that improved MeanFlow conditions its network on, for draws by name."""
         method = self.impl.improved
         return self.to_numpy(method.sample_guidance(self._draws(net, method, draws, cfg), cfg))
 
@@ -193,12 +193,15 @@ class Adapter(abc.ABC):
         return edm.noise_levels(edm.Schedule(**grid))
 
     def embedding_error(self, config, canonical, teacher_config, teacher, t, r):
-        """Return the mean squared error of a network's embedding of t and r [b] to its teacher's; canonical weights."""
+        """Return the mean squared error of the network's embedding of t and r [b] against the teacher's.
+
+        canonical, teacher: canonical weights.
+        """
         return self.impl.time_embedding.error(config, canonical, teacher_config, teacher, t, r)
 
     @inference
     def embed_times(self, net, t, r):
-        """Return the embedding [b d] of times t and r [b]; a network of one time embeds t, as in a flow model."""
+        """Return the embedding [b d] of times t and r [b]; a one-time network, as of a flow model, embeds t."""
         unet = self.bound(net).unet
         t, r = self.arrays(net, (t, r))
         return self.to_numpy(unet.embed_times(t if unet.interval_embedder else self.impl.edm2.log_sigma(t), r))
@@ -214,7 +217,7 @@ class Adapter(abc.ABC):
         return self.to_numpy(self.impl.layers.timestep_features(t, module.t_embedder.features))
 
     def learning_rates(self, steps, c):
-        """Return the learning rate of each step, by its number from 0.  c: `config.train`."""
+        """Return the learning rate at each of `steps`, counted from 0.  c: `config.train`."""
         return np.array([float(self.impl.step.learning_rate(int(k), c)) for k in steps])
 
     def _by_name(self, net, arrays):
@@ -222,18 +225,18 @@ class Adapter(abc.ABC):
         return dict(zip(arrays, self.arrays(net, arrays.values()), strict=True))
 
     def _given(self, net, arrays):
-        """Inputs of a network, with dropout masks in place of their draws."""
+        """Return a network's inputs, with dropout masks in place of their draws."""
         given = self._by_name(net, arrays)
         return given | ({"dropout": net.dropout_masks(given["dropout"])} if "dropout" in given else {})
 
     def _draws(self, net, method, draws, cfg):
-        """Draws by name, arranged as a step arranges them; the others are not used."""
+        """Return the method's draws, arranged as a step arranges them; those not given are None."""
         draws = method.Draws(**dict.fromkeys(method.Draws._fields) | self._by_name(net, draws))
         return self.impl.common.arrange(draws, cfg)
 
     @abc.abstractmethod
     def full_precision(self) -> Any:
-        """Prepare the framework for float64 and full float32, for the length of a context."""
+        """Set the framework to float64 and full-precision float32 within a context."""
 
     @abc.abstractmethod
     def forget(self) -> Any:
@@ -256,15 +259,15 @@ class Adapter(abc.ABC):
 
     @abc.abstractmethod
     def differentiate(self, net, function) -> Any:
-        """Return the value and aux of function(net), and the gradients of what is trained by canonical name."""
+        """Return the value and aux of function(net), and the gradients of trained parameters by canonical name."""
 
     @abc.abstractmethod
     def canonical(self, net) -> Any:
-        """Return its weights by canonical name."""
+        """Return the network's weights by canonical name."""
 
     @abc.abstractmethod
     def projected(self, net, config) -> Any:
-        """Return the network with its weights projected, as a step of training projects them."""
+        """Return the network with its weights projected, as a training step projects them."""
 
     @abc.abstractmethod
     def rotary_table(self, net) -> Any:
@@ -281,14 +284,14 @@ class Adapter(abc.ABC):
     def optimize(self, start_at, grads, c, params=None) -> Any:
         """Take optimizer and EMA steps on one array.  c: `config.train`.
 
-        start_at: [n].  grads: [steps n].  params: [steps n] that replace the parameters after each step, before its
-        EMA, which is exact at a learning rate of 0.
+        start_at: [n].  grads: [steps n].  params: [steps n], replacing the parameters after each step, before its EMA
+        update, which is exact at a learning rate of 0.
         Returns the parameters and EMAs after each step, and the gradient norms.
         """
 
     @abc.abstractmethod
     def arrays(self, net, arrays) -> Any:
-        """Return arrays of the framework: floats in the network's dtype, labels as integers, images in its layout."""
+        """Return the framework's arrays: floats in the network's dtype, labels as integers, images in its layout."""
 
     @abc.abstractmethod
     def to_numpy(self, tree) -> Any:

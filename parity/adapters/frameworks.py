@@ -11,9 +11,9 @@ FRAMEWORKS: dict[str, Any] = {"jax": with_jax.Jax(), "torch": with_torch.Torch()
 
 @contextlib.contextmanager
 def full_precision() -> Iterator[None]:
-    """Prepare both for a run and put their settings back after it.
+    """Prepare both frameworks for a run, and restore their settings afterwards.
 
-    float64 is on, float32 is full float32, and no network that was compiled before is used.
+    Enables float64 and full-precision float32; networks compiled before are not reused.
     """
     with contextlib.ExitStack() as stack:
         for framework in FRAMEWORKS.values():
@@ -22,6 +22,6 @@ def full_precision() -> Iterator[None]:
 
 
 def forget() -> None:
-    """Drop what has been compiled, so that a run may have any number of cases."""
+    """Drop all compiled programs, so that a run can have any number of cases."""
     for framework in FRAMEWORKS.values():
         framework.forget()

@@ -1,6 +1,6 @@
-"""The frozen networks, autoencoder and Inception, in both frameworks: numpy and [b h w c] in and out; and their cases.
+"""The frozen networks (autoencoder and Inception) in both frameworks, numpy [b h w c] in and out, and their cases.
 
-float64: both frameworks under the same random weights.  float32: what each loses.
+float64: both frameworks with the same random weights.  float32: the precision that each loses.
 """
 
 import functools
@@ -27,8 +27,8 @@ from torch_impl.models import inception as torch_inception
 from torch_impl.models import vae as torch_vae
 
 BOUND = 1e-10  # relative, as in `cases`
-RESIZE_BOUND = 1e-12  # one product of matrices
-FLOAT32_BOUND = 2e-5  # as of the fixtures
+RESIZE_BOUND = 1e-12  # a single matrix product
+FLOAT32_BOUND = 2e-5  # as for the fixtures
 VAE = {"jax": jax_vae, "torch": torch_vae}
 INCEPTION = {"jax": jax_inception, "torch": torch_inception}
 VAES = {
@@ -41,7 +41,7 @@ VAES = {
         "norm_num_groups": 3,
     },
 }  # fmt: skip
-SIZES = ((37, 50), (299, 8), (320, 301))  # of images to resize: both sides to more and to fewer pixels, or not at all
+SIZES = ((37, 50), (299, 8), (320, 301))  # of images to resize: sides are enlarged, reduced or unchanged
 
 
 def all_cases() -> list[Case]:
@@ -75,7 +75,7 @@ def float32_vae(name: str, method: str, measure: Measure) -> None:
 
 
 def run_vae(framework: str, name: str, method: str, dtype: str) -> dict[str, np.ndarray]:
-    """Return what a random autoencoder of `VAES` makes of random images or latents, {quantity: array}."""
+    """Return the outputs {quantity: array} of a random autoencoder of `VAES` for random images or latents."""
     settings, rng = VAES[name], np.random.RandomState(5)
     files = autoencoder.Files(settings, vae_weights(settings), "")
     call = vae(framework, files, dtype)
@@ -86,7 +86,7 @@ def run_vae(framework: str, name: str, method: str, dtype: str) -> dict[str, np.
 
 
 def float64_inception(measure: Measure) -> None:
-    """Features and logits of one image, from its resizing on."""
+    """Features and logits of one image, including its resizing."""
     images = np.random.RandomState(6).randint(0, 256, size=(1, 40, 31, 3)).astype(np.uint8)
     drawn, convention = inception_weights(7), preprocessing.CONVENTIONS["torch_fidelity"]
     got = {framework: inception(framework, drawn, "float64")(images, convention) for framework in INCEPTION}
@@ -95,7 +95,7 @@ def float64_inception(measure: Measure) -> None:
 
 
 def float64_resize(measure: Measure) -> None:
-    """Images as Inception reads them, by every convention."""
+    """Images as Inception reads them, under every convention."""
     for height, width in SIZES:
         images = np.random.RandomState(8).randint(0, 256, size=(2, height, width, 1)).astype(np.uint8)
         for name, convention in preprocessing.CONVENTIONS.items():
@@ -164,7 +164,7 @@ def _from_torch(a: torch.Tensor) -> np.ndarray:
 
 
 def vae_weights(settings: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return random canonical weights float64 of an autoencoder, non-zero everywhere, that keep activations near 1."""
+    """Return random canonical float64 weights of an autoencoder, non-zero everywhere, that keep activations near 1."""
     with torch.device("meta"):
         shapes = {name: tuple(a.shape) for name, a in torch_vae.AutoencoderKL(**settings).state_dict().items()}
     rng, drawn = np.random.RandomState(9), {}
@@ -179,9 +179,9 @@ def vae_weights(settings: dict[str, Any]) -> dict[str, np.ndarray]:
 
 @functools.lru_cache(maxsize=2)
 def inception_weights(seed: int) -> dict[str, np.ndarray]:
-    """Return random canonical weights float32 of Inception, each drawn by its name and the seed.
+    """Return random canonical float32 weights of Inception, each drawn from its name and the seed.
 
-    The recipe is that of the golden fixtures: a name's checksum starts its draw, so that the order does not matter.
+    The recipe is that of the golden fixtures: a name's checksum seeds its draw, so the order does not matter.
     """
     with torch.device("meta"):
         shapes = {name: tuple(a.shape) for name, a in torch_inception.Inception().state_dict().items()}

@@ -28,7 +28,7 @@ OPTIMIZE_LESS = "jax_disable_most_optimizations"
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
 class Net(Network):
-    """A network under given parameters."""
+    """A network with given parameters."""
 
     apply: Any  # (params, z, t, r, y, given, known, heads, features) -> (u, v or both, or u and features; outputs)
     params: Any  # nnx.State
@@ -38,7 +38,7 @@ class Net(Network):
         return Jax.bound(self).log_variance(t, r)
 
     def __call__(self, z, t, r, y, heads=None, tape: Any = None, features=False, **given):
-        """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
+        """Return u, or the outputs that `heads` selects if there are several, or u and features."""
         known = tape.outputs if under_jvp(tape) else None
         u, outputs = self.apply(self.params, z, t, r, y, given, known, heads or self.head, features)
         if tape is not None:
@@ -58,7 +58,7 @@ class Jax(Adapter):
 
     @contextlib.contextmanager
     def full_precision(self):
-        """Switch on float64 and full float32 matmuls, and forget the networks compiled before."""
+        """Switch on float64 and full float32 matmuls, and forget networks compiled before."""
         changes = {"jax_enable_x64": True, "jax_default_matmul_precision": "highest"}
         before = {name: getattr(jax.config, name) for name in changes}
         before |= {OPTIMIZE_LESS: jax.config.read(OPTIMIZE_LESS)}
@@ -72,15 +72,15 @@ class Jax(Adapter):
                 jax.config.update(name, value)
 
     def forget(self):
-        """Drop every compiled program: XLA maps memory for each, and Linux stops a process at 65530 maps."""
+        """Drop every compiled program: XLA maps memory for each, and Linux limits a process to 65530 maps."""
         _network.cache_clear()
         jax.clear_caches()
 
     def build(self, config, canonical, as_trained=False):
         """Return the network of `config` with canonical weights {name: array}.  Raises UserError if they do not fit.
 
-        as_trained: compile it as the trainer does; otherwise without XLA's expensive passes, in half the time: the
-        mathematics is the same.
+        as_trained: compile it as the trainer does; otherwise skip XLA's expensive passes, which halves the time and
+        leaves the mathematics unchanged.
         """
         module, apply = _network(_model(config))
         params = weights.from_canonical(module, canonical)
@@ -102,7 +102,7 @@ class Jax(Adapter):
         return nnx.merge(nnx.graphdef(net.module), net.params)
 
     def differentiate(self, net, function):
-        """Return the value and aux of function(net), and the gradients of what is trained by canonical name."""
+        """Return the value and aux of function(net), and the gradients of trained parameters by canonical name."""
         value_and_grad = jax.value_and_grad(lambda params: function(net.replace(params=params)), has_aux=True)
         (value, aux), grads = value_and_grad(net.params)
         tables, grads = self.tables(net), weights.to_canonical(net.module, grads)
@@ -110,11 +110,11 @@ class Jax(Adapter):
         return self.to_numpy(value), self.to_numpy(aux), trained
 
     def canonical(self, net):
-        """Return its weights by canonical name."""
+        """Return the network's weights by canonical name."""
         return weights.to_canonical(net.module, net.params)
 
     def projected(self, net, config):
-        """Return the network with its weights projected, as a step of training projects them."""
+        """Return the network with its weights projected, as a training step projects them."""
         state = step.TrainState(jnp.zeros((), jnp.int32), net.params, None, ())
         return net.replace(params=step.project(state, config).params)
 

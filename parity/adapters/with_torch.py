@@ -26,7 +26,7 @@ class Net(Network):
         return self.module.log_variance(t, r)
 
     def __call__(self, z, t, r, y, heads=None, tape=None, features=False, **given):
-        """Return u, or what `heads` asks for of a network that has more than one, or u and features."""
+        """Return u, or the outputs that `heads` selects if there are several, or u and features."""
         options = {"heads": heads or self.head} if isinstance(self.module, imf_dit.IMFDiT) else {}
         return self.module(z, t, r, y, **given, **options, **({"features": True} if features else {}), tape=tape)
 
@@ -43,7 +43,7 @@ class Torch(Adapter):
 
     @contextlib.contextmanager
     def full_precision(self):
-        """Switch on full float32 matmuls, on one core: tiny matrices gain nothing from more."""
+        """Switch on full float32 matmuls, and use one core: tiny matrices gain nothing from more."""
         num_threads = torch.get_num_threads()
         try:
             torch.set_num_threads(1)
@@ -80,7 +80,7 @@ class Torch(Adapter):
         return net.module
 
     def differentiate(self, net, function):
-        """Return the value and aux of function(net), and the gradients of what is trained by canonical name."""
+        """Return the value and aux of function(net), and the gradients of trained parameters by canonical name."""
         value, aux = function(net)
         return self.to_numpy(value), self.to_numpy(aux), self._gradients(net, value)
 
@@ -106,11 +106,11 @@ class Torch(Adapter):
         return {name: canonical[name] for name in params}
 
     def canonical(self, net):
-        """Return its weights by canonical name."""
+        """Return the network's weights by canonical name."""
         return weights.to_canonical(net.module, dict(net.module.named_parameters()))
 
     def projected(self, net, config):
-        """Return the network with its weights projected, as a step of training projects them."""
+        """Return the network with its weights projected, as a training step projects them."""
         module = copy.deepcopy(net.module)
         step.project(step.TrainState(0, module, step.make_optimizer(module, config.train), (), module), config)
         return net.replace(module=module)
@@ -160,7 +160,7 @@ class Torch(Adapter):
         return [a.movedim(-1, -3).contiguous() if a.ndim >= 4 else a for a in tensors]
 
     def _tensor(self, net, a):
-        # In C order: fused AdamW misreads, without an error, a gradient whose strides are not those of its parameter.
+        # In C order: fused AdamW silently misreads a gradient whose strides differ from its parameter's.
         a = torch.from_numpy(np.array(a, order="C"))
         return a.to(net.dtype) if a.is_floating_point() else a.long()
 

@@ -1,6 +1,6 @@
-"""The losses once more, with draws at the ends of their ranges and exactly at thresholds, in small and odd batches.
+"""The losses again, with draws at the ends of their ranges and exactly at thresholds, in small and odd batches.
 
-Ordinary draws hardly ever meet a clamp, a comparison of equals, or times of 0 and 1; these meet little else.
+Ordinary draws rarely hit a clamp, a tie in a comparison, or times 0 and 1; these hit little else.
 """
 
 import functools
@@ -10,17 +10,17 @@ import numpy as np
 from parity.cases import objectives, settings
 from parity.checks import Case
 
-# Of float32 uniforms in [0, 1) the largest, the least, the least above it; normals whose logistic is 0 or 1.
+# Float32 uniforms in [0, 1): the largest, the smallest, the smallest above it.  Normals: some with logistic 0 or 1.
 UNIFORMS = (1 - 2.0**-24, 0.0, 0.5, 2.0**-24)
 NORMALS = (40.0, -40.0, -6.0, 0.0, 6.0)
-# Times at which something begins or ends, too: beyond EDM's largest and that one, 1/4 and 3/4, which are the ends of
-# the interval of improved MeanFlow for draws of 1/2.
+# Also times at which something begins or ends: EDM's largest and one beyond it; 1/4 and 3/4, the ends of improved
+# MeanFlow's interval for draws of 1/2.
 TIMES = (0.995, 0.25, 80 / 81, 0.75, *UNIFORMS)
 COINS = {"flow_rows": "coin", "flow_fraction": 0.5, "label_drop_prob": 0.5}
 FRONT = {"flow_rows": "front", "flow_fraction": 0.6, "label_drop": "front", "label_drop_prob": 0.5}
 QUARTERS = {"guidance_start": 0.25, "guidance_end": 0.75}
 RECTIFIED = settings.RE2 | settings.DRAWN_SCALES | COINS
-# Of each case its network, its number of rows and its settings.
+# By case: network, number of rows, settings.
 EXTREMES = {
     "meanflow_uniform": ("dit", 12, COINS | QUARTERS | {"time_sampler": "uniform", "omega": 2.5, "kappa": 0.0}),
     "meanflow_normal": ("dit", 5, FRONT | QUARTERS | {"omega": 0.2, "kappa": 0.92}),
@@ -63,7 +63,7 @@ def all_cases() -> list[Case]:
 
 
 class Extreme:
-    """Makes a batch of `num_rows` rows and its draws, as `cases.batch` does, but extreme ones."""
+    """Makes a batch of `num_rows` rows as `objectives.batch` does, but with extreme draws."""
 
     def __init__(self, num_rows: int):
         self.num_rows = num_rows
@@ -73,12 +73,12 @@ class Extreme:
         rows, draws = ({name: a[: self.num_rows] for name, a in part.items()} for part in objectives.batch(cfg))
         rng = np.random.RandomState(len(draws) + self.num_rows)
         for name, drawn in draws.items():
-            if drawn.ndim < 3:  # every end as often as there is room, the first ones first
+            if drawn.ndim < 3:  # every end as often as fits, the first ones first
                 values, num_columns = ends(name, cfg), drawn[:1].size
                 columns = [rng.permutation(np.resize(np.roll(values, -i), self.num_rows)) for i in range(num_columns)]
                 draws[name] = np.stack(columns, axis=-1).reshape(drawn.shape)
         if draws["times"].ndim == 2 and self.num_rows > 1:
-            draws["times"][0] = draws["times"][0, 0]  # t and r drawn equal
+            draws["times"][0] = draws["times"][0, 0]  # equal draws of t and r
         if cfg.method.time_sampler == "re2_truncate":
             near_the_rules(draws, cfg)
         if cfg.method.name == "rectified" and cfg.method.distance_clip:
@@ -90,7 +90,7 @@ class Extreme:
 
 
 def ends(name: str, cfg) -> tuple[float, ...]:
-    """Return the values that the draws of a name take, first of a uniform the probability that it meets."""
+    """Return the values for the draws called `name`; for uniforms, first the probability they are compared with."""
     c = cfg.method
     if name in ("times", "times_flow"):
         return TIMES if c.time_sampler in ("uniform", "re2_truncate") else NORMALS
@@ -103,7 +103,7 @@ def ends(name: str, cfg) -> tuple[float, ...]:
 
 
 def near_the_rules(draws: dict, cfg) -> None:
-    """Put four rows on either side of t = 0.8 and of r = 0.4 beyond it, one where r is about 0, one beyond 80/81."""
+    """Put rows just on either side of t = 0.8 and, beyond it, of r = 0.4; one at r of about 0, one beyond t = 80/81."""
     margin = 1e-9
     t = np.array([0.8 - margin, 0.8 + margin, 0.9, 0.9, 0.3, 0.999])[: len(draws["times"])]
     r = np.array([0.2, 0.2, 0.4 - margin, 0.4 + margin, 0.0, 0.5])[: len(t)]

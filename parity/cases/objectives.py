@@ -24,7 +24,7 @@ from parity.cases.settings import (
 )
 from parity.checks import Case, Measure
 
-BOUND = 1e-10  # relative: both sum the same terms in another order, which costs a few units of 1e-16
+BOUND = 1e-10  # relative: both sum the same terms, in another order, which costs a few times 1e-16
 # A central difference over 2h has a truncation error of h^2/6 times the third derivative and a rounding error of
 # 1e-16/h, both relative to values of order 1: about 1e-10 at h = 1e-5, plus a few orders of margin for the derivative.
 DIFFERENCE_BOUND, DIFFERENCE_STEP = 1e-7, 1e-5
@@ -165,7 +165,7 @@ def against_formula(measure, framework, result, formula):
 def on_jvp_rows(quantities, expected):
     """Return quantities by name, with du/dt and the tangent v_c set to 0 on the flow rows of `expected`.
 
-    On flow rows of a static split nothing reads them: a loss has no du/dt, and v_c is that of the dropped label.
+    With a static split nothing reads them on flow rows: a loss has no du/dt, and v_c is that of the dropped label.
     """
     jvp_row = (expected["r"] < expected["t"])[:, None, None, None]
     return {name: a * jvp_row if name in ("du_dt", "v_c") else a for name, a in quantities.items()}
@@ -222,7 +222,7 @@ def couple(network: str, guidance: float, with_guide: bool, measure: Measure) ->
 
 
 def time_embedding(network: str, measure: Measure) -> None:
-    """Errors of two time embeddings against their teacher's: a copy of it, and a fitted one."""
+    """Errors of a copied and of a fitted time embedding against the teacher's."""
     student, teacher = config(network), config("edm2_flow", model=EDM2 | {"interval_embedder": False})
     t, r = np.sort(np.random.RandomState(4).uniform(0.01, 0.98, size=(2, 50)), axis=0)[::-1].copy()
     errors = {}
@@ -330,7 +330,7 @@ def flow_draws(cfg, draws, rng) -> dict[str, np.ndarray]:
 
 
 def given(cfg) -> dict[str, np.ndarray]:
-    """Return the network's inputs in training in addition to (z, t, r, y), by name."""
+    """Return the network's additional training inputs, beyond (z, t, r, y), by name."""
     rows, draws = batch(cfg)
     if cfg.model.name == "imf_dit":
         return {"omega": 1 + 7 * draws["omega"], "t_min": draws["t_min"] / 2, "t_max": (1 + draws["t_max"]) / 2}

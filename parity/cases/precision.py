@@ -1,4 +1,4 @@
-"""What float32 and bfloat16 lose: each framework against the float64 result, and the two against each other."""
+"""Precision lost in float32 and bfloat16: each framework against the float64 result, and the two against each other."""
 
 import functools
 
@@ -21,7 +21,7 @@ METHODS = {
     "edm2": settings.NETWORK_SETTINGS["edm2/re2"],
     "dmf_fused": settings.NETWORK_SETTINGS["dmf/mg"], "dmf_sit": settings.NETWORK_SETTINGS["dmf_sit/repa"],
 }  # fmt: skip
-# Networks beside those of `cases`: a fused kernel computes its softmax in float32, so there is no float64 of it.
+# Networks in addition to those of `cases`: a fused kernel's softmax is float32, so it has no float64 result.
 FUSED = {"dmf_fused": "dmf"}
 VALUES = (
     "v_g", "v_c", "v_g_flow", "u", "u_flow", "v_head", "target", "compound", "err", "err_v", "err_flow", "weight",
@@ -68,7 +68,7 @@ def compare(dtype: str, architecture: str, function, measure: Measure) -> None:
 
 
 def result_of(function, architecture: str, framework: str, dtype: str) -> dict:
-    """Return what `function` measures of one tiny network in one framework and data type."""
+    """Return the results of `function` for one tiny network in one framework and data type."""
     model = {"compute_dtype": dtype}
     if architecture in FUSED and dtype != "float64":
         model["attention"] = "fused"

@@ -1,4 +1,4 @@
-"""The tiny networks of the cases, and the settings of losses, samplers and training that they are compared under."""
+"""The tiny networks of the cases, and the loss, sampler and training settings that they are compared under."""
 
 COMMON = {"input_size": 8, "channels": 3, "num_classes": 7, "compute_dtype": "float64"}
 UNET = COMMON | {
@@ -42,7 +42,7 @@ NETWORKS = {
 GUIDED = {"omega": 0.6, "kappa": 0.5, "guidance_start": 0.3, "guidance_end": 0.7}
 OMEGA = {"omega": 2.5, "kappa": 0.0, "guidance_start": 0.2, "guidance_end": 0.8}
 SQUARED = {"weighting": "adaptive_squared", "adaptive_eps": 1e-3}
-# Settings of config.method, each compared in every quantity; unnamed options keep their default.
+# Settings of config.method, each compared in every quantity; unnamed options keep their defaults.
 SETTINGS = {
     "split/kappa0": OMEGA,
     "split/kappa": GUIDED | {"adaptive_power": 0.75},
