@@ -30,7 +30,7 @@ _SAVE_SECONDS = 3600  # timeout of a save
 # In TensorStore's ValueErrors about a failing disk, network or memory, as opposed to damaged files.
 _NO_DAMAGE = ("RESOURCE_EXHAUSTED", "PERMISSION_DENIED", "UNAVAILABLE", "DEADLINE_EXCEEDED", "ABORTED", "CANCELLED")
 
-# Parts of a path that Orbax, TensorStore or etils treat as a pattern, an escape or a cloud, or cannot handle.
+# Parts of a path that Orbax, TensorStore or etils treat as a pattern, an escape or a cloud path, or cannot handle.
 _MISREAD = re.compile(r"[*?\[\\\udc80-\udcff]|:(?=/|$)|^/(gs|s3|az|hf)(?=/|$)")
 
 
@@ -47,10 +47,10 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         self.checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_SAVE_SECONDS)
 
     def save(self, state: TrainState, progress: dict) -> None:
-        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
+        """Start a save; training may continue.  Raises UserError if this or the last save could not be written.
 
-        progress: what else resuming needs, as JSON values: `loader`, its state, `window`, the steps not yet logged, and
-        `pending`, whether reports of this step are still to be made.
+        progress: what else resuming needs, as JSON values: `loader`, its state; `window`, the steps not yet logged; and
+        `pending`, whether this step's reports are still due.
         """
         self.wait()
         directory, run = self.path / str(int(state.step)), progress | {"config": store.to_json(self.config)}
@@ -65,7 +65,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
     def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
         """Return the newest readable state and its progress; None if there is no checkpoint.
 
-        like: arrays or shapes, by which the state is shaped and sharded.
+        like: arrays or shapes that give the state's shapes and shardings.
         A damaged checkpoint is logged and skipped, and `open` sets it aside.
         Raises UserError if all are damaged, or if the disk keeps one from being read.
         """

@@ -43,7 +43,7 @@ def set_precision(config):
 
 
 def with_float64(function):
-    """Return the function, run with float64 enabled, so that arrays keep their dtype whatever the process has set.
+    """Return the function, run with float64 enabled, so that arrays keep their dtype whatever the process's precision.
 
     Otherwise JAX silently reads and writes float64 weights as float32.
     """
@@ -84,7 +84,7 @@ def _arguments(visible) -> dict[str, Any]:
 
 
 def _set_up(config, visible):
-    """Set precision and devices, and log which of them this process has."""
+    """Set precision and devices, and log this process's devices."""
     set_precision(config)
     if flags.FLAGS.cpu_devices:
         jax.config.update("jax_num_cpu_devices", flags.FLAGS.cpu_devices)
@@ -184,7 +184,7 @@ def wait_for_all():
 
 
 def gather(part):
-    """Return the bytes of every process, in their order, in the first process; an empty list elsewhere."""
+    """Return the bytes of every process, in process order, in the first process; an empty list elsewhere."""
     if jax.process_count() == 1:
         return [part]
     size = divmod(len(part), PIECE)  # as two numbers: JAX has no 64-bit integers here

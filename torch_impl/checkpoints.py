@@ -47,10 +47,10 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         self.group: Any = dist.new_group(backend="gloo") if dist.is_initialized() else None
 
     def save(self, state: TrainState, progress: dict) -> None:
-        """Begin to save; training may go on.  Raises UserError if this or the last save could not be written.
+        """Start a save; training may continue.  Raises UserError if this or the last save could not be written.
 
-        progress: what else resuming needs, as JSON values: `loader`, its state, `window`, the steps not yet logged, and
-        `pending`, whether reports of this step are still to be made.
+        progress: what else resuming needs, as JSON values: `loader`, its state; `window`, the steps not yet logged; and
+        `pending`, whether this step's reports are still due.
         """
         self.wait()
         run = {"step": state.step} | progress | {"config": store.to_json(self.config)}

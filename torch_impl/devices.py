@@ -14,7 +14,7 @@ from meanflow.commands import cluster
 from meanflow.commands.processes import Board
 from meanflow.errors import UserError
 
-TIMEOUT = datetime.timedelta(minutes=30)  # of a collective: others wait while one process evaluates or writes
+TIMEOUT = datetime.timedelta(minutes=30)  # for collectives: the others wait while one process evaluates or writes
 
 
 def choose_device():
@@ -116,7 +116,7 @@ def wait_for_all():
 
 
 def gather(part):
-    """Return the bytes of every process, in their order, in the first process; an empty list elsewhere."""
+    """Return the bytes of every process, in process order, in the first process; an empty list elsewhere."""
     parts = [b""] * dist.get_world_size() if dist.get_rank() == 0 else None
     dist.gather_object(part, parts)
     return parts or []

@@ -32,10 +32,10 @@ def measure(loss, aux):
 
 
 def of_kinds(metrics):
-    """Return the metrics of a whole batch, with those of one kind of rows as means over these rows; 0 without any.
+    """Return the metrics of a whole batch, with those of one kind of rows averaged over these rows; 0 if none.
 
-    metrics: from `measure`, which divides sums over one kind of rows by the number of all rows, and has the fraction of
-    these rows.
+    metrics: from `measure`, which divides sums over one kind of rows by the number of all rows and also returns the
+    fraction of these rows.
     """
     fractions = {name: a for name, a in metrics.items() if name.endswith(FRACTION)}
     means = {name: a for name, a in metrics.items() if name not in fractions}

@@ -17,7 +17,7 @@ FEATURES = {"fid": "pool", "is": "logits", "kid": "pool", "pr": "pool", "fd_dino
 BY_MOMENTS = ("fid", "fd_dinov2")  # all others need every row
 BY_ROWS = ("kid", "pr")  # need every row of the real images too
 KID_SUBSET = 1000  # rows
-LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images needed needed
+LEAST = {"fid": 2, "is": 10, "kid": 2, "pr": 4, "fd_dinov2": 2}  # images needed
 UNBIASED = 10_000  # samples from which the bias of a Fréchet distance is small; papers use 50 000
 
 
@@ -133,7 +133,7 @@ class Collector:
 
 
 def joined(indices: list[np.ndarray]) -> np.ndarray:
-    """Return the indices of all batches, of which there may be none."""
+    """Return the indices of all batches, concatenated; there may be no batches."""
     return np.concatenate([np.zeros(0, np.int64), *indices])
 
 
@@ -207,7 +207,7 @@ def check_numbers(metrics: Iterable[str], num: int, references: Mapping[str, Ref
 
 
 def check_size(metric: str, reference: Reference, size: tuple[int, int]) -> None:
-    """Raise UserError if the real images had another height and width than the generated ones, `size` (h, w)."""
+    """Raise UserError if the real images differ in height or width from the generated ones, `size` (h, w)."""
     if reference.image_size not in (None, size):
         theirs, ours = (" x ".join(map(str, a)) for a in (reference.image_size, size))
         raise UserError(

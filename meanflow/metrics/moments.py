@@ -8,7 +8,7 @@ BLOCK = 1024  # rows held in float64 at a time
 
 
 class Moments:
-    """Number, mean and covariance of rows in float64, in the memory of two [d d] matrices for any number of rows.
+    """Number, mean and covariance of rows in float64, in the memory of two [d d] matrices however many rows there are.
 
     Each batch is centred before it is squared, so a mean far from 0 costs no precision.
     Source: Chan, Golub and LeVeque, Updating formulae and a pairwise algorithm for computing sample variances, 1979.
@@ -28,7 +28,7 @@ class Moments:
     def add(self, rows: np.ndarray) -> None:
         """Add rows [b d] of any float type.
 
-        Raises UserError if some are not finite, ValueError for another shape or d than before; then none is added.
+        Raises UserError for non-finite rows, ValueError if the shape is wrong or d has changed; then none is added.
         """
         rows = np.asarray(rows)
         width = len(self._mean) or (self._pending[0].shape[1] if self._pending else 0)
@@ -43,7 +43,7 @@ class Moments:
             self._flush()
 
     def merge(self, other: "Moments") -> None:
-        """Add all rows of another.  Raises ValueError if those have another number of features."""
+        """Add all rows of `other`.  Raises ValueError if their number of features differs."""
         self._flush()
         other._flush()
         if self.count and other.count and len(self._mean) != len(other._mean):

@@ -1,4 +1,4 @@
-"""The noise levels of EDM's sampler, by which couplings are made.  Source: arXiv:2206.00364, eq. 5."""
+"""The noise levels of EDM's sampler, which makes the couplings.  Source: arXiv:2206.00364, eq. 5."""
 
 from typing import NamedTuple
 

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-DETERMINISTIC = ("euler", "heun", "velocity")  # samplers that use no noise but the initial
+DETERMINISTIC = ("euler", "heun", "velocity")  # samplers that use only the initial noise
 
 
 def num_fresh(c):

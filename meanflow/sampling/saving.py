@@ -18,8 +18,8 @@ class Saver:
     """Takes the images of this process batch by batch; create one for each set of samples.
 
     png: DIRECTORY/000123.png for sample 123, and dataset.json with {"labels": [["000123.png", label], ...]}.
-    npz: DIRECTORY/samples_uint8.npz with arr_0 uint8 [n h w c] and arr_1 the labels.  All images are held in memory
-    until then, in the end by the first process.
+    npz: DIRECTORY/samples_uint8.npz with arr_0 uint8 [n h w c] and arr_1 the labels.  Images stay in memory
+    until `finish` gathers them in the first process and writes the file.
     """
 
     def __init__(self, directory: pathlib.Path, kind: str):
