@@ -26,7 +26,7 @@ def groups(fixture) -> list[str]:
 
 
 def nets(fixture) -> tuple:
-    """Return the config and the networks with the fixture's weights, converted; the table is in neither tree."""
+    """Return the config and the networks with the fixture's weights, converted, and the fixed tables."""
     config = network.config_of(fixture.config["net"])
     weights = flax_tree_to_canonical(fixture.under("param/"))
     return config, network.nets(config, with_tables(config, weights))

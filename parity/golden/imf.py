@@ -121,7 +121,7 @@ def loss(fixture, case: str, measure: Measure) -> None:
     x, y, noise, n_t, n_r = (images(fixture, f"in/loss/{key}") for key in ("x", "y", "e", "n_t", "n_r"))
     uniforms = {"drop": "drop_u", "omega": "u_omega", "t_min": "u_tmin", "t_max": "u_tmax"}
     draws = {ours: fixture.get(f"in/loss/{key}") for ours, key in uniforms.items()}
-    # The official run did not use the stored draws: omega = 1, no label dropped.
+    # The official run replaced two of the stored draws: omega = 1, no label dropped.
     if case == "noguid" or f"{case}_overrides" in fixture.config:
         draws |= {"omega": np.zeros_like(draws["omega"]), "drop": np.ones_like(draws["drop"])}
     draws |= {"noise": noise, "times": np.stack([n_t, n_r], axis=1), "coin": draws["drop"]}

@@ -54,7 +54,7 @@ def inception_scores(fixture, measure: Measure) -> None:
 
 
 def kernel_distances(fixture, measure: Measure) -> None:
-    """kid: over subsets, and for one subset as large as the smaller set, whose value is also known in float64."""
+    """kid: over subsets, and for one subset of all rows of the smaller set, whose value is also known in float64."""
     a, b = fixture.get("in/f1"), fixture.get("in/f2")
     size = min(len(a), len(b))
     whole, _ = scores.kernel_distance(a[:size], b[:size], 1, size)
