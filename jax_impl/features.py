@@ -11,7 +11,7 @@ def make_inception(weights_path, convention, batch_size=64):
     """Return extract(images uint8 [b h w c], grey or RGB) -> {"pool": [b 2048], "logits": [b 1008]}, float32, numpy.
 
     The logits omit the last layer's bias.
-    weights_path: a .safetensors with torch-fidelity's names, which parity/convert.py makes from its .pth.
+    weights_path: a .safetensors with torch-fidelity's names, which python -m parity.convert makes from its .pth.
     convention: a name in `preprocessing.CONVENTIONS`.  At most `batch_size` images are computed at once; each image
     size compiles once.
     Raises UserError for an unknown convention, weights that are not Inception's, and other images.

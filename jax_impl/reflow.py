@@ -38,7 +38,7 @@ def load(path, config, step=None):
     if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
         raise UserError(
             f"{path} is a work directory, whose checkpoint --distributed processes cannot read independently: convert "
-            "it to a .safetensors with parity/convert.py, and pass that with its --config"
+            "it to a .safetensors with python -m parity.convert, and pass that with its --config"
         )
     return checkpoints.read_weights(path, config.sample.ema, step)[1]
 

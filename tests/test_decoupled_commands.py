@@ -106,7 +106,7 @@ def test_samples_of_a_flow_model(framework, launcher, runs, tmp_path):
 @pytest.mark.parametrize(
     ("teacher", "changes", "message"),
     [
-        ("dmf", {}, "is of config.method.name decoupled, not flow"),
+        ("dmf", {}, "has config.method.name decoupled, not flow"),
         ("flow", {"model.num_classes": 12}, "has config.model.num_classes 10, this model 12"),
         ("none", {}, "cannot read "),
     ],
@@ -132,7 +132,7 @@ def test_a_run_goes_on_with_its_teacher_elsewhere_and_with_no_other(
     changes = {"method.guidance_type": "distill", "method.teacher": file, "train.steps": 3}
     argv = (TRAIN[framework], *options(tiny_decoupled | changes), f"--workdir={run}")
     of(framework, "weights").save(file, read(framework, runs[framework]["flow"][0], 1), {})
-    assert f"{file}', and that holds something else" in refused(*argv)
+    assert f"{file}', which holds other data" in refused(*argv)
     of(framework, "weights").save(file, read(framework, runs[framework]["flow"][0], 0), {})
     command = launcher.run(*argv)
     assert command.wait() == 0 and "resuming from step 2" in command.stderr, command.stderr

@@ -66,6 +66,6 @@ def test_data_that_moved(in_both, launcher, options, datasets_dir, tmp_path):
         command = train(3, one)
         assert command.poll() == 2
         line = command.stderr.splitlines()[-1]
-        assert f"{workdir} is of config.data.name '{other}'; this config names '{one}', and that holds" in line
+        assert f"{workdir} was written with config.data.name '{other}'; this config names '{one}', which holds" in line
 
     in_both(scenario)

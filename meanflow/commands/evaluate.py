@@ -36,7 +36,7 @@ def define_flags() -> None:
     sampling.define_saving_flags()
     flags.DEFINE_list("metrics", None, "Image metrics: fid, is, kid, pr, fd_dinov2; default: evaluation.metrics.")
     flags.DEFINE(paths.READ, "reference", None, "Statistics of real images: an .npz with mu and sigma, or EDM2's .pkl.")
-    flags.DEFINE(paths.READ, "inception", None, "Inception's weights: a .safetensors made by parity/convert.py.")
+    flags.DEFINE(paths.READ, "inception", None, "Inception's weights: a .safetensors from python -m parity.convert.")
     flags.DEFINE_enum("convention", None, options.CONVENTIONS, "Preprocessing for Inception.")
     flags.DEFINE(paths.READ, "dino", None, "DINOv2 for fd_dinov2: a directory, or a name on the Hugging Face hub.")
     flags.DEFINE_list("omegas", None, "Guidance scales to evaluate, each with each of --intervals, e.g. 1,2,4,8.")

@@ -99,7 +99,7 @@ def make_reference(framework: FrozenNetworks, start: Start, config: options.Conf
     if not c.reference.endswith(".npz"):
         raise UserError("--make_reference needs --reference=FILE.npz, the file to write")
     if accumulate.needs(c.metrics) & image_metrics.INCEPTION and not c.inception:
-        raise UserError("--make_reference needs --inception, the weights that parity/convert.py makes")
+        raise UserError("--make_reference needs --inception, the weights that python -m parity.convert makes")
     group = start(config)
     if not group.process:
         files.check_writable(c.reference)

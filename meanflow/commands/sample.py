@@ -220,7 +220,7 @@ def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
 def check_latents(config: options.Config, path: str, metadata: dict[str, str]) -> None:
     """Raise UserError naming both conventions if the weights of `path` were trained on latents of another one.
 
-    metadata: of the .safetensors, where parity/convert.py writes the convention.
+    metadata: of the .safetensors, in which parity.convert stores the convention.
     """
     if "latents" not in metadata:
         return

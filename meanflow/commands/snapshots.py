@@ -79,7 +79,7 @@ def locate(
     ours, other = ("JAX", "torch") if path.name == "jax" else ("PyTorch", "jax")
     if not path.is_dir() and (path.parent / other).is_dir():
         theirs = "PyTorch" if other == "torch" else "JAX"
-        raise UserError(f"{workdir} holds no {ours} checkpoint; one of {theirs} is converted by parity/convert.py")
+        raise UserError(f"{workdir} holds a {theirs} checkpoint, not {ours}: convert it with python -m parity.convert")
     if not -1 <= ema < len(decays):
         raise UserError(f"there is no EMA {ema}; {workdir} has {len(decays)}, -1 is the raw parameters")
     whole = whole_steps(path, marker)

@@ -1,4 +1,4 @@
-"""Checks of a config before use: of its values, for training, and against other models it starts or learns from."""
+"""Validates configs: their values, whether they can be trained, and that they match the models they build on."""
 
 import copy
 
@@ -11,15 +11,15 @@ from meanflow.config.sections import check_values
 from meanflow.config.store import flatten
 from meanflow.errors import UserError
 
-# What a model shares with one that it starts or learns from.
+# Options that must match in the model that a run starts or learns from.
 ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
-UNSEEN = ("model.num_heads", "model.head_width", "model.sigma_data")  # of a network, that its weights do not show
+UNSEEN = ("model.num_heads", "model.head_width", "model.sigma_data")  # not visible in a network's weights
 
 
 def check(config: options.Config) -> options.Config:
-    """Return `config`, the `~` of its paths expanded.
+    """Return `config` with `~` expanded in its paths.
 
-    Raises UserError naming the first option that is missing, unknown or makes no sense.
+    Raises UserError naming the first option that is missing, unknown or invalid.
     """
     if config is None:
         raise UserError("--config is missing: name the file of the run, e.g. --config=configs/digits.py")
@@ -38,7 +38,7 @@ def check(config: options.Config) -> options.Config:
 
 
 def check_trainable(config: options.Config) -> None:
-    """Raise UserError if the network lacks what only training needs; warn of options that do less than they say."""
+    """Raise UserError if the network can only sample, not train; warn about options with less effect than expected."""
     c, net = config.method, config.model
     if "v_heads" in net and not net.v_heads:
         raise UserError(
@@ -66,24 +66,24 @@ def check_trainable(config: options.Config) -> None:
 def check_teacher(config: options.Config, teacher: options.Config | None) -> options.Config:
     """Return the config of the frozen flow model that `method.teacher` names.
 
-    teacher: its own config; None: only its weights are known, and its sizes are those of `config`.
-    It computes in the precision of this run.  Raises UserError unless it is a flow model of the same images, classes
+    teacher: its own config; if None, only its weights are known, and it has the sizes in `config`.
+    The teacher runs in this run's precision.  Raises UserError unless it is a flow model with the same images, classes
     and path.
     """
     flow = options.recompose(config, "dit", "flow") if teacher is None else copy.deepcopy(teacher)
     of = config.method.teacher
     if flow.method.name != "flow":
-        raise UserError(f"config.method.teacher {of} is of config.method.name {flow.method.name}, not flow")
+        raise UserError(f"config.method.teacher {of} has config.method.name {flow.method.name}, not flow")
     check_alike(config, flow, "method.teacher", ALIKE)
     flow.model.update(attention=config.model.attention, compute_dtype=config.model.compute_dtype)
     return flow
 
 
 def check_alike(config: options.Config, other: options.Config | None, key: str, names: tuple[str, ...] = ()) -> None:
-    """Raise UserError if the model that the option `key` names differs in what its weights do not show.
+    """Raise UserError if the model named by option `key` differs in options that its weights do not reveal.
 
-    other: its config; None: only its weights are known.  names: dotted options; by default `ALIKE` and `UNSEEN`, of
-    which those count that both models have.
+    other: its config; if None, only its weights are known.  names: dotted options to compare where both models have
+    them; by default `ALIKE` and `UNSEEN`.
     """
     theirs, ours = flatten(other or config), flatten(config)
     for name in names or ALIKE + UNSEEN:
@@ -94,7 +94,7 @@ def check_alike(config: options.Config, other: options.Config | None, key: str, 
 
 
 def check_divisible(config: options.Config, devices: int, kind: str) -> None:
-    """Raise UserError unless a batch can be divided among the devices.  kind: what messages call them."""
+    """Raise UserError unless a batch can be divided among the devices.  kind: what messages call devices."""
     division.check(config, devices, kind)
     fsdp = config.train.fsdp
     if devices % fsdp:

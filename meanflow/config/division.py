@@ -1,6 +1,6 @@
-"""How a batch is divided among devices and micro-batches, and the fraction of flow rows in each part.
+"""Divides a batch among devices and micro-batches, with the same fraction of flow rows in each part.
 
-A step optimises the same objective however its batch is divided; a division that would change it is refused.
+The objective must not depend on how the batch is divided; divisions that would change it are refused.
 """
 
 import fractions
@@ -9,8 +9,8 @@ from collections.abc import Iterable, Iterator
 from meanflow.config import options
 from meanflow.errors import UserError
 
-LARGEST = 10**6  # denominator; rounding to float64 never turns one such fraction into another
-CLOSE = 1e-9  # largest distance between a number and the fraction it stands for
+LARGEST = 10**6  # largest denominator; float64 rounding never turns one such fraction into another
+CLOSE = 1e-9  # maximum distance between a float and the fraction it stands for
 
 
 def exact(share: float) -> fractions.Fraction:
@@ -23,7 +23,7 @@ def exact(share: float) -> fractions.Fraction:
 def split(num_rows: int, share: float) -> tuple[int, int, int]:
     """Return (groups, flow, jvp): rows come in groups of `flow` flow rows followed by `jvp` rows with r < t.
 
-    A group is as small as the share allows: a row's kind follows from its position in the batch, and dividing the batch
+    Groups are as small as the share allows.  A row's kind follows from its position in the batch, so dividing the batch
     into whole groups does not change it.  Raises UserError unless `num_rows` is a whole number of groups.
     """
     fraction = exact(share)
@@ -34,9 +34,10 @@ def split(num_rows: int, share: float) -> tuple[int, int, int]:
 
 
 def check(config: options.Config, devices: int, kind: str) -> None:
-    """Raise UserError unless a step over `devices` equals the step of the whole batch.  kind: what messages call them.
+    """Raise UserError unless a step divided over `devices` equals a step on the whole batch.
 
-    Every device gets a whole number of rows and of flow rows, and pairs of log-variances need the whole batch.
+    Every device needs a whole number of rows and of flow rows; log_variance_pairs = all needs the whole batch at once.
+    kind: what messages call devices.
     """
     batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
     parts = devices * accumulate
@@ -62,20 +63,20 @@ def check(config: options.Config, devices: int, kind: str) -> None:
 
 
 def whole_share(config: options.Config, batch: int, parts: int, fraction: float) -> bool:
-    """Return whether `fraction` of each of the equal `parts` of a batch is whole; for flow_rows = front, of the batch.
+    """Return whether `fraction` of each equal part of a batch (flow_rows = front: of the batch) is a whole number.
 
-    True for methods without flow rows, and if each row is drawn by chance.
+    True for methods without flow rows, and for flow_rows = coin.
     """
     c = config.method
     if "flow_rows" not in c or c.flow_rows == "coin":
         return True
-    if c.flow_rows == "front":  # counted as the official code counts them
+    if c.flow_rows == "front":  # rounded as in the official code
         return int(batch * fraction) == batch * exact(fraction)
     return batch // parts % exact(fraction).denominator == 0
 
 
 def ways_out(config: options.Config, devices: int) -> str:
-    """Return the options that would divide the batch, with the nearest values of each, as text."""
+    """Return, as text, the options that would make the batch divisible, with the nearest values of each."""
     batch, accumulate, c = config.train.batch_size, config.train.accumulate, config.method
     fraction = c.flow_fraction if "flow_rows" in c else 0.0
     parts = devices * accumulate
@@ -94,13 +95,13 @@ def ways_out(config: options.Config, devices: int) -> str:
         ways["method.flow_fraction"] = [share for share in (below / num, (below + 1) / num) if fits(fraction=share)]
     if batch % parts == 0:
         ways["method.flow_rows"] = ["coin, by chance"]
-    elif not any(ways.values()):  # the fraction fits no size nearby; at least the batch can be divided
+    elif not any(ways.values()):  # no nearby size fits the fraction; at least make the batch divisible
         ways["train.batch_size"] = nearest(batch, 2 * parts + batch, lambda size: size % parts == 0)
     return "set " + "; or ".join(f"--config.{name}={' or '.join(map(str, ways[name]))}" for name in ways if ways[name])
 
 
 def nearest(value: int, most: int, fits) -> list[int]:
-    """Return the largest number below `value` and the smallest above it, up to `most`, that fit: at most two."""
+    """Return the nearest numbers that fit, one below `value` and one above it (up to `most`), where they exist."""
     searches: tuple[Iterable[int], ...] = range(value - 1, 0, -1), range(value + 1, most + 1)
     found: Iterator[int | None] = (next((n for n in numbers if fits(n)), None) for numbers in searches)
     return [n for n in found if n is not None]

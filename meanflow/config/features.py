@@ -1,4 +1,4 @@
-"""What methods learn from in addition to images and labels: declared in `methods`, provided by the loader."""
+"""Training inputs in addition to images and labels: declared in `methods`, provided by the loader."""
 
 from typing import NamedTuple
 
@@ -9,31 +9,31 @@ from meanflow.errors import UserError
 
 
 class Feature(NamedTuple):
-    """A feature that each record of the dataset must have in addition to `image` and `label`."""
+    """A feature required in every dataset record, in addition to `image` and `label`."""
 
     key: str
-    shape: tuple[int | None, ...]  # None: any size, the same for all records
-    kind: type[np.generic]  # of its values: a NumPy type, or a family of them
-    remedy: str  # what the user can do if it is missing, for messages
-    unaugmented: str = ""  # what else, if the images are augmented, which the feature is not
+    shape: tuple[int | None, ...]  # None: any size, but the same in all records
+    kind: type[np.generic]  # NumPy type, or family of types, of its values
+    remedy: str  # for messages: what to do if it is missing
+    unaugmented: str = ""  # a further way out if images are augmented, since features are not
 
 
 class Tokens(NamedTuple):
-    """Features that the network named by config.data.encoder makes of the images: grid^2 tokens of this width."""
+    """Features computed from the images by config.data.encoder: grid^2 tokens of this width."""
 
     grid: int
     width: int
 
 
 class Needs(NamedTuple):
-    """What a method needs: from the dataset, and from config.data.encoder."""
+    """What a method needs from the dataset and from config.data.encoder."""
 
     feature: Feature | None = None
     tokens: Tokens | None = None
 
 
 def couplings(config: Config) -> Needs:
-    """Return the needs of a method that learns from pairs of noise and the image that a flow model made of it."""
+    """Return the needs of a method trained on pairs of noise and the image a flow model generated from it."""
     remedy = (
         f"config.method.name={config.method.name} learns from couplings: make them with `python -m jax_impl.reflow` or "
         "`torchrun torch_impl/reflow.py`, and set --config.data.name to their directory"
@@ -43,11 +43,11 @@ def couplings(config: Config) -> Needs:
 
 
 def repa(config: Config) -> Needs:
-    """Return the needs of representation alignment, if config.model.repa_dims asks for it.
+    """Return the needs of representation alignment, if config.model.repa_dims enables it.
 
-    Raises UserError if config.data.encoder cannot provide them.
-    An encoder reads the images or, if these are neither grey nor RGB, the `pixels` stored with them.  Without
-    config.data.encoder, the dataset has the `features` of all encoders.
+    The encoder reads the images or, if they are neither grey nor RGB, the `pixels` stored with them.  Without
+    config.data.encoder, the dataset must store the `features` of all encoders.
+    Raises UserError if config.data.encoder cannot provide the features.
     """
     c = config.model
     if "repa_dims" not in c or not c.repa_dims:

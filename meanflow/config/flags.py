@@ -1,4 +1,4 @@
-"""The command line shared by all commands: absl flags, and configs by `--config=FILE[:variant]`."""
+"""The command line shared by all commands: absl flags, and configs given as `--config=FILE[:variant]`."""
 
 import os
 import sys
@@ -12,13 +12,13 @@ from meanflow.config.sections import find
 from meanflow.config.store import load_file
 from meanflow.errors import UserError, exit_on_user_error
 
-FILES = ("config", "guide_config")  # flags of config files
+FILES = ("config", "guide_config")  # flags that name config files
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Python file of the run, e.g. configs/digits.py[:variant].")
 _WORKDIR = flags.DEFINE(paths.WRITTEN, "workdir", None, "Directory of the run: config, checkpoints, logs, samples.")
 
 
 def config():
-    """Return the config of `--config`, its overrides applied, or None without the flag."""
+    """Return the config of `--config` with overrides applied, or None without the flag."""
     return _CONFIG.value
 
 
@@ -30,7 +30,7 @@ def workdir() -> str:
 
 
 def run(main: Callable[[], None]) -> None:
-    """Parse the command line and call `main`; user mistakes become one line and exit code 2."""
+    """Parse the command line and call `main`.  User errors print one line and exit with code 2."""
     if {"--help", "-h"} & set(sys.argv[1:]):
         print(_help())
         return
@@ -52,9 +52,9 @@ def _help() -> str:
 
 
 def _with_files(argv: list[str]) -> list[str]:
-    """Return the arguments, config files as --config=FILE[:variant] with `~` expanded.
+    """Return the arguments with config files written as --config=FILE[:variant] and `~` expanded.
 
-    Raises UserError if there is no such file or it cannot be a config.
+    Raises UserError if a file does not exist or is not a .py file.
     """
     found, rest = [], iter(argv)
     for argument in rest:
@@ -73,7 +73,7 @@ def _with_files(argv: list[str]) -> list[str]:
 
 
 def _check_configs(argv: list[str]) -> None:
-    """Raise UserError if a config file fails, or if an override names an option that its config does not have."""
+    """Raise UserError if a config file fails to load or an override names an option its config does not have."""
     configs = {}
     for argument in argv:
         name, _, value = argument.lstrip("-").partition("=")

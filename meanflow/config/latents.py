@@ -1,6 +1,6 @@
-"""The conventions of latents: how the public systems bring an autoencoder's output to data units.
+"""Latent conventions: how each public system converts an autoencoder's output to data units.
 
-Data units are (raw - shift) * scale, a channel each.  Source: the trainers of the systems; 0.18215: arXiv:2112.10752.
+Data units are (raw - shift) * scale, per channel.  Source: the systems' trainers; 0.18215: arXiv:2112.10752.
 """
 
 import math
@@ -9,16 +9,16 @@ from typing import Any, NamedTuple
 from meanflow.config import options
 from meanflow.errors import UserError
 
-# Of the raw latents of ImageNet: means and standard deviations of a channel.
+# Per-channel means and standard deviations of raw ImageNet latents.
 IMF_MEAN, IMF_STD = (0.86488, -0.27787343, 0.21616915, 0.3738409), (4.85503674, 5.31922414, 3.93725398, 3.9870003)
 EDM2_MEAN, EDM2_STD = (5.81, 3.25, 0.12, -2.15), (4.17, 4.62, 3.71, 3.28)
 BY_OPTIONS = "--config.latents.scale, .shift and .pixels set the config's"
 
 
 class Convention(NamedTuple):
-    """How raw latents become data units; the options of `config.latents` of these names."""
+    """How raw latents become data units; the fields are the options of `config.latents`."""
 
-    shift: tuple[float, ...]  # of all channels, or of each
+    shift: tuple[float, ...]  # one for all channels, or one per channel
     scale: tuple[float, ...]
     pixels: str = "symmetric"  # what the autoencoder reads and writes: symmetric [-1, 1] | unit [0, 1]
 
@@ -32,39 +32,39 @@ CONVENTIONS = {
 
 
 def of(config: options.Config) -> Convention | None:
-    """Return the convention of a config; None if its data are no latents, or take that of the dataset."""
+    """Return the config's convention; None if its data are not latents or it leaves the convention to the dataset."""
     c = config.latents
     return Convention(tuple(c.shift), tuple(c.scale), c.pixels) if c.scale else None
 
 
 def describe(convention: Convention) -> str:
-    """Return a convention as messages show it."""
+    """Return a convention formatted for messages."""
     numbers = f"scale {short(convention.scale)}, shift {short(convention.shift)}, pixels {convention.pixels}"
     names = [name for name, known in CONVENTIONS.items() if known == convention]
     return f"{names[0]!r} ({numbers})" if names else f"({numbers})"
 
 
 def short(values: tuple[float, ...]) -> str:
-    """Return numbers as messages show them: one alone, several in brackets."""
+    """Return numbers formatted for messages; several are put in brackets."""
     texts = [f"{value:.6g}" for value in values]
     return texts[0] if len(texts) == 1 else f"[{', '.join(texts)}]"
 
 
 def check_same(ours: Convention | None, theirs: Convention, whose: str, other: str, way_out: str = BY_OPTIONS) -> None:
-    """Raise UserError naming both unless two conventions are the same.
+    """Raise UserError naming both conventions if they differ.
 
-    whose, other: what has them, and way_out: what to do, for the message.
+    whose, other: the owner of each; way_out: what to do.  All three go into the message.
     """
     if ours is None or not same(ours, theirs):
         raise UserError(
             f"{whose} has {f'latents of the convention {describe(ours)}' if ours else 'no latents'}, but {other} has "
-            f"latents of the convention {describe(theirs)}: images would come out wrong.  Use what belongs together; "
+            f"latents of the convention {describe(theirs)}: images would come out wrong.  Use matching ones; "
             f"{way_out}"
         )
 
 
 def same(one: Convention, other: Convention) -> bool:
-    """Return whether two conventions are the same; one number for all channels is as good as one for each."""
+    """Return whether two conventions are the same; a single number equals that number repeated per channel."""
 
     def equal(ours: tuple[float, ...], theirs: tuple[float, ...]) -> bool:
         num = max(len(ours), len(theirs))
@@ -79,18 +79,18 @@ def to_dict(convention: Convention) -> dict[str, Any]:
 
 
 def from_dict(value: dict[str, Any]) -> Convention:
-    """Return the convention of JSON values.  Raises UserError if they are none."""
+    """Return the convention stored as JSON values.  Raises UserError if they are invalid."""
     try:
         shift, scale = (tuple(float(number) for number in value[key]) for key in ("shift", "scale"))
         convention = Convention(shift, scale, value["pixels"])
     except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{value!r:.200} is no convention of latents: it needs shift, scale and pixels") from error
+        raise UserError(f"{value!r:.200} is not a latent convention: it needs shift, scale and pixels") from error
     check(convention)
     return convention
 
 
 def check(convention: Convention, channels: int | None = None) -> None:
-    """Raise UserError for numbers of which no convention can be, or for other channels than it has numbers."""
+    """Raise UserError for invalid values, or if there is neither one number nor one per channel."""
     shift, scale, pixels = convention
     if not all(isinstance(v, int | float) and math.isfinite(v) for v in (*shift, *scale)) or not all(scale):
         raise UserError(f"latents of shift {shift} and scale {scale}: give numbers, and a scale other than 0")

@@ -1,8 +1,8 @@
-"""A lock on a directory that one process writes, held until it ends.
+"""A directory lock for a single writing process, held until that process exits.
 
 A POSIX record lock: the kernel drops it when the process dies, even by SIGKILL, and forked children, such as loader
-workers that outlive their parent, never hold it.  `flock` would pass to them.  Its flip side: closing any descriptor
-of the file drops the lock, so nothing in the process that holds it may open the file again; `_held` sees to that.
+workers that outlive their parent, do not inherit it, as they would `flock`.  The catch: closing any descriptor of the
+file drops the lock, so the process that holds it must not open the file again; `_held` prevents that.
 """
 
 import datetime
@@ -18,22 +18,22 @@ from absl import logging
 from meanflow.errors import UserError
 
 FILE_NAME = ".lock"
-UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # of file systems without locks
-_held: set[tuple[int, int]] = set()  # device and inode of the files this process has locked
+UNSUPPORTED = (errno.ENOLCK, errno.EOPNOTSUPP, errno.ENOSYS, errno.EINVAL)  # errors of file systems without locks
+_held: set[tuple[int, int]] = set()  # device and inode of each file this process has locked
 
 
 class Lock:
-    """The lock of a directory; `close` releases it, and so does the end of the process.
+    """The lock of a directory, released by `close` or when the process exits.
 
-    Raises UserError naming the holder if another process, or this one, holds it already, or if its file cannot be
-    written.  On a file system without locks it holds nothing and says so in a warning.
+    Raises UserError if another process (which it names) or this one already holds it, or if the lock file cannot be
+    written.  On a file system without locks it locks nothing and logs a warning.
     """
 
     def __init__(self, directory: str | os.PathLike):
         """directory: must exist."""
         self.path, self._file, self._key = pathlib.Path(directory) / FILE_NAME, None, None
         if self.path.exists() and _key(os.stat(self.path)) in _held:
-            raise UserError(f"{directory} is in use by this very process: it runs there twice")
+            raise UserError(f"{directory} is already in use by this process")
         try:
             file = os.open(self.path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         except OSError as error:
@@ -57,7 +57,7 @@ class Lock:
         _held.add(self._key)
 
     def close(self) -> None:
-        """Release the lock.  The file stays: removing it would let two others hold one each."""
+        """Release the lock.  The file stays: if it were removed, two other processes could each hold a lock."""
         if self._file is not None:
             os.close(self._file)
             _held.discard(self._key)
@@ -81,6 +81,6 @@ def _in_use(directory: str | os.PathLike, holder: bytes) -> str:
     try:
         content = json.loads(holder)
         who = f"process {content['pid']} on {content['host']}, since {content['since']}"
-    except (ValueError, KeyError, TypeError):  # it is about to write its name, or its disk is full
+    except (ValueError, KeyError, TypeError):  # the holder has not written its name yet, or its disk is full
         who = "another process"
     return f"{directory} is in use by another run ({who}): wait for it, stop it, or choose another directory"

@@ -1,4 +1,4 @@
-"""The options of each network, `config.model`, and the checks of what its sizes must satisfy."""
+"""Options of each network, `config.model`, and checks of its sizes."""
 
 from collections.abc import Callable
 from typing import NamedTuple
@@ -31,12 +31,12 @@ def transformer() -> Options:
     return {
         "width": number(128, "[1, inf)"),  # channels of a token
         "patch_size": number(2, "[1, inf)"),  # side of a patch; there are (input_size / patch_size)^2 tokens
-        "depth": number(4, "[1, inf)"),  # blocks; imf_dit: those that lead to u, its head included
+        "depth": number(4, "[1, inf)"),  # blocks; imf_dit: on the path to u, including its head
         "num_heads": number(4, "[1, inf)"),  # attention heads
-        "mlp_ratio": number(4.0, "(0, inf)"),  # hidden width of a block's MLP over `width`
-        "attention": choice("plain", "fused"),  # attention outside the JVP; fused: cuDNN's, PyTorch's
-        # Attention under the JVP, through which no gradient passes; flash: PyTorch on CUDA, by the package
-        # jvp_flash_attention; fused is refused, because those kernels have no tangent.
+        "mlp_ratio": number(4.0, "(0, inf)"),  # hidden width of a block's MLP / `width`
+        "attention": choice("plain", "fused"),  # attention outside the JVP; fused: the kernel of cuDNN or PyTorch
+        # Attention under the JVP, where no gradient is taken; flash: the package jvp_flash_attention, PyTorch on CUDA
+        # only; fused is refused, because those kernels lack forward-mode AD.
         "attention_jvp": choice("plain", "fused", "flash"),
     }
 
@@ -45,10 +45,10 @@ def dit(method: str) -> Options:
     """DiT, arXiv:2212.09748, as MeanFlow, flow models (SiT) and Re-MeanFlow use it."""
     options = transformer() | {
         "qk_norm": False,  # RMS-normalise queries and keys per head
-        "interval_embedder": method != "flow",  # embed t - r; a flow model has no such embedding and ignores r
+        "interval_embedder": method != "flow",  # embed t - r; flow models lack this embedding and ignore r
     }
     repa = {  # representation alignment, arXiv:2410.06940
-        "repa_dims": (),  # width of the token features of each encoder; (): no REPA
+        "repa_dims": (),  # feature width of each encoder; (): no REPA
         "repa_depth": number(8, "[1, inf)"),  # blocks before the projectors
         "projector_dim": number(2048, "[1, inf)"),  # hidden width of a projector
     }
@@ -59,18 +59,18 @@ def dmf_dit(method: str) -> Options:
     """DiT of decoupled MeanFlow, arXiv:2510.24474."""
     return transformer() | {
         "qk_norm": False,  # RMS-normalise queries and keys per head
-        "dmf_depth": number(3, "[0, inf)"),  # number of first blocks, which are conditioned on t; later ones on r
+        "dmf_depth": number(3, "[0, inf)"),  # number of leading blocks conditioned on t; later ones on r
     }
 
 
 def imf_dit(method: str) -> Options:
-    """Transformer of improved MeanFlow, arXiv:2512.02012: conditions are tokens, and u and v have a head each."""
+    """Transformer of improved MeanFlow, arXiv:2512.02012: conditions are tokens; u and v have separate heads."""
     return transformer() | {
-        "head_depth": number(2, "[0, inf)"),  # blocks of the head of u, and as many of the head of v; others are shared
-        "v_heads": True,  # has the head of v; False, as in released weights: can only sample
+        "head_depth": number(2, "[0, inf)"),  # blocks in each of the heads of u and v; the other blocks are shared
+        "v_heads": True,  # include the head of v; False (released weights): can only sample
         "num_class_tokens": number(8, "[1, inf)"),  # tokens for the class
         "num_omega_tokens": number(4, "[1, inf)"),  # tokens for the guidance scale
-        "num_interval_tokens": number(2, "[1, inf)"),  # tokens for the start of the guidance interval, and for its end
+        "num_interval_tokens": number(2, "[1, inf)"),  # tokens each for start and end of the guidance interval
         "num_time_tokens": number(4, "[1, inf)"),  # tokens for t - r
     }
 
@@ -79,9 +79,9 @@ def levels() -> Options:
     """Options that both U-Nets share."""
     return {
         "width": number(128, "[1, inf)"),  # channels of the first level
-        "channel_mult": (2, 2, 2),  # channels of each level over `width`; each level halves the resolution
-        "channel_mult_emb": number(4, "[1, inf)"),  # width of the condition over `width`
-        "channel_mult_noise": number(2, "[1, inf)"),  # width of the features of one time over `width`
+        "channel_mult": (2, 2, 2),  # channels of each level / `width`; each level halves the resolution
+        "channel_mult_emb": number(4, "[1, inf)"),  # width of the condition / `width`
+        "channel_mult_noise": number(2, "[1, inf)"),  # width of the features of each time / `width`
         "num_blocks": number(4, "[1, inf)"),  # residual blocks per level of the encoder; the decoder has one more
         "attn_resolutions": (16,),  # resolutions whose blocks have attention
     }
@@ -90,14 +90,14 @@ def levels() -> Options:
 def unet(method: str) -> Options:
     """Unconditional U-Net of the CIFAR-10 systems: DDPM++ and NCSN++ as in EDM, arXiv:2206.00364."""
     return levels() | {
-        "dropout": number(0.0, "[0, 1)"),  # probability, in training
-        "augment_dim": number(0, "[0, inf)"),  # labels of data.augment that it embeds, 6 for the CIFAR-10 runs; 0: none
-        "embedding_type": choice("positional", "fourier"),  # features of a time: DDPM++ | random, NCSN++
+        "dropout": number(0.0, "[0, 1)"),  # dropout probability in training
+        "augment_dim": number(0, "[0, inf)"),  # embedded labels of data.augment, 6 for the CIFAR-10 runs; 0: none
+        "embedding_type": choice("positional", "fourier"),  # time features: DDPM++ | random, NCSN++
         "encoder_type": choice("standard", "skip", "residual"),  # DDPM++ | skip connections | NCSN++
         "decoder_type": choice("standard", "skip"),  # DDPM++ | skip connections
         "resample_filter": (1, 3, 3, 1),  # filter taps of down- and upsampling; (1, 1) in DDPM++
-        "time_embedding": choice("joint", "separate"),  # t and t - r, one MLP (py-meanflow) | t, r, an MLP each
-        "qkv_layout": choice("split", "interleaved"),  # channels of q, k, v: thirds (py-meanflow) | EDM, reproduction
+        "time_embedding": choice("joint", "separate"),  # one MLP for t and t - r (py-meanflow) | one each for t and r
+        "qkv_layout": choice("split", "interleaved"),  # q, k, v channels: thirds (py-meanflow) | EDM, reproduction
     }
 
 
@@ -105,14 +105,14 @@ def edm2(method: str) -> Options:
     """U-Net of EDM2, arXiv:2312.02696, for flow models and Re-MeanFlow."""
     return levels() | {
         "head_width": number(64, "[1, inf)"),  # channels per attention head; narrower blocks have one head
-        "interval_embedder": method != "flow",  # embed r as well as t; a flow model has no such embedding
+        "interval_embedder": method != "flow",  # embed r in addition to t; flow models lack this embedding
         "logvar_channels": number(0, "[0, inf)"),  # features of the log-variance in EDM2's released weights; 0: none
         "sigma_data": number(0.5, "(0, inf)"),  # standard deviation of the data
     }
 
 
 def check_transformer(config: Config) -> None:
-    """Raise UserError for sizes that no transformer can have, or attention kernels that cannot compute them."""
+    """Raise UserError for invalid transformer sizes, or attention kernels that do not support them."""
     c = config.model
     if c.attention_jvp == "fused":
         raise UserError(
@@ -144,7 +144,7 @@ def check_transformer(config: Config) -> None:
 
 
 def check_interval_embedder(config: Config) -> None:
-    """Raise UserError if the network embeds one time, and its method needs two, or the other way round."""
+    """Raise UserError if the network embeds one time but its method needs two, or vice versa."""
     embedder, method = config.model.interval_embedder, config.method.name
     if embedder != (method != "flow"):
         raise UserError(
@@ -154,7 +154,7 @@ def check_interval_embedder(config: Config) -> None:
 
 
 def check_dit(config: Config) -> None:
-    """Raise UserError as `check_transformer`, and for embeddings or projectors of REPA that the method rules out."""
+    """Raise UserError like `check_transformer`, and for embeddings or REPA options that do not fit the method."""
     check_transformer(config)
     check_interval_embedder(config)
     c = config.model
@@ -169,7 +169,7 @@ def check_dit(config: Config) -> None:
 
 
 def check_dmf_dit(config: Config) -> None:
-    """Raise UserError as `check_transformer`, and for more first blocks than there are."""
+    """Raise UserError like `check_transformer`, and if dmf_depth exceeds depth."""
     check_transformer(config)
     c = config.model
     if c.dmf_depth > c.depth:
@@ -177,7 +177,7 @@ def check_dmf_dit(config: Config) -> None:
 
 
 def check_imf_dit(config: Config) -> None:
-    """Raise UserError as `check_transformer`, and for heads that rotary positions or the depth rule out."""
+    """Raise UserError like `check_transformer`, and for an odd head width or head_depth above depth."""
     check_transformer(config)
     c = config.model
     if c.width // c.num_heads % 2:
@@ -187,7 +187,7 @@ def check_imf_dit(config: Config) -> None:
 
 
 def check_levels(config: Config) -> None:
-    """Raise UserError for levels that no U-Net can have."""
+    """Raise UserError for invalid U-Net levels."""
     c = config.model
     if not c.channel_mult or not all(isinstance(mult, int) and mult > 0 for mult in c.channel_mult):
         raise UserError(f"config.model.channel_mult is {c.channel_mult}; give a whole number above 0 for each level")
@@ -203,9 +203,9 @@ def check_levels(config: Config) -> None:
 
 
 def check_unet(config: Config) -> None:
-    """Raise UserError for sizes that no U-Net can have, and for options that need a network with classes.
+    """Raise UserError for invalid U-Net sizes, and for options that need a class-conditional network.
 
-    The network itself checks what depends on its levels.
+    The network itself checks whatever depends on its levels.
     """
     c = config.model
     check_levels(config)
@@ -223,7 +223,7 @@ def check_unet(config: Config) -> None:
 
 
 def check_edm2(config: Config) -> None:
-    """Raise UserError for levels that EDM2's U-Net cannot have, or a path its preconditioning does not hold for."""
+    """Raise UserError for invalid levels, or a path for which EDM2's preconditioning is not derived."""
     check_levels(config)
     check_interval_embedder(config)
     if config.method.path != "linear":
@@ -231,9 +231,9 @@ def check_edm2(config: Config) -> None:
 
 
 class Network(NamedTuple):
-    """A network as a config knows it."""
+    """A network, as seen by configs."""
 
-    options: Callable[[str], Options]  # name of the method -> its part of `config.model`
+    options: Callable[[str], Options]  # method name -> the network's options in `config.model`
     check: Callable[[Config], None]
 
 

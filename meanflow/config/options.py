@@ -1,8 +1,8 @@
-"""Every option of a run: `get_config` composes what all runs have with the options of one network and one method.
+"""Every option of a run: `get_config` combines common options with those of one network and one method.
 
-A recipe calls `get_config(network=..., method=...)` and changes what it needs.  `networks.py` and `methods.py` have the
-options of each; an option that its run does not have cannot be set.  Each means the same in JAX and in PyTorch.
-Times are in [0, 1], 1 is noise; images are in data units.
+A recipe calls `get_config(network=..., method=...)` and changes what it needs.  `networks.py` and `methods.py` list the
+options of each; options that do not belong to a run cannot be set.  Options mean the same in JAX and PyTorch.
+Times are in [0, 1], where 1 is noise; images are in data units.
 """
 
 from meanflow.config.methods import METHODS
@@ -23,30 +23,30 @@ from meanflow.config.sections import (
 from meanflow.config.sections import Config as Config
 from meanflow.errors import UserError
 
-CONVENTIONS = ("torch_fidelity", "jax_meanflow", "pytorch_fid")  # of Inception's input
+CONVENTIONS = ("torch_fidelity", "jax_meanflow", "pytorch_fid")  # for Inception's input
 METRICS = ("fid", "is", "kid", "pr", "fd_dinov2")
 
 
 def get_config(network: str = "dit", method: str = "meanflow") -> Config:
-    """Return a fresh config: the published settings of the method where they exist, a small network elsewhere.
+    """Return a new config with the method's published settings where they exist, and a small network.
 
-    Raises UserError for a network or a method that does not exist, or a method that cannot train the network.
+    Raises UserError for an unknown network or method, or a method that cannot train the network.
     """
     config: Config = make(sections(network, method), "config", f"network {network} and method {method}")
-    config.sample.path = config.method.get_ref("path")  # one value under two names: new noise follows the path
+    config.sample.path = config.method.get_ref("path")  # shared value: noise added in sampling follows the path
     return config.lock()
 
 
 def all_options() -> Options:
-    """Return {dotted name: what it may be} of the options of all networks and methods."""
+    """Return {dotted name: allowed values} for the options of all networks and methods."""
     runs = [sections(network, name) for name, method in METHODS.items() for network in method.networks]
     return {key: value for run in runs for key, value in flatten(run).items()}
 
 
 def recompose(config: Config, network: str, method: str) -> Config:
-    """Return the config of another network and method, with the values of `config` for the options that both have.
+    """Return a config for another network and method, taking the options that both have from `config`.
 
-    What follows from the method, and words that are no choice there, keep their defaults.
+    Options set by the method, and choices not available there, keep their defaults.
     """
     other, allowed = get_config(network, method), sections(network, method)
 
@@ -64,7 +64,7 @@ def recompose(config: Config, network: str, method: str) -> Config:
 
 
 def sections(network: str, method: str) -> Options:
-    """Return the options of a run and what each may be.  Raises UserError as `get_config`."""
+    """Return the options of a run and the allowed values of each.  Raises UserError like `get_config`."""
     for kind, name, table in (("network", network, NETWORKS), ("method", method, METHODS)):
         if name not in table:
             raise UserError(f"there is no {kind} {name!r}; choose one of {', '.join(table)}")
@@ -75,7 +75,7 @@ def sections(network: str, method: str) -> Options:
     options = METHODS[method].options()
     return {
         "name": "base",  # shown in logs and in the work directory
-        "seed": number(0, "[0, 4294967296)"),  # initial weights, order of the data, every draw of training
+        "seed": number(0, "[0, 4294967296)"),  # for initial weights, data order and every random draw in training
         "data": data(network, method),
         "latents": latents(),
         "model": {"name": network} | data_sizes() | NETWORKS[network].options(method),
@@ -87,32 +87,32 @@ def sections(network: str, method: str) -> Options:
 
 
 def data(network: str, method: str) -> Options:
-    """What to learn: an image dataset by its TFDS name."""
+    """Options of the training data, an image dataset given by TFDS name or directory."""
     encoder = {
-        # REPA: a frozen DINOv2, a local path or a name on the hub; empty: the dataset stores `features` with the images
+        # REPA: a frozen DINOv2, local path or hub name; empty: the dataset stores `features` with the images
         "encoder": "",
     }
     return {
-        # `digits` (embedded) or any TFDS image dataset with a label, e.g. mnist, cifar10, or the directory of a
-        # prepared one, such as couplings
+        # `digits` (built in), any labelled TFDS image dataset, e.g. mnist, cifar10, or the directory of a prepared
+        # dataset, such as couplings
         "name": "digits",
         "split": "train",  # TFDS split to train on
         "dir": "",  # where datasets are stored; empty: TFDS_DATA_DIR, else ~/tensorflow_datasets
         "flip": False,  # mirror each image left-right with probability 0.5
-        "num_workers": number(0, "[0, inf)"),  # loader processes; 0 loads in the trainer's own process
-        "prefetch": number(2, "[0, inf)"),  # batches that a thread reads and puts on the device in advance; 0: none
+        "num_workers": number(0, "[0, inf)"),  # loader processes; 0: load in the trainer's process
+        "prefetch": number(2, "[0, inf)"),  # batches that a thread reads and moves to the device ahead of time; 0: none
         "augment": augment(),
     } | (encoder if (network, method) == ("dit", "flow") else {})
 
 
 def augment() -> Options:
-    """EDM's augmentation of pixels, arXiv:2206.00364 appendix F.2; `model.augment_dim` lets a network embed its labels.
+    """EDM's pixel augmentation, arXiv:2206.00364 appendix F.2; `model.augment_dim` makes a network embed its labels.
 
-    The multipliers are those of the CIFAR-10 runs; 0 leaves a transform out, and its labels with it.
+    The multipliers are those of the CIFAR-10 runs; 0 drops a transform and its labels.
     """
     return {
         "prob": number(0.0, "[0, 1]"),  # probability of each transform, times its multiplier; 0: no augmentation
-        "xflip": number(1e8, "[0, inf)"),  # mirror left-right, half of the time; in effect always drawn
+        "xflip": number(1e8, "[0, inf)"),  # mirror left-right, half of the time; 1e8: in effect always drawn
         "yflip": number(0.0, "[0, inf)"),  # mirror up-down, half of the time
         "rotate_int": number(0.0, "[0, inf)"),  # rotate by a multiple of 90 degrees
         "translate_int": number(0.0, "[0, inf)"),  # shift by whole pixels
@@ -129,27 +129,27 @@ def augment() -> Options:
 
 
 def latents() -> Options:
-    """How latents relate to images, if the data are latents; `latents.py` has the conventions of the systems."""
+    """How latents relate to images, if the data are latents; `latents.py` lists the systems' conventions."""
     return {
-        # The autoencoder that decodes samples: a directory as diffusers saves it, or a name on the Hugging Face hub;
-        # empty: samples stay as they are.
+        # The autoencoder that decodes samples: a directory saved by diffusers, or a name on the Hugging Face hub;
+        # empty: samples are not decoded.
         "vae": "",
-        "shift": (),  # data units are (raw - shift) * scale: one number, or one per channel; (): as the dataset says
+        "shift": (),  # data units are (raw - shift) * scale: one number, or one per channel; (): the dataset's
         "scale": (),
         "pixels": choice("symmetric", "unit"),  # what the autoencoder reads and writes: [-1, 1] | [0, 1]
     }
 
 
 def train(method: str) -> Options:
-    """The run."""
+    """Options of the training run."""
     stages = {
-        "clip_stage": choice("all", "guided"),  # clip in: all stages | only where the velocity is guided
+        "clip_stage": choice("all", "guided"),  # clip gradients in: all stages | the guided stage only
     }
     return {
         "steps": number(1000, "[1, inf)"),  # optimizer steps
         "batch_size": number(256, "[1, inf)"),  # images per step, over all processes and devices
         "accumulate": number(1, "[1, inf)"),  # micro-batches per step: less memory, same result
-        "remat": False,  # recompute the inside of blocks for the gradient: less memory, slower
+        "remat": False,  # recompute blocks in the backward pass: less memory, slower
         "fsdp": number(1, "[1, inf)"),  # devices that share one copy of parameters, EMA and optimizer state
         "optimizer": choice("adam", "adamw"),
         "learning_rate": number(1e-4, "[0, inf)"),  # peak
@@ -159,38 +159,38 @@ def train(method: str) -> Options:
         "weight_decay": number(0.0, "[0, inf)"),  # decoupled decay; adamw only
         "clip_norm": number(0.0, "[0, inf)"),  # largest global gradient norm; 0: no clipping
         "schedule": choice("constant", "cosine"),  # after the warm-up
-        "schedule_steps": number(0, "[0, inf)"),  # cosine: its length, after which the rate stays put; 0: train.steps
+        "schedule_steps": number(0, "[0, inf)"),  # cosine: its length, then the rate stays constant; 0: train.steps
         "warmup_steps": number(0, "[0, inf)"),  # linear warm-up
         "warmup_from": number(0.0, "[0, inf)"),  # learning rate at step 0 of the warm-up
-        "final_factor": number(0.1, "[0, 1]"),  # cosine: last learning rate over the peak
-        "cosine_end": choice("steps", "early"),  # cosine ends at: the last step | warmup_steps before (official iMF)
-        "ema_decays": (0.9999,),  # one EMA of the parameters for each decay per step
+        "final_factor": number(0.1, "[0, 1]"),  # cosine: final learning rate / peak
+        "cosine_end": choice("steps", "early"),  # cosine ends: at the last step | warmup_steps before it (official iMF)
+        "ema_decays": (0.9999,),  # per-step decays, one EMA of the parameters each
         "ema_every": number(1, "[1, inf)"),  # steps between updates of the EMAs, each by decay^ema_every
         "compile": True,  # PyTorch: torch.compile the step (JAX always compiles)
-        "compile_backend": choice("inductor", "aot_eager"),  # fused kernels | traced: ready sooner, not for a DiT
-        "num_threads": number(0, "[0, inf)"),  # PyTorch on CPU: threads; tiny networks gain from 1; 0: one per core
+        "compile_backend": choice("inductor", "aot_eager"),  # fused kernels | only traced: quicker start, not for DiT
+        "num_threads": number(0, "[0, inf)"),  # PyTorch on CPU: threads; 1 suits tiny networks; 0: one per core
         "matmul_precision": choice("highest", "default"),  # float32 matmuls: full float32 | TF32 where available
         "log_every": number(100, "[1, inf)"),  # steps between log lines
         "sample_every": number(1000, "[0, inf)"),  # steps between sample grids in TensorBoard; 0: never
-        "evaluate_every": number(0, "[0, inf)"),  # steps between evaluations; 0: only by the evaluate command
+        "evaluate_every": number(0, "[0, inf)"),  # steps between evaluations; 0: only with the evaluate command
         "checkpoint_every": number(1000, "[1, inf)"),  # steps between checkpoints; the last step is always saved
         "keep_checkpoints": number(2, "[1, inf)"),  # newest checkpoints kept
-        "keep_every": number(0, "[0, inf)"),  # also keep checkpoints at multiples of this step for ever; 0: none
-        "checkpoint_at_start": False,  # save before the first step, so that a lack of memory or disk shows at once
+        "keep_every": number(0, "[0, inf)"),  # also keep every checkpoint at a multiple of this step; 0: none
+        "checkpoint_at_start": False,  # save before the first step, to fail early if memory or disk runs out
         "snapshot_every": number(0, "[0, inf)"),  # steps between WORKDIR/snapshots/STEP/ema_DECAY.safetensors; 0: never
         "load_from": "",  # canonical .safetensors or a work directory to start from; empty: fresh weights
     } | (stages if method == "rectified" else {})
 
 
 def sample() -> Options:
-    """How to generate, with any model; `methods.py` has the samplers."""
+    """Sampling options of all models; `methods.py` has the samplers."""
     return {
-        "steps": number(1, "[1, inf)"),  # uniform steps, a network evaluation each; heun: two in all but the last
-        "times": (),  # times from 1 down to 0 instead, e.g. (1.0, 0.5, 0.0)
-        "shift": number(1.0, "(0, inf)"),  # s: t becomes s t / (1 + (s - 1) t); above 1 spends more steps on noise
+        "steps": number(1, "[1, inf)"),  # uniform steps of one network evaluation; heun: two except in the last
+        "times": (),  # explicit times instead, from 1 down to 0, e.g. (1.0, 0.5, 0.0)
+        "shift": number(1.0, "(0, inf)"),  # s: t becomes s t / (1 + (s - 1) t); s > 1 spends more steps near noise
         "batch_size": number(500, "[1, inf)"),  # images generated at once
         "ema": number(0, "[-1, inf)"),  # index in train.ema_decays; -1: the raw parameters
-        "seed": number(0, "[0, 18446744073709551616)"),  # of noise and labels
+        "seed": number(0, "[0, 18446744073709551616)"),  # for noise and labels
     }
 
 
@@ -198,22 +198,22 @@ def evaluation() -> Options:
     """How to score the samples."""
     return {
         "num_samples": number(2000, "[2, inf)"),  # generated images
-        "dataset": "",  # real images to compare with; empty: data.name
+        "dataset": "",  # real images to compare against; empty: data.name
         "split": "train",  # their split
         "classifier": True,  # score class accuracy with an SVM trained on the real images (small images only)
-        # Metrics of decoded images: fid | is | kid | pr (precision, recall) | fd_dinov2; (): those of the data
-        # themselves, the Fréchet distance of their raw values and class accuracy, for small data.
+        # Metrics on decoded images: fid | is | kid | pr (precision, recall) | fd_dinov2; (): for small data, the
+        # Fréchet distance of raw values and class accuracy.
         "metrics": (),
-        "reference": "",  # fid, kid, pr, fd_dinov2: statistics of real images, .npz or EDM2's .pkl; evaluate makes them
-        "inception": "",  # fid, is, kid, pr: Inception's weights, .safetensors that parity/convert.py makes
-        "convention": choice(*CONVENTIONS),  # how images reach Inception
-        "dino": "facebook/dinov2-large",  # fd_dinov2: a directory as transformers saves it, or a name on the hub
-        "every_ema": False,  # during training, score every one of train.ema_decays, not only that of sample.ema
+        "reference": "",  # fid, kid, pr, fd_dinov2: statistics of real images, .npz (from evaluate) or EDM2's .pkl
+        "inception": "",  # fid, is, kid, pr: Inception's weights, .safetensors from python -m parity.convert
+        "convention": choice(*CONVENTIONS),  # preprocessing of images for Inception
+        "dino": "facebook/dinov2-large",  # fd_dinov2: a directory saved by transformers, or a hub name
+        "every_ema": False,  # during training, score all train.ema_decays, not only that of sample.ema
     }
 
 
 def check_ema(config: Config) -> None:
-    """Raise UserError for decays that are none, or a sample.ema that there is not."""
+    """Raise UserError for invalid train.ema_decays, or a sample.ema out of range."""
     decays = config.train.ema_decays
     if not decays or not all(is_number(d) and 0 <= d < 1 for d in decays):
         raise UserError(f"config.train.ema_decays is {decays}; name at least one decay in [0, 1)")
@@ -222,7 +222,7 @@ def check_ema(config: Config) -> None:
 
 
 def check_sampling(config: Config) -> None:
-    """Raise UserError for times that do not fall, or an interval that is none."""
+    """Raise UserError for times that do not decrease, or an invalid interval."""
     c = config.sample
     if c.times and not (all(map(is_number, c.times)) and falls(c.times) and c.times[0] <= 1 and c.times[-1] >= 0):
         raise UserError(
@@ -235,12 +235,12 @@ def check_sampling(config: Config) -> None:
 
 
 def check_evaluation(config: Config) -> None:
-    """Raise UserError for unknown metrics, or metrics without the samples, weights or statistics that they need."""
+    """Raise UserError for unknown metrics, or metrics that lack the samples, weights or statistics they need."""
     c = config.evaluation
     unknown = sorted(set(c.metrics) - set(METRICS))
     if unknown:
         raise UserError(f"config.evaluation.metrics has {unknown[0]!r}; choose from {', '.join(METRICS)}")
-    least = {"is": 10, "pr": 4, "kid": 2}  # splits; neighbours and the sample itself; a variance
+    least = {"is": 10, "pr": 4, "kid": 2}  # one per split; 3 neighbours and the sample itself; for a variance
     for metric in c.metrics:
         if c.num_samples < least.get(metric, 2):
             raise UserError(

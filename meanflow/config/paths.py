@@ -1,6 +1,6 @@
-"""Paths the way users write them.  `~` is the home directory in every path flag, argument and option.
+"""User-supplied paths: expands `~` in every path flag, argument and option.
 
-Shells leave the `~` of `--workdir=~/runs` alone, so without this it would become a directory of that name.
+Shells do not expand the `~` in `--workdir=~/runs`, which would otherwise create a directory named `~`.
 """
 
 import argparse
@@ -13,7 +13,7 @@ from absl import flags
 
 from meanflow.errors import UserError
 
-# Options of a config that are, or may be, paths.
+# Config options that are, or may be, paths.
 OPTIONS = (
     "data.name", "data.dir", "data.encoder", "latents.vae", "method.teacher", "train.load_from", "evaluation.dataset",
     "evaluation.reference", "evaluation.inception", "evaluation.dino",
@@ -30,7 +30,7 @@ def expand(path: str) -> str:
 
 
 def expand_local(path: str) -> str:
-    """Return `expand(path)` for a path to write.  Raises UserError for one of a bucket or another URL, too."""
+    """Return `expand(path)` for a path to write.  Also raises UserError for a bucket or any other URL."""
     if REMOTE.match(path):
         raise UserError(f"{path} is not a local path: mount the bucket and name its directory, or copy the files later")
     return expand(path)
@@ -39,7 +39,7 @@ def expand_local(path: str) -> str:
 def check_directory(path: str, flag: str) -> str:
     """Return the absolute path of a directory, which need not exist yet.
 
-    Raises UserError naming `flag` if something else has that path, or if no directory can have it.
+    Raises UserError naming `flag` if the path exists but is not a directory, or cannot be one.
     """
     try:
         path = os.path.abspath(path)
@@ -49,14 +49,14 @@ def check_directory(path: str, flag: str) -> str:
         if not os.path.isdir(path) and os.stat(path):
             raise UserError(f"--{flag}={path} is a file: name a directory, new or of a run")
     except (FileNotFoundError, NotADirectoryError):
-        pass  # whoever reads or writes there says so
+        pass  # reported by whatever reads or writes it
     except OSError as error:
         raise UserError(f"--{flag}={path}: {error.strerror}; name another directory") from error
     return path
 
 
 class Parser(flags.ArgumentParser):
-    """Parses a path flag, as `flags.DEFINE(READ, name, default, help)` or with `WRITTEN` for what a command writes."""
+    """Parser of path flags: `flags.DEFINE(READ, name, default, help)`, or `WRITTEN` for paths a command writes."""
 
     syntactic_help = "a path"
 
@@ -66,7 +66,7 @@ class Parser(flags.ArgumentParser):
         self.convert = convert
 
     def parse(self, argument: str) -> str:
-        """Return the path to use.  Raises UserError, a ValueError, which absl reports with the flag's name."""
+        """Return the path to use.  UserError is a ValueError, which absl reports with the flag's name."""
         return self.convert(argument)
 
     def flag_type(self) -> str:
@@ -78,7 +78,7 @@ READ, WRITTEN = Parser(expand), Parser(expand_local)
 
 
 def read(path: str) -> pathlib.Path:
-    """Return the path of an argument to read: a `type` of argparse, like `written`."""
+    """Return the path of an argument to read; like `written`, a `type` for argparse."""
     return _argument(path, expand)
 
 
@@ -88,7 +88,7 @@ def written(path: str) -> pathlib.Path:
 
 
 def expand_options(config) -> None:
-    """Expand the `OPTIONS` of a config in place.  Raises UserError as `expand`."""
+    """Expand the `OPTIONS` of a config in place.  Raises UserError like `expand`."""
     for key in OPTIONS:
         section, name = key.split(".")
         if name in config[section] and config[section][name].startswith("~"):

@@ -1,4 +1,4 @@
-"""What a config is made of: options, each with a default and the values it may have, in sections that take no other."""
+"""Building blocks of a config: options with defaults and allowed values, in sections that reject unknown options."""
 
 import itertools
 import math
@@ -8,35 +8,35 @@ import ml_collections
 
 from meanflow.errors import UserError
 
-Config: TypeAlias = Any  # a Section, whose options a type checker cannot see
-FIXED = ("config.model.name", "config.method.name")  # options on which it depends what others there are
+Config: TypeAlias = Any  # a Section; type checkers cannot see its options
+FIXED = ("config.model.name", "config.method.name")  # options that determine which other options exist
 
 
 class Option(NamedTuple):
-    """An option that may not have every value of its type."""
+    """An option restricted to some values of its type."""
 
     default: Any
-    interval: str = ""  # of a number: [ and ] include the end, ( and ) do not; NaN is in none
+    interval: str = ""  # for numbers; [ and ] include the end, ( and ) exclude it; NaN is always outside
     choices: tuple[str, ...] = ()
 
 
-Options: TypeAlias = dict[str, Any]  # {name: its `Option`, its default, or the options of a section inside this one}
+Options: TypeAlias = dict[str, Any]  # {name: an `Option`, a default, or the options of a nested section}
 
 
 def number(default: float, interval: str) -> Option:
-    """Return an option that is a number in an interval, written like "[0, 1)"."""
+    """Return an option for a number in an interval, written like "[0, 1)"."""
     return Option(default, interval=interval)
 
 
 def choice(*choices: str) -> Option:
-    """Return an option that is one of several words, by default the first."""
+    """Return an option for one of several words; the first is the default."""
     return Option(choices[0], choices=choices)
 
 
 class Section(ml_collections.ConfigDict):
-    """Options of a run.  Once locked, setting one that it lacks, or another network or method, raises UserError."""
+    """Options of a run.  Once locked, setting an unknown option, or the network or method, raises UserError."""
 
-    origin: tuple[str, str]  # its dotted name, and words for the network and method of the run
+    origin: tuple[str, str]  # its dotted name, and a phrase naming the network and method
 
     def __init__(self, *args: Any, path: str = "", run: str = "", **kwargs: Any):
         """path, run: see `origin`."""
@@ -65,7 +65,7 @@ class Section(ml_collections.ConfigDict):
 
 
 def make(options: Options, path: str, run: str) -> Section:
-    """Return the section of these options, each with its default; see `Section`."""
+    """Build a section from options, each set to its default.  path, run: see `Section`."""
     section = Section(path=path, run=run)
     for name, value in options.items():
         if isinstance(value, dict):
@@ -86,7 +86,7 @@ def find(config: Config, name: str) -> Any:
 
 
 def flatten(config: Any, prefix: str = "") -> dict[str, Any]:
-    """Return {dotted option: value} of a config or of nested dicts."""
+    """Return {dotted option: value} for a config or nested dicts."""
     flat = {}
     for key, value in config.items():
         nested = isinstance(value, (dict, ml_collections.ConfigDict))
@@ -114,7 +114,7 @@ def check_values(section: Config, options: Options) -> None:
 
 
 def is_choice(value: Any, allowed: Any) -> bool:
-    """Return whether an option may have a value, as far as that is a choice among words."""
+    """Return whether a value is among the option's choices; True if it has none."""
     return not isinstance(allowed, Option) or not allowed.choices or value in allowed.choices
 
 
@@ -143,12 +143,12 @@ def describe(interval: str) -> str:
 
 
 def falls(values: tuple[float, ...]) -> bool:
-    """Return whether there are at least two values, each less than the one before."""
+    """Return whether there are at least two values, strictly decreasing."""
     return len(values) > 1 and all(a > b for a, b in itertools.pairwise(values))
 
 
 def pair(value: object, key: str, what: str) -> tuple[float, float]:
-    """Return `value` if it is two finite numbers.  Raises UserError naming the option `key` and what they are."""
+    """Return `value` if it is two finite numbers.  Raises UserError naming the option `key` and their meaning."""
     if not isinstance(value, tuple) or len(value) != 2 or not all(is_number(v) for v in value):
         raise UserError(f"config.{key} is {value}; give two numbers, {what}")
     return value

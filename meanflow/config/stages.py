@@ -1,4 +1,4 @@
-"""The stages of a run: which config applies in which step.  Only Re-MeanFlow has more than one."""
+"""The stages of a run: which config applies at which step.  Only Re-MeanFlow has more than one stage."""
 
 import copy
 
@@ -6,7 +6,7 @@ from meanflow.config import options
 
 
 def stages(config: options.Config) -> tuple[options.Config, ...]:
-    """Return the config of each stage of a run, in order: `config` itself, or Re-MeanFlow's plain and guided stages.
+    """Return the config of each stage in order: `config` itself, or Re-MeanFlow's plain and guided stages.
 
     With train.clip_stage = guided, a stage without guidance does not clip.
     """
@@ -27,6 +27,6 @@ def stage(config: options.Config, guidance: bool) -> options.Config:
 
 
 def stage_at(config: options.Config, step: int) -> int:
-    """Return the index of the stage that the step after `step` steps belongs to."""
+    """Return the stage index of the next step, after `step` completed steps."""
     c = config.method
     return int("stage1_steps" in c and 0 < c.stage1_steps <= step)

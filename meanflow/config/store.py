@@ -1,8 +1,8 @@
-"""Configs as JSON, in work directories, checkpoints and snapshots, and how other versions of them are read.
+"""Stores configs as JSON in work directories, checkpoints and snapshots, and reads other versions of them.
 
-A stored config is the nested options and, next to them, the `version` of the config.  Options added since take the
-value in `CHANGES` for older runs, or else their default; unknown ones are refused.  Up to version 1 every run stored
-the options of all networks and methods: those of others than its own had no effect and are dropped.
+A stored config holds the nested options and a config `version`.  Options added since take the value for older runs in
+`CHANGES`, or else their default; unknown ones are refused.  Up to version 1 every run stored the options of all
+networks and methods: those of networks and methods it did not use had no effect and are dropped.
 """
 
 import functools
@@ -20,32 +20,32 @@ from meanflow.errors import UserError
 
 VERSION = 2
 FLAT = 1  # the last version that stored the options of all networks and methods
-VERSION_KEY, CONTENT_KEY = "version", "content"  # beside the options
-SECTIONS = ("data", "model", "method", "train", "sample", "evaluation")  # that every version has
+VERSION_KEY, CONTENT_KEY = "version", "content"  # stored next to the options
+SECTIONS = ("data", "model", "method", "train", "sample", "evaluation")  # present in every version
 
 
 class Change(NamedTuple):
-    """What a version changed.  A version that only adds options whose defaults keep the behaviour needs no entry."""
+    """What a version changed.  Versions that only add options with behaviour-preserving defaults need no entry."""
 
-    version: int  # the first with the change
+    version: int  # the first version with the change
     renamed: dict[str, str] = {}  # noqa: RUF012  dotted options: {old: new}
-    before: dict[str, Any] = {}  # noqa: RUF012  {new option: what runs before it did, if that is not its default}
+    before: dict[str, Any] = {}  # noqa: RUF012  {new option: value for older runs, if not its default}
 
 
 CHANGES: tuple[Change, ...] = ()  # oldest first
 
 
 def to_json(config: options.Config, content: dict[str, str] | None = None) -> str:
-    """Return a config as indented JSON.  content: {option: digest} of what its paths hold; see `read_content`."""
+    """Return a config as indented JSON.  content: {option: digest} of the data at its paths; see `read_content`."""
     beside = {VERSION_KEY: VERSION} | ({CONTENT_KEY: content} if content else {})
     return json.dumps(beside | config.to_dict(), indent=2) + "\n"
 
 
 def from_json(text: str, where: str = "the stored config") -> options.Config:
-    """Return the config of a JSON text of this or another version, with every option of its network and method.
+    """Parse a config from JSON text of any version; the result has every option of its network and method.
 
-    where: what messages call it.  Options it lacks are named in a log line.  Raises UserError for text that is not
-    JSON, unknown options, missing sections and values of another type than the default's.
+    where: its name in messages.  Options missing from the text are logged.  Raises UserError for invalid JSON, unknown
+    options, missing sections and values whose type differs from the default's.
     """
     given = _parse(text, where)
     version = given.pop(VERSION_KEY, 0)
@@ -78,18 +78,18 @@ def from_json(text: str, where: str = "the stored config") -> options.Config:
 
 
 def read_file(path: pathlib.Path) -> options.Config:
-    """Return the config of a JSON file.  Raises UserError if it cannot be read, or as `from_json`."""
+    """Read a config from a JSON file.  Raises UserError if it cannot be read, and like `from_json`."""
     return from_json(_read(path), str(path))
 
 
 def read_content(path: pathlib.Path) -> dict[str, str]:
-    """Return the {option: digest} stored in a JSON file; empty if it predates them."""
+    """Return the {option: digest} stored in a JSON file; empty if the file predates digests."""
     content = _parse(_read(path), str(path)).get(CONTENT_KEY, {})
     return content if isinstance(content, dict) else {}
 
 
 def load_file(name: str) -> options.Config:
-    """Return the config of FILE.py[:variant], or of a work directory's config.json.
+    """Load a config from FILE.py[:variant] or a work directory's config.json.
 
     Raises UserError if there is no such file or variant.
     """
@@ -104,7 +104,7 @@ def load_file(name: str) -> options.Config:
     except SyntaxError as error:
         raise UserError(f"{error.filename}, line {error.lineno}: {error.msg}") from error
     if path.suffix == ".py" and get_config is None:
-        raise UserError(f"--config {path} defines no get_config(); configs/digits.py shows how a config looks")
+        raise UserError(f"--config {path} defines no get_config(); see configs/digits.py for an example")
     if variant and (get_config is None or not inspect.signature(get_config).parameters):
         raise UserError(f"--config {name}: {path.name} has no variants, so leave out :{variant}")
     if get_config is None:
@@ -121,13 +121,13 @@ def _read(path: pathlib.Path) -> str:
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
     except UnicodeDecodeError as error:
-        raise UserError(f"{path} is damaged: it is no text.  {_way_out(str(path))}") from error
+        raise UserError(f"{path} is damaged: it is not text.  {_way_out(str(path))}") from error
 
 
 def _parse(text: str, where: str) -> dict[str, Any]:
     try:
         content = json.loads(text)
-    except (ValueError, RecursionError) as error:  # ValueError: no JSON, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # ValueError: not JSON, or a number with thousands of digits
         reason = str(error) if text.strip("\0 \n") else "it is empty"
         raise UserError(f"{where} is damaged: {reason}.  {_way_out(where)}") from error
     if not isinstance(content, dict):
@@ -136,7 +136,7 @@ def _parse(text: str, where: str) -> dict[str, Any]:
 
 
 def _upgrade(flat: dict[str, Any], version: int) -> dict[str, Any]:
-    """Return the options under their current names."""
+    """Rename options to their current names and add the `before` values of newer ones."""
     for change in CHANGES:
         if change.version > version:
             flat = {change.renamed.get(key, key): value for key, value in flat.items()}
@@ -145,7 +145,7 @@ def _upgrade(flat: dict[str, Any], version: int) -> dict[str, Any]:
 
 
 def _fresh(flat: dict[str, Any], where: str) -> options.Config:
-    """Return the default config of the network and method that stored options name."""
+    """Return the default config for the network and method named in the stored options."""
     network, method = (flat.get(f"{section}.name") for section in ("model", "method"))
     if not isinstance(network, str) or not isinstance(method, str):
         raise UserError(f"{where} is damaged: it names no network or no method.  {_way_out(where)}")
@@ -156,14 +156,14 @@ def _fresh(flat: dict[str, Any], where: str) -> options.Config:
 
 
 def _converted(key: str, value: Any, default: Any, where: str) -> Any:
-    """Return a JSON value as the type of the option's default.  Raises UserError if it has another type."""
+    """Convert a JSON value to the type of the option's default.  Raises UserError if it does not fit."""
     if isinstance(default, tuple):
         fits = isinstance(value, list)
         value = _tuple(value)
     elif isinstance(default, float) and type(value) in (int, float):
         fits, value = True, float(value)
     elif type(default) is int and type(value) is float and value.is_integer():
-        fits, value = True, int(value)  # as other tools write it
+        fits, value = True, int(value)  # how other tools write integers
     else:
         fits = type(value) is type(default)
     if not fits:

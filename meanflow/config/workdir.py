@@ -1,4 +1,4 @@
-"""The work directory of a run: its config, and whether the run can continue with another config."""
+"""The work directory of a run: its config, and whether the run can resume with a changed config."""
 
 import os
 import pathlib
@@ -9,17 +9,17 @@ from meanflow.config import locks, options
 from meanflow.config.store import flatten, read_content, read_file, to_json
 from meanflow.errors import UserError
 
-# A run may be resumed with other values of these options, and of whole sections.
+# Options, and whole sections, that may change when a run is resumed.
 FREE = {
-    "name", "sample", "evaluation", "latents.vae",  # reports, and how finished weights are used
+    "name", "sample", "evaluation", "latents.vae",  # reporting, and use of finished weights
     "train.log_every", "train.sample_every", "train.evaluate_every",
     "train.checkpoint_every", "train.keep_checkpoints", "train.keep_every", "train.checkpoint_at_start",
-    "train.snapshot_every",  # what is kept
-    "train.steps", "train.schedule_steps",  # its length; `schedule_length` guards the learning rates of past steps
+    "train.snapshot_every",  # what is saved and kept
+    "train.steps", "train.schedule_steps",  # run length; `schedule_length` guards the learning rates of past steps
     "data.dir", "data.name", "data.encoder", "method.teacher",  # paths; `CONTENTS` are compared by content
-    "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # division of work
-    "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # rounding
-    "train.load_from",  # only read before the first checkpoint
+    "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # how work is divided
+    "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # only rounding
+    "train.load_from",  # read only before the first checkpoint
 }  # fmt: skip
 CONTENTS = ("data.name", "data.encoder", "method.teacher")  # compared by digest, if one was stored
 FILE_NAME = "config.json"
@@ -29,12 +29,12 @@ FRAMEWORKS = {"jax": "JAX", "torch": "PyTorch"}
 def open_workdir(
     workdir: str | os.PathLike, config: options.Config, framework: str, contents: dict[str, str] | None = None
 ) -> locks.Lock:
-    """Make the work directory of a run, write its config there and return the lock on it; close that when the run ends.
+    """Create a run's work directory, write its config there and return the directory's lock; close it after the run.
 
-    framework: `jax` or `torch`, which writes its checkpoints.  contents: {option: digest} of what `CONTENTS` name.
-    An existing run continues if its config is the same except for `FREE` options and the digests are the same.
-    Raises UserError naming what differs, if another run uses the directory, if it belongs to the other framework, or if
-    it cannot be written.
+    framework: the one that writes checkpoints, `jax` or `torch`.  contents: {option: digest} for the `CONTENTS` paths.
+    An existing run resumes if its digests match and its config differs only in `FREE` options.
+    Raises UserError naming any other difference, or if the directory is in use, belongs to a run in the other
+    framework, or cannot be written.
     """
     path, contents = pathlib.Path(workdir) / FILE_NAME, contents or {}
     try:
@@ -49,7 +49,7 @@ def open_workdir(
             with open(unfinished, "w", encoding="utf-8") as file:
                 file.write(to_json(config, contents))
                 file.flush()
-                os.fsync(file.fileno())  # else a power loss may leave an empty file
+                os.fsync(file.fileno())  # otherwise a power loss may leave an empty file
             unfinished.replace(path)
         except BaseException:
             lock.close()
@@ -60,9 +60,9 @@ def open_workdir(
 
 
 def check_workdir(workdir: str | os.PathLike, config: options.Config, framework: str, alone: bool = False) -> None:
-    """Raise UserError unless the run in a work directory, if any, can continue with `config`.  Writes nothing.
+    """Raise UserError if the work directory holds a run that cannot resume with `config`.  Writes nothing.
 
-    alone: this process is the whole run, so if the directory is locked, another run has it.
+    alone: True if this process is the whole run, so that a locked directory means another run is using it.
     """
     path = pathlib.Path(workdir) / FILE_NAME
     if alone and (path.parent / locks.FILE_NAME).exists():
@@ -77,7 +77,7 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
         return
     there = read_workdir(workdir)
     old, new = flatten(there), flatten(config)
-    both = [key for key in new if key in old]  # those of another network or method differ, but so does its name
+    both = [key for key in new if key in old]  # another network or method has other options, but its name differs too
     differing = [key for key in both if new[key] != old[key] and not {key, key.split(".")[0]} & FREE]
     if differing:
         shown = ", ".join(f"{key} ({old[key]!r} there, {new[key]!r} here)" for key in differing)
@@ -97,28 +97,28 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
 
 
 def schedule_length(config: options.Config) -> int | None:
-    """Return the length of the learning-rate schedule in steps; None if the rate does not depend on it."""
+    """Return the length of the learning-rate schedule in steps; None if the schedule is constant."""
     c = config.train
     return None if c.schedule == "constant" else c.schedule_steps or c.steps
 
 
 def _check_contents(workdir: str | os.PathLike, config: options.Config, contents: dict[str, str]) -> None:
-    """Raise UserError if the content of a path in the config differs from that of the existing run."""
+    """Raise UserError if a path in the config holds other data than it did for the existing run."""
     path = pathlib.Path(workdir) / FILE_NAME
     stored, old, new = read_content(path), flatten(read_file(path)), flatten(config)
     for key in filter(new.__contains__, CONTENTS):
-        known = key in stored and key in contents  # otherwise the run is from before digests were stored
+        known = key in stored and key in contents  # otherwise the run predates stored digests
         differs = stored[key] != contents[key] if known else old[key] != new[key]
         if differs:
-            moved = f"{new[key]!r}, and that" if old[key] != new[key] else "the same path, which by now"
+            moved = f"{new[key]!r}, which" if old[key] != new[key] else "the same path, which now"
             raise UserError(
-                f"{workdir} is of config.{key} {old[key]!r}; this config names {moved} holds something else.  Set it "
-                "back, or choose another --workdir"
+                f"{workdir} was written with config.{key} {old[key]!r}; this config names {moved} holds other "
+                "data.  Set it back, or choose another --workdir"
             )
 
 
 def read_workdir(workdir: str | os.PathLike) -> options.Config:
-    """Return the config that a run left in its work directory.  Raises UserError if there is none."""
+    """Read the config of the run in a work directory.  Raises UserError if there is none."""
     path = pathlib.Path(workdir) / FILE_NAME
     if not path.exists():
         raise UserError(

@@ -30,7 +30,7 @@ MAGIC = {  # files that cannot be read as weights, and what to do about them
     b"version https://git-lfs": "the pointer of a file in Git LFS: fetch the file itself (git lfs pull)",
     b"<": "a web page or XML, not weights: download the file itself",
 }
-CONVERTED = {  # kinds that parity/convert.py turns into safetensors
+CONVERTED = {  # kinds that python -m parity.convert turns into safetensors
     "torch": "a PyTorch file", "pickle": "a pickle", "msgpack": "a Flax msgpack file",
 }  # fmt: skip
 

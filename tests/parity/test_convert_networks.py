@@ -125,7 +125,7 @@ def test_the_way_out_of_two_conventions_is_one_that_the_converter_has(sit, confi
 
 def test_metadata_that_is_no_convention(sit, tmp_path):
     dest = tmp_path / "wrong.safetensors"
-    for text, message in (("{", "is not JSON"), ("{}", "is no convention of latents")):
+    for text, message in (("{", "is not JSON"), ("{}", "is not a latent convention")):
         torch_weights.save(dest, torch_weights.load(sit), {"latents": text})
         with pytest.raises(UserError, match=message):
             convert.convert(dest, tmp_path / "other.safetensors")

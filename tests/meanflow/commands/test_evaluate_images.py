@@ -264,7 +264,7 @@ def test_only_the_first_process_writes_the_reference(folder, config, parse, tmp_
     [
         ({"reference": ""}, "--make_reference needs --reference=FILE.npz, the file to write"),
         ({"reference": "real.pkl"}, "--make_reference needs --reference=FILE.npz"),
-        ({"inception": ""}, "--make_reference needs --inception, the weights that parity/convert.py makes"),
+        ({"inception": ""}, "--make_reference needs --inception, the weights that python -m parity.convert makes"),
         ({"metrics": ("fvd",)}, "fvd: unknown metric"),
         ({"metrics": ("is",)}, "--make_reference: the metric `is` needs no real images; name others by --metrics"),
     ],

@@ -379,7 +379,7 @@ def test_weights_of_the_same_latents(of_latents):
         (json.dumps(latents.to_dict(latents.CONVENTIONS["sd"])),
          r"^the config \(config.latents\) has .* 'imm' .* but w.safetensors has latents of the convention 'sd' "),
         ("{", "^w.safetensors has damaged metadata about its latents .*: convert it again"),
-        ("[]", r"^w.safetensors has damaged metadata about its latents \(\[\] is no convention of latents"),
+        ("[]", r"^w.safetensors has damaged metadata about its latents \(\[\] is not a latent convention"),
     ],
 )  # fmt: skip
 def test_weights_of_other_latents(of_latents, text, message):

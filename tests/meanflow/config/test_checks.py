@@ -273,8 +273,8 @@ def test_a_model_to_start_from_differs_in_what_its_weights_do_not_show(option):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({}, "teacher runs/flow is of config.method.name meanflow, not flow"),
-        (DECOUPLED, "teacher runs/flow is of config.method.name decoupled, not flow"),
+        ({}, "teacher runs/flow has config.method.name meanflow, not flow"),
+        (DECOUPLED, "teacher runs/flow has config.method.name decoupled, not flow"),
         (FLOW | {"model.input_size": 16}, r"teacher runs/flow has config\.model\.input_size 16, this model 8"),
         (FLOW | {"model.channels": 4}, r"has config\.model\.channels 4, this model 1"),
         (FLOW | {"method.path": "cosine"}, r"has config\.method\.path cosine, this model linear"),

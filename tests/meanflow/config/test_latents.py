@@ -96,7 +96,7 @@ def test_json_keeps_every_bit(convention):
     ],
 )  # fmt: skip
 def test_what_is_no_convention(value):
-    with pytest.raises(UserError, match="is no convention of latents: it needs shift, scale and pixels$"):
+    with pytest.raises(UserError, match="is not a latent convention: it needs shift, scale and pixels$"):
         latents.from_dict(value)
 
 

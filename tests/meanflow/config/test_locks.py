@@ -86,8 +86,8 @@ def test_a_child_that_ends_does_not_release_the_lock(tmp_path, hold):
 
 def test_the_same_process_is_refused_too(tmp_path):
     with locks.Lock(tmp_path):
-        assert "by this very process" in take(tmp_path)
-        assert "by this very process" in take(tmp_path)
+        assert "is already in use by this process" in take(tmp_path)
+        assert "is already in use by this process" in take(tmp_path)
     assert not take(tmp_path)
 
 

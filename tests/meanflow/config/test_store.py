@@ -114,7 +114,7 @@ def test_numbers_and_lists_as_other_tools_write_them():
         (b"\0" * 50, "it is empty"),
         (store.to_json(digits.get_config()).encode()[:700], "is damaged: .*line"),
         (b'{"seed": ' + 5000 * b"9" + b"}", "is damaged: .*digits"),
-        (b"\xff\xfe\x00", "it is no text"),
+        (b"\xff\xfe\x00", "it is not text"),
         (b"[1, 2]", "it is a list"),
         (b"null", "it is a NoneType"),
         (b"[" * 100_000, "is damaged"),

@@ -82,9 +82,9 @@ def test_what_moved_is_found_by_what_it_holds(tmp_path, key):
     open_workdir(tmp_path, config, "torch", dict.fromkeys(PATHS, "1"))
     assert store.flatten(read_workdir(tmp_path))[key] == "new/path"
     before = (tmp_path / "config.json").read_text()
-    for path, words in [("newer", "names 'newer', and that"), ("new/path", "names the same path, which by now")]:
+    for path, words in [("newer", "names 'newer', which"), ("new/path", "names the same path, which now")]:
         config.update_from_flattened_dict({key: path})
-        with pytest.raises(UserError, match=f"is of config.{key} 'new/path'; this config {words} holds something else"):
+        with pytest.raises(UserError, match=f"with config.{key} 'new/path'; this config {words} holds other data"):
             open_workdir(tmp_path, config, "torch", dict.fromkeys(PATHS, "1") | {key: "2"})
     assert (tmp_path / "config.json").read_text() == before
 
@@ -93,7 +93,7 @@ def test_a_path_of_a_run_without_digests_must_stay(tmp_path):
     config = digits.get_config()
     open_workdir(tmp_path, config, "torch")
     config.data.name = "new/path"
-    with pytest.raises(UserError, match="is of config.data.name 'digits'; this config names 'new/path'"):
+    with pytest.raises(UserError, match="was written with config.data.name 'digits'; this config names 'new/path'"):
         open_workdir(tmp_path, config, "torch", {"data.name": "1"})
     config.data.name = "digits"
     open_workdir(tmp_path, config, "torch", {"data.name": "1"})
