@@ -96,7 +96,7 @@ def test_a_process_that_fails_ends_all(in_both, launcher, options, tmp_path, kin
         assert time.monotonic() - began < SECONDS
         expected = "error: this batch is bad" if kind == "user" else "ValueError: this step is bad"
         assert second.stderr.splitlines()[-1] == expected
-        assert first.stderr.splitlines()[-1] == "error: process 1 failed, see its message; this one ends too"
+        assert first.stderr.splitlines()[-1] == "error: process 1 failed, see its message; stopping this one too"
         assert "Traceback" not in first.stderr + (second.stderr if kind == "user" else "")
 
     in_both(scenario)
@@ -115,7 +115,7 @@ def test_a_process_that_fails_at_the_start_ends_all(in_both, launcher, options, 
         assert second.wait() == 1, second.stderr
         assert time.monotonic() - began < SECONDS
         assert first.stderr.splitlines()[-1].startswith("error: cannot read missing.safetensors")
-        assert second.stderr.splitlines()[-1] == "error: process 0 failed, see its message; this one ends too"
+        assert second.stderr.splitlines()[-1] == "error: process 0 failed, see its message; stopping this one too"
         assert "Traceback" not in first.stderr + second.stderr
 
     in_both(scenario)
@@ -134,7 +134,7 @@ def test_a_process_that_fails_ends_an_evaluation(in_both, launcher, options, tmp
         began = time.monotonic()
         assert first.wait() == 1, first.stderr
         assert time.monotonic() - began < SECONDS
-        assert first.stderr.splitlines()[-1] == "error: process 1 failed, see its message; this one ends too"
+        assert first.stderr.splitlines()[-1] == "error: process 1 failed, see its message; stopping this one too"
         assert "Traceback" not in first.stderr + second.stderr
 
     in_both(scenario)

@@ -1,7 +1,7 @@
-"""What the checkpoints of both frameworks share: which steps are on disk, and which to read, delete or set aside.
+"""Checkpoint handling shared by both frameworks: which steps are on disk, and which to read, delete or set aside.
 
-A checkpoint is the directory CHECKPOINTS/STEP.  It is whole once its marker is there, the file written last; anything
-else is an interrupted save and does not count as a checkpoint.
+A checkpoint is a directory CHECKPOINTS/STEP.  It is whole once it contains its marker, the file written last; without
+the marker it is an interrupted save and does not count as a checkpoint.
 """
 
 import itertools
@@ -19,32 +19,32 @@ from meanflow import files
 from meanflow.config import options
 from meanflow.errors import UserError
 
-STEP = re.compile("0|[1-9][0-9]*")  # names of checkpoints
-UNFINISHED = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # names of checkpoints and of saves under way
-# What a missing file raises.  Any other OSError is a problem of the disk or the network, not damage.
+STEP = re.compile("0|[1-9][0-9]*")  # checkpoint names
+UNFINISHED = re.compile(rf"({STEP.pattern})(\.orbax-checkpoint-tmp.*)?")  # names of checkpoints and unfinished saves
+# Raised for missing files.  Any other OSError is a disk or network problem, not a damaged checkpoint.
 MISSING = (FileNotFoundError, NotADirectoryError, IsADirectoryError)
 START_AGAIN, CHOOSE_STEP = "to start again, choose another --workdir", "--step chooses another"  # ways out
 Read = TypeVar("Read")
 
 
 class Damaged(Exception):
-    """A checkpoint has files that are missing, cut off or not what was written."""
+    """Files of a checkpoint are missing, truncated or corrupt."""
 
 
 class CheckpointDirectory:
-    """The checkpoints of one run as files: what both frameworks do before and after they save or restore."""
+    """The checkpoint files of one run: what both frameworks do before and after saving and restoring."""
 
     def __init__(self, path: pathlib.Path, config: options.Config, marker: str, run_file: str, active: bool):
-        """run_file: the file of a checkpoint that holds its progress as JSON.  active: whether this process writes."""
+        """run_file: the JSON file of a checkpoint with its progress.  active: whether this process writes."""
         self.path, self.config, self.active = path, config, active
         self.marker, self.run_file = marker, run_file
         self.damaged: list[int] = []
         self.notes: dict[int, dict[str, Any]] = {}
 
     def open(self) -> None:
-        """Create the directory, set aside what `restore` found damaged, and delete interrupted saves.
+        """Create the directory, set aside checkpoints that `restore` found damaged, and delete interrupted saves.
 
-        Raises UserError if it cannot be written.
+        Raises UserError if the directory cannot be written.
         """
         make_directory(self.path)
         if self.active:
@@ -63,7 +63,7 @@ class CheckpointDirectory:
             delete(self.path / str(step), self.marker)
 
     def note(self, step: int, **changes) -> None:
-        """Change entries of the progress of a step: now if it is on disk, else in `write_notes` once it is.
+        """Change progress entries of a step's checkpoint: now if it is on disk, otherwise in `write_notes` once it is.
 
         Raises UserError if they cannot be written.
         """
@@ -71,7 +71,7 @@ class CheckpointDirectory:
         self.write_notes()
 
     def write_notes(self) -> None:
-        """Write the notes of the steps that are on disk by now.  Raises UserError if they cannot be written."""
+        """Write the notes of steps now on disk.  Raises UserError if they cannot be written."""
         for step in [step for step in self.notes if is_whole(self.path / str(step), self.marker)]:
             changes = self.notes.pop(step)
             if self.active:
@@ -84,7 +84,7 @@ def is_whole(directory: pathlib.Path, marker: str) -> bool:
 
 
 def whole_steps(path: pathlib.Path, marker: str) -> list[int]:
-    """Return the steps, ascending, of the whole checkpoints in the directory `path`; none if it does not exist.
+    """Return the steps of the whole checkpoints in the directory `path`, ascending; empty if it does not exist.
 
     Raises UserError if `path` cannot be read.
     """
@@ -98,10 +98,10 @@ def whole_steps(path: pathlib.Path, marker: str) -> list[int]:
 def newest(
     steps: Iterable[int], read: Callable[[int], Read], path: pathlib.Path, way_out: str
 ) -> tuple[Read | None, list[int]]:
-    """Return `read(step)` of the newest of `steps` that is not damaged, and the newer, damaged ones.
+    """Return `read(step)` for the newest undamaged step, and the list of newer, damaged steps.
 
-    read: raises `Damaged`.  Each damaged checkpoint is logged as a warning.  Returns None if there are no steps; raises
-    UserError naming the `way_out` if all are damaged.
+    read: raises `Damaged`.  Logs a warning per damaged checkpoint.  Returns (None, []) if there are no steps.  Raises
+    UserError with the `way_out` if all are damaged.
     """
     damaged = []
     for step in sorted(steps, reverse=True):
@@ -116,7 +116,7 @@ def newest(
 
 
 def can_resume(run: Any) -> bool:
-    """Return whether the JSON object that a checkpoint keeps besides its arrays holds all that resuming needs.
+    """Return whether the JSON object stored with a checkpoint's arrays has everything needed to resume.
 
     That is `loader`, its state as JSON text or "", and `window`, [step, {name: value}] for each step not yet logged.
     """
@@ -131,12 +131,12 @@ def can_resume(run: Any) -> bool:
 
 
 def expired(steps: list[int], c: Any) -> list[int]:
-    """Return which of the ascending `steps` to delete: all except the newest and the milestones.  c: `config.train`."""
+    """Return which `steps` (ascending) to delete: all but the newest and the milestones.  c: `config.train`."""
     return [step for step in steps[: -c.keep_checkpoints] if not (step and c.keep_every and step % c.keep_every == 0)]
 
 
 def set_aside(path: pathlib.Path, steps: Iterable[int]) -> None:
-    """Move damaged checkpoints out of the directory `path`, next to it."""
+    """Move damaged checkpoints out of the directory `path` to siblings of it."""
     for step in steps:
         aside = _unused(path.parent / f"{path.name}_damaged_{step}")
         (path / str(step)).rename(aside)
@@ -144,7 +144,7 @@ def set_aside(path: pathlib.Path, steps: Iterable[int]) -> None:
 
 
 def delete(path: pathlib.Path, marker: str) -> None:
-    """Delete a checkpoint, or whatever else has its name; the marker goes first, so a partial one is never whole."""
+    """Delete a checkpoint or anything with its name; the marker goes first, so a partial one never counts as whole."""
     if path.is_dir():
         (path / marker).unlink(missing_ok=True)
         shutil.rmtree(path)
@@ -152,7 +152,7 @@ def delete(path: pathlib.Path, marker: str) -> None:
 
 
 def delete_unfinished(path: pathlib.Path, marker: str) -> None:
-    """Delete interrupted saves in the directory `path`, if it has whole checkpoints besides.
+    """Delete interrupted saves in the directory `path`, provided it also has whole checkpoints.
 
     Raises UserError if they cannot be deleted.
     """
@@ -167,7 +167,7 @@ def delete_unfinished(path: pathlib.Path, marker: str) -> None:
 
 
 def amend(path: pathlib.Path, changes: dict[str, Any]) -> None:
-    """Change entries of a file that holds a JSON object, atomically.  Raises UserError if it cannot be done."""
+    """Atomically change entries of a JSON object in a file.  Raises UserError if that fails."""
     try:
         content = json.loads(path.read_text())
     except OSError as error:
@@ -176,7 +176,7 @@ def amend(path: pathlib.Path, changes: dict[str, Any]) -> None:
 
 
 def make_directory(path: pathlib.Path) -> None:
-    """Create the directory of the checkpoints.  Raises UserError if that fails."""
+    """Create the checkpoint directory.  Raises UserError if that fails."""
     try:
         path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -184,7 +184,7 @@ def make_directory(path: pathlib.Path) -> None:
 
 
 def cannot_read(path: str | os.PathLike, error: BaseException) -> UserError:
-    """Return the error for a `path` that the disk, not its content, keeps from being read."""
+    """Return the error for a `path` that could not be read because of the disk, not its content."""
     return UserError(f"cannot read {path}: {first_line(error)}.  Nothing was changed; try again once that is solved")
 
 
@@ -199,6 +199,6 @@ def first_line(error: BaseException) -> str:
 
 
 def _unused(path: pathlib.Path) -> pathlib.Path:
-    """Return the path, with a number appended if it is taken."""
+    """Return the path, with a number appended if it already exists."""
     names = (path.with_name(f"{path.name}_{i}") for i in itertools.count(2))
     return next(p for p in itertools.chain([path], names) if not p.exists())

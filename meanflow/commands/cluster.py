@@ -1,4 +1,4 @@
-"""Hosts, tasks and GPUs as the environment describes them, and which devices share a sharded copy of the state."""
+"""Detects hosts, tasks and GPUs from the environment, and checks which devices share a sharded copy of the state."""
 
 import itertools
 import pathlib
@@ -17,7 +17,7 @@ OWN_GPUS = ("per_task", "single", "map", "mask")  # kinds of SLURM's --gpu-bind 
 
 
 def visible_gpus(env: Environment) -> int:
-    """Return how many NVIDIA GPUs this process may use, without initialising any; 0 if that cannot be found out."""
+    """Return how many NVIDIA GPUs this process may use, without initialising any; 0 if unknown."""
     if "CUDA_VISIBLE_DEVICES" in env:  # CUDA itself stops at the first invalid entry
         entries = (entry.strip() for entry in env["CUDA_VISIBLE_DEVICES"].split(","))
         return len(list(itertools.takewhile(re.compile(r"\d+$|GPU-|MIG-").match, entries)))
@@ -31,7 +31,7 @@ def visible_gpus(env: Environment) -> int:
 
 
 def gpus_of_node(env: Environment, visible: int) -> int:
-    """Return how many GPUs this job has on this node; this process sees `visible` of them."""
+    """Return how many GPUs this job has on this node.  visible: how many of them this process sees."""
     allocated = env.get("SLURM_GPUS_ON_NODE", "")
     return max(visible, int(allocated) if allocated.isdigit() else 0)
 
@@ -42,7 +42,7 @@ def tasks_of_step(env: Environment) -> int:
 
 
 def place_on_node(env: Environment) -> tuple[int, int] | None:
-    """Return the index of this task on its node and the number of tasks there; None if no scheduler says.
+    """Return the index of this task on its node and the number of tasks there; None without a scheduler.
 
     Open MPI takes precedence over SLURM, as in `jax.distributed`.
     """
@@ -60,9 +60,9 @@ def place_on_node(env: Environment) -> tuple[int, int] | None:
 def gpus_of_task(env: Environment, visible: int) -> list[int] | None:
     """Return which of the `visible` GPUs this task of a scheduler uses; None leaves the choice to JAX.
 
-    JAX by itself uses one GPU per task, so a single task on a node of eight would leave seven idle.  Here the tasks
-    divide the GPUs that all of them see; a task uses all GPUs that SLURM bound to it alone.
-    Raises UserError if they cannot be divided.
+    By default JAX uses one GPU per task, so one task on an eight-GPU node would leave seven idle.  Here a task uses all
+    GPUs that SLURM bound to it alone; otherwise the tasks of a node divide the GPUs they all see.
+    Raises UserError if the GPUs cannot be divided evenly.
     """
     place = place_on_node(env)
     if not visible or place is None or "JAX_LOCAL_DEVICE_IDS" in env:
@@ -87,7 +87,7 @@ def _has_own_gpus(env, visible):
 
 
 def _gpus_per_task(env):
-    """Return what --gpus-per-task (2, a100:2) or --tres-per-task (cpu=4,gres/gpu:a100=2) requested, 0 without them."""
+    """Return the GPUs requested by --gpus-per-task (2, a100:2) or --tres-per-task (cpu=4,gres/gpu:a100=2), else 0."""
     found = re.search(r"^(?:\w+:)?(\d+)$", env.get("SLURM_GPUS_PER_TASK", "")) or re.search(
         r"gres[/:]gpu(?::[a-z]\w*)?[=:](\d+)", env.get("SLURM_TRES_PER_TASK", "")
     )
@@ -99,15 +99,15 @@ def _gpu_binding(env):
 
 
 def tasks_joined(env: Environment) -> int:
-    """Return how many tasks PyTorch's processes belong to: one per torchrun, or one per rank without it."""
+    """Return how many scheduler tasks have joined: one per torchrun, or one per rank without torchrun."""
     return int(env.get("GROUP_WORLD_SIZE") or env.get("WORLD_SIZE") or 1)
 
 
 def gpu_of_rank(env: Environment, visible: int) -> int:
-    """Return which of the `visible` GPUs a PyTorch process uses: the one with torchrun's LOCAL_RANK.
+    """Return which of the `visible` GPUs a PyTorch process uses: the one numbered LOCAL_RANK.
 
-    A process that sees a single GPU uses it, unless torchrun started several for it: SLURM numbers the GPUs of each
-    task from 0.  Raises UserError if there are more processes than GPUs.
+    Without torchrun, a process that sees a single GPU uses that one, since SLURM numbers the GPUs of each task from 0.
+    Raises UserError if there are more processes than GPUs.
     """
     rank = int(env.get("LOCAL_RANK", 0))
     if rank >= visible:
@@ -121,7 +121,7 @@ def gpu_of_rank(env: Environment, visible: int) -> int:
 
 
 def warn_of_idle_gpus(env: Environment, visible: int) -> None:
-    """Log a warning, once per host, if fewer PyTorch processes run there than GPUs are `visible`."""
+    """Log a warning, once per host, if it runs fewer PyTorch processes than it has `visible` GPUs."""
     rank, num_ranks = int(env.get("LOCAL_RANK", 0)), int(env.get("LOCAL_WORLD_SIZE", 1))
     if rank == 0 and num_ranks < visible:
         logging.warning(
@@ -131,9 +131,9 @@ def warn_of_idle_gpus(env: Environment, visible: int) -> None:
 
 
 def check_started_together(env: Environment, joined: int, remedy: str) -> None:
-    """Raise UserError if `srun` started more tasks than have `joined`: several would do the same work.
+    """Raise UserError if `srun` started more tasks than have `joined`, since the others would repeat the work.
 
-    remedy: how to start them instead.
+    remedy: how to start them instead, for the message.
     """
     if tasks_of_step(env) > joined:
         raise UserError(
@@ -143,11 +143,10 @@ def check_started_together(env: Environment, joined: int, remedy: str) -> None:
 
 
 def check_groups(hosts: Sequence[Hashable], fsdp: int, kind: str) -> None:
-    """Raise UserError unless `train.fsdp` divides the devices into groups that keep hosts whole.
+    """Raise UserError unless `train.fsdp` divides the devices into groups, each within a host or of whole hosts.
 
-    hosts: the host of each device, in the order in which they form groups.  kind: what the message calls devices.
-    A group lies within one host or consists of whole hosts; the latter is logged, because parameters then cross the
-    network in every step.
+    hosts: the host of each device, in grouping order.  kind: what the message calls devices.
+    Logs a warning if groups span hosts, because parameters then cross the network in every step.
     """
     if not _keeps_hosts(hosts, fsdp):
         sizes = [size for size in range(1, len(hosts) + 1) if _keeps_hosts(hosts, size)]

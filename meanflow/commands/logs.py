@@ -1,6 +1,6 @@
-"""Logs of a run, the same for both trainers: TensorBoard, the console and metrics.jsonl.
+"""Logging shared by both trainers: TensorBoard, the console and metrics.jsonl.
 
-clu and TensorFlow take seconds to import, so they are imported only where a log is opened.
+clu and TensorFlow take seconds to import, so they are imported only when a log is opened.
 """
 
 import json
@@ -18,14 +18,14 @@ from meanflow.errors import UserError
 FILE_NAME = "metrics.jsonl"
 TENSORBOARD = "tensorboard"
 PROGRESS_SECONDS = 30.0
-SHOWN = 80  # bytes of a damaged line
+SHOWN = 80  # bytes of a damaged line shown in the error
 
 
 class MetricLog:
     """The log of one run in its work directory.
 
     Scalars go to WORKDIR/metrics.jsonl (one object per line, {"step": 100, "loss": ...}), to TensorBoard event files in
-    WORKDIR/tensorboard and to the console.  With active=False (all ranks but the first) all methods do nothing.
+    WORKDIR/tensorboard and to the console.  With active=False (all ranks except the first) every method is a no-op.
     Raises UserError if the directory cannot be written.
     """
 
@@ -50,17 +50,17 @@ class MetricLog:
         self._console.write_scalars(step, values)
 
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
-        """Show a picture, uint8 [H W 1] or [H W 3], in TensorBoard."""
+        """Log an image, uint8 [H W 1] or [H W 3], to TensorBoard."""
         if self.active:
             self.tensorboard.write_images(step, {name: grid[None]})
 
     def rewind(self, step: int, wanted: str = "") -> None:
-        """Drop the lines of metrics.jsonl after `step`, so that a resumed run ends with the file of an unbroken one.
+        """Drop lines of metrics.jsonl after `step`, so that a resumed run ends up with the file of an unbroken one.
 
-        wanted: lines of `step` itself that lack this name are dropped too, since they will be written again.
-        Also drops a last line that a kill cut short, and trailing zeros that a power loss may leave.
-        TensorBoard's files are left alone, so they hold repeated steps twice.  Raises UserError for any other line
-        that is not a log line, or if the file cannot be read.
+        wanted: also drops lines at `step` itself that lack this name, since they will be written again.
+        Also drops a truncated last line (the process was killed) and trailing zero bytes (power loss).
+        TensorBoard's files are left alone, so repeated steps appear twice.  Raises UserError for any other line that is
+        not a log line, or if the file cannot be read.
         """
         if not self.active or not self._path.exists():
             return
@@ -104,7 +104,7 @@ class MetricLog:
     def _step_of(self, line: bytes, number: int) -> int:
         try:
             return operator.index(json.loads(line)["step"])
-        except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: neither text nor JSON
+        except (ValueError, KeyError, TypeError, RecursionError) as error:  # ValueError: not text, or not JSON
             shown = repr(line if len(line) <= SHOWN else line[:SHOWN] + b"...").removeprefix("b")
             raise UserError(
                 f"{self._path}, line {number} is not a log line: {shown}; delete that line, or move the file away"
@@ -112,10 +112,10 @@ class MetricLog:
 
 
 class Progress:
-    """Shows the progress of a run on the console: steps/s, percentage, ETA; steps/s go to TensorBoard too."""
+    """Reports progress on the console (steps/s, percentage, ETA) and steps/s to TensorBoard."""
 
     def __init__(self, num_steps: int, log: MetricLog):
-        """num_steps: optimizer steps of the whole run.  log: shows nothing if inactive."""
+        """num_steps: optimizer steps of the whole run.  log: if inactive, nothing is reported."""
         self._report = None
         if log.active:
             from clu import periodic_actions
@@ -125,6 +125,6 @@ class Progress:
             )
 
     def __call__(self, step: int) -> None:
-        """Call after every step with the number of steps done; shows it every `PROGRESS_SECONDS` and at the end."""
+        """Call after every step with the number of steps done; reports every `PROGRESS_SECONDS` and at the end."""
         if self._report is not None:
             self._report(step)

@@ -1,4 +1,4 @@
-"""The processes of one command: if one fails, all end immediately, without waiting for each other."""
+"""Runs a command on several processes: if one fails, all exit immediately without waiting for each other."""
 
 import contextlib
 import os
@@ -12,31 +12,31 @@ from typing import NamedTuple
 from meanflow.errors import UserError
 
 POLL_SECONDS = 0.5  # between reads of the board
-GRACE_SECONDS = 2.0  # for the failed process to end first, so that launchers name it
-KEEPER_SECONDS = 60.0  # the board's keeper waits for the others; a compiling process reads a note late
+GRACE_SECONDS = 2.0  # lets the failed process exit first, so that launchers report that one
+KEEPER_SECONDS = 60.0  # how long the keeper waits for the others; a process that is compiling reads late
 
 
 class Board(NamedTuple):
-    """Where a failing process leaves a note for the others.  No function waits for another process.
+    """A message board where a failing process leaves a note for the others.
 
-    All raise OSError or RuntimeError if the board is gone.
+    Its functions never wait for other processes.  They raise OSError or RuntimeError if the board is gone.
     """
 
     process: int  # index of this process
-    post: Callable[[str], None]
-    read: Callable[[], str]  # the note, empty if there is none
-    end: Callable[[], None]  # announces that this process ends
-    all_end: Callable[[], bool]  # whether every process has announced it
-    keeper: bool  # the board ends with this process, so it ends last
+    post: Callable[[str], None]  # leaves a note
+    read: Callable[[], str]  # returns the note, or "" if there is none
+    end: Callable[[], None]  # announces that this process is exiting
+    all_end: Callable[[], bool]  # returns whether every process has announced its exit
+    keeper: bool  # whether this process hosts the board, and so must exit last
 
 
 @contextlib.contextmanager
 def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator[None]:
     """Run a command as one of several processes.
 
-    board: None for a single process, for which this does nothing.  finish: waits for all processes, on success.
-    If this process fails, it prints its error, leaves a note and ends with exit code 2 for a `UserError`, else 1.  If
-    another one fails, this one prints one line and ends with exit code 1, even while waiting in a collective.
+    board: None for a single process, in which case this does nothing.  finish: waits for all processes, on success.
+    If this process fails, it prints its error, leaves a note and exits with code 2 for a `UserError`, otherwise 1.  If
+    another process fails, this one prints one line and exits with code 1, even while blocked in a collective.
     """
     if board is None:
         yield
@@ -47,9 +47,9 @@ def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator
     try:
         yield
         finish()
-    except BaseException as error:  # of any kind: the others must not wait for this process
+    except BaseException as error:  # any kind: the others must not wait for this process
         if over.is_set():
-            watch.join()  # it is ending this process
+            watch.join()  # it is about to exit this process
         over.set()
         _end(board, error)
     over.set()
@@ -57,7 +57,7 @@ def ending_together(board: Board | None, finish: Callable[[], None]) -> Iterator
 
 
 def _watch(board, over):
-    """Read the board until this process is over; end it if there is a note."""
+    """Poll the board until this process is done; exit it if there is a note."""
     while not over.wait(POLL_SECONDS):
         note = _look(board)
         if note and not over.wait(GRACE_SECONDS):
@@ -66,15 +66,15 @@ def _watch(board, over):
 
 
 def _look(board):
-    """Return the note on the board, empty if there is none."""
+    """Return the note on the board, or "" if there is none."""
     try:
         return board.read()
     except (OSError, RuntimeError):
-        return "the process that coordinates this run has ended, so this one ends too"
+        return "the process that coordinates this run has exited; stopping this one too"
 
 
 def _end(board, error):
-    """End this process after an error of its own, or one caused by the failure of another process."""
+    """Exit this process after an error of its own, or one caused by another process's failure."""
     note = _look(board)
     if note and not isinstance(error, UserError):  # a collective broke because its partner is gone
         _leave(board, f"error: {note}", 1)
@@ -84,12 +84,12 @@ def _end(board, error):
     if isinstance(error, SystemExit):
         code, text = error.code if isinstance(error.code, int) else 1, str(error.code)
     with contextlib.suppress(OSError, RuntimeError):
-        board.post(f"process {board.process} failed, see its message; this one ends too")
+        board.post(f"process {board.process} failed, see its message; stopping this one too")
     _leave(board, text, code)
 
 
 def _leave(board, text, code):
-    """Print and end, the keeper last, skipping Python's exit handlers, which may wait for other processes."""
+    """Print and exit, the keeper last.  Skips Python's exit handlers, which may wait for other processes."""
     print(text.rstrip(), file=sys.stderr, flush=True)
     sys.stdout.flush()
     deadline = time.monotonic() + KEEPER_SECONDS
@@ -98,5 +98,5 @@ def _leave(board, text, code):
         while board.keeper and time.monotonic() < deadline and not board.all_end():
             time.sleep(POLL_SECONDS)
     if board.keeper:
-        time.sleep(POLL_SECONDS)  # from the announcement to the end
+        time.sleep(POLL_SECONDS)  # lets the others exit after their announcement
     os._exit(code)
