@@ -1,1 +1,1 @@
-"""The cost of steps and samples, in time, FLOPs and memory.  Not installed; imports everything else but tests."""
+"""Cost of training steps and sampling in time, FLOPs and memory.  Not installed; may import everything but tests."""

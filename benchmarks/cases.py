@@ -1,4 +1,4 @@
-"""The steps that are compared: the cases of a system, each with its config and its lower bound in forwards."""
+"""The steps to compare: each system's cases, with config and lower bound in forward passes."""
 
 import ast
 import copy
@@ -14,13 +14,13 @@ from meanflow.config.sections import find
 from meanflow.errors import UserError
 
 FLOW_MATCHING = "flow matching"
-NETWORKS = {  # of each system its network and its method
+NETWORKS = {  # network and method of each system
     "meanflow": ("dit", "meanflow"), "improved": ("imf_dit", "improved"), "decoupled": ("dmf_dit", "decoupled"),
     "rectified": ("dit", "rectified"),
 }  # fmt: skip
 SYSTEMS = tuple(NETWORKS)
 GUIDANCE = ("none", "kappa0", "kappa", "all")
-OPTIONS_OF = {  # of config.method, by the kind of guidance
+OPTIONS_OF = {  # options of config.method by kind of guidance
     "none": {"guidance": False},
     "kappa0": {"guidance": True, "omega": 3.0, "kappa": 0.0},
     "kappa": {"guidance": True, "omega": 1.0, "kappa": 0.5},
@@ -32,13 +32,13 @@ class Case(NamedTuple):
 
     name: str
     config: base.Config
-    limit: float  # forwards F of a step (backward = 2F) divided by the 3F of flow matching
-    of: str = ""  # name of the case that a variant varies
+    limit: float  # forwards F in a step (backward = 2F) / the 3F of flow matching
+    of: str = ""  # for a variant: name of the base case
     variant: str = ""  # eager | remat | none
 
 
 def system_config(system: str, size: str, head_depth: int) -> base.Config:
-    """Return the config of a system on 32x32x4 latents of ImageNet, with a network of a DiT size."""
+    """Return the config of a system on 32x32x4 ImageNet latents, with a network of a DiT size."""
     config = base.get_config(*NETWORKS[system])
     config.model.update(DIT_SIZES[size], patch_size=4, input_size=32, channels=4, num_classes=1000)
     if system == "improved":
@@ -71,9 +71,9 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
 
 
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield (name, options by dotted name or a config, limit), flow matching first: flow rows alone, without guidance.
+    """Yield (name, options by dotted name or a config, limit).  First flow matching: only flow rows, no guidance.
 
-    Re-MeanFlow's guidance always needs both forwards; the U-Net has no classes and so no guidance.
+    Re-MeanFlow's guidance always needs both forwards; the U-Net is unconditional, so it has no guidance.
     """
     yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
     possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
@@ -88,7 +88,7 @@ def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield the same for improved MeanFlow.
 
-    Flow matching uses one head on flow rows alone, with as many blocks as u has, without guidance and tangent.
+    Flow matching is on flow rows only, with a single head, as many blocks as u, no guidance and no JVP.
     """
     one_head = {"model.head_depth": 0, "method.guidance": False}
     yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
@@ -101,7 +101,7 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
 
 
 def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield the same for decoupled MeanFlow, relative to the flow model that it starts from."""
+    """Yield the same for decoupled MeanFlow, relative to the flow model it starts from."""
     yield FLOW_MATCHING, base.recompose(config, "dit", "flow"), 1.0
     for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
         if kind in kinds:
@@ -122,7 +122,7 @@ CASES = {
 def make_cases(
     config: base.Config, shares: Sequence[float], kinds: Sequence[str] = GUIDANCE, variants: Sequence[str] = ()
 ) -> list[Case]:
-    """Return the cases of the system `config.method.name`, each followed by its variants.
+    """Return the cases for `config.method.name`, each followed by its variants.
 
     shares: fractions of rows with r < t; () for the system's default.  variants: eager (PyTorch, not compiled), remat.
     Raises UserError for a config that cannot be trained as it is.
@@ -146,9 +146,9 @@ def default_shares(config: base.Config) -> tuple[float, ...]:
 
 
 def make_config(config: base.Config, options: dict | base.Config) -> base.Config:
-    """Return the config with options by dotted name, one stage and no micro-batches, checked for the fewest devices.
+    """Return the config with options applied, a single stage and no micro-batches; checked for one device.
 
-    options: may be a whole config instead.
+    options: {dotted name: value}, or a whole config to use instead.
     """
     config = copy.deepcopy(config if isinstance(options, dict) else options)
     one_stage = {"method.stage1_steps": 0} if "stage1_steps" in config.method else {}
@@ -161,7 +161,7 @@ def make_config(config: base.Config, options: dict | base.Config) -> base.Config
 
 
 def make_batch(config: base.Config) -> dict[str, np.ndarray]:
-    """Return a random batch of `config.train.batch_size` rows with everything the method and the network read."""
+    """Return a random batch of `config.train.batch_size` rows with every input of the method and the network."""
     c, num, rng = config.model, config.train.batch_size, np.random.default_rng(0)
     shape = (num, c.input_size, c.input_size, c.channels)
     batch = {

@@ -1,8 +1,7 @@
-"""Training steps and samplers in JAX: builds, runs and counts them, and measures memory.  Twin of torch_steps.py.
+"""Builds and runs training steps and samplers in JAX; measures FLOPs and memory.  Twin of torch_steps.py.
 
-Also a program, `python -m benchmarks.jax_steps CONFIG.json NUM RUNS`, that measures a step on several fake devices of
-the CPU and prints one JSON object: seconds of each run, the metrics of the first steps and the collectives of the
-program.
+Also a program, `python -m benchmarks.jax_steps CONFIG.json NUM RUNS`, that measures a step on several fake CPU devices
+and prints one JSON object: seconds per run, metrics of the first steps and collectives of the program.
 """
 
 import collections
@@ -26,7 +25,7 @@ from jax_impl.methods import METHODS
 from jax_impl.sample import make_sampler
 from meanflow.config import store
 
-MATMULS = 8  # in one run
+MATMULS = 8  # per run
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 BITS = {"pred": 8, "bf16": 16, "f16": 16, "f32": 32, "f64": 64, "s32": 32, "u32": 32, "s64": 64, "u64": 64}
 
@@ -35,7 +34,7 @@ class Step:
     """A compiled training step and its state."""
 
     def __init__(self, config, batch, mesh=None):
-        """Draw the state and compile.  batch: numpy arrays by name.  mesh: None for all devices."""
+        """Initialise the state and compile.  batch: numpy arrays by name.  mesh: None for all devices."""
         mesh = mesh or step.make_mesh(config)
         graphdef, self._state = step.create_state(config, mesh)
         self._batch = step.put_batch(batch, mesh)
@@ -43,7 +42,7 @@ class Step:
         self._compiled = train_step.lower(self._state, self._batch).compile()
 
     def run(self):
-        """Take one more step, wait for it, and return its metrics."""
+        """Run one step, wait for it and return its metrics."""
         self._state, metrics = self._compiled(self._state, self._batch)
         return jax.block_until_ready((self._state, metrics))[1]
 
@@ -52,9 +51,9 @@ class Step:
         return self._compiled.as_text()
 
     def memory(self):
-        """Return bytes by name.  peak_bytes: as planned by XLA, for arguments (including the state) and temporaries.
+        """Return bytes by name.  peak_bytes: XLA's plan for arguments (including the state) and temporaries.
 
-        Only this number does not depend on what else the process holds.
+        It is the only figure unaffected by other allocations of the process.
         """
         plan = self._compiled.memory_analysis()
         sizes = {name: getattr(plan, f"{name}_size_in_bytes") for name in ("temp", "argument", "output", "alias")}
@@ -73,7 +72,7 @@ def sampling(config, noise, labels):
 
 
 def start(config):
-    """Set precision as the trainer does."""
+    """Set the precision as the trainer does."""
     set_precision(config)
 
 
@@ -84,10 +83,11 @@ def device():
 
 
 def count_step(config, batch):
-    """Return the FLOPs of a training step, as XLA counts them in the unoptimised program.
+    """Return the FLOPs of a training step, counted by XLA in the unoptimised program.
 
-    A loop counts once, so there must be no micro-batches.  Attention is counted in its plain form.  Everything counts,
-    including element-wise work, optimizer and EMA.  The program is for a CPU: XLA counts no other before compiling.
+    Counts everything, including element-wise operations, optimizer and EMA, with plain attention.  XLA counts the body
+    of a loop once, so there must be no micro-batches.  The program targets the CPU, the only target that XLA can count
+    before compiling.
     """
     config, mesh = countable(config), local_mesh(jax.devices("cpu")[:1])
     graphdef, state = jax.eval_shape(lambda: step.create_state(config, mesh))
@@ -97,7 +97,7 @@ def count_step(config, batch):
 
 
 def count_forward(config, batch):
-    """Return the FLOPs of a loss without gradient, which for flow matching is one forward F of the network."""
+    """Return the FLOPs of the loss without its gradient; for flow matching, one forward F of the network."""
     config = countable(config)
     graphdef, params = step.abstract_net(config)
     method = METHODS[config.method.name]
@@ -112,7 +112,7 @@ def count_forward(config, batch):
 
 
 def countable(config):
-    """Return the config of a step in which all operations can be counted."""
+    """Return the config with options that allow every operation to be counted."""
     config = copy.deepcopy(config)
     if "attention" in config.model:
         config.model.attention = "plain"
@@ -121,17 +121,17 @@ def countable(config):
 
 
 class Matmul:
-    """Large square matmuls in the dtype and precision of a config: the yardstick for the speed of steps."""
+    """Large square matmuls in the dtype and precision of a config: a reference for the speed of steps."""
 
     def __init__(self, config):
-        """Make the factors."""
+        """Create the factors."""
         size = 1024 if device()[0] == "cpu" else 8192
         self.flops = MATMULS * 2 * size**3
         self._a = jnp.full((size, size), 1 / size, config.model.compute_dtype)  # a @ a = a
         self._matmul = jax.jit(jnp.matmul)
 
     def run(self):
-        """Multiply several times in sequence, and wait for the last product."""
+        """Multiply several times in sequence and wait for the last product."""
         product = self._a
         for _ in range(MATMULS):
             product = self._matmul(product, self._a)
@@ -139,7 +139,7 @@ class Matmul:
 
 
 def main(path, num_devices, runs):
-    """Measure a step on several devices and print."""
+    """Measure a step on several devices and print the figures."""
     jax.config.update("jax_num_cpu_devices", num_devices)
     config = store.from_json(pathlib.Path(path).read_text())
     start(config)
@@ -150,7 +150,7 @@ def main(path, num_devices, runs):
 
 
 def collectives(program):
-    """Return {kind: {"count": N, "bytes": B}} of a compiled program; B is the size of all results on one device.
+    """Return {kind: {"count": N, "bytes": B}} for a compiled program; B is the total size of results on one device.
 
     An asynchronous pair counts once, at its end.
     """

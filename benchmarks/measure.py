@@ -1,4 +1,4 @@
-"""Measures a table of cases, each step between two of flow matching, so that ratios are of paired runs."""
+"""Measures a table of cases.  Each step runs between two flow-matching steps, so ratios are of paired runs."""
 
 import importlib
 import itertools
@@ -9,15 +9,15 @@ from tqdm import tqdm
 
 from benchmarks import cases, memory
 
-MATMUL = "matmul"  # timed like a step, because the speed of a machine may change during a measurement
-WARM_UP = 2  # steps of each case before the measured ones
-FIRST = 3  # steps on several devices before the measured ones, whose metrics are reported
+MATMUL = "matmul"  # timed like a step, because machine speed may drift during a measurement
+WARM_UP = 2  # unmeasured steps per case before the measured ones
+FIRST = 3  # unmeasured steps on several devices, whose metrics are reported
 
 
 def measure(framework, table, runs, memory_of=None):
-    """Return one row per case, a dictionary made by `figures`.
+    """Return one row per case, a dictionary from `figures`.
 
-    table: list of cases with one batch size.  runs: number of paired runs.  memory_of: {case: bytes by name} if already
+    table: cases that share one batch size.  runs: number of paired runs.  memory_of: {case: bytes by name} if already
     measured; if None, memory is measured in this process.
     """
     steps = importlib.import_module(f"benchmarks.{framework}_steps")
@@ -43,7 +43,7 @@ def measure(framework, table, runs, memory_of=None):
 
 
 def warm(step):
-    """Return the step after a few runs; the first may compile it."""
+    """Return the step after warm-up runs, the first of which may compile it."""
     for _ in range(WARM_UP):
         step.run()
     return step
@@ -52,8 +52,8 @@ def warm(step):
 def take_turns(built, runs):
     """Return {name: seconds of each run} and {name: mean seconds of the flow-matching steps before and after}.
 
-    A run takes every step once, each between two of flow matching, so that a machine that slows down or recovers
-    affects both.  Flow matching is paired with itself.
+    Each run takes every step once, each between two flow-matching steps, so that changes in machine speed affect both.
+    Flow matching is paired with itself.
     """
     times, around = {name: [] for name in built}, {name: [] for name in built}
     others = dict(built)
@@ -78,12 +78,12 @@ def seconds(step):
 
 
 def figures(case, times, ratios, counted, shared):
-    """Return the cost of a case by name, and what all cases share.
+    """Return the figures of a case by name, including those that all cases share.
 
-    ratio: median, relative to the flow-matching steps around it.  limit: the ratio of forwards.  ratio_at_matmul_rate:
-    the ratio if everything beyond the measured flow-matching step ran as fast as a large matmul.  counted_ratio: of
-    counted FLOPs.  formula_flops: the limit times the 3F of flow matching; achieved FLOP/s and their fraction of the
-    matmul rate, also from paired runs, refer to these, so that superfluous computation does not count.
+    ratio: median time relative to the surrounding flow-matching steps.  limit: ratio of forwards.
+    ratio_at_matmul_rate: the ratio if all work beyond the measured flow-matching step ran at the speed of a large
+    matmul.  counted_ratio: ratio of counted FLOPs.  formula_flops: the limit times the 3F of flow matching.  Achieved
+    FLOP/s and their fraction of the matmul rate (from paired runs) use formula_flops, so redundant work does not count.
     """
     median, config, ratio = statistics.median(times[case.name]), case.config, ratios[case.name]
     counted_ratio = counted[case.name] / counted[cases.FLOW_MATCHING]
@@ -100,12 +100,12 @@ def figures(case, times, ratios, counted, shared):
 
 
 def paired(times, others):
-    """Return the median of paired ratios of two steps."""
+    """Return the median of the paired ratios of two steps."""
     return statistics.median(a / b for a, b in zip(times, others, strict=True))
 
 
 def compare(table, rows, times):
-    """Add to the rows how cases and their variants compare in time and peak memory."""
+    """Add to the rows how variants compare with their cases in time and peak memory."""
     by_name = {row["case"]: row for row in rows}
     for case, row in zip(table, rows, strict=True):
         if case.variant == "eager":
@@ -117,9 +117,9 @@ def compare(table, rows, times):
 
 
 def sweep(framework, points, runs, own_process=False):
-    """Return the rows of every table of cases in `points`, in order.
+    """Return the rows for every table of cases in `points`, in order.
 
-    own_process: measure the memory of each case in a process of its own, before this one reserves that of a GPU.
+    own_process: measure the memory of each case in a separate process, before this one reserves GPU memory.
     """
     memories = [
         {case.name: memory.of_step(framework, case.config) for case in tqdm(table, "memory")} if own_process else None

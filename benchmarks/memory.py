@@ -1,8 +1,8 @@
-"""Memory of one training step, measured in a process of its own: `python -m benchmarks.memory jax|torch CONFIG.json`.
+"""Memory of one training step, measured in a separate process: `python -m benchmarks.memory jax|torch CONFIG.json`.
 
 Prints one JSON object, in bytes.  peak_bytes: planned by XLA, or allocated on a GPU by PyTorch; for PyTorch on a CPU,
 the state plus the growth of resident memory in one step.  rss_peak_bytes, rss_growth_bytes: resident memory on a CPU.
-Only a fresh process shows the growth, because the allocator keeps and reuses what earlier steps freed.
+Growth only shows in a fresh process, because the allocator reuses memory freed by earlier steps.
 """
 
 import ctypes
@@ -16,11 +16,11 @@ import tempfile
 from benchmarks import cases
 from meanflow.config import store
 
-WARM_UP = 2  # steps before the measured one
+WARM_UP = 2  # unmeasured steps before the measured one
 
 
 def of_step(framework, config):
-    """Return the figures of a step of the config, see `run`."""
+    """Return the memory of a step, measured in a separate process; see `run`."""
     return run(["-m", "benchmarks.memory", framework], config)
 
 
@@ -37,7 +37,7 @@ def run(argv, config, *more, env=None):
 
 
 def measure(framework, config):
-    """Return the same, measured in this process."""
+    """Return the memory of a step, measured in this process."""
     steps = importlib.import_module(f"benchmarks.{framework}_steps")
     steps.start(config)
     step = steps.Step(config, cases.make_batch(config))
@@ -52,9 +52,9 @@ def measure(framework, config):
 
 
 def resident(run):
-    """Return bytes by name: the peak of resident memory during `run()`, and its growth over the memory before."""
+    """Return bytes by name: peak resident memory during `run()`, and its growth from before the call."""
     ctypes.CDLL(None).malloc_trim(0)
-    pathlib.Path("/proc/self/clear_refs").write_text("5")  # forget the peak
+    pathlib.Path("/proc/self/clear_refs").write_text("5")  # reset the peak
     before = status("VmRSS")
     run()
     peak = status("VmHWM")
@@ -62,7 +62,7 @@ def resident(run):
 
 
 def status(name):
-    """Return a size in /proc/self/status, in bytes."""
+    """Return a size from /proc/self/status in bytes."""
     lines = pathlib.Path("/proc/self/status").read_text().splitlines()
     [kib] = [line.split()[1] for line in lines if line.startswith(f"{name}:")]
     return int(kib) * 1024

@@ -1,4 +1,4 @@
-"""Error of u, du/dt, target and gradient in reduced precision relative to float64, at weights that are nowhere zero.
+"""Errors of u, du/dt, target and gradient in reduced precision relative to float64, with no weights at zero.
 
     python benchmarks/precision.py --framework=jax
     python benchmarks/precision.py --framework=torch --system meanflow improved --seeds=4 --markdown=precision.md
@@ -6,19 +6,20 @@
 
 Systems are published presets at full size, without dropout.  Modes, all with float32 parameters:
   float32        every product in float32
-  tpu            the same with factors rounded to bfloat16, as a TPU does by default, also for the official JAX code
+  tpu            float32 with factors rounded to bfloat16: the default on TPUs, unchanged in the official JAX code
   bfloat16       model.compute_dtype = bfloat16
   mixed          bfloat16 on rows with r = t and in guidance, float32 on rows with r < t: primal, gradient and tangent
-  mixed_tangent  bfloat16, but du/dt by a float32 network without gradient: one more forward on rows with r < t
-Weights, batches and draws are made from seeds by numpy and are exact in float32: every mode and both frameworks see the
-same.  Random weights have deviation 1/sqrt(fan-in), embeddings 1; layers that start at zero (gates, adaLN, the last
-layer of a residual branch) have --scales times as much, depending on how far training has moved them.
+  mixed_tangent  bfloat16, but du/dt from a float32 network without gradient: one more forward on rows with r < t
+numpy draws weights, batches and random numbers from seeds.  They are exact in float32, so every mode and both
+frameworks see the same values.  Random weights have standard deviation 1/sqrt(fan-in), embeddings 1; layers initialised
+to zero (gates, adaLN, the last layer of a residual branch) have --scales times that, to mimic how far training moves
+them.
 
-Yardstick: rounding matters if it is visible relative to the variation of the gradient between batches.  For independent
-batches i with gradients g_i and errors e_i, the squared norm of the mean gradient is the mean of g_i.g_j over i != j,
-and that of the bias, which no batch size averages out, the mean of e_i.e_j; what remains of both falls as 1/sqrt(batch
-size).  B is the published batch size.  At random weights, far from any optimum, batches agree; at trained ones the
-noise is much larger relative to the mean gradient.
+Criterion: rounding matters if it is visible next to the variation of the gradient between batches.  For independent
+batches i with gradients g_i and errors e_i, the squared norm of the mean gradient is the mean of g_i.g_j over i != j.
+That of the bias, which no batch size averages out, is the mean of e_i.e_j.  The remainder of both falls as
+1/sqrt(batch size); B is the published batch size.  At random weights, far from any optimum, batches agree; at trained
+weights the noise is much larger relative to the mean gradient.
 MeanFlow B/2 in batches of 2 takes 10 GB of memory in PyTorch, 15 GB in JAX.
 """
 
@@ -39,11 +40,11 @@ from meanflow.config import paths
 
 
 class Mode(NamedTuple):
-    """Data types of matmuls by place.  rounded: factors of float32 products are rounded to bfloat16."""
+    """Matmul data types by role.  rounded: factors of float32 products are rounded to bfloat16."""
 
     plain: str  # on rows with r = t, and in guidance
-    primal: str  # on rows with r < t, of u and its gradient
-    tangent: str  # on rows with r < t, of du/dt
+    primal: str  # on rows with r < t, for u and its gradient
+    tangent: str  # on rows with r < t, for du/dt
     rounded: bool = False
 
 
@@ -55,7 +56,7 @@ MODES = {
     "mixed":         Mode("bfloat16", "float32", "float32"),
     "mixed_tangent": Mode("bfloat16", "bfloat16", "float32"),
 }  # fmt: skip
-# Preset, parts of the names of layers that start at zero, and the tiny size for tests.
+# Preset, name parts of zero-initialised layers, and a tiny size for tests.
 TRANSFORMER = {"input_size": 8, "num_classes": 7, "depth": 2, "width": 64, "num_heads": 4}
 UNET = {"input_size": 8, "width": 16, "channel_mult": (1, 2), "num_blocks": 1, "attn_resolutions": (4,)}
 SYSTEMS = {
@@ -64,7 +65,7 @@ SYSTEMS = {
     "improved": (lambda: imf_imagenet.get_config("b2"), ("attn_scale", "mlp_scale"), TRANSFORMER | {"head_depth": 1}),
     "digits": (digits.get_config, ("adaLN_modulation",), TRANSFORMER),
 }
-# Smallest plausible error of u in bfloat16, which rounds by 2^-9: far above that of float32.
+# Smallest plausible error of u in bfloat16 (unit roundoff 2^-9), far above that of float32.
 LEAST_ERROR = 2**-12
 
 
@@ -79,9 +80,9 @@ def make_config(system, size):
 
 
 def random_weights(shapes, tables, gates, scale, seed=0):
-    """Return canonical weights {name: float32 array} that are nowhere zero, each drawn from its name and the seed.
+    """Return nonzero canonical weights {name: float32 array}, each drawn from its name and the seed.
 
-    gates: parts of the names of layers that start at zero, whose deviation is `scale` times that of the others.
+    gates: name parts of zero-initialised layers, whose standard deviation is `scale` times that of other layers.
     """
     weights = dict(tables)
     for name, shape in shapes.items():
@@ -92,7 +93,7 @@ def random_weights(shapes, tables, gates, scale, seed=0):
             weights[name] = np.float32(gain) * drawn
         elif len(shape) > 1:
             weights[name] = np.float32(gain / math.sqrt(math.prod(shape[1:]))) * drawn
-        else:  # of norms, and biases
+        else:  # scales of norms, and biases
             weights[name] = np.float32(0.1 * gain) * drawn + np.float32(name.endswith("weight"))
     return weights
 
@@ -112,7 +113,7 @@ def random_batch(config, num_rows, seed):
 
 
 def quantities_of(aux):
-    """Return {name: array} of what is compared: u of all rows, du/dt and target of rows with r < t.
+    """Return the compared {name: array}: u on all rows, du/dt and target on rows with r < t.
 
     The target of u is v_g - (t - r) du/dt in both methods; improved MeanFlow writes it as the compound velocity.
     """
@@ -122,13 +123,13 @@ def quantities_of(aux):
 
 
 class Sum:
-    """Running sum of independent vectors, each a dict of arrays by name."""
+    """Accumulates independent vectors, each a dict of arrays by name."""
 
     def __init__(self):
         self.total, self.squares = {}, []
 
     def add(self, vector):
-        """Add one."""
+        """Add a vector."""
         for name, a in vector.items():
             if name in self.total:
                 self.total[name] += a.astype(np.float32)
@@ -142,7 +143,7 @@ class Sum:
         return (sum(map(square, self.total.values())) - sum(self.squares)) / (num * (num - 1))
 
     def of_rest(self):
-        """Return the expected squared norm of the deviation of a vector from the expected one."""
+        """Return the expected squared norm of a vector's deviation from the expected vector."""
         return statistics.fmean(self.squares) - self.of_mean()
 
 
@@ -204,7 +205,7 @@ def study(framework, config, gates, args, weights=None):
                 got = quantities_of(aux)
                 figures[name].append(row | {key: relative_error(got[key], a) for key, a in values.items()})
                 bar.update()
-        share = args.batch / config.train.batch_size  # of the rows of a step
+        share = args.batch / config.train.batch_size  # fraction of a step's rows
         noise = at_batch(whole, whole, share)["error"]
         modes = {name: medians(figures[name]) | at_batch(sums[name], whole, share) for name in runs}
         check(modes)
@@ -226,7 +227,7 @@ def check(modes):
 def at_batch(errors, gradients, share):
     """Return the bias of a gradient and its error at the published batch size, relative to the mean gradient.
 
-    share: rows of a measured batch divided by those of a published one.  nan if too few seeds show no mean gradient.
+    share: measured / published batch size.  Returns nan if there are too few seeds to estimate the mean gradient.
     """
     norm, bias = max(gradients.of_mean(), 0.0) or math.nan, max(errors.of_mean(), 0.0)
     rest = errors.of_rest() * share
@@ -234,7 +235,7 @@ def at_batch(errors, gradients, share):
 
 
 def medians(rows):
-    """Return the median of each figure, and for names the most frequent one."""
+    """Return the median of each figure, or the most frequent value for names."""
     values = {key: [row[key] for row in rows] for key in rows[0]}
     return {key: statistics.mode(v) if isinstance(v[0], str) else statistics.median(v) for key, v in values.items()}
 
@@ -247,7 +248,7 @@ def main():
     parser.add_argument("--size", choices=("preset", "tiny"), default="preset")
     parser.add_argument("--modes", nargs="+", choices=tuple(MODES), default=list(MODES))
     parser.add_argument(
-        "--scales", type=float, nargs="+", default=[0.3, 1.0], help="deviations of layers that start at zero"
+        "--scales", type=float, nargs="+", default=[0.3, 1.0], help="relative deviations of zero-initialised layers"
     )
     parser.add_argument(
         "--weights", type=paths.expand, help="canonical .safetensors of one system, instead of random weights"

@@ -1,4 +1,4 @@
-"""The study of precision in JAX: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
+"""The precision study in JAX: a loss and its gradients in one mode, numpy in and out.  See precision.py."""
 
 import copy
 
@@ -19,8 +19,8 @@ PARTS = {"jit": "jaxpr", "pjit": "jaxpr", "custom_jvp_call": "call_jaxpr"}  # pr
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
-    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
+    It is called like the networks: first for the primal of all rows with a recording tape, then for the tangent with
+    the same tape.  If the data types of the two differ, nothing is recorded, and the tangent computes its own primal.
     """
 
     takes_tape = True
@@ -56,8 +56,8 @@ def shapes(config):
 def make(config, mode, compiled=False):
     """Return run(canonical weights, rows, draws) -> (aux, gradients by canonical name).
 
-    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is faster
-    only for tiny networks; otherwise operation by operation, each rounding its result as in PyTorch.
+    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  compiled: as one function, which is
+    faster only for tiny networks; otherwise one operation at a time, each rounding its result as in PyTorch.
     """
     method, dtype = METHODS[config.method.name], "float64" if mode.plain == "float64" else "float32"
     with jax.enable_x64(True):
@@ -97,9 +97,9 @@ def in_dtype(config, dtype):
 
 
 def with_rounded_factors(function):
-    """Return the function with the factors of its float32 products rounded to bfloat16, products summed in float32.
+    """Wrap a function: rounds the factors of its float32 products to bfloat16 and accumulates in float32.
 
-    This is how a TPU multiplies float32 by default, which the official JAX code does not change.
+    This is the default float32 product on TPUs, which the official JAX code does not change.
     """
 
     def evaluate(closed, *args):
@@ -116,7 +116,7 @@ def with_rounded_factors(function):
                 outputs = eqn.primitive.bind(*inputs, **eqn.params)
             outputs = outputs if eqn.primitive.multiple_results else [outputs]
             values.update(zip(eqn.outvars, outputs, strict=True))
-            for a in (*eqn.invars, *eqn.outvars):  # what nothing reads any more
+            for a in (*eqn.invars, *eqn.outvars):  # free values that are no longer needed
                 if isinstance(a, core.Var) and last.get(a, i) == i:
                     values.pop(a, None)
         return [a.val if isinstance(a, core.Literal) else values[a] for a in closed.jaxpr.outvars]

@@ -1,4 +1,4 @@
-"""Tables and plots of the study of precision."""
+"""Tables and plots of the precision study."""
 
 import numpy as np
 
@@ -27,7 +27,7 @@ def markdown(framework, results, args):
 
 
 def plot(path, framework, results, args):
-    """Draw the errors of each quantity by mode, a panel each for system and scale, with the sampling noise."""
+    """Plot the errors of each quantity by mode with the sampling noise, one panel per system and scale."""
     from matplotlib.figure import Figure
 
     shape = len(results), len(args.scales)

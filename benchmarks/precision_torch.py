@@ -1,4 +1,4 @@
-"""The study of precision in PyTorch: one loss and its gradients in a mode, from numpy to numpy.  See precision.py."""
+"""The precision study in PyTorch: a loss and its gradients in one mode, numpy in and out.  See precision.py."""
 
 import contextlib
 import copy
@@ -17,7 +17,7 @@ from torch_impl.methods import METHODS
 from torch_impl.models.tape import under_jvp
 
 aten = torch.ops.aten
-# Products, and the positions of their factors.
+# Products and the argument positions of their factors.
 FACTORS = {
     aten.mm: (0, 1), aten.bmm: (0, 1), aten.addmm: (1, 2), aten.baddbmm: (1, 2), aten.convolution: (0, 1),
     aten.convolution_backward: (0, 1, 2),
@@ -27,8 +27,8 @@ FACTORS = {
 class Mixed:
     """A network whose calls run in the data types of a mode.
 
-    It is called like the networks: for the primal of all rows with a tape that records, and for the tangent alone with
-    the same tape.  If these data types differ, nothing is recorded, and the tangent has a primal of its own.
+    It is called like the networks: first for the primal of all rows with a recording tape, then for the tangent with
+    the same tape.  If the data types of the two differ, nothing is recorded, and the tangent computes its own primal.
     """
 
     takes_tape = True
@@ -56,10 +56,10 @@ class Mixed:
 
 
 class Products(TorchDispatchMode):
-    """A mode in which products of bfloat16 factors are summed in float32 and rounded once, as on a GPU.
+    """A mode in which products of bfloat16 factors are accumulated in float32 and rounded once, as on a GPU.
 
-    A CPU without bfloat16 instructions does the same about a hundred times slower; here it multiplies in float32.
-    rounded: the factors of float32 products are rounded to bfloat16, but not the result, as on a TPU by default.
+    Emulated with float32 products, because a CPU without bfloat16 instructions would be about a hundred times slower.
+    rounded: also rounds the factors of float32 products to bfloat16, but not the results; the default on TPUs.
     """
 
     def __init__(self, rounded):
@@ -89,8 +89,8 @@ def shapes(config):
 def make(config, mode, emulate=True):
     """Return run(canonical weights, rows, draws) -> (aux, gradients by canonical name).
 
-    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  emulate: on a CPU, bfloat16 products run
-    as `Products` says; else as PyTorch's own.
+    rows, draws: arrays by name, images [b h w c].  mode: `precision.Mode`.  emulate: on a CPU, run bfloat16
+    products as `Products` does instead of with PyTorch's kernels.
     """
     method, device = METHODS[config.method.name], choose_device()
     nets = {name: build_net(config, name) for name in set(mode[:3])}
@@ -122,7 +122,7 @@ def make(config, mode, emulate=True):
 
 
 def build_net(config, dtype):
-    """Return the network with another compute dtype, and without storage for its parameters, which are given."""
+    """Return the network with another compute dtype and no parameter storage; callers pass the parameters."""
     config = copy.deepcopy(config)
     config.model.compute_dtype = dtype
     net = step.build_net(config)

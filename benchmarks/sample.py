@@ -1,12 +1,12 @@
-"""Cost of sampling: a flow map in a few steps, a flow model of the same network in many, with and without guidance.
+"""Cost of sampling: a flow map in a few steps versus a flow model of the same network in many steps, with guidance too.
 
     python benchmarks/sample.py --framework=jax
     python benchmarks/sample.py --framework=torch --size=B --steps 1 2 4 --flow_steps=50 --batch=16 --json sample.json
     python benchmarks/sample.py --framework=torch --config=configs/imf_imagenet.py:b2
 
-Uses the trainers' own samplers with random weights, from noise to images on the host; samplers take turns, figures are
+Runs the trainers' samplers with random weights, from noise to images on the host; samplers take turns, and figures are
 medians.  Networks that cannot be flow models (improved MeanFlow's and the U-Net) follow u(z, t, t) instead, which takes
-as many forwards.
+the same number of forwards.
 """
 
 import argparse
@@ -44,16 +44,16 @@ def flow_model(config):
 
 
 def make_table(config, steps, flow_steps, scale):
-    """Return [(name, config, forwards for an image)]."""
+    """Return [(name, config, forwards per image)]."""
     config = copy.deepcopy(config)
     config.sample.update(sampler="euler", times=())
     if config.model.name == "imf_dit":
-        config.model.v_heads = False  # sampling leaves the head of v out
+        config.model.v_heads = False  # sampling does not use the head of v
     flow, entries = flow_model(config), []
     if config.method.name != "flow":
         entries += [("flow map", config, num, 1.0) for num in steps]
     entries.append(("flow model", flow, flow_steps, 1.0))
-    if config.model.name not in ("unet", "imf_dit"):  # one has no classes, the other is conditioned on its guidance
+    if config.model.name not in ("unet", "imf_dit"):  # unet has no classes; imf_dit is conditioned on guidance
         entries.append((f"flow model, guided by {scale:g}", flow, flow_steps, scale))
     found = []
     for name, c, num, cfg_scale in entries:
@@ -96,7 +96,7 @@ def main(argv=None):
     """Parse the command line, measure, print and write.  Raises UserError for a wrong flag."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add_common(parser)
-    parser.set_defaults(runs=5)  # of many forwards each
+    parser.set_defaults(runs=5)  # each takes many forwards
     parser.add_argument("--steps", type=int, nargs="+", default=(1, 2, 4), help="steps of the flow map")
     parser.add_argument("--flow_steps", type=int, default=50, help="steps of the flow model")
     parser.add_argument("--cfg_scale", type=float, default=1.5, help="guidance scale of the flow model")

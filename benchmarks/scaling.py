@@ -1,11 +1,11 @@
-"""Cost of running one training step on several CPU devices, and proof that the result stays the same.
+"""Cost of running a training step on several CPU devices, and a check that the result stays the same.
 
     python benchmarks/scaling.py --framework=jax --devices 1 2 4
     python benchmarks/scaling.py --framework=torch --devices 1 2 --fsdp --json scaling.json
 
-The same batch and the same cores are divided among the devices, so the ratio to one device is the cost of sharing.  JAX
-uses fake devices in one process, all on the same threads; PyTorch uses one torchrun process per device (gloo), each
-with its part of the threads.  Each is measured in a process of its own.
+The devices share the same batch and the same cores, so the time relative to one device is the overhead of dividing the
+work.  JAX uses fake devices in one process, all on the same threads; PyTorch uses one torchrun process per device
+(gloo), each with its share of the threads.  Each configuration is measured in separate processes.
 """
 
 import argparse
@@ -35,7 +35,7 @@ COLUMNS = {
 
 
 def run(framework, config, num_devices, runs):
-    """Return the figures of a step on several devices, measured in processes of their own."""
+    """Return the figures of a step on several devices, measured in separate processes."""
     env = os.environ | {"JAX_PLATFORMS": "cpu", "CUDA_VISIBLE_DEVICES": ""}
     argv = ["-m", "benchmarks.jax_steps"]
     if framework == "torch":
@@ -46,7 +46,7 @@ def run(framework, config, num_devices, runs):
 
 
 def row(name, figures, one):
-    """Return the figures of a row.  one: those of a single device."""
+    """Return the figures of a row.  one: the figures of a single device."""
     median = statistics.median(figures["times"])
     first, last = (difference(figures["metrics"][i], one["metrics"][i]) for i in (0, -1))
     found = {"case": name, "median_s": median, "ratio": median / statistics.median(one["times"])}

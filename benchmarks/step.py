@@ -6,12 +6,12 @@
     python benchmarks/step.py --framework=jax --config=configs/meanflow_cifar10.py:v1 --set model.width=32
     python benchmarks/step.py --framework=jax --batches 4 8 16 --patches 8 4 2 --plot step.png --json step.json
 
-Steps take turns, so ratios are of paired runs; medians are printed as Markdown.  The limit is counted in forwards F
-(backward = 2F): 3F for flow matching, p F for the tangent, plus guidance; in improved MeanFlow 3F more for the fraction
-of F in its second head; in decoupled MeanFlow 3F for each of two terms.  FLOPs are counted by the framework and also
-derived from the limit, with F counted from one forward.  FLOP/s refer to the latter, and are compared with a large
-square matmul of the same dtype, which takes turns with the steps.  "Ratio at matmul rate" is the ratio if everything
-beyond flow matching ran at that rate.
+Steps take turns, so ratios are of paired runs; medians are printed as Markdown.  The limit counts forwards F (backward
+= 2F): 3F for flow matching, p F for the tangent, plus guidance; improved MeanFlow adds 3F times the fraction of F in
+its second head; decoupled MeanFlow takes 3F for each of two terms.  FLOPs are counted by the framework and also derived
+from the limit, with F counted from one forward.  FLOP/s use the derived count, and are compared with a large square
+matmul of the same dtype, which takes turns with the steps.  "Ratio at matmul rate" is the ratio if all work beyond flow
+matching ran at that rate.
 """
 
 import argparse
@@ -29,11 +29,11 @@ def parse(argv=None):
     parser.add_argument("--patches", type=int, nargs="+", default=(), help="patch sizes; one table each")
     parser.add_argument("--batches", type=int, nargs="+", default=(), help="batch sizes; one table each")
     parser.add_argument("--shares", type=float, nargs="+", default=(), help="fractions p of rows with r < t")
-    parser.add_argument("--guidance", nargs="+", choices=cases.GUIDANCE, help="kinds; by default all")
+    parser.add_argument("--guidance", nargs="+", choices=cases.GUIDANCE, help="kinds of guidance; by default all")
     parser.add_argument("--eager", action="store_true", help="PyTorch: also measure each step without torch.compile")
     parser.add_argument("--remat", action="store_true", help="also measure each step with train.remat")
-    parser.add_argument("--memory", action="store_true", help="measure the memory of each step in a process of its own")
-    parser.add_argument("--plot", type=paths.written, help="plot time over batch and tokens into this PNG")
+    parser.add_argument("--memory", action="store_true", help="measure the memory of each step in a separate process")
+    parser.add_argument("--plot", type=paths.written, help="plot time against batch size and tokens to this PNG")
     return parser.parse_args(argv)
 
 
@@ -67,7 +67,7 @@ def make_config(args, batch, patch=None):
 
 
 def describe(args, *configs):
-    """Return one line: what is measured, with every batch size and patch of the configs."""
+    """Return a one-line description of what is measured, with all batch and patch sizes."""
     c = configs[0].model
     batches = " and ".join(dict.fromkeys(str(config.train.batch_size) for config in configs))
     sizes = [config.model.patch_size if "patch_size" in config.model else 1 for config in configs]

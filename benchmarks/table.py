@@ -28,7 +28,7 @@ COLUMNS = {  # title: (name of the figure, format)
 
 
 def markdown(rows, columns=None):
-    """Return a table of the rows, without empty columns; an empty cell is a dash."""
+    """Return a table of the rows without empty columns; empty cells show a dash."""
     columns = columns or COLUMNS
     shown = {title: spec for title, spec in columns.items() if any(row.get(spec[0]) is not None for row in rows)}
     lines = [shown.keys(), ["---"] * len(shown)]
@@ -63,9 +63,9 @@ def to_json(rows, setting):
 
 
 def plot(rows, path: pathlib.Path, setting):
-    """Plot time and examples/s of a step over what the sweep varies, with one line per case.
+    """Plot time and examples/s of a step against what the sweep varies, with one line per case.
 
-    That is the batch, the tokens of an image or both; if both vary, there is one line per value of the other.
+    That is the batch size, the tokens per image or both; if both vary, there is one line per value of the other.
     """
     import matplotlib
 
@@ -99,7 +99,7 @@ def plot(rows, path: pathlib.Path, setting):
 
 
 def lines_of(rows, x, other, y):
-    """Return {name of a line: [(x, y), ...]}, ordered by x."""
+    """Return {line name: [(x, y), ...]}, sorted by x."""
     several = len({row[other] for row in rows}) > 1
     lines = {}
     for row in sorted(rows, key=lambda row: row[x]):

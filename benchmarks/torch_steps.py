@@ -1,8 +1,8 @@
-"""Training steps and samplers in PyTorch: builds, runs and counts them, and measures memory.  Twin of jax_steps.py.
+"""Builds and runs training steps and samplers in PyTorch; measures FLOPs and memory.  Twin of jax_steps.py.
 
 Also a program, `torchrun --nproc_per_node=NUM -m benchmarks.torch_steps CONFIG.json NUM RUNS`, that measures a step on
-several processes.  The first prints one JSON object: seconds of each run, the metrics of the first steps and how much
-of the all-reduces overlaps with the backward pass, by DDP's own clock.
+several processes.  The first prints one JSON object: seconds per run, metrics of the first steps, and how much of the
+all-reduces overlaps with the backward pass according to DDP's own timers.
 """
 
 import copy
@@ -24,23 +24,23 @@ from torch_impl.devices import choose_device, set_precision, start_torch
 from torch_impl.methods import METHODS
 from torch_impl.sample import make_sampler
 
-MATMULS = 8  # in one run
+MATMULS = 8  # per run
 
 
 class Step:
-    """A training step, compiled if the config says so, and its state."""
+    """A training step, compiled if the config enables it, and its state."""
 
     def __init__(self, config, batch, mesh=None):
-        """Draw the state.  batch: numpy arrays by name, of this process.  mesh: None for this process alone."""
+        """Initialise the state.  batch: this process's numpy arrays by name.  mesh: None for a single process."""
         dynamo: Any = torch._dynamo
-        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = 1024  # each case compiles its own
+        dynamo.config.recompile_limit = dynamo.config.accumulated_recompile_limit = 1024  # each case compiles anew
         self._device = choose_device()
         self._state = step.create_state(config, mesh, self._device)
         self._step = step.make_train_step(config)
         self._batch = step.put_batch(batch, self._device)
 
     def run(self):
-        """Take one more step, wait for it, and return its metrics."""
+        """Run one step, wait for it and return its metrics."""
         self._state, metrics = self._step(self._state, self._batch)
         if self._device.type == "cuda":
             torch.cuda.synchronize()
@@ -53,7 +53,7 @@ class Step:
     def memory(self):
         """Return bytes by name.  peak_bytes: the state plus what a step allocates on a GPU.
 
-        On a CPU only state_bytes: memory.py measures growth in a process of its own.
+        On a CPU only state_bytes: memory.py measures the growth in a separate process.
         """
         s = self._state
         moments = [a for p in s.net.parameters() for a in s.optimizer.state[p].values()]
@@ -77,7 +77,7 @@ def sampling(config, noise, labels):
 
 
 def start(config):
-    """Set precision and threads as the trainer does."""
+    """Set the precision and number of threads as the trainer does."""
     set_precision(config)
     if config.train.num_threads:
         torch.set_num_threads(config.train.num_threads)
@@ -91,15 +91,15 @@ def device():
 
 
 def count_step(config, batch):
-    """Return the FLOPs of a training step: matmuls and convolutions of loss and backward, without compiling.
+    """Return the FLOPs of matmuls and convolutions in loss and backward pass, uncompiled.
 
-    Attention is counted in its plain form.  Nothing is computed: the tensors are on the meta device.
+    Counts plain attention.  Nothing is computed: tensors are on the meta device.
     """
     return _count(config, batch, backward=True)
 
 
 def count_forward(config, batch):
-    """Return the FLOPs of a loss without gradient, which for flow matching is one forward F of the network."""
+    """Return the FLOPs of the loss without its gradient; for flow matching, one forward F of the network."""
     return _count(config, batch, backward=False)
 
 
@@ -111,7 +111,7 @@ def _count(config, batch, backward):
     draws = method.draw(torch.Generator().manual_seed(0), rows["image"].shape, config.method)
     rows, draws = {name: a.to("meta") for name, a in rows.items()}, method.Draws(*(a.to("meta") for a in draws))
     counter: Any = FlopCounterMode(display=False)
-    counter.mod_tracker = WholeNetwork()  # its own hooks fail on modules whose parameters need no gradient
+    counter.mod_tracker = WholeNetwork()  # the default hooks fail on modules whose parameters require no gradient
     with counter, torch.set_grad_enabled(backward):
         value, _ = loss(rows, draws)
         if backward:
@@ -120,7 +120,7 @@ def _count(config, batch, backward):
 
 
 class WholeNetwork:
-    """Replaces FlopCounterMode's tracker of the current module: it is always the whole network."""
+    """Replaces FlopCounterMode's module tracker: the current module is always the whole network."""
 
     parents = ("Global",)
 
@@ -132,7 +132,7 @@ class WholeNetwork:
 
 
 def countable(config):
-    """Return the config of a step in which all operations can be counted."""
+    """Return the config with options that allow every operation to be counted."""
     config = copy.deepcopy(config)
     if "attention" in config.model:
         config.model.attention = "plain"
@@ -141,17 +141,17 @@ def countable(config):
 
 
 class Matmul:
-    """Large square matmuls in the dtype and precision of a config: the yardstick for the speed of steps."""
+    """Large square matmuls in the dtype and precision of a config: a reference for the speed of steps."""
 
     def __init__(self, config):
-        """Make the factors."""
+        """Create the factors."""
         size = 1024 if device()[0] == "cpu" else 8192
         self.flops = MATMULS * 2 * size**3
         dtype = getattr(torch, config.model.compute_dtype)
         self._a = torch.full((size, size), 1 / size, dtype=dtype, device=choose_device())  # a @ a = a
 
     def run(self):
-        """Multiply several times in sequence, and wait for the last product."""
+        """Multiply several times in sequence and wait for the last product."""
         product = self._a
         for _ in range(MATMULS):
             product = torch.matmul(product, self._a)
@@ -161,7 +161,7 @@ class Matmul:
 
 
 def main(path, num_devices, runs):
-    """Measure a step on several processes; the first prints."""
+    """Measure a step on several processes; the first one prints the figures."""
     config = store.from_json(pathlib.Path(path).read_text())
     device = start_torch(config)
     rows, rank = config.train.batch_size // num_devices, dist.get_rank()
@@ -172,7 +172,7 @@ def main(path, num_devices, runs):
     first = step.reduce_metrics([measured.run() for _ in range(measure.FIRST)])
     times = []
     for _ in range(runs):
-        dist.barrier()  # otherwise a process would count the time it waits for another
+        dist.barrier()  # otherwise a process would include the time it waits for others
         times.append(measure.seconds(measured))
     figures = {"times": times, "metrics": first, "overlap": overlap(measured.wrapper())}
     if rank == 0:
@@ -181,7 +181,7 @@ def main(path, num_devices, runs):
 
 
 def overlap(wrapper):
-    """Return seconds of the backward pass, of its all-reduces and of their overlap, and their number, for DDP."""
+    """Return seconds of backward pass, all-reduces and overlap, and the number of all-reduces; None without DDP."""
     if not isinstance(wrapper, DistributedDataParallel):
         return None
     data = wrapper._get_ddp_logging_data()
