@@ -225,7 +225,7 @@ def test_moments_that_cannot_be(folder, tmp_path):
 
 def test_conventions_that_cannot_be(folder, tmp_path):
     for convention, words in (
-        ({"shift": [0]}, "is no convention"),
+        ({"shift": [0]}, "is not a latent convention"),
         ({"shift": [0], "scale": [1, 2], "pixels": "unit"}, "scale"),
     ):
         with pytest.raises(UserError, match=words):
