@@ -30,6 +30,7 @@ def caught() -> Iterator[None]:
         for number, handler in handlers.items():
             ended = signal.SIG_IGN if _received.is_set() else handler
             signal.signal(number, signal.SIG_DFL if ended is None else ended)
+        _received.clear()
 
 
 def asked() -> bool:

@@ -40,6 +40,7 @@ def test_a_run_is_asked_and_its_children_live_on(number):
         assert process.returncode == 0
     os.kill(os.getpid(), number)  # a second one, on its way out
     assert signal.getsignal(number) == signal.SIG_IGN
+    assert not signals.asked()  # the next run in this process was not
 
 
 def test_a_run_that_is_not_asked_leaves_the_handlers_as_they_were():
