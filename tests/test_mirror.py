@@ -19,7 +19,12 @@ ONE_SIDED = {
         "gelu": "it is another form for inductor, whose tanh was seen to cost more",
         "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
-    "models/tape.py": {"remembered": "PyTorch makes dual numbers by hand"},
+    "models/tape.py": {
+        "remembered": "PyTorch makes dual numbers by hand",
+        "KEPT": "inductor chooses what to keep for the backward pass",
+        "keeps": "the same",
+    },
+    "models/attention.py": {"has_cudnn": "PyTorch asks itself which kernel it can use"},
     "models/pixels.py": {"MASK32": "JAX has unsigned integers"},
     "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {

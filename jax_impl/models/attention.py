@@ -1,8 +1,11 @@
 """Self-attention, by matmul and softmax, which support forward-mode AD, or by a fused kernel."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from flax import nnx
+from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX has no public way to ask for it
 
 from jax_impl.models.layers import Linear, rms_norm
 from jax_impl.models.tape import under_jvp
@@ -57,12 +60,22 @@ def plain(q, k, v):
 def fused(q, k, v):
     """Attend by cuDNN's fused kernel, which supports gradients but no JVP.
 
-    On a GPU, in bfloat16 or float16; elsewhere XLA compiles the plain form, with its softmax in float32.
+    In a program for a GPU, in bfloat16 or float16; in others XLA compiles the plain form, with its softmax in float32.
     """
-    half = jnp.dtype(v.dtype).itemsize == 2
-    kernel = "cudnn" if half and jax.default_backend() == "gpu" else None
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    return jax.nn.dot_product_attention(q, k, v, implementation=kernel).swapaxes(1, 2)
+    kernels = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("cudnn", "xla")}
+    if has_cudnn() and jnp.dtype(v.dtype).itemsize == 2:
+        # Asked when the program is lowered: it may be for another platform than the default one.
+        return jax.lax.platform_dependent(q, k, v, cuda=kernels["cudnn"], default=kernels["xla"]).swapaxes(1, 2)
+    return kernels["xla"](q, k, v).swapaxes(1, 2)
+
+
+def has_cudnn():
+    """Return whether JAX finds cuDNN."""
+    try:
+        return bool(cudnn.check_cudnn_version())
+    except RuntimeError:
+        return False
 
 
 KERNELS = {"plain": plain, "fused": fused}

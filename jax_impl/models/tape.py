@@ -93,26 +93,37 @@ def _(function, primals, tangents):
     return y, function(tangent, weight)
 
 
-def rematerialised(forward):
-    """Decorate the forward of a block: if its `remat` is set, nothing inside it is kept for the backward pass.
+# What a block keeps of its forward for its gradient: the results of what is expensive.  Norms, activations, softmax and
+# casts are computed again, which costs less than to write them to memory and read them back.
+KEPT = ("dot_general", "conv_general_dilated", "dot_product_attention_fwd_wrapper", "dot_product_attention_fwd")
 
-    The backward pass recomputes it, so memory holds only what blocks pass to each other.
+
+def rematerialised(forward):
+    """Decorate the forward of a block: the backward pass recomputes what the block does not keep.
+
+    It keeps the results of `KEPT`; if its `remat` is set, nothing, so memory holds only what blocks pass to each other.
     """
 
     @functools.wraps(forward)
     def run(self, *args, tape: Any = None):
-        if not self.remat or under_jvp(tape):
+        if under_jvp(tape):
             return forward(self, *args, tape=tape)
+        checkpoint = functools.partial(jax.checkpoint, policy=None if self.remat else keeps)
         if getattr(tape, "state", "closed") == "closed":
-            return jax.checkpoint(functools.partial(forward, self))(*args)
+            return checkpoint(functools.partial(forward, self))(*args)
 
         def recorded(*args):
             inner = Tape(tape.select)
             return forward(self, *args, tape=inner), inner.outputs
 
-        y, outputs = jax.checkpoint(recorded)(*args)  # what is traced inside must come out as a result
+        y, outputs = checkpoint(recorded)(*args)  # what is traced inside must come out as a result
         for name, calls in outputs.items():
             tape.outputs.setdefault(name, []).extend(calls)
         return y
 
     return run
+
+
+def keeps(primitive, *_, **__):
+    """Return whether a block keeps the result of this primitive; a policy of `jax.checkpoint`."""
+    return primitive.name in KEPT
