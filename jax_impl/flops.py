@@ -18,6 +18,7 @@ def count_forward(config):
     Traces the network with plain attention and computes nothing.
     """
     config = copy.deepcopy(config)
+    config.model.compute_dtype = "float32"
     if "attention" in config.model:
         config.model.attention = "plain"
     graphdef, params = abstract_net(config)

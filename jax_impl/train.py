@@ -1,17 +1,18 @@
 """Training in JAX: what a run starts from, and what the shared loop (`meanflow.commands.train`) asks of a framework."""
 
 import functools
+import socket
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
 from jax_impl import weights
 from jax_impl.checkpoints import Checkpoints, read_weights
 from jax_impl.devices import first_does, gather
+from jax_impl.flops import count_forward
 from jax_impl.models.attention import check_kernels
 from jax_impl.sample import NETWORKS, make_sampler
 from jax_impl.step import (
@@ -24,6 +25,7 @@ from jax_impl.step import (
     put_batch,
     state_shardings,
 )
+from meanflow.commands import startup
 from meanflow.commands import train as training
 from meanflow.commands.logs import MetricLog
 from meanflow.commands.train import Termination
@@ -61,12 +63,11 @@ def train(config, workdir):
     # Only now that everything the config names has been found: a mistake leaves no directory behind.
     digests = training.read_contents(config, read_weights)
     lock = first_does(lambda: open_workdir(workdir, config, "jax", digests))
-    num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
-    logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
     log, step = MetricLog(workdir, active=first), int(state.step)
     run = training.Run(config, loader, checkpoints, log, training.Window(fetch), reports, lock)
     run.resume(step, progress)
+    run.per_step = report_setup(config, state)
     train_step, termination = make_train_step(config, graphdef, mesh, teacher=teacher), Termination(make_post(mesh))
     with training.closing(run, alone=jax.process_count() == 1):
         return training.loop(run, train_step, state, step, termination, peak_memory)
@@ -104,6 +105,26 @@ def load_teacher(config, mesh):
     net = nnx.merge(graphdef, params)
     params = weights.from_canonical(net, weights.transfer(net, params, canonical))
     return graphdef, jax.device_put(params, state_shardings(params, mesh))
+
+
+def report_setup(config, state):
+    """Report the set-up of a run, see `startup.report`, and return its result; {} except in the first process.
+
+    Call in all processes.
+    """
+    hosts = [host.decode() for host in gather(socket.gethostname().encode())]
+    if not hosts or jax.process_index():
+        return {}
+
+    def size(tree):  # bytes on one device
+        return sum(a.addressable_shards[0].data.nbytes for a in jax.tree.leaves(tree))
+
+    sizes = {"parameters": size(state.params), "optimizer": size(state.opt_state), "EMA": size(state.emas)}
+    sizes["gradients"] = sizes["parameters"]
+    num_parameters = sum(a.size for a in jax.tree.leaves(state.params))
+    device = jax.devices()[0].device_kind
+    setup = startup.Setup(hosts, jax.device_count(), device, num_parameters, sizes, count_forward(config))
+    return startup.report(config, setup, int(state.step))
 
 
 def fetch(metrics):

@@ -2,6 +2,7 @@
 
 import json
 import signal
+import socket
 
 import pytest
 
@@ -36,6 +37,8 @@ def test_a_report_that_fails(in_both, launcher, options, tmp_path, processes):
         (workdir / "snapshots").touch()  # where their directory belongs
         first, *others = [launcher.start(*command)] if processes == 1 else launcher.start_two(framework, *command)
         assert first.wait() == 2 and "snapshots" in first.stderr.splitlines()[-1], first.stderr
+        assert first.stderr.count("million parameters") == 1
+        assert f"hosts      1, with processes: {socket.gethostname()} {processes}" in first.stderr
         for other in others:
             assert other.wait() == 1, other.stderr
             assert "million parameters" not in other.stderr  # the first process says what holds for all

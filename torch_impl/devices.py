@@ -39,7 +39,7 @@ def start_torch(config, num_threads=0):
     Raises UserError if the processes cannot be joined.
     """
     set_precision(config)
-    remedy = "start one torchrun per node that knows the others, as launch/slurm.sh does"
+    remedy = "start one torchrun per node that knows the others, as launch/slurm_torch.sh does"
     cluster.check_started_together(os.environ, cluster.tasks_joined(os.environ), remedy)
     device = choose_device()
     if config.train.num_threads or num_threads:

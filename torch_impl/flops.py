@@ -17,6 +17,7 @@ def count_forward(config):
     Traces the network with plain attention and computes nothing.
     """
     config = copy.deepcopy(config)
+    config.model.compute_dtype = "float32"
     if "attention" in config.model:
         config.model.attention = "plain"
     with torch.device("meta"):

@@ -7,13 +7,15 @@ Run again with the same arguments to resume.
 """
 
 import functools
+import socket
 from typing import Any
 
 import torch
 import torch.distributed as dist
-from absl import logging
+from torch.distributed.tensor import DTensor
 
 from meanflow import signals
+from meanflow.commands import startup
 from meanflow.commands import train as training
 from meanflow.commands.logs import MetricLog
 from meanflow.commands.processes import ending_together
@@ -30,6 +32,7 @@ from meanflow.process_group import ProcessGroup
 from torch_impl import weights
 from torch_impl.checkpoints import Checkpoints, read_weights
 from torch_impl.devices import first_does, gather, make_board, start_torch, wait_for_all
+from torch_impl.flops import count_forward
 from torch_impl.models.attention import check_kernels
 from torch_impl.sample import NETWORKS, make_sampler
 from torch_impl.step import (
@@ -67,12 +70,11 @@ def train(config, workdir, device):
     # Only now that everything the config names has been found: a mistake leaves no directory behind.
     digests = training.read_contents(config, read_weights)
     lock = first_does(lambda: open_workdir(workdir, config, "torch", digests))
-    num_parameters = sum(p.numel() for p in state.net.parameters())
-    logging.info("%s: %.2f million parameters", config.model.name, num_parameters / 1e6)
     checkpoints.open()
     log, step = MetricLog(workdir, active=first), state.step
     run = training.Run(config, loader, checkpoints, log, training.Window(reduce_metrics), reports, lock)
     run.resume(step, progress)
+    run.per_step = report_setup(config, state)
     train_step, termination = make_train_step(config), Termination(make_post())
     with training.closing(run, alone=dist.get_world_size() == 1):
         return training.loop(run, train_step, state, step, termination, peak_memory)
@@ -109,6 +111,30 @@ def load_teacher(config, device):
     net = build_net(checks.check_teacher(config, own))
     net.load_state_dict(weights.from_canonical(net, weights.transfer(net, dict(net.named_parameters()), canonical)))
     return net.to(device).requires_grad_(False)
+
+
+def report_setup(config, state):
+    """Report the set-up of a run, see `startup.report`, and return its result; {} except in the first process.
+
+    Call in all processes.
+    """
+    hosts = [host.decode() for host in gather(socket.gethostname().encode())]
+    if not hosts or dist.get_rank():
+        return {}
+
+    def size(tensors):  # bytes on this process's device
+        return sum((a.to_local() if isinstance(a, DTensor) else a).nbytes for a in tensors)
+
+    params = list(state.net.parameters())
+    moments = [a for p in params for a in state.optimizer.state[p].values()]
+    emas = [a for ema in state.emas for a in ema.values()]
+    sizes = {"parameters": size(params), "optimizer": size(moments), "EMA": size(emas)}
+    sizes["gradients"] = size(p for p in params if p.requires_grad)
+    device = params[0].device
+    device = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    num_parameters = sum(p.numel() for p in params)
+    setup = startup.Setup(hosts, dist.get_world_size(), device, num_parameters, sizes, count_forward(config))
+    return startup.report(config, setup, state.step)
 
 
 def peak_memory(metrics):

@@ -49,6 +49,11 @@ class MetricLog:
         self.tensorboard.write_scalars(step, values)
         self._console.write_scalars(step, values)
 
+    def show(self, step: int, values: dict[str, float]) -> None:
+        """Show scalars on the console alone."""
+        if self.active:
+            self._console.write_scalars(step, values)
+
     def image(self, step: int, name: str, grid: np.ndarray) -> None:
         """Log an image, uint8 [H W 1] or [H W 3], to TensorBoard."""
         if self.active:
@@ -112,19 +117,40 @@ class MetricLog:
 
 
 class Progress:
-    """Reports progress on the console (steps/s, percentage, ETA) and steps/s to TensorBoard."""
+    """Reports progress on the console (steps/s, percentage, ETA) and rates to console and TensorBoard.
 
-    def __init__(self, num_steps: int, log: MetricLog):
-        """num_steps: optimizer steps of the whole run.  log: if inactive, nothing is reported."""
+    Not to metrics.jsonl, which a resumed run leaves as an unbroken one does.
+    """
+
+    def __init__(self, num_steps: int, log: MetricLog, per_step: dict[str, float] | None = None):
+        """num_steps: optimizer steps of the whole run.  log: if inactive, nothing is reported.
+
+        per_step: what a step gets done, by the name of its rate per second, such as examples_per_sec.
+        """
         self._report = None
         if log.active:
             from clu import periodic_actions
 
+            rates: Any = _Rates(log, per_step or {})
             self._report = periodic_actions.ReportProgress(
-                num_train_steps=num_steps, writer=log.tensorboard, every_secs=PROGRESS_SECONDS
+                num_train_steps=num_steps, writer=rates, every_secs=PROGRESS_SECONDS
             )
 
     def __call__(self, step: int) -> None:
         """Call after every step with the number of steps done; reports every `PROGRESS_SECONDS` and at the end."""
         if self._report is not None:
             self._report(step)
+
+
+class _Rates:
+    """A writer for clu's progress that adds other rates to its steps per second."""
+
+    def __init__(self, log, per_step):
+        self._log, self._per_step = log, per_step
+
+    def write_scalars(self, step, scalars):
+        rates = {name: amount * scalars.get("steps_per_sec", 0.0) for name, amount in self._per_step.items()}
+        if "steps_per_sec" in scalars and rates:
+            self._log.show(step, rates)
+            scalars = scalars | rates
+        self._log.tensorboard.write_scalars(step, scalars)

@@ -101,6 +101,7 @@ class Run:
         """checkpoints: the framework's `Checkpoints`.  lock: on the work directory, in the first process, else None."""
         self.config, self.loader, self.checkpoints = config, loader, checkpoints
         self.log, self.window, self.reports, self.lock = log, window, reports, lock
+        self.per_step: dict[str, float] = {}  # see `Progress`
         self.pending = False  # whether the reports of the step the run starts from are still to be made
 
     def resume(self, step: int, progress: dict | None) -> None:
@@ -171,7 +172,7 @@ def loop(
     run resumed from it makes them first.  A run that is asked to stop leaves them for then: there may be no time.
     """
     c, first = run.config.train, step
-    progress = Progress(c.steps, run.log)
+    progress = Progress(c.steps, run.log, run.per_step)
     if c.checkpoint_at_start and step == 0:
         run.save(state)
         run.checkpoints.wait()
