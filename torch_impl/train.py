@@ -119,7 +119,7 @@ def report_setup(config, state):
     Call in all processes.
     """
     hosts = [host.decode() for host in gather(socket.gethostname().encode())]
-    if not hosts or dist.get_rank():
+    if not hosts:
         return {}
 
     def size(tensors):  # bytes on this process's device
