@@ -37,6 +37,7 @@ def get_config(variant: str = "b4") -> options.Config:
     config.data.num_workers = 8
     config.model.update(DIT_SIZES[size], patch_size=patch_size, input_size=32, channels=4, num_classes=1000)
     config.model.compute_dtype = "bfloat16"  # its rounding is far below the noise of a batch: docs/performance.md
+    config.model.attention = "fused"  # 0.9 of the memory: docs/rehearsal.md
     config.method.omega, config.method.kappa = omega, kappa
     config.method.guidance = (omega, kappa) != (1.0, 0.0)
     config.method.guidance_start, config.method.guidance_end = start, end

@@ -16,6 +16,7 @@ from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
 from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
+from jax_impl.models.attention import compiled_for
 from meanflow.config.stages import stages
 
 BATCH = PartitionSpec(AXES)  # batch rows over all devices
@@ -212,7 +213,8 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
             rows = jax.tree.map(micro_batches, rows)
         # Every device gathers whole parameters and gradients; otherwise activations would be sharded like parameters.
         params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), whole)
-        grads, metrics = jax.lax.with_sharding_constraint(gradients(stage, params, frozen, *rows), whole)
+        with compiled_for(mesh):
+            grads, metrics = jax.lax.with_sharding_constraint(gradients(stage, params, frozen, *rows), whole)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, grads, settings[stage].train)

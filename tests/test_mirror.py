@@ -21,10 +21,14 @@ ONE_SIDED = {
     },
     "models/tape.py": {
         "remembered": "PyTorch makes dual numbers by hand",
+        "in_turn": "autograd runs blocks in order, and DDP reduces each bucket as soon as it is full",
         "KEPT": "inductor chooses what to keep for the backward pass",
         "keeps": "the same",
     },
-    "models/attention.py": {"has_cudnn": "PyTorch asks itself which kernel it can use"},
+    "models/attention.py": {
+        "compiled_for": "PyTorch runs where its tensors are",
+        "has_kernel": "PyTorch asks itself which kernel it can use",
+    },
     "models/pixels.py": {"MASK32": "JAX has unsigned integers"},
     "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {
@@ -53,6 +57,7 @@ ONE_SIDED = {
         "wrap": "the same",
         "synchronised": "JAX reduces gradients itself",
         "reduce_metrics": "the same",
+        "copy_beside": "JAX copies on a stream of its own",
         "fold": "JAX has fold_in",
     },
     "weights.py": {

@@ -1,6 +1,7 @@
 """One training step: gradients, optimizer and EMA, around one compiled loss, over one process or many."""
 
 import contextlib
+import functools
 import math
 import os
 import warnings
@@ -108,7 +109,7 @@ def wrap(loss, config, mesh: DeviceMesh | None):
     with warnings.catch_warnings():  # torch 2.13 renames the argument; 2.11 only has this name
         warnings.simplefilter("ignore", FutureWarning)
         # Buffers are fixed tables, equal everywhere; and torch 2.13 fails to broadcast a single one of rank 3.
-        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False)
+        return DistributedDataParallel(loss, device_ids=ids, broadcast_buffers=False, gradient_as_bucket_view=True)
 
 
 def create_state(config, mesh, device, params=None, teacher=None):
@@ -269,13 +270,30 @@ def reduce_metrics(window):
 
 
 def put_batch(batch, device):
-    """Put this process's rows of a numpy batch on its device, images as [b c h w] but channels last in memory."""
+    """Put this process's rows of a numpy batch on its device, images as [b c h w] but channels last in memory.
+
+    Waits for the copies, but not for steps: on a GPU, they have a stream of their own.
+    """
     rows = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
-    if device.type == "cuda":  # copies from pinned memory are asynchronous
-        rows = {name: a.pin_memory() for name, a in rows.items()}
-    rows = {name: a.to(device, non_blocking=True) for name, a in rows.items()}
+    rows = copy_beside(rows, device) if device.type == "cuda" else {name: a.to(device) for name, a in rows.items()}
     images = {name: rows[name].permute(0, 3, 1, 2) for name in ("image", "noise") if name in rows}
     return rows | images | {"label": rows["label"].long()}
+
+
+def copy_beside(rows, device):
+    """Return tensors copied to a GPU, while its current stream computes."""
+    stream, computing = _copies(device), torch.cuda.current_stream(device)
+    with torch.cuda.stream(stream):
+        rows = {name: a.pin_memory().to(device, non_blocking=True) for name, a in rows.items()}
+    stream.synchronize()
+    for a in rows.values():
+        a.record_stream(computing)  # or its memory could be given to the next batch while a step reads it
+    return rows
+
+
+@functools.cache
+def _copies(device):
+    return torch.cuda.Stream(device)
 
 
 def fold(*numbers):

@@ -1,11 +1,11 @@
 """Self-attention, by matmul and softmax, which support forward-mode AD, or by a fused kernel."""
 
-import functools
+import contextlib
+import contextvars
 
 import jax
 import jax.numpy as jnp
 from flax import nnx
-from jax._src.cudnn import fused_attention_stablehlo as cudnn  # JAX has no public way to ask for it
 
 from jax_impl.models.layers import Linear, rms_norm
 from jax_impl.models.tape import under_jvp
@@ -60,23 +60,34 @@ def plain(q, k, v):
 def fused(q, k, v):
     """Attend by cuDNN's fused kernel, which supports gradients but no JVP.
 
-    In a program for a GPU, in bfloat16 or float16; in others XLA compiles the plain form, with its softmax in float32.
+    In a program for a GPU, see `has_kernel`; in others XLA compiles the plain form, with its softmax in float32.
     """
+    kernel = "cudnn" if (_platform.get() or jax.default_backend()) == "gpu" and has_kernel(v) else "xla"
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
-    kernels = {name: functools.partial(jax.nn.dot_product_attention, implementation=name) for name in ("cudnn", "xla")}
-    if has_cudnn() and jnp.dtype(v.dtype).itemsize == 2:
-        # Asked when the program is lowered: it may be for another platform than the default one.
-        return jax.lax.platform_dependent(q, k, v, cuda=kernels["cudnn"], default=kernels["xla"]).swapaxes(1, 2)
-    return kernels["xla"](q, k, v).swapaxes(1, 2)
+    return jax.nn.dot_product_attention(q, k, v, implementation=kernel).swapaxes(1, 2)
 
 
-def has_cudnn():
-    """Return whether JAX finds cuDNN."""
+def has_kernel(v):
+    """Return whether cuDNN attends to values [b heads n d] of this shape and dtype, which JAX refuses otherwise.
+
+    Source: jax, jax/_src/cudnn/fused_attention_stablehlo.py, check_is_flash_attention.
+    """
+    *_, tokens, dim = v.shape
+    return jnp.dtype(v.dtype).itemsize == 2 and tokens % 2 == 0 and dim % 8 == 0 and dim <= 128
+
+
+@contextlib.contextmanager
+def compiled_for(mesh):
+    """Trace for the devices of a mesh, which need not be of the default platform, nor be there."""
+    token = _platform.set(mesh.devices.flat[0].platform)
     try:
-        return bool(cudnn.check_cudnn_version())
-    except RuntimeError:
-        return False
+        yield
+    finally:
+        _platform.reset(token)
 
+
+# Not `jax.lax.platform_dependent`: the gradient of one kernel would also keep what that of the other needs, as zeros.
+_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 KERNELS = {"plain": plain, "fused": fused}
 

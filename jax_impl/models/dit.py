@@ -20,7 +20,7 @@ from jax_impl.models.layers import (
     unpatchify,
     zeros,
 )
-from jax_impl.models.tape import name_layers, rematerialised
+from jax_impl.models.tape import in_turn, name_layers, rematerialised
 from meanflow.tables import position_table
 
 
@@ -141,8 +141,8 @@ class DiT(nnx.Module):
         """
         x = self.x_embedder(z, tape)
         x = tokens = x + self.tables()["pos_embed"]
-        for i, block in enumerate(self.blocks):
-            x = block(x, conditions[i], tape=tape)
+        for i, (block, enter) in enumerate(in_turn(self.blocks, tape)):
+            x = block(enter(x), conditions[i], tape=tape)
             tokens = x if i + 1 == self.repa_depth else tokens
         x = unpatchify(self.final_layer(x, conditions[-1], tape), self.channels)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32)), tokens

@@ -13,7 +13,7 @@ from flax import nnx
 from jax_impl.models import layers
 from jax_impl.models.attention import attend
 from jax_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify, zeros
-from jax_impl.models.tape import name_layers, rematerialised, under_jvp
+from jax_impl.models.tape import in_turn, name_layers, rematerialised, under_jvp
 from meanflow.tables import rotary_table
 
 BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
@@ -213,8 +213,8 @@ class IMFDiT(nnx.Module):
     def __call__(self, z, t, r, y, omega, t_min, t_max, heads="u", tape=None):
         x = jnp.concatenate([self.prefix_tokens(t - r, y, omega, t_min, t_max, tape), self.x_embedder(z, tape)], axis=1)
         cos, sin = (jnp.asarray(a, x.dtype) for a in rotary_table(*self.rope_shape))
-        for block in self.shared_blocks:
-            x = block(x, cos, sin, tape=tape)
+        for block, enter in in_turn(self.shared_blocks, tape):
+            x = block(enter(x), cos, sin, tape=tape)
         velocities = tuple(self.velocity(head, x, cos, sin, tape if head == heads[0] else None) for head in heads)
         return velocities if len(heads) > 1 else velocities[0]
 
@@ -232,7 +232,7 @@ class IMFDiT(nnx.Module):
     def velocity(self, head, x, cos, sin, tape=None):
         """Return the velocity [b h w c] that the head `u` or `v` predicts from the trunk's tokens x [b n width]."""
         blocks, final_layer = {"u": (self.u_heads, self.u_final_layer), "v": (self.v_heads, self.v_final_layer)}[head]
-        for block in blocks:
-            x = block(x, cos, sin, tape=tape)
+        for block, enter in in_turn(blocks, tape):
+            x = block(enter(x), cos, sin, tape=tape)
         x = unpatchify(final_layer(x[:, self.prefix :], tape), self.channels)
         return x.astype(jnp.promote_types(x.dtype, jnp.float32))

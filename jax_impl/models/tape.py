@@ -93,6 +93,27 @@ def _(function, primals, tangents):
     return y, function(tangent, weight)
 
 
+def in_turn(blocks, tape=None):
+    """Yield (block, enter) for the blocks of a network, in the order in which they run; x = enter(x) enters a block.
+
+    In the backward pass, the gradient of a block's parameters is then complete, and reduced over devices, before the
+    gradient leaves the block that runs before it.  Otherwise XLA computes the gradients of all parameters last, keeps
+    what they need of every block until then, and reduces them when there is nothing left to do meanwhile.
+    """
+    blocks = list(blocks)
+    for i in range(len(blocks)):
+
+        def enter(x, i=i):
+            if i + 1 == len(blocks) or under_jvp(tape):
+                return x
+            graphdef, params = nnx.split(blocks[i + 1])
+            x, params = jax.lax.optimization_barrier((x, params))  # the barrier of gradients is what it is for
+            blocks[i + 1] = nnx.merge(graphdef, params)
+            return x
+
+        yield blocks[i], enter
+
+
 # What a block keeps of its forward for its gradient: the results of what is expensive.  Norms, activations, softmax and
 # casts are computed again, which costs less than to write them to memory and read them back.
 KEPT = ("dot_general", "conv_general_dilated", "dot_product_attention_fwd_wrapper", "dot_product_attention_fwd")
