@@ -17,6 +17,8 @@ $(VENV)/.installed: setup.py constraints.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt $(if $(TORCH_INDEX),--extra-index-url $(TORCH_INDEX)) "torch==2.13.0"
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[dev]"
+	-$(BIN)/python -m pip install --quiet --constraint constraints.txt --no-deps --target $(VENV)/rehearse \
+		jax-cuda12-plugin jax-cuda12-pjrt nvidia-cuda-nvcc-cu12
 	touch $@
 
 demo: install

@@ -38,6 +38,9 @@ setup(
     extras_require={
         "flash": ["jvp_flash_attention>=0.14"],  # config.model.attention_jvp=flash
         "gpu": ["jax[cuda12]>=0.10"],
+        # JAX's compiler for NVIDIA GPUs without their libraries, for benchmarks/rehearse.py.  Where there is no GPU,
+        # every JAX program then complains at its start: `make install` keeps it apart.
+        "rehearse": ["jax-cuda12-plugin>=0.10", "jax-cuda12-pjrt>=0.10", "nvidia-cuda-nvcc-cu12>=12.9"],
         "repa": ["transformers>=5.0"],
         "latents": ["huggingface_hub>=0.30", "lmdb>=1.4"],
         "dev": [

@@ -7,6 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
+from meanflow.commands import flops
 from meanflow.config import checks
 from meanflow.config import options as base
 from meanflow.config.networks import DIT_SIZES
@@ -71,18 +72,17 @@ def override(config: base.Config, settings: Sequence[str]) -> base.Config:
 
 
 def meanflow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
-    """Yield (name, options by dotted name or a config, limit).  First flow matching: only flow rows, no guidance.
+    """Yield (name, options by dotted name or a config).  First flow matching: only flow rows, no guidance.
 
     Re-MeanFlow's guidance always needs both forwards; the U-Net is unconditional, so it has no guidance.
     """
-    yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}, 1.0
+    yield FLOW_MATCHING, {"method.flow_fraction": 1.0, "method.flow_rows": "split", "method.guidance": False}
     possible = ("none", "kappa") if config.method.name == "rectified" else ("none", "kappa0", "kappa")
     for p in shares:
-        limits = {"none": (3 + p) / 3, "kappa0": (4 + p) / 3, "kappa": (4 + 2 * p) / 3}
         for kind in possible if config.model.name != "unet" else ("none",):
             options = {f"method.{name}": value for name, value in OPTIONS_OF[kind].items()}
             if kind in kinds:
-                yield f"p={p:g}, guidance {kind}", options | {"method.flow_fraction": 1 - p}, limits[kind]
+                yield f"p={p:g}, guidance {kind}", options | {"method.flow_fraction": 1 - p}
 
 
 def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
@@ -91,26 +91,25 @@ def improved_cases(config: base.Config, shares: Iterable[float], kinds: Sequence
     Flow matching is on flow rows only, with a single head, as many blocks as u, no guidance and no JVP.
     """
     one_head = {"model.head_depth": 0, "method.guidance": False}
-    yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}, 1.0
-    head = config.model.head_depth / config.model.depth
+    yield FLOW_MATCHING, one_head | {"method.flow_fraction": 1.0, "method.flow_rows": "split"}
     for p in shares:
-        for kind, forwards in (("none", 3 + 2 * p + 3 * head), ("all", 4 + 2 * p + 3 * head)):
-            options = {"method.flow_fraction": 1 - p, "method.guidance": kind == "all"}
+        for kind in ("none", "all"):
             if kind in kinds:
-                yield f"p={p:g}, guidance {kind}", options, forwards / 3
+                options = {"method.flow_fraction": 1 - p, "method.guidance": kind == "all"}
+                yield f"p={p:g}, guidance {kind}", options
 
 
 def decoupled_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield the same for decoupled MeanFlow, relative to the flow model it starts from."""
-    yield FLOW_MATCHING, base.recompose(config, "dit", "flow"), 1.0
-    for kind, guidance, forwards in (("none", "default", 7), ("all", "mg", 10)):
+    yield FLOW_MATCHING, base.recompose(config, "dit", "flow")
+    for kind, guidance in (("none", "default"), ("all", "mg")):
         if kind in kinds:
-            yield f"guidance {kind}", {"method.guidance_type": guidance}, forwards / 3
+            yield f"guidance {kind}", {"method.guidance_type": guidance}
 
 
 def flow_cases(config: base.Config, shares: Iterable[float], kinds: Sequence[str]) -> Iterator[tuple]:
     """Yield the only case of a flow model."""
-    yield FLOW_MATCHING, {}, 1.0
+    yield FLOW_MATCHING, {}
 
 
 CASES = {
@@ -131,12 +130,13 @@ def make_cases(
         raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
     changes = {"eager": {"train.compile": False}, "remat": {"train.remat": True}}
     table = []
-    for name, options, limit in CASES[config.method.name](config, shares or default_shares(config), kinds):
-        case = Case(name, make_config(config, options), limit)
+    for name, options in CASES[config.method.name](config, shares or default_shares(config), kinds):
+        made = make_config(config, options)
+        case = Case(name, made, flops.forwards(made) / 3)
         table.append(case)
         for variant in variants:
             varied = make_config(case.config, changes[variant])
-            table.append(Case(f"{name}, {variant}", varied, limit, name, variant))
+            table.append(Case(f"{name}, {variant}", varied, case.limit, name, variant))
     return table
 
 
