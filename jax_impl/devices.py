@@ -1,5 +1,7 @@
 """Devices and processes, from the flags and the cluster's environment."""
 
+import contextlib
+import contextvars
 import functools
 import os
 import socket
@@ -11,7 +13,7 @@ import numpy as np
 from absl import flags, logging
 from jax._src import distributed  # JAX has no public way to its store of keys and values
 from jax.experimental import mesh_utils, multihost_utils
-from jax.sharding import AxisType, Mesh
+from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from meanflow.commands import cluster
 from meanflow.commands.processes import Board
@@ -138,6 +140,71 @@ def order_devices(devices, fsdp):
     if devices[0].platform == "tpu" and len(set(hosts)) == 1:
         return mesh_utils.create_device_mesh(shape, devices, allow_split_physical_axes=True)
     return np.array(devices).reshape(shape)
+
+
+@contextlib.contextmanager
+def compiled_for(mesh):
+    """Trace for the devices of a mesh, which need not be of the default platform, nor be there."""
+    token = _mesh.set(mesh)
+    try:
+        yield
+    finally:
+        _mesh.reset(token)
+
+
+_mesh: contextvars.ContextVar[Mesh | None] = contextvars.ContextVar("mesh", default=None)
+
+
+def platform():
+    """Return the platform of the devices that the program being traced is for, such as `gpu`."""
+    mesh = _mesh.get()
+    return mesh.devices.flat[0].platform if mesh else jax.default_backend()
+
+
+def shard(a, mesh):
+    """Return the sharding of an array of the state: along its longest axis that fsdp divides, if there is one."""
+    fsdp = mesh.shape["fsdp"]
+    spec: list[str | None] = [None] * a.ndim
+    axes = [axis for axis in range(a.ndim) if a.shape[axis] % fsdp == 0]
+    if fsdp > 1 and axes:
+        spec[max(axes, key=lambda axis: a.shape[axis])] = "fsdp"
+    return NamedSharding(mesh, PartitionSpec(*spec))
+
+
+def sharded():
+    """Return whether the program being traced is for devices that each have a part of the parameters."""
+    mesh = _mesh.get()
+    return mesh is not None and mesh.shape["fsdp"] > 1
+
+
+def in_parts(arrays):
+    """Return parameters in the parts that devices have of them; otherwise XLA would gather them earlier than needed."""
+    mesh = _mesh.get()
+    return (
+        jax.lax.with_sharding_constraint(arrays, jax.tree.map(lambda a: shard(a, mesh), arrays))
+        if sharded()
+        else arrays
+    )
+
+
+def gathered(arrays):
+    """Return whole parameters for the devices that each have a part of them; their gradients are in such parts again.
+
+    Without `compiled_for`, or where fsdp is 1, parameters are whole already.
+    """
+    return jax.tree.map(functools.partial(_gather, _mesh.get()), arrays) if sharded() else arrays
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(0,))
+def _gather(mesh, a):
+    return jax.lax.with_sharding_constraint(a, NamedSharding(mesh, PartitionSpec()))
+
+
+def _scatter(mesh, _, gradient):
+    return (jax.lax.with_sharding_constraint(gradient, shard(gradient, mesh)),)
+
+
+_gather.defvjp(lambda mesh, a: (_gather(mesh, a), None), _scatter)
 
 
 def first_does(act):

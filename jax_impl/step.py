@@ -11,12 +11,12 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
-from jax_impl.devices import AXES, device_mesh
+from jax_impl.devices import AXES, compiled_for, device_mesh, shard
 from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
 from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
-from jax_impl.models.attention import compiled_for
+from jax_impl.models.tape import gather_outside_blocks
 from meanflow.config.stages import stages
 
 BATCH = PartitionSpec(AXES)  # batch rows over all devices
@@ -63,17 +63,8 @@ def make_mesh(config):
 
 
 def state_shardings(state, mesh):
-    """Return the sharding of each array of `state`: along its longest axis that fsdp divides, if there is one."""
-    fsdp = mesh.shape["fsdp"]
-
-    def sharding(a):
-        spec: list[str | None] = [None] * a.ndim
-        axes = [axis for axis in range(a.ndim) if a.shape[axis] % fsdp == 0]
-        if fsdp > 1 and axes:
-            spec[max(axes, key=lambda axis: a.shape[axis])] = "fsdp"
-        return NamedSharding(mesh, PartitionSpec(*spec))
-
-    return jax.tree.map(sharding, state)
+    """Return the sharding of each array of `state`, see `shard`."""
+    return jax.tree.map(lambda a: shard(a, mesh), state)
 
 
 def create_state(config, mesh, params=None):
@@ -178,7 +169,7 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
     rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
     def loss_fn(params, frozen, batch, draws, stage):
-        net = nnx.merge(graphdef, params)
+        net = gather_outside_blocks(nnx.merge(graphdef, params))
         given = {"teacher": nnx.merge(teacher[0], frozen)} if teacher else {}
         loss, aux = method.loss(net, batch, draws, settings[stage].method, **given)
         return loss, measure(loss, aux)
@@ -211,11 +202,11 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
         rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
-        # Every device gathers whole parameters and gradients; otherwise activations would be sharded like parameters.
-        params, frozen = jax.lax.with_sharding_constraint((state.params, frozen), whole)
+        frozen = jax.lax.with_sharding_constraint(frozen, whole)
         with compiled_for(mesh):
-            grads, metrics = jax.lax.with_sharding_constraint(gradients(stage, params, frozen, *rows), whole)
+            grads, metrics = gradients(stage, state.params, frozen, *rows)
         grads = jax.lax.with_sharding_constraint(grads, state_shardings(grads, mesh))
+        metrics = jax.lax.with_sharding_constraint(metrics, whole)
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, grads, settings[stage].train)
         return state, of_kinds(metrics) | {"grad_norm": norm, "learning_rate": rate}

@@ -45,6 +45,9 @@ OTHERS = {
 # Commands that set no precision, and why.
 WITHOUT = {
     "benchmarks/precision.py": "compares precisions, each set around what is computed in it",
+    "benchmarks/rehearse.py": "starts those of benchmarks/rehearsal",
+    "benchmarks/rehearsal/jax_step.py": "compiles and computes nothing",
+    "benchmarks/rehearsal/torch_step.py": "computes nothing",
     "benchmarks/scaling.py": "starts jax_steps.py or torch_steps.py",
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",

@@ -1,7 +1,7 @@
 """The JAX half of a rehearsal: `python -m benchmarks.rehearsal.jax_step CONFIG.json CARD DEVICES NODES`.
 
 XLA compiles the trainer's own step for a card that is not there, and plans its memory.  Prints one JSON object; see
-`rehearse`.  It is a program of its own because JAX reads the environment once: start it with `ENVIRONMENT`.
+`rehearse`.  A program of its own, because JAX reads the environment once: start it with `attempts.environment`.
 """
 
 import contextlib
@@ -29,8 +29,6 @@ from jax_impl.flops import count_forward
 from meanflow.config import checks, store
 from meanflow.errors import UserError, exit_on_user_error
 
-# The plugin calls into the driver unless told not to; its devices are only described, so a CPU does the rest.
-ENVIRONMENT = {"JAX_PLATFORMS": "cpu", "JAX_SKIP_CUDA_CONSTRAINTS_CHECK": "1", "TF_CPP_MIN_LOG_LEVEL": "3"}
 CUDNN = 9, 10, 2  # the version to compile for
 OPTIONS = {  # without a card to try kernels on
     "xla_gpu_enable_triton_gemm": False,  # XLA would choose tiles blindly, and finds none for some products

@@ -21,6 +21,7 @@ from unittest import mock
 import torch
 import torch.distributed as dist
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.autograd import forward_ad
 from torch.distributed.tensor import DTensor
 from torch.nn.parallel import DistributedDataParallel
 from torch.testing._internal.distributed.fake_pg import FakeStore
@@ -146,7 +147,7 @@ def run_step(config, num_devices: int, num_nodes: int) -> dict:
     """Run a step of the config on fake tensors and return what it allocates, see `rehearse`, but for what it costs."""
     world, fake = num_devices * num_nodes, FakeTensorMode()
     trace = Allocations(fake)
-    with processes(num_devices, num_nodes), without_values():
+    with processes(num_devices, num_nodes), without_values(config.train.compile):
         mesh = step.make_mesh(config, DEVICE)
         with fake, trace:
             state = step.create_state(config, mesh, DEVICE)
@@ -173,15 +174,25 @@ def run_step(config, num_devices: int, num_nodes: int) -> dict:
 
 
 @contextlib.contextmanager
-def without_values() -> Iterator[None]:
-    """Leave out what compares or moves parameters, which fake tensors cannot do."""
+def without_values(compiled: bool) -> Iterator[None]:
+    """Leave out what compares or moves parameters, which fake tensors cannot do; uncompiled, make duals of copies."""
     ddp = "torch.nn.parallel.distributed"
+    dual = forward_ad.make_dual if compiled else make_dual
     with (
         mock.patch(f"{ddp}._verify_param_shape_across_processes"),
         mock.patch(f"{ddp}._sync_module_states"),
         mock.patch("torch.nn.Module.to", lambda module, *_: module),
+        mock.patch("torch.autograd.forward_ad.make_dual", dual),
     ):
         yield
+
+
+def make_dual(primal: torch.Tensor, tangent: torch.Tensor, **more) -> torch.Tensor:
+    """Return a dual number as PyTorch does, which fails for fake tensors that are both parts of larger ones."""
+    return _make_dual(primal.clone(), tangent.clone(), **more)
+
+
+_make_dual = forward_ad.make_dual
 
 
 def parts_of(state, batch, trace: Allocations) -> dict[str, set[Buffer]]:

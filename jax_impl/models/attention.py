@@ -1,12 +1,10 @@
 """Self-attention, by matmul and softmax, which support forward-mode AD, or by a fused kernel."""
 
-import contextlib
-import contextvars
-
 import jax
 import jax.numpy as jnp
 from flax import nnx
 
+from jax_impl.devices import platform
 from jax_impl.models.layers import Linear, rms_norm
 from jax_impl.models.tape import under_jvp
 from meanflow.errors import UserError
@@ -62,7 +60,8 @@ def fused(q, k, v):
 
     In a program for a GPU, see `has_kernel`; in others XLA compiles the plain form, with its softmax in float32.
     """
-    kernel = "cudnn" if (_platform.get() or jax.default_backend()) == "gpu" and has_kernel(v) else "xla"
+    kernel = "cudnn" if platform() == "gpu" and has_kernel(v) else "xla"
+    # Not `jax.lax.platform_dependent`: the gradient of one kernel would also keep what the other needs, as zeros.
     q, k, v = (a.swapaxes(1, 2) for a in (q, k, v))
     return jax.nn.dot_product_attention(q, k, v, implementation=kernel).swapaxes(1, 2)
 
@@ -75,19 +74,6 @@ def has_kernel(v):
     *_, tokens, dim = v.shape
     return jnp.dtype(v.dtype).itemsize == 2 and tokens % 2 == 0 and dim % 8 == 0 and dim <= 128
 
-
-@contextlib.contextmanager
-def compiled_for(mesh):
-    """Trace for the devices of a mesh, which need not be of the default platform, nor be there."""
-    token = _platform.set(mesh.devices.flat[0].platform)
-    try:
-        yield
-    finally:
-        _platform.reset(token)
-
-
-# Not `jax.lax.platform_dependent`: the gradient of one kernel would also keep what that of the other needs, as zeros.
-_platform: contextvars.ContextVar[str | None] = contextvars.ContextVar("platform", default=None)
 
 KERNELS = {"plain": plain, "fused": fused}
 

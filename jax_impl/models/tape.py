@@ -14,6 +14,8 @@ import jax
 from flax import nnx
 from jax.lax import stop_gradient
 
+from jax_impl.devices import gathered, in_parts, sharded
+
 
 class Tape:
     """The outputs of a forward's affine layers on the selected rows: by layer name, a list with one entry per call."""
@@ -108,7 +110,7 @@ def in_turn(blocks, tape=None):
                 return x
             graphdef, params = nnx.split(blocks[i + 1])
             x, params = jax.lax.optimization_barrier((x, params))  # the barrier of gradients is what it is for
-            blocks[i + 1] = nnx.merge(graphdef, params)
+            blocks[i + 1] = nnx.merge(graphdef, in_parts(params))
             return x
 
         yield blocks[i], enter
@@ -123,19 +125,30 @@ def rematerialised(forward):
     """Decorate the forward of a block: the backward pass recomputes what the block does not keep.
 
     It keeps the results of `KEPT`; if its `remat` is set, nothing, so memory holds only what blocks pass to each other.
+    Sharded parameters are whole only while the block runs.
     """
+
+    @functools.wraps(forward)
+    def whole(self, x, *args, tape=None):
+        if not sharded():
+            return forward(self, x, *args, tape=tape)
+        graphdef, params = nnx.split(self)
+        if under_jvp(tape):  # without the barrier, XLA would keep what was gathered for the forward until then
+            x, params = jax.lax.optimization_barrier((x, params))
+            params = stop_gradient(params)
+        return forward(nnx.merge(graphdef, gathered(in_parts(params))), x, *args, tape=tape)
 
     @functools.wraps(forward)
     def run(self, *args, tape: Any = None):
         if under_jvp(tape):
-            return forward(self, *args, tape=tape)
+            return whole(self, *args, tape=tape)
         checkpoint = functools.partial(jax.checkpoint, policy=None if self.remat else keeps)
         if getattr(tape, "state", "closed") == "closed":
-            return checkpoint(functools.partial(forward, self))(*args)
+            return checkpoint(functools.partial(whole, self))(*args)
 
         def recorded(*args):
             inner = Tape(tape.select)
-            return forward(self, *args, tape=inner), inner.outputs
+            return whole(self, *args, tape=inner), inner.outputs
 
         y, outputs = checkpoint(recorded)(*args)  # what is traced inside must come out as a result
         for name, calls in outputs.items():
@@ -143,6 +156,18 @@ def rematerialised(forward):
         return y
 
     return run
+
+
+def gather_outside_blocks(net):
+    """Return the network with whole parameters, see `gathered`, but for those of rematerialised blocks."""
+    graphdef, params = nnx.split(net)
+    blocks = [path for path, module in nnx.iter_modules(net) if hasattr(module, "remat")]
+
+    def of_block(path, _):
+        return any(path[: len(block)] == block for block in blocks)
+
+    inside, outside = nnx.split_state(params, of_block, ...)
+    return nnx.merge(graphdef, nnx.merge_state(inside, gathered(outside)))
 
 
 def keeps(primitive, *_, **__):

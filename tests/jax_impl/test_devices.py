@@ -134,7 +134,7 @@ def test_only_gradients_and_parameters_move(collectives, tiny):
     data, fsdp = collectives(tiny(REFERENCE), tiny(REFERENCE | {"train.fsdp": 2}))
     assert set(data) == {"all-reduce"}
     assert set(fsdp) <= {"all-reduce", "all-gather", "reduce-scatter"}
-    assert fsdp["all-gather"] <= 40  # once for each of the 25 parameters, give or take
+    assert fsdp["all-gather"] <= 3 * 25  # each parameter, for the forward pass, for the JVP and for the backward pass
 
 
 @pytest.mark.slow

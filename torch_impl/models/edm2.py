@@ -243,7 +243,8 @@ class UNet(nn.Module):
     def embed(self, t, r, y, tape=None):
         """Return the condition [b d] from times, see `embed_times`, and labels y [b]; the null label adds nothing."""
         emb = self.embed_times(t, r, tape)
-        one_hot = F.one_hot(y, self.num_classes + 1)[:, :-1].to(emb.dtype) * math.sqrt(self.num_classes)
+        one_hot = y[:, None] == torch.arange(self.num_classes, device=y.device)  # F.one_hot would read y on a CPU
+        one_hot = one_hot.to(emb.dtype) * math.sqrt(self.num_classes)
         return mp_silu(mp_sum(emb, self.emb_label(one_hot, tape), LABEL_BALANCE))
 
     def forward(self, x, emb, tape=None):
