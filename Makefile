@@ -9,7 +9,7 @@ TORCH_INDEX ?=
 # Idle OpenMP threads sleep instead of spinning, which matters as soon as two programs share the cores.
 export OMP_WAIT_POLICY ?= passive
 
-.PHONY: install demo test test-all lint parity benchmark clean
+.PHONY: install demo test test-all lint parity benchmark gpu slurm-test clean
 
 install: $(VENV)/.installed
 
@@ -44,6 +44,14 @@ benchmark: install
 	for framework in jax torch; do for command in step sample scaling; do \
 		$(BIN)/python benchmarks/$$command.py --framework=$$framework || exit 1; \
 	done; done
+
+# On a machine with a GPU: what works, and how fast; nine minutes at most.
+gpu: install
+	$(BIN)/python benchmarks/gpu.py
+
+# The launch scripts of launch/ on a SLURM of this machine, if it has the packages slurmctld and slurmd.
+slurm-test: install
+	$(BIN)/python -m pytest -m "" tests/test_slurm.py
 
 clean:
 	rm -rf $(VENV) runs build *.egg-info

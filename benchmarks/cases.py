@@ -118,6 +118,12 @@ CASES = {
 }  # fmt: skip
 
 
+def check_measurable(config: base.Config) -> None:
+    """Raise UserError for a step that needs a teacher."""
+    if "guidance_type" in config.method and config.method.guidance_type == "distill":
+        raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
+
+
 def make_cases(
     config: base.Config, shares: Sequence[float], kinds: Sequence[str] = GUIDANCE, variants: Sequence[str] = ()
 ) -> list[Case]:
@@ -126,8 +132,7 @@ def make_cases(
     shares: fractions of rows with r < t; () for the system's default.  variants: eager (PyTorch, not compiled), remat.
     Raises UserError for a config that cannot be trained as it is.
     """
-    if "guidance_type" in config.method and config.method.guidance_type == "distill":
-        raise UserError("a teacher is not measured: leave config.method.guidance_type at mg or default")
+    check_measurable(config)
     changes = {"eager": {"train.compile": False}, "remat": {"train.remat": True}}
     table = []
     for name, options in CASES[config.method.name](config, shares or default_shares(config), kinds):

@@ -14,6 +14,7 @@ import sys
 
 from absl import flags
 
+from benchmarks import cases
 from benchmarks.rehearsal import bounds, cards, report
 from benchmarks.rehearsal.attempts import changed, fits, largest_batch, rehearse, remedy
 from meanflow.config import checks, paths
@@ -38,6 +39,7 @@ def main():
         raise UserError("name a trainer and a recipe: --framework=jax --config=configs/meanflow_imagenet.py:b4")
     if f.framework == "jax" and importlib.util.find_spec("tensorflow") is None:
         raise UserError("the rehearsal reads XLA's dumps with TensorFlow: pip install tensorflow-cpu")
+    cases.check_measurable(config)
     card, num_cards, config = cards.find(f.card), f.devices * f.nodes, checks.check(config)
     checks.check_divisible(config, num_cards, "devices")
 

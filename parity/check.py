@@ -1,6 +1,6 @@
 """Checks that both implementations are the same mathematics, and agree with the official code.
 
-    python parity/check.py [--golden DIR] [--only REGEX] [--jobs N] [--json FILE] [--report FILE.html]
+    python parity/check.py [--golden DIR] [--only REGEX] [--jobs N] [--gpu] [--json FILE] [--report FILE.html]
 
 float64: both implementations with the same weights and draws, and each against a second derivation.
 float32, bfloat16: each implementation's error against float64.
@@ -55,7 +55,9 @@ class Result(NamedTuple):
 def main(argv: list[str] | None = None) -> int:
     """Run the command and return its exit code.  Raises UserError for usage errors."""
     args = parse(argv)
-    result = run(args.golden, args.only, args.jobs)
+    if args.gpu:
+        frameworks.check_gpu()
+    result = run(args.golden, args.only, args.jobs, "gpu" if args.gpu else "cpu")
     print_table(result)
     if args.json:
         write(args.json, json.dumps([as_json(check) for check in result.checks], indent=2, allow_nan=False) + "\n")
@@ -83,6 +85,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
         help="worker processes; 1 runs every case in this process (default: one per usable core, with at least "
         f"{MEMORY / 2**30:.0f} GiB of memory each; here %(default)s)",
     )  # fmt: skip
+    parser.add_argument("--gpu", action="store_true", help="run both frameworks on the GPU")
     parser.add_argument(
         "--json", metavar="FILE", type=paths.written,
         help="write the checks to FILE: a list of {case, framework, quantity, error, bound, ok}; framework is jax, "
@@ -108,7 +111,9 @@ def default_jobs() -> int:
     return max(1, min(cores, memory // MEMORY))
 
 
-def run(golden_directory: pathlib.Path | None = None, only: str | None = None, jobs: int = 1) -> Result:
+def run(
+    golden_directory: pathlib.Path | None = None, only: str | None = None, jobs: int = 1, platform: str = "cpu"
+) -> Result:
     """Run the cases whose name matches `only` (all if None), in this process or, if jobs > 1, in that many workers.
 
     Raises UserError if nothing matches, `only` is not a regular expression, a fixture cannot be read or a worker is
@@ -127,9 +132,9 @@ def run(golden_directory: pathlib.Path | None = None, only: str | None = None, j
     for case in selected:
         groups.setdefault(case.network, []).append(case.name)
     if jobs > 1 and len(groups) > 1:
-        results = workers.run(groups, min(jobs, len(selected)), in_worker, golden_directory or GOLDEN)
+        results = workers.run(groups, min(jobs, len(selected)), in_worker, golden_directory or GOLDEN, platform)
     else:
-        results = in_this_process(groups, fixtures)
+        results = in_this_process(groups, fixtures, platform)
     found = {}
     for done in results:
         found[done.name] = done.result
@@ -145,9 +150,9 @@ def every_case(fixtures: golden.Plan) -> list[Case]:
     return own + fixtures.cases
 
 
-def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan) -> Iterator[workers.Done]:
+def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan, platform: str) -> Iterator[workers.Done]:
     """Run cases network by network, which share compiled programs."""
-    with frameworks.full_precision():
+    with frameworks.full_precision(platform):
         run_one = runner(fixtures)
         for name in itertools.chain(*groups.values()):
             began = time.perf_counter()
@@ -155,9 +160,9 @@ def in_this_process(groups: dict[str, list[str]], fixtures: golden.Plan) -> Iter
 
 
 @contextlib.contextmanager
-def in_worker(directory: pathlib.Path) -> Iterator[Callable]:
+def in_worker(directory: pathlib.Path, platform: str) -> Iterator[Callable]:
     """Set up a worker process."""
-    with frameworks.full_precision():
+    with frameworks.full_precision(platform):
         yield runner(golden.plan(directory))
 
 

@@ -15,8 +15,11 @@ from typing import Any, NamedTuple
 
 from meanflow.errors import UserError
 
-# One thread per process, as the processes already fill the cores.
-ENVIRONMENT = {"OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false"}
+# One thread per process, as the processes already fill the cores; and none takes the whole memory of a GPU.
+ENVIRONMENT = {
+    "OMP_NUM_THREADS": "1", "OPENBLAS_NUM_THREADS": "1", "XLA_FLAGS": "--xla_cpu_multi_thread_eigen=false",
+    "XLA_PYTHON_CLIENT_PREALLOCATE": "false",
+}  # fmt: skip
 
 
 class Done(NamedTuple):

@@ -40,10 +40,17 @@ OTHERS = {
     "benchmarks/memory.py": lambda framework, path: [framework, store.from_json(pathlib.Path(path).read_text())],
     "benchmarks/jax_steps.py": lambda framework, path: [path, 1, 1] if framework == "jax" else None,
     "benchmarks/torch_steps.py": lambda framework, path: [path, 1, 1] if framework == "torch" else None,
+    "benchmarks/on_gpu/timed.py": lambda framework, path: [framework, "configs/digits.py", "8"],
     "parity/full_step.py": lambda framework, path: [["--config=configs/digits.py"]],
 }
 # Commands that set no precision, and why.
 WITHOUT = {
+    "benchmarks/gpu.py": "starts those of benchmarks/on_gpu",
+    "benchmarks/on_gpu/attention.py": "compares kernels in bfloat16 with float32 that it makes exact itself",
+    "benchmarks/on_gpu/digits.py": "starts trainers",
+    "benchmarks/on_gpu/resume.py": "starts trainers",
+    "benchmarks/on_gpu/two.py": "starts trainers",
+    "benchmarks/presets.py": "starts those of benchmarks/rehearsal",
     "benchmarks/precision.py": "compares precisions, each set around what is computed in it",
     "benchmarks/rehearse.py": "starts those of benchmarks/rehearsal",
     "benchmarks/rehearsal/jax_step.py": "compiles and computes nothing",

@@ -235,8 +235,12 @@ class Adapter(abc.ABC):
         return self.impl.common.arrange(draws, cfg)
 
     @abc.abstractmethod
-    def full_precision(self) -> Any:
-        """Set the framework to float64 and full-precision float32 within a context."""
+    def sees_gpu(self) -> bool:
+        """Return whether the framework sees a GPU."""
+
+    @abc.abstractmethod
+    def full_precision(self, platform="cpu") -> Any:
+        """Set the framework to float64 and full-precision float32 on a platform, `cpu` or `gpu`, within a context."""
 
     @abc.abstractmethod
     def forget(self) -> Any:

@@ -56,8 +56,12 @@ class Jax(Adapter):
     compiled = staticmethod(jax.jit)
     array = staticmethod(jnp.asarray)
 
+    def sees_gpu(self):
+        """Return whether JAX sees a GPU."""
+        return any(device.platform == "gpu" for device in jax.devices())
+
     @contextlib.contextmanager
-    def full_precision(self):
+    def full_precision(self, platform="cpu"):
         """Switch on float64 and full float32 matmuls, and forget networks compiled before."""
         changes = {"jax_enable_x64": True, "jax_default_matmul_precision": "highest"}
         before = {name: getattr(jax.config, name) for name in changes}
@@ -66,7 +70,8 @@ class Jax(Adapter):
         try:
             for name, value in changes.items():
                 jax.config.update(name, value)
-            yield
+            with jax.default_device(jax.devices(platform)[0]):
+                yield
         finally:
             for name, value in before.items():
                 jax.config.update(name, value)

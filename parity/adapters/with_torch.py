@@ -39,17 +39,27 @@ class Torch(Adapter):
         time_embedding=time_embedding, layers=layers, unet=unet,
     )  # fmt: skip
     no_grad = torch.no_grad
-    array = staticmethod(torch.from_numpy)
+    device = "cpu"
+
+    def array(self, a):
+        """Return a numpy array as a tensor."""
+        return torch.from_numpy(a).to(self.device)
+
+    def sees_gpu(self):
+        """Return whether PyTorch sees a GPU."""
+        return torch.cuda.is_available()
 
     @contextlib.contextmanager
-    def full_precision(self):
+    def full_precision(self, platform="cpu"):
         """Switch on full float32 matmuls, and use one core: tiny matrices gain nothing from more."""
         num_threads = torch.get_num_threads()
         try:
+            self.device = {"cpu": "cpu", "gpu": "cuda"}[platform]
             torch.set_num_threads(1)
             with full_float32():
                 yield
         finally:
+            self.device = "cpu"
             torch.set_num_threads(num_threads)
 
     def forget(self):
@@ -62,6 +72,7 @@ class Torch(Adapter):
         """
         module = step.build_net(config)
         module.load_state_dict(weights.from_canonical(module, canonical))
+        module.to(self.device)
         dtype = torch.float64 if config.model.compute_dtype == "float64" else torch.float32
         return Net(module=module, dtype=dtype, method=config.method.name)
 
@@ -140,14 +151,14 @@ class Torch(Adapter):
     def optimize(self, start_at, grads, c, params=None):
         """See `Adapter.optimize`."""
         net = nn.Module()
-        net.w = nn.Parameter(torch.tensor(start_at))
-        emas = tuple({"w": torch.tensor(start_at)} for _ in c.ema_decays)
+        net.w = nn.Parameter(torch.tensor(start_at, device=self.device))
+        emas = tuple({"w": net.w.detach().clone()} for _ in c.ema_decays)
         state = step.TrainState(0, net, step.make_optimizer(net, c), emas, net)
         history, norms = [], []
         for k, grad in enumerate(grads):
             if params is not None:
                 net.w.data.copy_(torch.tensor(params[k]))
-            net.w.grad = torch.tensor(grad)
+            net.w.grad = torch.tensor(grad, device=self.device)
             state, norm = step.apply_gradients(state, c)
             history.append([self.to_numpy(a).copy() for a in (net.w, *(ema["w"] for ema in state.emas))])
             norms.append(float(norm))
@@ -161,7 +172,7 @@ class Torch(Adapter):
 
     def _tensor(self, net, a):
         # In C order: fused AdamW silently misreads a gradient whose strides differ from its parameter's.
-        a = torch.from_numpy(np.array(a, order="C"))
+        a = torch.from_numpy(np.array(a, order="C")).to(self.device)
         return a.to(net.dtype) if a.is_floating_point() else a.long()
 
     def to_numpy(self, tree) -> Any:
@@ -171,4 +182,4 @@ class Torch(Adapter):
         if isinstance(tree, tuple | list):
             return tuple(map(self.to_numpy, tree))
         tree = tree.detach()
-        return (tree.permute(0, 2, 3, 1) if tree.ndim == 4 else tree).numpy()
+        return (tree.permute(0, 2, 3, 1) if tree.ndim == 4 else tree).cpu().numpy()

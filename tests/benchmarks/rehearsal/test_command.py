@@ -72,6 +72,10 @@ def test_a_step_that_does_not_fit_ends_with_code_1_and_what_does_fit(run):
         (["--framework=jax", SMALL, "--card=v100"], "there are numbers for h100"),
         (["--framework=jax", SMALL, "--devices=3"], "3"),
         (["--framework=jax", SMALL, "--devices=4", "--config.train.fsdp=3"], "fsdp"),
+        (
+            ["--framework=jax", "--config=configs/digits.py:dmf", "--config.method.guidance_type=distill"],
+            "a teacher is not measured",
+        ),
         (["--framework=jax"], "name a trainer and a recipe"),
         ([SMALL], "name a trainer and a recipe"),
     ],
