@@ -14,20 +14,21 @@ import json
 import pathlib
 import re
 from collections.abc import Iterable, Iterator
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 from tqdm import tqdm
 
 from benchmarks.on_gpu.pieces import ROWS, STEPS
 from benchmarks.rehearsal import bounds, cards
-from benchmarks.rehearsal.attempts import rehearse
+from benchmarks.rehearsal.attempts import changed, rehearse
 from benchmarks.rehearsal.report import GIB, table
-from meanflow.config import checks, options, paths, store
+from meanflow.config import options, paths, store
 from meanflow.errors import UserError, exit_on_user_error
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGE = ROOT / "docs/rehearsal.md"
 FRAMEWORKS = ("jax", "torch")
+VARIED = "meanflow_imagenet:xl2"
 SAME_STEP = {  # {a variant to rehearse: others whose steps need the same}, by config file
     "meanflow_imagenet": {"xl2": ("xl2_plus",), "b4_nocfg": (), "b4": (), "b4_jax": (), "b2": (), "m2": (), "l2": ()},
     "imf_imagenet": {"xl2": ("xl2_2step",), "b2": (), "m2": (), "l2": ()},
@@ -46,45 +47,61 @@ class Job(NamedTuple):
     framework: str
     config: str  # FILE:variant
     devices: int
-    rows: int = 0  # of the batch; 0: as published
+    changes: tuple[tuple[str, Any], ...] = ()  # options
+
+    @property
+    def label(self) -> str:
+        """Its config, devices and changes."""
+        changes = (f" {name.rpartition('.')[2]}={value}" for name, value in self.changes)
+        return f"{self.config} {self.devices}x{''.join(changes)}"
 
 
-def jobs(devices: int, frameworks: Iterable[str], only: str) -> Iterator[Job]:
-    """Yield every rehearsal: published batches on a machine, then the steps on one card that `make gpu` times."""
+def jobs(devices: int, frameworks: Iterable[str], only: str = "") -> Iterator[Job]:
+    """Yield the rehearsals whose label matches `only`.
+
+    Published batches on a machine, then the steps on one card that `make gpu` times, then XL/2 in other settings.
+    """
     names = [f"{file}:{variant}" for file, variants in SAME_STEP.items() for variant in variants]
-    for name, framework in itertools.product(names, frameworks):
-        if re.search(only, name):
-            yield Job(framework, name, devices)
-    for variant, framework in itertools.product(STEPS, frameworks):
-        if re.search(only, f"meanflow_imagenet:{variant}"):
-            yield Job(framework, f"meanflow_imagenet:{variant}", 1, ROWS)
+    every = [Job("", name, devices) for name in names]
+    every += [Job("", f"meanflow_imagenet:{variant}", 1, (("train.batch_size", ROWS),)) for variant in STEPS]
+    every += [Job("", VARIED, devices, tuple(setting.items())) for setting in settings()]
+    for job, framework in itertools.product(every, frameworks):
+        if re.search(only, job.label):
+            yield job._replace(framework=framework)
 
 
-def load(name: str, rows: int = 0) -> options.Config:
-    """Return the config FILE:variant, with another batch size if rows is not 0."""
-    config = store.load_file(f"configs/{name.replace(':', '.py:')}")
-    config.train.batch_size = rows or config.train.batch_size
-    return checks.check(config)
+def settings() -> Iterator[dict[str, Any]]:
+    """Yield the settings of XL/2 to compare, without the published one."""
+    for pixels, fused, remat, fsdp in itertools.product((32, 64), ("fused", "plain"), (False, True), (1, 8)):
+        if fused == "fused" or not remat:
+            values = (pixels, fused, remat, fsdp)
+            yield dict(zip(("model.input_size", "model.attention", "train.remat", "train.fsdp"), values, strict=True))
+
+
+def load(name: str, changes: tuple[tuple[str, Any], ...] = ()) -> options.Config:
+    """Return the config FILE:variant with changes."""
+    return changed(store.load_file(f"configs/{name.replace(':', '.py:')}"), dict(changes))
 
 
 def path_of(job: Job, card: str, workdir: pathlib.Path) -> pathlib.Path:
     """Return where the report of a rehearsal is kept."""
-    rows = f"-{job.rows}" if job.rows else ""
-    return workdir / f"{job.framework}-{job.config.replace(':', '-')}-{job.devices}x{card}{rows}.json"
+    return workdir / f"{job.framework}-{re.sub('[^A-Za-z0-9_=]+', '-', job.label)}-{card}.json"
 
 
 def report_of(job: Job, card: str, workdir: pathlib.Path) -> dict:
     """Return the report of a rehearsal, see `jax_step.rehearse`, made now or before, and what was rehearsed."""
     path = path_of(job, card, workdir)
     if not path.exists():
-        found = rehearse(job.framework, load(job.config, job.rows), card, job.devices, 1)
+        found = rehearse(job.framework, load(job.config, job.changes), card, job.devices, 1)
         workdir.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps(found, indent=2) + "\n")
     kept = ("parts", "peak_bytes", "peak_kind", "peaks", "collectives", "custom_calls", "flops", "forward_flops",
             "seconds")  # fmt: skip
     found = json.loads(path.read_text())
-    batch = load(job.config, job.rows).train.batch_size
-    of_job = {"framework": job.framework, "config": job.config, "card": card, "cards": job.devices, "batch": batch}
+    of_job = {
+        "framework": job.framework, "config": job.config, "changes": dict(job.changes), "card": card,
+        "cards": job.devices, "batch": load(job.config, job.changes).train.batch_size,
+    }  # fmt: skip
     return of_job | {name: found[name] for name in kept if name in found}
 
 
@@ -112,7 +129,10 @@ def fewest_cards(report: dict, card: cards.Card) -> tuple[int, int] | None:
 
 def page(reports: list[dict], card_name: str, devices: int) -> str:
     """Return docs/rehearsal.md."""
-    card, found = cards.find(card_name), {(r["framework"], r["config"], r["cards"]): r for r in reports}
+    card, found = (
+        cards.find(card_name),
+        {key(r["framework"], r["config"], r["cards"], r["changes"]): r for r in reports},
+    )
     lines = ["# What the published runs need", "",
              f"Rehearsed by `python benchmarks/presets.py` on {devices} x {card.title}, none of which was there: XLA "
              "compiled the JAX steps for the card, the PyTorch steps ran on fake tensors, compiled, without the "
@@ -126,6 +146,11 @@ def page(reports: list[dict], card_name: str, devices: int) -> str:
              "The fewest cards of a kind on which the published batch fits, alike in memory to the card above, without "
              f"`fsdp` or `remat`; in brackets `train.accumulate`, up to {MOST}, where it needs that.", "",
              *smallest_table(found, devices), "",
+             f"## {VARIED} in other settings", "",
+             "Collectives of the JAX step, MiB of their results on one card: " + ", ".join(KINDS) + ".  In PyTorch, "
+             "`fsdp` shards the state alone: the step gathers all parameters at once and scatters all gradients at "
+             "once, because a JVP cannot be compiled through the hooks that would do so block by block.", "",
+             *table(GRID, grid_rows(found, devices)), "",
              "## One card", "", "The steps that `make gpu` times.", "",
              *table(ONE_CARD, one_card_rows(found, card)), ""]  # fmt: skip
     return "\n".join(lines)
@@ -133,14 +158,21 @@ def page(reports: list[dict], card_name: str, devices: int) -> str:
 
 HEAD = ("run", "batch", "steps", "JAX: GiB a card", "largest batch", "PyTorch: GiB a card", "largest batch",
         "a step, at least ms", "the run, at least GPU-hours")  # fmt: skip
+KINDS = ("all-gather", "reduce-scatter", "all-reduce")
+GRID = ("pixels", "attention", "remat", "fsdp", "JAX: GiB a card", "collectives", "PyTorch: GiB a card")
 ONE_CARD = "step", "rows", "JAX: GiB", "PyTorch: GiB", "at least ms"
+
+
+def key(framework: str, config: str, num_cards: int, changes: dict | None = None) -> tuple:
+    """Return what a report is found by."""
+    return framework, config, num_cards, tuple((changes or {}).items())
 
 
 def preset_rows(found: dict, card: cards.Card, devices: int) -> Iterator[tuple]:
     """Yield a row for each published run that was rehearsed in either framework."""
     for file, variants in SAME_STEP.items():
         for rehearsed, same in variants.items():
-            reports = {f: found.get((f, f"{file}:{rehearsed}", devices)) for f in FRAMEWORKS}
+            reports = {f: found.get(key(f, f"{file}:{rehearsed}", devices)) for f in FRAMEWORKS}
             first = next(filter(None, reports.values()), None)
             if first is None:
                 continue
@@ -166,7 +198,7 @@ def smallest_table(found: dict, devices: int) -> list[str]:
     for file in SMALLEST:
         for variant in SAME_STEP[file]:
             for framework in FRAMEWORKS:
-                if report := found.get((framework, f"{file}:{variant}", devices)):
+                if report := found.get(key(framework, f"{file}:{variant}", devices)):
                     fewest = (fewest_cards(report, card) for card in cards.CARDS.values())
                     cells = (f"{f[0]} ({f[1]})" if f and f[1] > 1 else str(f[0]) if f else "–" for f in fewest)
                     rows.append((f"`{file}:{variant}`", framework, *cells))
@@ -176,13 +208,28 @@ def smallest_table(found: dict, devices: int) -> list[str]:
 def one_card_rows(found: dict, card: cards.Card) -> Iterator[tuple]:
     """Yield a row for each step on one card."""
     for variant in STEPS:
-        name = f"meanflow_imagenet:{variant}"
-        reports = [found.get((framework, name, 1)) for framework in FRAMEWORKS]
+        name, changes = f"meanflow_imagenet:{variant}", {"train.batch_size": ROWS}
+        reports = [found.get(key(framework, name, 1, changes)) for framework in FRAMEWORKS]
         first = next(filter(None, reports), None)
         if first:
-            step = bounds.of(load(name, ROWS), first, card, 1).step
-            cells = ("–" if r is None else f"{r['peak_bytes'] / GIB:.2f}" for r in reports)
-            yield f"`{name}`", ROWS, *cells, f"{step * 1e3:.1f}"
+            step = bounds.of(load(name, tuple(changes.items())), first, card, 1).step
+            yield f"`{name}`", ROWS, *map(gib, reports), f"{step * 1e3:.1f}"
+
+
+def grid_rows(found: dict, devices: int) -> Iterator[tuple]:
+    """Yield a row for each setting of XL/2 that was rehearsed in either framework."""
+    for setting in settings():
+        jax, torch = (found.get(key(framework, VARIED, devices, setting)) for framework in FRAMEWORKS)
+        if jax or torch:
+            sizes = (jax["collectives"].get(kind, {"bytes": 0})["bytes"] / 2**20 for kind in KINDS) if jax else ()
+            pixels, attention, remat, fsdp = setting.values()
+            yield (8 * pixels, attention, "yes" if remat else "no", fsdp, gib(jax),
+                   ", ".join(f"{size:.0f}" for size in sizes) or "–", gib(torch))  # fmt: skip
+
+
+def gib(report: dict | None) -> str:
+    """Return the memory of a step on one card."""
+    return "–" if report is None else f"{report['peak_bytes'] / GIB:.2f}"
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -191,7 +238,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--card", default="h100", help=f"one of {', '.join(cards.CARDS)} (default: %(default)s)")
     parser.add_argument("--devices", type=int, default=8, help="cards (default: %(default)s)")
     parser.add_argument("--frameworks", nargs="+", choices=FRAMEWORKS, default=FRAMEWORKS, help="(default: both)")
-    parser.add_argument("--only", metavar="REGEX", default="", help="runs whose FILE:variant matches")
+    parser.add_argument("--only", metavar="REGEX", default="", help="rehearsals whose label matches: FILE:variant 8x")
     parser.add_argument("--table", action="store_true", help="rehearse nothing more")
     parser.add_argument("--workdir", type=paths.written, default=pathlib.Path("runs/rehearsal"),
                         help="(default: %(default)s)")  # fmt: skip
@@ -209,7 +256,7 @@ def main(argv: list[str] | None = None) -> None:
     if not args.table:
         for job in tqdm(chosen, "rehearsing", disable=None):
             report_of(job, args.card, args.workdir)
-    everything = jobs(args.devices, FRAMEWORKS, "")
+    everything = jobs(args.devices, FRAMEWORKS)
     kept = [job for job in everything if path_of(job, args.card, args.workdir).exists()]
     reports = [report_of(job, args.card, args.workdir) for job in kept]
     args.output.parent.mkdir(parents=True, exist_ok=True)

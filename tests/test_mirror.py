@@ -22,9 +22,8 @@ ONE_SIDED = {
     "models/tape.py": {
         "remembered": "PyTorch makes dual numbers by hand",
         "in_turn": "autograd runs blocks in order, and DDP reduces each bucket as soon as it is full",
-        "KEPT": "inductor chooses what to keep for the backward pass",
         "gather_outside_blocks": "FSDP2 gathers",
-        "keeps": "the same",
+        "keeps": "PyTorch takes a list",
     },
     "models/attention.py": {
         "has_kernel": "PyTorch asks itself which kernel it can use",

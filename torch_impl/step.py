@@ -96,8 +96,6 @@ def make_mesh(config, device):
 def wrap(loss, config, mesh: DeviceMesh | None):
     """Return the loss module compiled, and wrapped for the processes of `mesh`: DDP, or FSDP2 if train.fsdp > 1."""
     if config.train.compile:
-        # A rematerialised block writes to the tape only when it first runs.
-        torch._dynamo.config.skip_fwd_side_effects_in_bwd_under_checkpoint = config.train.remat
         torch._dynamo.config.optimize_ddp = False  # else cuts the graph at every bucket of DDP, inside the JVP too
         loss = torch.compile(loss, backend=config.train.compile_backend, fullgraph=True, dynamic=False)
     if mesh is None:

@@ -32,6 +32,7 @@ from meanflow.errors import UserError, exit_on_user_error
 CUDNN = 9, 10, 2  # the version to compile for
 OPTIONS = {  # without a card to try kernels on
     "xla_gpu_enable_triton_gemm": False,  # XLA would choose tiles blindly, and finds none for some products
+    "xla_backend_optimization_level": 0,  # nobody runs the program; its plan of memory is the same
 }
 ASSUMED = (
     "products run in cuBLAS, as XLA chooses for most large ones when it can try both on the card (without one, its "

@@ -78,6 +78,8 @@ class Allocations(TorchDispatchMode):
         """Return that torch.compile may run under this mode, which changes no result."""
         return True
 
+    supports_higher_order_operators = True  # those that keep the state of random numbers for what runs again
+
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         if any(issubclass(kind, DTensor) for kind in types):
             return NotImplemented  # what it does to its own part is counted
@@ -85,6 +87,8 @@ class Allocations(TorchDispatchMode):
         for a in tree_leaves(result):
             if isinstance(a, FakeTensor) and a.fake_mode is self.fake:
                 self.track(a)
+        if isinstance(func, torch._ops.HigherOrderOperator):
+            func = next((a for a in args if isinstance(a, torch._ops.OpOverload)), func)
         namespace, _, name = func.name().partition("::")
         kind = next((kind for part, kind in COLLECTIVES.items() if part in name), None)
         if namespace in ("c10d", "_c10d_functional") and kind:
@@ -145,7 +149,7 @@ def processes(num_devices: int, num_nodes: int) -> Iterator[None]:
 
 def run_step(config, num_devices: int, num_nodes: int) -> dict:
     """Run a step of the config on fake tensors and return what it allocates, see `rehearse`, but for what it costs."""
-    world, fake = num_devices * num_nodes, FakeTensorMode()
+    world, fake = num_devices * num_nodes, FakeTensorMode(allow_non_fake_inputs=True)
     trace = Allocations(fake)
     with processes(num_devices, num_nodes), without_values(config.train.compile):
         mesh = step.make_mesh(config, DEVICE)

@@ -18,7 +18,6 @@ from benchmarks import jax_steps
 from benchmarks.rehearsal import cards, jax_step
 from jax_impl.models import attention, dit
 
-QUICK = {"xla_backend_optimization_level": 0}
 MATMUL = r"custom-call\(.*custom_call_target=\"__cublas|custom-call\(.*custom_call_target=\"__cudnn|= \S+ dot\("
 MUTATIONS = {
     "default_backend": lambda: setattr(attention, "platform", jax.default_backend),
@@ -36,7 +35,7 @@ def measure(network, method, kernel, hosts, devices, fsdp):
         changes |= {"model.num_time_tokens": 4}  # cuDNN wants an even number in all
     config = tiny.make(network, method, changes)
     found = jax_step.describe(cards.find("h100"), devices, hosts)
-    program = jax_step.compile_step(config, found, QUICK)[0].as_text()
+    program = jax_step.compile_step(config, found)[0].as_text()
     entry = program[program.index("\nENTRY") :].splitlines()
     last = max(i for i, line in enumerate(entry) if re.search(MATMUL, line))
     moves = [i for i, line in enumerate(entry) if re.search(r" (all-reduce|reduce-scatter)(-start)?\(", line)]

@@ -10,8 +10,9 @@ import functools
 import itertools
 from typing import Any
 
+import torch
 import torch.autograd.forward_ad as forward_ad
-from torch.utils.checkpoint import checkpoint
+from torch.utils.checkpoint import checkpoint, create_selective_checkpoint_contexts
 
 
 class Tape:
@@ -82,16 +83,42 @@ def affine(function, x, weight, name, tape):
     return y if tangent is None else forward_ad.make_dual(y, tangent)
 
 
-def rematerialised(forward):
-    """Decorate the forward of a block: if its `remat` is set, nothing inside it is kept for the backward pass.
+# What a block keeps of its forward for its gradient when it is compiled: the results of what is expensive.  Norms,
+# activations, softmax and casts are computed again, which costs less than to write them to memory and read them back.
+KEPT = [
+    getattr(torch.ops.aten, name).default
+    for name in (
+        "mm", "addmm", "bmm", "convolution", "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_efficient_attention", "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable",
+    )
+]  # fmt: skip
 
-    The backward pass recomputes it, so memory holds only what blocks pass to each other.
+
+def rematerialised(forward):
+    """Decorate the forward of a block: the backward pass recomputes what the block does not keep.
+
+    Compiled, it keeps the results of `KEPT`, and otherwise what autograd keeps; if its `remat` is set, nothing, so
+    memory holds only what blocks pass to each other.
     """
 
     @functools.wraps(forward)
     def run(self, *args, tape: Any = None):
-        if not self.remat or under_jvp(tape):
+        if under_jvp(tape) or not (self.remat or torch.compiler.is_compiling()):
             return forward(self, *args, tape=tape)
-        return checkpoint(functools.partial(forward, self, tape=tape), *args, use_reentrant=False)
+        again = functools.partial(checkpoint, use_reentrant=False, preserve_rng_state=False)  # nothing in it is random
+        if not self.remat:
+            again = functools.partial(again, context_fn=functools.partial(create_selective_checkpoint_contexts, KEPT))
+        if getattr(tape, "state", "closed") == "closed":
+            return again(functools.partial(forward, self), *args)
+
+        def recorded(*args):
+            inner = Tape(tape.select)
+            return forward(self, *args, tape=inner), inner.outputs
+
+        y, outputs = again(recorded, *args)  # what is recorded inside must come out as a result
+        for name, calls in outputs.items():
+            tape.outputs.setdefault(name, []).extend(calls)
+        return y
 
     return run

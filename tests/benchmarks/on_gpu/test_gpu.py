@@ -205,11 +205,14 @@ def test_presets_say_what_fits(monkeypatch, tmp_path):
     assert presets.fewest_cards(found, h100) == (1, 2) and presets.fewest_cards(found, rtx) == (1, 8)
     monkeypatch.setattr(presets, "rehearse", lambda *_: found)
     output = tmp_path / "rehearsal.md"
-    presets.main(["--only=imagenet:xl2$", "--frameworks", "jax", f"--workdir={tmp_path}", f"--output={output}"])
+    presets.main(
+        ["--only=imagenet:xl2 .x$|xl2 1x", "--frameworks", "jax", f"--workdir={tmp_path}", f"--output={output}"]
+    )
     text = output.read_text()
     assert "| `meanflow_imagenet:xl2_plus` | 256 |" in text and "| `imf_imagenet:xl2` | 1024 |" in text
     reports = json.loads(output.with_suffix(".json").read_text())
-    assert [r["cards"] for r in reports] == [8, 8, 1]
+    assert [(r["cards"], r["batch"]) for r in reports] == [(8, 256), (8, 1024), (1, 32)]
+    assert len(list(presets.settings())) == len({str(s) for s in presets.settings()}) == 12
 
 
 def test_every_published_run_is_in_the_table():
