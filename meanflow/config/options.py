@@ -150,7 +150,9 @@ def train(method: str) -> Options:
         "batch_size": number(256, "[1, inf)"),  # images per step, over all processes and devices
         "accumulate": number(1, "[1, inf)"),  # micro-batches per step: less memory, same result
         "remat": False,  # recompute blocks in the backward pass: less memory, slower
-        "fsdp": number(1, "[1, inf)"),  # devices that share one copy of parameters, EMA and optimizer state
+        # Devices that share one copy of parameters, EMA and optimizer state.  JAX gathers parameters block by block,
+        # PyTorch all of them for the whole step.
+        "fsdp": number(1, "[1, inf)"),
         "optimizer": choice("adam", "adamw"),
         "learning_rate": number(1e-4, "[0, inf)"),  # peak
         "beta1": number(0.9, "[0, 1)"),  # Adam's decay of the gradient
