@@ -30,7 +30,7 @@ def measure(network, method, kernel, hosts, devices, fsdp):
     changes = {"train.batch_size": 64, "train.ema_decays": (0.9,), "train.fsdp": fsdp}
     changes |= {"model.compute_dtype": "bfloat16"}
     if network in ("dit", "imf_dit", "dmf_dit"):
-        changes |= {"model.attention": kernel} | ({"model.depth": 3} if network == "dit" else {})
+        changes |= {"model.attention": kernel} | ({"model.depth": 2} if network == "dit" else {})
     if network == "imf_dit":
         changes |= {"model.num_time_tokens": 4}  # cuDNN wants an even number in all
     config = tiny.make(network, method, changes)

@@ -14,7 +14,7 @@ from meanflow.errors import UserError
 
 ROOT = pathlib.Path(__file__).parents[3]
 PROGRAM = ROOT / "tests/helpers/compile_for_card.py"
-DEPTH = 3  # blocks of the transformers
+DEPTH = 2  # blocks of the transformer that is compiled
 
 
 def compile_for_card(*cases):
@@ -55,7 +55,7 @@ def test_gradients_move_while_the_backward_pass_goes_on_and_its_mutations_are_se
     assert hosts["during"] >= DEPTH and hosts["collectives"]["all-reduce"]["count"] > DEPTH
     assert sharded["during"] >= DEPTH and sharded["collectives"]["reduce-scatter"]["count"] > DEPTH
     assert sharded["collectives"]["all-reduce"]["bytes"] < 0.05 * hosts["collectives"]["all-reduce"]["bytes"]
-    assert at_once["during"] < DEPTH and at_once["collectives"]["all-reduce"]["count"] < DEPTH
+    assert at_once["during"] < DEPTH and at_once["collectives"]["all-reduce"]["count"] <= DEPTH
     assert "__cudnn$fmhaSoftmax" in hosts["custom_calls"] and "__cudnn$fmhaSoftmax" not in elsewhere["custom_calls"]
 
 
