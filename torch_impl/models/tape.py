@@ -8,6 +8,7 @@ A tape serves one forward and one JVP of one network.  It is passed down as an a
 
 import functools
 import itertools
+import logging
 from typing import Any
 
 import torch
@@ -93,6 +94,8 @@ KEPT = [
         "_scaled_dot_product_flash_attention_for_cpu", "_scaled_dot_product_fused_attention_overrideable",
     )
 ]  # fmt: skip
+# A compiled selection warns of in-place operations, of which blocks have none.
+logging.getLogger("torch._higher_order_ops.wrap").addFilter(lambda record: "context_fn" not in record.getMessage())
 
 
 def rematerialised(forward):
