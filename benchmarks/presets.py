@@ -13,6 +13,7 @@ import itertools
 import json
 import pathlib
 import re
+import textwrap
 from collections.abc import Iterable, Iterator
 from typing import Any, NamedTuple
 
@@ -38,6 +39,7 @@ SAME_STEP = {  # {a variant to rehearse: others whose steps need the same}, by c
 }
 SMALLEST = "meanflow_imagenet", "imf_imagenet"  # files for which to find the smallest machine
 MOST = 8  # micro-batches that still leave a card enough to do
+HIDDEN = 0.1
 COUNTS = (1, 2, 4, 8)  # cards of a machine
 
 
@@ -106,8 +108,14 @@ def report_of(job: Job, card: str, workdir: pathlib.Path) -> dict:
 
 
 def split(report: dict) -> tuple[float, float]:
-    """Return the bytes of a card that do not depend on the batch, and those for each of its rows."""
-    growing = report["parts"]["temporaries"] + report["parts"]["batch"]
+    """Return the bytes of a card that do not depend on the batch, and those for each of its rows.
+
+    If temporaries are less than `HIDDEN` of the peak, gradients may have taken their place at it: both then count as
+    growing, which is too much.
+    """
+    parts = report["parts"]
+    growing = parts["temporaries"] + parts["batch"]
+    growing += parts["gradients"] if growing < HIDDEN * report["peak_bytes"] else 0
     return report["peak_bytes"] - growing, growing / (report["batch"] / report["cards"])
 
 
@@ -140,7 +148,7 @@ def page(reports: list[dict], card_name: str, devices: int) -> str:
              "and says what it assumes.", "",
              f"A step can use {cards.usable(card) / GIB:.1f} GiB of a card.  Largest batches are those at which what "
              "grows with the batch fills it; they have not been rehearsed.  A bound is the largest of the time of the "
-             "arithmetic at the card's peak, of memory at its bandwidth and of the links: no run is that fast.", "",
+             "arithmetic at the card's peak, of memory at its bandwidth and of the links: no run is that fast.  A dash: not rehearsed.", "",
              *table(HEAD, preset_rows(found, card, devices)), "",
              "## The smallest machine", "",
              "The fewest cards of a kind on which the published batch fits, alike in memory to the card above, without "
@@ -153,7 +161,9 @@ def page(reports: list[dict], card_name: str, devices: int) -> str:
              *table(GRID, grid_rows(found, devices)), "",
              "## One card", "", "The steps that `make gpu` times.", "",
              *table(ONE_CARD, one_card_rows(found, card)), ""]  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join(
+        line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False) for line in lines
+    )
 
 
 HEAD = ("run", "batch", "steps", "JAX: GiB a card", "largest batch", "PyTorch: GiB a card", "largest batch",
