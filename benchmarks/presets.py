@@ -137,35 +137,40 @@ def fewest_cards(report: dict, card: cards.Card) -> tuple[int, int] | None:
 
 def page(reports: list[dict], card_name: str, devices: int) -> str:
     """Return docs/rehearsal.md."""
-    card, found = (
-        cards.find(card_name),
-        {key(r["framework"], r["config"], r["cards"], r["changes"]): r for r in reports},
-    )
-    lines = ["# What the published runs need", "",
-             f"Rehearsed by `python benchmarks/presets.py` on {devices} x {card.title}, none of which was there: XLA "
-             "compiled the JAX steps for the card, the PyTorch steps ran on fake tensors, compiled, without the "
-             "fusions of inductor, so theirs is an upper bound.  `benchmarks/rehearse.py` does the same for one run "
-             "and says what it assumes.", "",
-             f"A step can use {cards.usable(card) / GIB:.1f} GiB of a card.  Largest batches are those at which what "
-             "grows with the batch fills it; they have not been rehearsed.  A bound is the largest of the time of the "
-             "arithmetic at the card's peak, of memory at its bandwidth and of the links: no run is that fast.  A dash: not rehearsed.", "",
-             *table(HEAD, preset_rows(found, card, devices)), "",
-             "## The smallest machine", "",
-             "The fewest cards of a kind on which the published batch fits, alike in memory to the card above, without "
-             f"`fsdp` or `remat`; in brackets `train.accumulate`, up to {MOST}, where it needs that.", "",
-             *smallest_table(found, devices), "",
-             f"## {VARIED} in other settings", "",
-             "Collectives of the JAX step, MiB of their results on one card: " + ", ".join(KINDS) + ".  In PyTorch, "
-             "`fsdp` shards the state alone: the step gathers all parameters at once and scatters all gradients at "
-             "once, because a JVP cannot be compiled through the hooks that would do so block by block.", "",
-             *table(GRID, grid_rows(found, devices)), "",
-             "## One card", "", "The steps that `make gpu` times.", "",
-             *table(ONE_CARD, one_card_rows(found, card)), ""]  # fmt: skip
+    card = cards.find(card_name)
+    found = {key(r["framework"], r["config"], r["cards"], r["changes"]): r for r in reports}
+    lines = [
+        "# What the published runs need", "", ASSUMED.format(devices=devices, title=card.title), "",
+        COLUMNS.format(usable=cards.usable(card) / GIB), "", *table(HEAD, preset_rows(found, card, devices)), "",
+        "## The smallest machine", "", MACHINES.format(most=MOST), "", *smallest_table(found, devices), "",
+        f"## {VARIED} in other settings", "", SETTINGS.format(kinds=", ".join(KINDS)), "",
+        *table(GRID, grid_rows(found, devices)), "",
+        "## One card", "", "The steps that `make gpu` times.", "", *table(ONE_CARD, one_card_rows(found, card)), "",
+    ]  # fmt: skip
     return "\n".join(
         line if line.startswith("|") else textwrap.fill(line, 120, break_on_hyphens=False) for line in lines
     )
 
 
+ASSUMED = (
+    "Rehearsed by `python benchmarks/presets.py` on {devices} x {title}, none of which was there: XLA compiled the JAX "
+    "steps for the card, the PyTorch steps ran on fake tensors, compiled, without the fusions of inductor, so theirs "
+    "is an upper bound.  `benchmarks/rehearse.py` does the same for one run and says what it assumes."
+)
+COLUMNS = (
+    "A step can use {usable:.1f} GiB of a card.  Largest batches are those at which what grows with the batch fills "
+    "it; they have not been rehearsed.  A bound is the largest of the time of the arithmetic at the card's peak, of "
+    "memory at its bandwidth and of the links: no run is that fast.  A dash: not rehearsed."
+)
+MACHINES = (
+    "The fewest cards of a kind on which the published batch fits, alike in memory to the card above, without `fsdp` "
+    "or `remat`; in brackets `train.accumulate`, up to {most}, where it needs that.  Computed from the table above."
+)
+SETTINGS = (
+    "Collectives of the JAX step, MiB of their results on one card: {kinds}.  In PyTorch, `fsdp` shards the state "
+    "alone: the step gathers all parameters at once and scatters all gradients at once, because a JVP cannot be "
+    "compiled through the hooks that would do so block by block."
+)
 HEAD = ("run", "batch", "steps", "JAX: GiB a card", "largest batch", "PyTorch: GiB a card", "largest batch",
         "a step, at least ms", "the run, at least GPU-hours")  # fmt: skip
 KINDS = ("all-gather", "reduce-scatter", "all-reduce")
