@@ -179,12 +179,10 @@ def sharded():
 
 def in_parts(arrays):
     """Return parameters in the parts that devices have of them; otherwise XLA would gather them earlier than needed."""
+    if not sharded():
+        return arrays
     mesh = _mesh.get()
-    return (
-        jax.lax.with_sharding_constraint(arrays, jax.tree.map(lambda a: shard(a, mesh), arrays))
-        if sharded()
-        else arrays
-    )
+    return jax.lax.with_sharding_constraint(arrays, jax.tree.map(lambda a: shard(a, mesh), arrays))
 
 
 def gathered(arrays):

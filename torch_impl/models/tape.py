@@ -30,7 +30,7 @@ class Tape:
         self.outputs.setdefault(name, []).append(self.select(y.detach()))
 
     def close(self):
-        """Stop recording.  Blocks that run again in the backward pass then record nothing."""
+        """Stop recording."""
         self.state = "closed"
 
     def replay(self, inputs):
