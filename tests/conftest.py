@@ -1,11 +1,15 @@
 """What tests share: the digits on disk, a tiny config, and a quick way to run the project's commands."""
 
+import contextlib
 import functools
 import os
 import pathlib
 import runpy
 import sys
 from concurrent import futures
+
+with contextlib.suppress(ImportError):  # a PyTorch for GPUs has it; it crashes if TensorFlow is loaded before it
+    import triton  # noqa: F401  # pyright: ignore[reportMissingImports]
 
 import commands
 import compile_cache

@@ -3,6 +3,8 @@
 import ast
 import graphlib
 import pathlib
+import subprocess
+import sys
 
 import pytest
 
@@ -91,3 +93,12 @@ def test_what_computes_imports_no_tensorflow(package):
     for module in FILES:
         if module == f"{package}.step" or module.startswith((f"{package}.models.", f"{package}.methods.")):
             assert not {name.split(".")[0] for name in imports(module)} & NOT_TO_COMPUTE_WITH, module
+
+
+def test_the_pytorch_trainer_loads_triton_before_tensorflow():
+    """Triton 3.7, which `torch.utils.flop_counter` loads, crashes otherwise; writers of metrics load TensorFlow."""
+    script = (
+        "import sys, torch_impl.train; assert 'torch.utils.flop_counter' in sys.modules; "
+        "assert 'tensorflow' not in sys.modules"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, cwd=ROOT)

@@ -15,7 +15,8 @@ import runpy
 import sys
 
 LIBRARIES = (
-    "jax", "flax.nnx", "optax", "orbax.checkpoint", "jax.experimental.multihost_utils", "torch",
+    "torch.utils.flop_counter",  # loads Triton, if there is one, which crashes if TensorFlow is loaded before it
+    "jax", "flax.nnx", "optax", "orbax.checkpoint", "jax.experimental.multihost_utils",
     "torch.distributed.checkpoint", "torch.distributed.fsdp", "tensorflow_datasets", "grain", "clu.metric_writers",
     "clu.periodic_actions", "sklearn.svm", "PIL.Image", "safetensors.numpy", "tqdm",
 )  # fmt: skip
