@@ -202,6 +202,9 @@ def test_presets_say_what_fits(monkeypatch, tmp_path):
     h100, rtx = cards.find("h100"), cards.find("rtx4090")
     assert presets.most_rows(found, h100) == math.floor((cards.usable(h100) / 2**30 - 10) * 32 / 10)
     assert presets.fewest_cards(found, h100) == (1, 2) and presets.fewest_cards(found, rtx) == (1, 8)
+    with_gradients = published(20.0, parts=found["parts"] | {"parameters": 7 * 2**30, "gradients": 3 * 2**30})
+    assert presets.fewest_cards(with_gradients, h100) == (1, 2)  # of 56.8 GiB, in place of 62.8
+    assert presets.fewest_cards(with_gradients, rtx) == (2, 8)  # 21 GiB, where one card needs 26
     monkeypatch.setattr(presets, "rehearse", lambda *_: found)
     output = tmp_path / "rehearsal.md"
     presets.main(
