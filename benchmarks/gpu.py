@@ -5,7 +5,7 @@
     python benchmarks/gpu.py --list
     python benchmarks/gpu.py --cpu --only='attention'      (tiny pieces, where there is no GPU)
 
-Trains every recipe on digits compiled in bfloat16 and float32; kills and resumes, samples and evaluates a run; compares
+Trains every recipe on digits, compiled, in bfloat16; kills and resumes, samples and evaluates a run; compares
 the CPU with the GPU in float32 (logged scalars, gradients, samples) and both frameworks in float64 on the GPU; trains
 in two processes where there are two GPUs; compares fused attention with plain; then times steps of MeanFlow on
 ImageNet, alone on the card, beside what benchmarks/rehearse.py predicted.

@@ -6,13 +6,12 @@ import sys
 from typing import NamedTuple
 
 FRAMEWORKS = ("jax", "torch")
-DTYPES = ("bfloat16", "float32")
 CHAINS = {  # recipes of configs/digits.py that are trained one after the other: the second starts from the first
     "dit": ("",), "imf": ("imf",), "unet": ("unet",), "dmf": ("flow", "dmf"), "remeanflow": ("edm2_flow", "remeanflow"),
-}  # fmt: skip
+}  # fmt: skip  # in bfloat16; float32 is compared with the CPU
 COMPARED = ("", ":imf", ":unet", ":dmf", ":remeanflow")  # recipes of configs/digits.py: a step on the CPU and the GPU
 ROWS = 32  # of a step on one card: a batch of 256 on eight
-STEPS = {"b4": 12, "b2": 16, "xl2": 40}  # recipes of configs/meanflow_imagenet.py: GiB at most, in either framework
+STEPS = {"b4": 12, "xl2": 40}  # recipes of configs/meanflow_imagenet.py: GiB at most, in either framework
 # Of parity/check.py: a forward, losses, training and samples of every system.
 PARITY = (
     "^float64/(unet/|imf/|dmf/|edm2/)?(forward|split/kappa|coin/kappa|split|coin|mg|v1|re2|train/.*|sample/steps2"
@@ -39,18 +38,15 @@ def every_piece(workdir: pathlib.Path, cpu: bool = False) -> list[Piece]:
         config = ("configs/digits.py", 8) if cpu else (f"configs/meanflow_imagenet.py:{recipe}", ROWS)
         pieces += [Piece(f"step/{recipe}/{f}", module("timed", f, *config), 300, True, gib) for f in FRAMEWORKS]
     pieces += [
-        Piece(f"resume/{f}", module("resume", f, workdir / "resume" / f, 120 if cpu else 600), 200) for f in FRAMEWORKS
+        Piece(f"resume/{f}", module("resume", f, workdir / "resume" / f, 120 if cpu else 300), 400) for f in FRAMEWORKS
     ]
     pieces += [Piece(f"attention/{f}", module("attention", f), 120) for f in FRAMEWORKS]
     for recipe in COMPARED:
         argv = (sys.executable, "parity/full_step.py", f"--config=configs/digits.py{recipe}", *gpu)
         pieces.append(Piece(f"cpu_and_gpu/{recipe.strip(':') or 'dit'}", argv, 300))
-    for dtype in DTYPES:
-        for name, chain in CHAINS.items():
-            pieces += [
-                Piece(f"digits/{name}/{dtype}/{f}", module("digits", f, dtype, workdir / "digits", *chain), 300)
-                for f in FRAMEWORKS
-            ]
+    for name, chain in CHAINS.items():
+        argv = (workdir / "digits", *chain)
+        pieces += [Piece(f"digits/{name}/{f}", module("digits", f, "bfloat16", *argv), 400) for f in FRAMEWORKS]
     jobs = max(1, (os.cpu_count() or 1) // 4)
     argv = (sys.executable, "parity/check.py", "--only", PARITY, f"--jobs={jobs}", *gpu)
     pieces.append(Piece("parity/float64", argv, 300, gib=2 * jobs))

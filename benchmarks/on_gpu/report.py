@@ -57,7 +57,7 @@ def markdown(rows: Sequence[Row], machine: dict) -> str:
 def step_table(steps: Sequence[Row], card: cards.Card | None) -> list[str]:
     """Return the table of timed steps beside what was rehearsed."""
     head = ("step", "rows", "dtype", "ms", "images/s", "model TFLOP/s", "of the card's matmul rate", "peak GiB",
-            "rehearsed: peak GiB", "at least ms")  # fmt: skip
+            "rehearsed: peak GiB", "at least ms", "compiled in s")  # fmt: skip
     rows = []
     for row in steps:
         f, expected = row.figures, predict(row, card)
@@ -67,7 +67,7 @@ def step_table(steps: Sequence[Row], card: cards.Card | None) -> list[str]:
             row.name.removeprefix("step/"), f["rows"], f["dtype"], f"{f['median_s'] * 1e3:.1f}",
             f"{f['rows'] / f['median_s']:.0f}", f"{f['model_flops_per_s'] / 1e12:.2f}",
             f"{f['share_of_matmul_rate']:.1%}", *("–" if p is None else f"{p:.2f}" for p in peaks),
-            "–" if least is None else f"{least * 1e3:.1f}",
+            "–" if least is None else f"{least * 1e3:.1f}", f"{f['preparing_s']:.0f}",
         ))  # fmt: skip
     return table(head, rows)
 

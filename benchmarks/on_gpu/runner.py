@@ -17,8 +17,9 @@ from benchmarks.on_gpu.timed import READY
 
 MEASURING = 10  # seconds that a timed piece needs once it is ready
 SAID = 15  # lines of errors that are kept
-# Several processes share the card.
-ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}
+ENVIRONMENT = {"XLA_PYTHON_CLIENT_PREALLOCATE": "false", "TF_CPP_MIN_LOG_LEVEL": "3"}  # several share the card
+THREADS = ("OMP_NUM_THREADS", "TORCHINDUCTOR_COMPILE_THREADS")  # each piece gets its share of the cores
+COMPILED = "JAX_COMPILATION_CACHE_DIR"  # a run that is killed, resumed and sampled is compiled once
 
 
 class Row(NamedTuple):
@@ -34,20 +35,21 @@ class Row(NamedTuple):
 class Running:
     """A piece that runs in a process group of its own."""
 
-    def __init__(self, piece: Piece, logs: pathlib.Path):
+    def __init__(self, piece: Piece, logs: pathlib.Path, environment: dict[str, str]):
         self.piece, self.began, self.ready, self.measuring = piece, time.monotonic(), False, False
+        self.preparing = 0.0  # seconds until it was ready
         stem = logs / piece.name.replace("/", "_")
         self.out, self.err = stem.with_suffix(".out"), stem.with_suffix(".err")
         with self.out.open("w") as out, self.err.open("w") as err:
             self.process = subprocess.Popen(
-                piece.argv, stdin=subprocess.PIPE, stdout=out, stderr=err, env=os.environ | ENVIRONMENT,
+                piece.argv, stdin=subprocess.PIPE, stdout=out, stderr=err, env=os.environ | environment,
                 start_new_session=True, cwd=pathlib.Path(__file__).parents[2], text=True,
             )  # fmt: skip
 
     def look(self) -> bool:
         """Notice whether it is ready to be timed, and return whether it has ended."""
         if self.piece.timed and not self.ready and READY in self.out.read_text().splitlines():
-            self.ready = True
+            self.ready, self.preparing = True, time.monotonic() - self.began
         return self.process.poll() is not None
 
     def go(self) -> None:
@@ -76,8 +78,13 @@ class Running:
         lines = self.out.read_text().splitlines()
         said = "\n".join((lines + self.err.read_text().splitlines())[-SAID:])
         status = status or ("failed" if self.process.returncode else "passed")
-        return Row(self.piece.name, status, time.monotonic() - self.began, figures(lines) if status == "passed" else {},
-                   said)  # fmt: skip
+        found = figures(lines) if status == "passed" else {}
+        seconds = self.preparing  # its wait for the card does not count
+        if self.measuring or not self.ready:
+            seconds += time.monotonic() - self.began
+        if found and self.ready:
+            found["preparing_s"] = self.preparing
+        return Row(self.piece.name, status, seconds, found, said)
 
 
 class Card(NamedTuple):
@@ -92,6 +99,8 @@ class Schedule:
 
     def __init__(self, pieces: Sequence[Piece], card: Card, jobs: int, budget: float, logs: pathlib.Path):
         self._waiting, self._running, self._card, self._jobs, self._logs = list(pieces), [], card, jobs, logs
+        share = str(max(1, (os.cpu_count() or 1) // jobs))
+        self._environment = ENVIRONMENT | dict.fromkeys(THREADS, share) | {COMPILED: str(logs.parent / "compiled")}
         self._deadline, self._rows = time.monotonic() + budget, {}
         self._order = [piece.name for piece in pieces]
         self._bar = tqdm(total=len(pieces), unit="piece", disable=None)
@@ -165,7 +174,7 @@ class Schedule:
             busy = sum(not running.ready for running in self._running)
             if busy < self._jobs and used + piece.gib <= self._card.gib:
                 self._waiting.remove(piece)
-                self._running.append(Running(piece, self._logs))
+                self._running.append(Running(piece, self._logs, self._environment))
 
     def _measure(self) -> None:
         """Let the next timed piece go once nothing else is at work."""

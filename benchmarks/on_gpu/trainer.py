@@ -6,6 +6,7 @@ import os
 import pathlib
 import subprocess
 import sys
+import time
 from typing import Any
 
 SCRIPTS = {"main": "train"}  # names of commands in PyTorch, where they differ
@@ -28,7 +29,11 @@ def train(framework: str, recipe: str, workdir, changes: dict) -> list[str]:
 
 
 def run(argv: list[str], **environment: str) -> str:
-    """Run a command and return what it prints.  Exits with the end of its errors if it fails."""
+    """Run a command and return what it prints.  Exits with the end of its errors if it fails.
+
+    Says so on stderr, for whoever stops the piece because it takes too long.
+    """
+    print(f"{time.strftime('%X')} {' '.join(argv[1:])}", file=sys.stderr, flush=True)
     done = subprocess.run(argv, capture_output=True, text=True, env=os.environ | environment, check=False)
     if done.returncode:
         sys.exit(f"{' '.join(argv[1:])}\nexit code {done.returncode}\n{done.stderr[-3000:]}")

@@ -13,7 +13,7 @@ from meanflow.errors import UserError
 class Card(NamedTuple):
     """One kind of GPU."""
 
-    title: str
+    title: str  # as the driver reports it
     memory: int  # bytes that CUDA reports in total
     bandwidth: float  # of the memory, bytes/s
     bfloat16: float  # FLOP/s
@@ -30,7 +30,7 @@ class Card(NamedTuple):
 CARDS = {
     "h100": Card("NVIDIA H100 80GB HBM3", 84_942_979_072, 3.352e12, 989.4e12, 494.7e12, 66.9e12, 450e9, (9, 0), 132,
                  233_472, 52_428_800, 1.98),
-    "h200": Card("NVIDIA H200 141GB HBM3e", 151_397_597_184, 4.8e12, 989.4e12, 494.7e12, 66.9e12, 450e9, (9, 0), 132,
+    "h200": Card("NVIDIA H200", 151_397_597_184, 4.8e12, 989.4e12, 494.7e12, 66.9e12, 450e9, (9, 0), 132,
                  233_472, 52_428_800, 1.98),
     "a100": Card("NVIDIA A100-SXM4-80GB", 85_100_068_864, 2.039e12, 312e12, 156e12, 19.5e12, 300e9, (8, 0), 108,
                  167_936, 41_943_040, 1.41),
