@@ -9,7 +9,12 @@ Reads, recognised by content and not by name:
                   the Inception network of torch-fidelity and pytorch-fid, which the metrics need
   .pkl            an official pickle of NVlabs/edm2; the code in it is never executed
   .msgpack        an official Flax tree (Gsunshine/meanflow, Lyy-iiis/imeanflow), bare or in a train state
-  a directory     with an Orbax checkpoint of such a tree
+  a directory     with an Orbax checkpoint of such a tree, a checkpoint of torch.distributed, weights split over several
+                  files with an index, or as accelerate or diffusers saves them; of several steps, --step chooses one
+  a .zip          of any of these
+  hf://OWNER/NAME[@REVISION][/PATH]  any of these on the Hugging Face hub, through its cache
+The time of the original SiT (willisma/SiT) runs the other way: its weights are turned round, exactly.  Nothing in the
+weights tells them from REPA's, so what is assumed is said; --time decides.
 From a training checkpoint it takes the EMA, or the raw parameters if there is none, and says which; --ema chooses: -1
 the raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', 'ema_params' are 0, 'net_ema1' is 1).
 Wrappers (module., _orig_mod. ...) are dropped from names.  float16 and bfloat16 become float32, which is exact.
@@ -35,9 +40,10 @@ from jax_impl import checkpoints as jax_checkpoints
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
-from meanflow.weights import sources
+from meanflow.weights import hub, sources, times
 from meanflow.weights.infer import inferred_config
-from parity.sources import read_directory
+from meanflow.weights.reading import Choice
+from parity.sources import read as read_source
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
@@ -59,7 +65,8 @@ class Options(NamedTuple):
     config: base.Config | None = None  # of the network; None to use that of a work directory, or to infer it
     prefix: str = ""  # of the names to keep
     latents: str = ""  # a name in `latents.CONVENTIONS`; '' for what the source says
-    step: int | None = None  # of a checkpoint or snapshot in a work directory; None for the newest checkpoint
+    step: int | None = None  # of a checkpoint or snapshot in a directory; None for the newest of a work directory
+    time: str | None = None  # how the time of a flow model runs, one of `times.DIRECTIONS`; None to judge by the source
 
 
 AS_IT_IS = Options()
@@ -69,7 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for a wrong flag or a source that cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
-    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step)
+    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step, args.time)
     kind, num = convert(args.source, args.dest, options)
     print(f"{args.source} ({kind}) -> {args.dest}: {num} arrays")
 
@@ -77,14 +84,24 @@ def main(argv: list[str] | None = None) -> None:
 def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("source", metavar="SOURCE", type=paths.read, help="what to read")
+    parser.add_argument("source", metavar="SOURCE", type=paths.source, help="what to read")
     parser.add_argument("dest", metavar="DEST", type=paths.written, help="what to write; replaced if it is a file")
     parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
     parser.add_argument(
         "--ema", metavar="N", type=int,
         help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters if there is none)",
     )  # fmt: skip
-    parser.add_argument("--step", metavar="N", type=int, help="which checkpoint of a work directory (default: newest)")
+    parser.add_argument(
+        "--step",
+        metavar="N",
+        type=int,
+        help="which checkpoint of a directory (default: the newest of a work directory)",
+    )
+    parser.add_argument(
+        "--time", choices=times.DIRECTIONS,
+        help="how the time of a flow model's weights runs: ours, with noise at t = 1, as in REPA; reversed, as in the "
+        "original SiT (default: judged by what the file says, and said)",
+    )  # fmt: skip
     parser.add_argument(
         "--config", metavar="FILE",
         help="config of the network: FILE.py[:variant] or a config.json; needed if DEST is a work directory, and for "
@@ -107,13 +124,14 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
 
     Returns the kind of the source and the number of arrays.  Raises UserError.
     """
-    source, dest, to = pathlib.Path(source), pathlib.Path(dest), options.to
+    dest, to = pathlib.Path(dest), options.to
     if to is None and dest.suffix not in (".safetensors", ".pt"):
         raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
     if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
-    found = read(source, options)
-    metadata = {"format": "canonical", "source": f"{source.name} ({found.kind})"}
+    found = read_source(source, Choice(options.ema, options.prefix, options.step, options.time))
+    name = source if hub.is_address(source) else pathlib.Path(source).name
+    metadata = {"format": "canonical", "source": f"{name} ({found.kind})"}
     if IN_INCEPTION in found.weights:
         weights = checked_inception(found.weights, options)
         write_file(dest, weights, metadata)
@@ -130,17 +148,6 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
         checkpoints.write_weights(dest, with_latents(config, convention), weights)
     return found.kind, len(weights)
-
-
-def read(source: pathlib.Path, options: Options) -> sources.Source:
-    """Return the canonical weights of a file or a directory.  Raises UserError."""
-    if not source.exists():
-        raise UserError(f"there is no {source}")
-    if source.is_dir():
-        return read_directory(source, options.ema, options.prefix, options.step)
-    if options.step is not None:
-        raise UserError(f"--step chooses a checkpoint of a work directory, and {source} is a file")
-    return sources.read(source, options.ema, options.prefix)
 
 
 def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:
@@ -160,7 +167,7 @@ def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[
 
 
 def convention_of(
-    source: pathlib.Path, found: sources.Source, config: base.Config | None, name: str
+    source: object, found: sources.Source, config: base.Config | None, name: str
 ) -> latents.Convention | None:
     """Return the convention of the latents that the model generates, None if there is none or nothing says.
 
@@ -178,7 +185,7 @@ def convention_of(
     return known[0][1] if known else None
 
 
-def from_metadata(source: pathlib.Path, text: str) -> latents.Convention:
+def from_metadata(source: object, text: str) -> latents.Convention:
     """Return the convention in a file's metadata.  Raises UserError if it is invalid."""
     try:
         return latents.from_dict(json.loads(text))

@@ -82,6 +82,11 @@ def read(path: str) -> pathlib.Path:
     return _argument(path, expand)
 
 
+def source(path: str) -> pathlib.Path | str:
+    """Return the path of weights to read, or their address on the hub, as it is."""
+    return path if path.startswith("hf://") else read(path)
+
+
 def written(path: str) -> pathlib.Path:
     """Return the path of an argument to write."""
     return _argument(path, expand_local)

@@ -30,6 +30,7 @@ MAGIC = {  # files that cannot be read as weights, and what to do about them
     b"version https://git-lfs": "the pointer of a file in Git LFS: fetch the file itself (git lfs pull)",
     b"<": "a web page or XML, not weights: download the file itself",
 }
+ARCHIVE = "a zip archive that torch.save did not write"
 CONVERTED = {  # kinds that python -m parity.convert turns into safetensors
     "torch": "a PyTorch file", "pickle": "a pickle", "msgpack": "a Flax msgpack file",
 }  # fmt: skip
@@ -46,6 +47,16 @@ def kind_of(path: str | os.PathLike) -> str:
         raise UserError(f"{path} is {error}") from error
     except OSError as error:
         raise UserError(f"cannot read {path}: {error.strerror}") from error
+
+
+def is_archive(path: str | os.PathLike) -> bool:
+    """Return whether a file is a .zip that is not itself a file of weights."""
+    if not zipfile.is_zipfile(path):
+        return False
+    try:
+        return not _recognised(pathlib.Path(path))
+    except ValueError as error:
+        return ARCHIVE in str(error)
 
 
 def _recognised(path: pathlib.Path) -> str:
@@ -84,7 +95,7 @@ def _kind_of_zip(path: pathlib.Path) -> str:
         raise ValueError("a TorchScript archive, a program: save the state dict of the network alone")
     if any(name.endswith("data.pkl") for name in names):
         return "torch"
-    raise ValueError("a zip archive that torch.save did not write; unpack it, and name the file of weights")
+    raise ValueError(f"{ARCHIVE}; unpack it, and name the file of weights")
 
 
 def save(path: str | os.PathLike, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:

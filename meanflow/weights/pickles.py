@@ -8,6 +8,7 @@ any other name is refused.
 import io
 import pickle
 import pickletools
+import re
 from collections.abc import Mapping
 from typing import Any
 
@@ -169,6 +170,20 @@ NETWORKS: dict[tuple[str, str], type] = ARRAYS | {
     **{("torch.nn.modules.container", name): Record for name in ("ModuleDict", "ModuleList", "Sequential")},
     **{("torch", name): Record for name in ("device", "Size", "float16", "bfloat16", "float32", "float64", "int64")},
 }
+
+
+class Matching(dict):
+    """Stands for a plain `Record` under every name, MODULE.NAME, that a pattern matches."""
+
+    def __init__(self, pattern: re.Pattern):
+        super().__init__()
+        self.pattern = pattern
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, tuple) and bool(self.pattern.fullmatch(".".join(name)))
+
+    def __missing__(self, name: tuple[str, str]) -> type:
+        return Record
 
 
 class InertUnpickler(pickle.Unpickler):

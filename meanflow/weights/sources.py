@@ -8,7 +8,6 @@ import pathlib
 import pickle
 import re
 import struct
-import sys
 import warnings
 from typing import Any, NamedTuple
 
@@ -31,16 +30,6 @@ TORCH_FILES: list[Any] = [
     *((Record, f"{module}.{name}") for module in ("pathlib", "pathlib._local")
       for name in ("PosixPath", "WindowsPath", "PurePosixPath", "PureWindowsPath")),
 ]  # fmt: skip
-# The original SiT has the parameter names of REPA's and decoupled MeanFlow's, whose time runs as ours.  Its network
-# predicts a sigma that it drops, so its last layer is twice as wide, and its trainer's options have other values.
-# Source: willisma/SiT, models.py and train_utils.py; sihyun-yu/REPA, models/sit.py and train.py.
-SIT_PATHS = {"Linear", "GVP", "VP"}  # of SiT's --path-type; lower case in REPA and DMF
-SIT_TARGETS = {"velocity", "score", "noise"}  # of SiT's --prediction; v in REPA and DMF
-NOT_OF_SIT = ("r_embedder.", "projectors.", "logvar_linear.")  # parameters that SiT does not have
-REVERSED = (
-    "whose time runs from noise at 0 to data at 1, the reverse of this project: they would sample nonsense.  There is "
-    "no option --time to turn it round yet; use weights of REPA or decoupled MeanFlow"
-)
 
 
 class Source(NamedTuple):
@@ -50,6 +39,8 @@ class Source(NamedTuple):
     kind: str  # with the entry that was read, for messages
     config: ml_collections.ConfigDict | None = None  # of a work directory
     latents: str | None = None  # the convention of a model of latents, JSON in the metadata of a safetensors file
+    arguments: Any = None  # the options that a trainer kept: a Namespace or a dict
+    ours: bool = False  # whether this project wrote them
 
 
 def read(path: pathlib.Path, ema: int | None = None, prefix: str = "") -> Source:
@@ -66,9 +57,7 @@ def read_safetensors(path: pathlib.Path, ema: int | None, prefix: str) -> Source
     metadata = files.metadata(path)
     canonical = "source" in metadata
     source = from_torch(files.load(path), ema, prefix, path, "canonical safetensors" if canonical else "safetensors")
-    if not canonical:
-        check_time(source.weights, None, path)
-    return source._replace(latents=metadata.get("latents"))
+    return source._replace(latents=metadata.get("latents"), ours=canonical)
 
 
 def read_torch(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
@@ -77,8 +66,7 @@ def read_torch(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
     if not isinstance(tree, dict):
         raise UserError(f"{path} holds a {type(tree).__name__}, not a state dict")
     source = from_torch(tree, ema, prefix, path, "PyTorch state dict")
-    check_time(source.weights, tree.get("args", tree.get("hyper_parameters")), path)
-    return source
+    return source._replace(arguments=tree.get("args", tree.get("hyper_parameters")))
 
 
 def read_pickle(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
@@ -116,7 +104,6 @@ def from_flax(tree: dict, ema: int | None, prefix: str, path: pathlib.Path, kind
     if not network.leaves:
         raise UserError(f"{path} holds no parameters")
     weights = flax_tree_to_canonical(to_arrays(network.leaves, path))
-    check_time(weights, None, path)
     return Source(weights, named(kind, network.label.removesuffix(".net")))
 
 
@@ -170,33 +157,6 @@ def to_numpy(value: Any, where: str) -> np.ndarray:
             raise UserError(f"{where} is of {value.dtype}, which needs scales; save float32, bfloat16 or float16")
         value = value.float()
     return value.detach().resolve_conj().resolve_neg().numpy()
-
-
-def check_time(weights: dict[str, np.ndarray], arguments: Any, where: Any) -> None:
-    """Refuse weights of the original SiT, whose time runs backwards, and warn if nothing says which way it runs.
-
-    arguments: options that the trainer kept, a Namespace, a dict or None.  where: the file, for messages.
-    Raises UserError.
-    """
-    patches, last = weights.get("x_embedder.proj.weight"), weights.get("final_layer.linear.weight")
-    if patches is None or last is None or "blocks.0.attn.qkv.weight" not in weights:
-        return
-    if patches.ndim == 4 and len(last) == 2 * patches[0].size:
-        raise UserError(
-            f"{where} predicts twice the channels that it reads, a learned sigma: these are weights of the original "
-            f"DiT, a diffusion model, or of the original SiT (willisma/SiT), {REVERSED}"
-        )
-    if any(name.startswith(NOT_OF_SIT) for name in weights):
-        return
-    options = arguments if isinstance(arguments, dict) else getattr(arguments, "__dict__", {})
-    if options.get("path_type") in SIT_PATHS or options.get("prediction") in SIT_TARGETS:
-        raise UserError(f"{where} was written by the trainer of the original SiT (willisma/SiT), {REVERSED}")
-    if not {"path_type", "enc_type", "proj_coeff"} & options.keys():
-        print(
-            f"warning: nothing in {where} says which way its time runs.  It must not be of the original SiT "
-            f"(willisma/SiT), {REVERSED}",
-            file=sys.stderr,
-        )
 
 
 def load_torch(path: pathlib.Path) -> Any:

@@ -1,6 +1,7 @@
 """Directories that are no checkpoint are refused in one line, saying what they are."""
 
 import json
+import pickle
 
 import numpy as np
 import orbax.checkpoint as ocp
@@ -36,7 +37,32 @@ def distributed(path):
 
 
 def split(path):
+    index = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def not_an_index(path):
     (path / "model.safetensors.index.json").write_text("{}")
+
+
+def outside(path):
+    index = {"weight_map": {"a": "../../other.safetensors"}}
+    (path / "model.safetensors.index.json").write_text(json.dumps(index))
+
+
+def calls_code(path):
+    distributed(path)
+    (path / ".metadata").write_bytes(pickle.dumps(print))
+
+
+def half(path):
+    distributed(path)
+    (path / ".metadata").unlink()
+
+
+def two_models(path):
+    for name in ("model.safetensors", "model_1.safetensors"):
+        (path / name).write_bytes(b"0")
 
 
 def orbax_steps(path):
@@ -65,9 +91,14 @@ CASES = {
     "pipeline": (lambda path: (path / "model_index.json").write_text("{}"), "", r"diffusers saved it \(a pipeline\)"),
     "one file": (torch_file, "", "name the file of weights in it, .*epoch 1$"),
     "several files": (several_files, "", r"name the file of weights in it, .*0\.pt or .*1\.pt or .*2\.pt \(4 in all\)"),
-    "distributed": (distributed, "", "of torch.distributed; make it one file first: .* dcp_to_torch"),
-    "split": (split, "", "split over several files"),
-    "steps": (orbax_steps, "", "several Orbax checkpoints: name one, .*10 or .*5"),
+    "distributed": (distributed, "", "no network of this project has such weights"),
+    "distributed, code": (calls_code, "", r"\.metadata is refused: it calls 'builtins\.print'"),
+    "distributed, half": (half, "", "torch.distributed without its .metadata: copy the whole folder"),
+    "split": (split, "", "names model-00001-of-00002.safetensors, which is not beside it: copy the whole folder"),
+    "split, no index": (not_an_index, "", "an index of weights: KeyError"),
+    "split, outside": (outside, "", "which is not beside it"),
+    "two models": (two_models, "", "holds several models: name the file, model.safetensors or model_1.safetensors"),
+    "steps": (orbax_steps, "", "holds several checkpoints, of steps 5, 10: choose one by --step"),
     "no names": (orbax_without_names, "", "Orbax checkpoint, but its content is not a tree|no network|holds no"),
     "damaged": (orbax_damaged, "", "cannot read .*5 as an Orbax checkpoint, it may be damaged"),
     "not saved": (lambda path: (path / "config.json").write_text("{}"), "", "the run has not saved yet"),

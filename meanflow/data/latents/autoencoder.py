@@ -17,7 +17,7 @@ import numpy as np
 
 from meanflow.errors import UserError
 from meanflow.weights import files as weight_files
-from meanflow.weights import sources
+from meanflow.weights import hub, sources
 
 CONFIG = "config.json"
 WEIGHTS = ("diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin")  # the first that exists
@@ -132,33 +132,8 @@ def _weights_in(directory: pathlib.Path) -> pathlib.Path:
 
 def _download(name: str) -> tuple[pathlib.Path, pathlib.Path]:
     """Return the local paths of config and weights of a name on the hub.  Raises UserError if out of reach."""
-    try:
-        import huggingface_hub
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError, LocalEntryNotFoundError
-    except ModuleNotFoundError as error:
-        raise UserError(
-            f"to fetch {name} from the hub needs the package huggingface_hub, which is not installed: "
-            'pip install --constraint constraints.txt -e ".[latents]"'
-        ) from error
-
-    def fetch(file: str) -> pathlib.Path:
-        return pathlib.Path(huggingface_hub.hf_hub_download(name, file))
-
-    try:
-        config = fetch(CONFIG)
-        try:
-            return config, fetch(WEIGHTS[0])
-        except LocalEntryNotFoundError:  # the hub is out of reach; says nothing about the file
-            raise
-        except EntryNotFoundError:
-            return config, fetch(WEIGHTS[1])
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise UserError(
-            f"cannot fetch the autoencoder {name}: {reason:.300}  There is no such directory here either.  On a "
-            f"machine without a network, copy the directory from one that has it (hf download {name} --local-dir DIR), "
-            "and name DIR instead."
-        ) from error
+    what = f"the autoencoder {name}"
+    return hub.fetch(name, CONFIG, what=what), hub.fetch(name, *WEIGHTS, what=what)
 
 
 def _settings(path: pathlib.Path) -> dict[str, Any]:
