@@ -30,7 +30,6 @@ import argparse
 import copy
 import json
 import pathlib
-import sys
 from typing import NamedTuple
 
 import numpy as np
@@ -40,7 +39,7 @@ from jax_impl import checkpoints as jax_checkpoints
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
-from meanflow.weights import hub, sources, times
+from meanflow.weights import fitting, hub, sources, times
 from meanflow.weights.infer import inferred_config
 from meanflow.weights.reading import Choice
 from parity.sources import read as read_source
@@ -136,12 +135,12 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         weights = checked_inception(found.weights, options)
         write_file(dest, weights, metadata)
         return f"{found.kind} of Inception", len(weights)
-    weights = without_unused(found.weights)
-    config = fitted(options.config or found.config, weights)
+    config, weights = fitting.fit(options.config or found.config, found.weights)
     weights = checked(weights, config)
     convention = convention_of(source, found, config, options.latents)
     if to is None:
-        write_file(dest, weights, metadata | as_metadata(convention))
+        of_run = {} if config is None else {"config": store.to_json(config)}
+        write_file(dest, weights, metadata | of_run | as_metadata(convention))
     elif config is None:
         raise UserError(f"a work directory needs a config, which {source} does not hold: give --config")
     else:
@@ -205,26 +204,6 @@ def with_latents(config: base.Config, convention: latents.Convention | None) -> 
     config = copy.deepcopy(config)
     config.latents.update(convention._asdict())
     return checks.check(config)
-
-
-def without_unused(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    """Return `weights` without EDM2's embedder of one time if the network has two times and so never reads it.
-
-    Official Re-MeanFlow builds its network with that embedder and deletes it for training.
-    """
-    unused = {"unet.emb_noise.weight"} if "unet.emb_noise_t.weight" in weights else set()
-    for name in unused & weights.keys():
-        print(f"left out {name}, which a network of two times does not read", file=sys.stderr)
-    return {name: a for name, a in weights.items() if name not in unused}
-
-
-def fitted(config, weights: dict[str, np.ndarray]):
-    """Return `config`, for improved MeanFlow with a v head only if the weights have one; released weights do not."""
-    if config is None or config.model.name != "imf_dit" or config.model.head_depth == 0:
-        return config
-    config = copy.deepcopy(config)
-    config.model.v_heads = any(name.startswith("v_heads.") for name in weights)
-    return config
 
 
 def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:

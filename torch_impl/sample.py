@@ -30,15 +30,29 @@ def make_sampler(config, device):
     noise for the steps that add some.
     Raises UserError for sampling times that do not decrease, or a diffusion that is infinite.
     """
-    method, net = METHODS[config.method.name], build_net(config).to(device).eval()
-    method.sampling_steps(config.sample)
+    net = build_net(config).to(device).eval()
+    sample = sampler_of(net, config, device)
     loaded = [None]  # the weights that the network holds: a sweep reuses the same ones many times
 
-    @torch.no_grad()
     def sampler(canonical, noise, y, c, fresh=None):
         if loaded[0] is not canonical:
             net.load_state_dict(weights.from_canonical(net, canonical))
             loaded[0] = canonical
+        return sample(None, noise, y, c, fresh)
+
+    return sampler
+
+
+def sampler_of(net, config, device):
+    """Return the sampler (None, noise, labels, c, fresh) -> images of a network that has its weights, on its device.
+
+    See `make_sampler`.
+    """
+    method = METHODS[config.method.name]
+    method.sampling_steps(config.sample)
+
+    @torch.no_grad()
+    def sampler(_, noise, y, c, fresh=None):
         noise = in_dtype_of(config, noise)
         batch, given = put_batch({"image": noise, "label": y}, device), method.sampling_conditions(c)
         if fresh is not None:

@@ -142,12 +142,13 @@ def batches(
     num_samples: int,
     labels: Sequence[int] = (),
     group: ProcessGroup = ALONE,
+    progress: bool = True,
 ) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray]]:
     """Yield the indices [b], images float32 [b h w c] in data units and labels int32 [b] of this process's batches.
 
     Sample i depends only on (config.sample.seed, i).  The batches are the same for any number of processes, which take
     them in turn or (group.together) each make all of them.  labels: classes to cycle through; drawn at random if empty.
-    Raises UserError for a label that is not a class.
+    progress: whether a terminal shows it.  Raises UserError for a label that is not a class.
     """
     c, shape = config.sample, (config.model.input_size, config.model.input_size, config.model.channels)
     check_labels(labels, config.model.num_classes)
@@ -155,7 +156,7 @@ def batches(
     starts = range(0, num_samples, size)
     if not group.together:
         starts = starts[group.process :: group.num_processes]
-    disable = True if group.process else None  # None: unless stderr is a terminal
+    disable = True if group.process or not progress else None  # None: unless stderr is a terminal
     for start in tqdm(starts, "sampling", unit="batch", disable=disable, leave=None):
         indices = np.arange(start, min(start + size, num_samples))
         noise, y, fresh = noise_and_labels.draw(indices, shape, config.model.num_classes, c.seed, num_fresh)

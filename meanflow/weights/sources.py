@@ -14,6 +14,7 @@ from typing import Any, NamedTuple
 import ml_collections
 import numpy as np
 
+from meanflow.config import store
 from meanflow.errors import UserError
 from meanflow.weights import edm2, entries, files
 from meanflow.weights.canonical import SCALARS
@@ -37,7 +38,7 @@ class Source(NamedTuple):
 
     weights: dict[str, np.ndarray]
     kind: str  # with the entry that was read, for messages
-    config: ml_collections.ConfigDict | None = None  # of a work directory
+    config: ml_collections.ConfigDict | None = None  # of the run that made them
     latents: str | None = None  # the convention of a model of latents, JSON in the metadata of a safetensors file
     arguments: Any = None  # the options that a trainer kept: a Namespace or a dict
     ours: bool = False  # whether this project wrote them
@@ -57,7 +58,10 @@ def read_safetensors(path: pathlib.Path, ema: int | None, prefix: str) -> Source
     metadata = files.metadata(path)
     canonical = "source" in metadata
     source = from_torch(files.load(path), ema, prefix, path, "canonical safetensors" if canonical else "safetensors")
-    return source._replace(latents=metadata.get("latents"), ours=canonical)
+    config = (
+        store.from_json(metadata["config"], f"the config in {path}") if canonical and "config" in metadata else None
+    )
+    return source._replace(config=config, latents=metadata.get("latents"), ours=canonical)
 
 
 def read_torch(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
