@@ -1,6 +1,7 @@
 """Converts weights between the frameworks and from the official code's formats, bitwise.
 
-    python parity/convert.py SOURCE DEST [--to jax|torch] [--ema N] [--config FILE] [--prefix P] [--latents NAME]
+    python parity/convert.py SOURCE DEST [--to jax|torch|hub] [--for CODE] [--ema N] [--config FILE] [--prefix P]
+                             [--latents NAME]
 
 Reads, recognised by content and not by name:
   a work directory of jax_impl or torch_impl (its newest checkpoint)
@@ -20,8 +21,12 @@ the raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', '
 Wrappers (module., _orig_mod. ...) are dropped from names.  float16 and bfloat16 become float32, which is exact.
 Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
-  *.pt            a PyTorch state dict
-  a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from
+  *.pt            a PyTorch state dict; also *.pth and *.bin
+  *.msgpack       the official Flax tree, if the system has one: MeanFlow's DiT, improved MeanFlow
+  either, --for   the checkpoint that an official code loads (meanflow/weights/layouts.py), with its names and entries:
+                  zhuyu, py-meanflow, imf (its PyTorch branch), dmf, edm2 (training state); meanflow-jax, imf-jax
+  a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from;
+                  with --to hub: model.safetensors, config.json and a model card, to upload as they are
 Every name is converted, or it is an error.  The convention of a model's latents, taken from the work directory or from
 --latents, is kept: in the metadata of a .safetensors or in the config of a work directory.
 """
@@ -39,9 +44,11 @@ from jax_impl import checkpoints as jax_checkpoints
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
-from meanflow.weights import fitting, hub, sources, times
+from meanflow.weights import fitting, hub, layouts, times
 from meanflow.weights.infer import inferred_config
 from meanflow.weights.reading import Choice
+from meanflow.weights.sources import Source
+from parity import hub_folder
 from parity.sources import read as read_source
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -59,13 +66,14 @@ LATENTS = (  # what to do about two conventions
 class Options(NamedTuple):
     """The options of the command line, without source and destination."""
 
-    to: str | None = None  # jax | torch: write a work directory
+    to: str | None = None  # jax | torch: write a work directory; hub: a folder to upload
     ema: int | None = None  # which EMA, -1 for the raw parameters; None for the first EMA, or what there is
     config: base.Config | None = None  # of the network; None to use that of a work directory, or to infer it
     prefix: str = ""  # of the names to keep
     latents: str = ""  # a name in `latents.CONVENTIONS`; '' for what the source says
     step: int | None = None  # of a checkpoint or snapshot in a directory; None for the newest of a work directory
     time: str | None = None  # how the time of a flow model runs, one of `times.DIRECTIONS`; None to judge by the source
+    layout: str = ""  # a name in `layouts.LAYOUTS`; '' for a bare state dict or Flax tree
 
 
 AS_IT_IS = Options()
@@ -75,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for a wrong flag or a source that cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
-    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step, args.time)
+    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step, args.time, args.layout)
     kind, num = convert(args.source, args.dest, options)
     print(f"{args.source} ({kind}) -> {args.dest}: {num} arrays")
 
@@ -85,7 +93,14 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", type=paths.source, help="what to read")
     parser.add_argument("dest", metavar="DEST", type=paths.written, help="what to write; replaced if it is a file")
-    parser.add_argument("--to", choices=("jax", "torch"), help="make DEST a work directory of this framework")
+    parser.add_argument(
+        "--to", choices=("jax", "torch", "hub"),
+        help="make DEST a work directory of this framework, or a folder to upload to the Hugging Face hub",
+    )  # fmt: skip
+    parser.add_argument(
+        "--for", dest="layout", choices=tuple(layouts.LAYOUTS), default="",
+        help="write what the loader of this official code reads (meanflow/weights/layouts.py names the files)",
+    )  # fmt: skip
     parser.add_argument(
         "--ema", metavar="N", type=int,
         help="which EMA, -1 for the raw parameters (default: the first EMA, or the raw parameters if there is none)",
@@ -124,10 +139,10 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
     Returns the kind of the source and the number of arrays.  Raises UserError.
     """
     dest, to = pathlib.Path(dest), options.to
-    if to is None and dest.suffix not in (".safetensors", ".pt"):
-        raise UserError(f"{dest} is neither .safetensors nor .pt; for a work directory, add --to jax or --to torch")
-    if to is not None and dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
-        raise UserError(f"{dest} exists already; name a new directory")
+    check_dest(dest, options)
+    if to == "hub" and options.step is None:
+        options = options._replace(step=hub_folder.newest_step(source))
+    run = hub_folder.run_of(source, options.ema, options.step) if to == "hub" else hub_folder.Run()
     found = read_source(source, Choice(options.ema, options.prefix, options.step, options.time))
     name = source if hub.is_address(source) else pathlib.Path(source).name
     metadata = {"format": "canonical", "source": f"{name} ({found.kind})"}
@@ -135,18 +150,35 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         weights = checked_inception(found.weights, options)
         write_file(dest, weights, metadata)
         return f"{found.kind} of Inception", len(weights)
-    config, weights = fitting.fit(options.config or found.config, found.weights)
+    config, weights = fitting.fit(options.config or found.config or run.config, found.weights)
     weights = checked(weights, config)
     convention = convention_of(source, found, config, options.latents)
     if to is None:
+        if options.layout:
+            layouts.check_fit(weights, options.layout, config, convention)
         of_run = {} if config is None else {"config": store.to_json(config)}
-        write_file(dest, weights, metadata | of_run | as_metadata(convention))
+        write_file(dest, weights, metadata | of_run | as_metadata(convention), options.layout)
     elif config is None:
-        raise UserError(f"a work directory needs a config, which {source} does not hold: give --config")
+        what = "hub folder" if to == "hub" else "work directory"
+        raise UserError(f"a {what} needs a config, which {source} does not hold: give --config")
+    elif to == "hub":
+        metadata |= as_metadata(convention)
+        hub_folder.write(dest, weights, metadata, with_latents(config, convention), run)
     else:
         checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
         checkpoints.write_weights(dest, with_latents(config, convention), weights)
     return found.kind, len(weights)
+
+
+def check_dest(dest: pathlib.Path, options: Options) -> None:
+    """Raise UserError unless `dest` can be what the options make it."""
+    if options.to is None:
+        layouts.check_suffix(dest, options.layout)
+        return
+    if options.layout:
+        raise UserError("--for writes a file and --to a directory: leave out one of them")
+    if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
+        raise UserError(f"{dest} exists already; name a new directory")
 
 
 def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:
@@ -154,7 +186,7 @@ def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[
 
     Raises UserError if names or shapes do not match, and for options that do not apply to it.
     """
-    given = {"--to": options.to, "--config": options.config, "--latents": options.latents}
+    given = {"--to": options.to, "--for": options.layout, "--config": options.config, "--latents": options.latents}
     for option, value in given.items():
         if value:
             raise UserError(f"these are the weights of Inception, which is not trained: leave out {option}")
@@ -165,9 +197,7 @@ def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[
     return weights
 
 
-def convention_of(
-    source: object, found: sources.Source, config: base.Config | None, name: str
-) -> latents.Convention | None:
+def convention_of(source: object, found: Source, config: base.Config | None, name: str) -> latents.Convention | None:
     """Return the convention of the latents that the model generates, None if there is none or nothing says.
 
     name: a key of `latents.CONVENTIONS`, or '' for what the config or the metadata of a .safetensors says.
@@ -220,15 +250,12 @@ def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
     return weights | tables
 
 
-def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write canonical weights as safetensors or as a PyTorch state dict.  Raises UserError if it cannot."""
+def write_file(dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str], layout: str = "") -> None:
+    """Write canonical weights as safetensors, with metadata, or in a layout of `layouts`.  Raises UserError."""
     if dest.suffix == ".safetensors":
         canonical_files.save(dest, weights, metadata)
-        return
-    try:
-        torch.save({name: torch.from_numpy(np.array(a)) for name, a in weights.items()}, dest)
-    except (OSError, RuntimeError) as error:
-        raise UserError(f"cannot write {dest}: {sources.first_line(error)}") from error
+    else:
+        layouts.write(dest, weights, layout)
 
 
 def load_config(name: str) -> base.Config:

@@ -375,7 +375,7 @@ def test_mistakes_on_the_command_line(tmp_path, sit):
     (tmp_path / "directory").mkdir()
     for argv, message in (
         (["nothing.pt", "b.pt"], "there is no nothing.pt"),
-        ([tmp_path / "a.safetensors", "b.bin"], r"b\.bin is neither \.safetensors nor \.pt"),
+        ([tmp_path / "a.safetensors", "b.onnx"], r"b\.onnx ends in none of \.safetensors, \.pt"),
         ([tmp_path / "text.md", "b.pt"], r"text\.md is neither"),
         ([tmp_path / "directory", "b.pt"], "neither a work directory nor an Orbax checkpoint"),
         ([tmp_path / "a.safetensors", "b.pt", "--config", "no.py"], r"no config file no\.py"),
@@ -388,7 +388,10 @@ def test_mistakes_on_the_command_line(tmp_path, sit):
 def test_help_lists_what_is_read_and_written(launcher):
     shown = launcher.run("parity/convert.py", "--help")
     assert shown.poll() == 0
-    assert all(word in shown.stdout for word in ("safetensors", ".pt", "msgpack", "Orbax", "--ema", "--prefix", "--to"))
+    assert all(
+        word in shown.stdout
+        for word in ("safetensors", ".pt", "msgpack", "Orbax", "--ema", "--prefix", "--to", "--for")
+    )
 
 
 def test_config_may_be_json(tmp_path):
