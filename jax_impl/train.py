@@ -78,7 +78,7 @@ def start_state(config, mesh, checkpoints=None):
 
     They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
     `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
-    may be gone.  Raises UserError if it is needed and differs from this one in images, classes, heads or path.
+    may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
     """
     graphdef, like = abstract_state(config, mesh)  # shapes only, so that no device ever holds two states
     restored = checkpoints.restore(like) if checkpoints else None
@@ -90,7 +90,8 @@ def start_state(config, mesh, checkpoints=None):
     net = nnx.merge(graphdef, fresh)
     own, canonical = training.read_model(config.train.load_from, config, read_weights)
     checks.check_alike(config, own, "train.load_from")
-    return *create_state(config, mesh, weights.from_canonical(net, weights.transfer(net, fresh, canonical))), None
+    canonical = weights.transfer(net, fresh, canonical, resize=True, load_classes=training.classes_file(config))
+    return *create_state(config, mesh, weights.from_canonical(net, canonical)), None
 
 
 def load_teacher(config, mesh):

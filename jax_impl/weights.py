@@ -52,12 +52,13 @@ def from_canonical(net, weights):
     return nnx.from_flat_state(leaves)
 
 
-def transfer(net, params, weights):
+def transfer(net, params, weights, resize=False, load_classes=""):
     """Return the canonical weights with which `net`, of fresh `params`, starts from those of a network of its family.
 
     See `canonical.transfer`.
     """
-    return canonical.transfer(to_canonical(net, params), weights, "python -m jax_impl.time_embedding")
+    own, fit_command = to_canonical(net, params), "python -m jax_impl.time_embedding"
+    return canonical.transfer(own, weights, fit_command, resize, load_classes)
 
 
 def canonical_name(path):

@@ -85,7 +85,7 @@ def start_state(config, mesh, device, checkpoints=None):
 
     They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
     `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
-    may be gone.  Raises UserError if it is needed and differs from this one in images, classes, heads or path.
+    may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
     """
     state = create_state(config, mesh, device, teacher=load_teacher(config, device))
     restored = checkpoints.restore(state) if checkpoints else None
@@ -95,7 +95,8 @@ def start_state(config, mesh, device, checkpoints=None):
         net = build_net(config)
         own, canonical = training.read_model(config.train.load_from, config, read_weights)
         checks.check_alike(config, own, "train.load_from")
-        canonical = weights.transfer(net, dict(net.named_parameters()), canonical)
+        params, load_classes = dict(net.named_parameters()), training.classes_file(config)
+        canonical = weights.transfer(net, params, canonical, resize=True, load_classes=load_classes)
         replace_params(state, weights.from_canonical(net, canonical))
     return state, None
 

@@ -42,9 +42,10 @@ def from_canonical(net, weights):
     return state
 
 
-def transfer(net, params, weights):
+def transfer(net, params, weights, resize=False, load_classes=""):
     """Return the canonical weights with which `net`, of fresh `params`, starts from those of a network of its family.
 
     See `canonical.transfer`.
     """
-    return canonical.transfer(to_canonical(net, params), weights, "python torch_impl/time_embedding.py")
+    own, fit_command = to_canonical(net, params), "python torch_impl/time_embedding.py"
+    return canonical.transfer(own, weights, fit_command, resize, load_classes)

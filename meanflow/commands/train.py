@@ -220,6 +220,11 @@ def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> 
     return read_weights(path, own.sample.ema)
 
 
+def classes_file(config: options.Config) -> str:
+    """Return `train.load_classes`, "" for a network without classes."""
+    return config.train.load_classes if "load_classes" in config.train else ""
+
+
 def has_teacher(config: options.Config) -> bool:
     """Return whether the method distils the guidance of a frozen flow model, `method.teacher`."""
     return "guidance_type" in config.method and config.method.guidance_type == "distill"

@@ -11,8 +11,9 @@ from meanflow.config.sections import check_values
 from meanflow.config.store import flatten
 from meanflow.errors import UserError
 
-# Options that must match in the model that a run starts or learns from.
-ALIKE = ("model.input_size", "model.channels", "model.num_classes", "method.path")
+# Options that must match in the model that a run starts from, and in one that it learns from.
+ALIKE = ("model.channels", "method.path")
+ALIKE_TEACHER = ("model.input_size", "model.num_classes", *ALIKE)
 UNSEEN = ("model.num_heads", "model.head_width", "model.sigma_data")  # not visible in a network's weights
 
 
@@ -26,6 +27,7 @@ def check(config: options.Config) -> options.Config:
     network, method = config.model.name, config.method.name
     check_values(config, options.sections(network, method))
     paths.expand_options(config)
+    options.check_start(config)
     options.check_ema(config)
     options.check_sampling(config)
     options.check_evaluation(config)
@@ -74,7 +76,7 @@ def check_teacher(config: options.Config, teacher: options.Config | None) -> opt
     of = config.method.teacher
     if flow.method.name != "flow":
         raise UserError(f"config.method.teacher {of} has config.method.name {flow.method.name}, not flow")
-    check_alike(config, flow, "method.teacher", ALIKE)
+    check_alike(config, flow, "method.teacher", ALIKE_TEACHER)
     flow.model.update(attention=config.model.attention, compute_dtype=config.model.compute_dtype)
     return flow
 

@@ -80,7 +80,7 @@ def sections(network: str, method: str) -> Options:
         "latents": latents(),
         "model": {"name": network} | data_sizes() | NETWORKS[network].options(method),
         "method": {"name": method} | options,
-        "train": train(method),
+        "train": train(network, method),
         "sample": sample() | METHODS[method].sampling() | {"path": options["path"]},
         "evaluation": evaluation(),
     }
@@ -140,11 +140,18 @@ def latents() -> Options:
     }
 
 
-def train(method: str) -> Options:
+def train(network: str, method: str) -> Options:
     """Options of the training run."""
+    classes = {
+        # JSON file with the row of load_from's class embedding that each class starts with, e.g. [3, null, 0], where
+        # null is a fresh row, or with names (`meanflow/weights/classes.py`); empty: the same rows if the numbers of
+        # classes agree, else fresh ones
+        "load_classes": "",
+    }
     stages = {
         "clip_stage": choice("all", "guided"),  # clip gradients in: all stages | the guided stage only
     }
+    own = (classes if network != "unet" else {}) | (stages if method == "rectified" else {})
     return {
         "steps": number(1000, "[1, inf)"),  # optimizer steps
         "batch_size": number(256, "[1, inf)"),  # images per step, over all processes and devices
@@ -181,7 +188,7 @@ def train(method: str) -> Options:
         "checkpoint_at_start": False,  # save before the first step, to fail early if memory or disk runs out
         "snapshot_every": number(0, "[0, inf)"),  # steps between WORKDIR/snapshots/STEP/ema_DECAY.safetensors; 0: never
         "load_from": "",  # canonical .safetensors or a work directory to start from; empty: fresh weights
-    } | (stages if method == "rectified" else {})
+    } | own
 
 
 def sample() -> Options:
@@ -212,6 +219,16 @@ def evaluation() -> Options:
         "dino": "facebook/dinov2-large",  # fd_dinov2: a directory saved by transformers, or a hub name
         "every_ema": False,  # during training, score all train.ema_decays, not only that of sample.ema
     }
+
+
+def check_start(config: Config) -> None:
+    """Raise UserError for train.load_classes without weights to start from."""
+    c = config.train
+    if "load_classes" in c and c.load_classes and not c.load_from:
+        raise UserError(
+            f"config.train.load_classes is {c.load_classes}, but config.train.load_from is empty: name the weights "
+            "whose classes it lists"
+        )
 
 
 def check_ema(config: Config) -> None:

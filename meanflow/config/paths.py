@@ -15,8 +15,8 @@ from meanflow.errors import UserError
 
 # Config options that are, or may be, paths.
 OPTIONS = (
-    "data.name", "data.dir", "data.encoder", "latents.vae", "method.teacher", "train.load_from", "evaluation.dataset",
-    "evaluation.reference", "evaluation.inception", "evaluation.dino",
+    "data.name", "data.dir", "data.encoder", "latents.vae", "method.teacher", "train.load_from", "train.load_classes",
+    "evaluation.dataset", "evaluation.reference", "evaluation.inception", "evaluation.dino",
 )  # fmt: skip
 REMOTE = re.compile(r"[A-Za-z][A-Za-z0-9+.-]*://")
 

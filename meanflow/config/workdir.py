@@ -19,7 +19,7 @@ FREE = {
     "data.dir", "data.name", "data.encoder", "method.teacher",  # paths; `CONTENTS` are compared by content
     "data.num_workers", "data.prefetch", "train.num_threads", "train.accumulate", "train.fsdp",  # how work is divided
     "train.remat", "train.compile", "train.compile_backend", "model.attention", "model.attention_jvp",  # only rounding
-    "train.load_from",  # read only before the first checkpoint
+    "train.load_from", "train.load_classes",  # read only before the first checkpoint
 }  # fmt: skip
 CONTENTS = ("data.name", "data.encoder", "method.teacher")  # compared by digest, if one was stored
 FILE_NAME = "config.json"

@@ -220,7 +220,7 @@ def test_only_networks_without_a_log_variance_of_edm2_are_trained():
             checks.check_trainable(config_of(changes | {"model.logvar_channels": 8}))
 
 
-@pytest.mark.parametrize("option", ["head_width", "sigma_data", "num_classes"])
+@pytest.mark.parametrize("option", ["head_width", "sigma_data"])
 def test_what_the_weights_of_edm2_do_not_show(option):
     teacher = config_of(EDM2_FLOW)
     config = config_of(EDM2 | {"train.load_from": "runs/teacher"})
@@ -228,6 +228,16 @@ def test_what_the_weights_of_edm2_do_not_show(option):
     teacher.model[option] *= 2
     with pytest.raises(UserError, match=rf"load_from runs/teacher has config\.model\.{option}"):
         checks.check_alike(config, teacher, "train.load_from")
+
+
+def test_classes_to_start_from_without_weights():
+    config = config_of({"train.load_classes": "names.json"})
+    with pytest.raises(UserError, match=r"load_classes is names\.json, but config\.train\.load_from is empty"):
+        checks.check(config)
+    config.train.load_from = "w.safetensors"
+    checks.check(config)
+    with pytest.raises(UserError, match=r"no option config\.train\.load_classes with network unet"):
+        config_of({"train.load_classes": "names.json", "model.name": "unet"})
 
 
 def test_the_path_of_sampling_is_that_of_training(tmp_path):
@@ -261,9 +271,11 @@ def test_a_teacher_computes_as_its_student_does():
     assert (teacher.model.attention, teacher.model.compute_dtype) == ("fused", "bfloat16")
 
 
-@pytest.mark.parametrize("option", ["num_heads", "input_size", "channels", "num_classes"])
+@pytest.mark.parametrize("option", ["num_heads", "channels"])
 def test_a_model_to_start_from_differs_in_what_its_weights_do_not_show(option):
     other = config_of(FLOW)
+    other.model.update(num_classes=1000, input_size=16)  # as a run that is fine-tuned may
+    checks.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), other, "train.load_from")
     other.model[option] *= 2
     with pytest.raises(UserError, match=rf"train\.load_from runs/flow has config\.model\.{option}"):
         checks.check_alike(config_of(DECOUPLED | {"train.load_from": "runs/flow"}), other, "train.load_from")
