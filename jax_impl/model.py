@@ -35,7 +35,8 @@ def make_network(config, canonical, device):
     mesh = local_mesh() if device is None else local_mesh([device])
     with precision(config):
         graphdef, params = abstract_net(config)
-        params = weights.from_canonical(nnx.merge(graphdef, params), canonical)
+        net = nnx.merge(graphdef, params)
+        params = weights.from_canonical(net, net.tables() | canonical)
         params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
 
     @jax.jit

@@ -1,7 +1,7 @@
 """Generate images from a trained model: a PNG grid and an .npz.
 
 python -m jax_impl.sample --workdir=runs/digits --num_samples=100 --steps=1
-python -m jax_impl.sample --weights=weights.safetensors --config=configs/digits.py --output=samples
+python -m jax_impl.sample --weights=hf://he-vision-group/iMF/MiT_XL_2.pth --omega=8 --output=samples
 """
 
 import functools
@@ -19,7 +19,6 @@ from jax_impl.methods import METHODS
 from jax_impl.step import BATCH, abstract_net
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks
 from meanflow.config.flags import run
 from meanflow.config.workdir import read_workdir
 from meanflow.console_log import setup_logging
@@ -64,21 +63,22 @@ def make_sampler(config, graphdef, mesh=None):
 
 
 def load(workdir_path, weights_path, config):
-    """Return config, sampler and its weights (nnx.State) of a work directory or of a safetensors file.
+    """Return config, sampler and its weights (nnx.State) of a work directory or of other weights.
 
     All devices of this process share the work, in the precision in which the model was trained.  Sampling flags on the
     command line override the config.
     """
-    config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
-    set_precision(config)
     if weights_path:
-        canonical = weights.load(weights_path)
-        sampling.check_latents(config, weights_path, weights.metadata(weights_path))
+        config, canonical = sampling.read_weights(weights_path, config)
+        set_precision(config)
     else:
+        config = sampling.override(read_workdir(workdir_path))
+        set_precision(config)
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema, sampling.step())
-    config, canonical = sampling.without_v_heads(config, canonical)
+        config, canonical = sampling.without_v_heads(config, canonical)
     graphdef, params = abstract_net(config)
-    params = weights.from_canonical(nnx.merge(graphdef, params), canonical)
+    net = nnx.merge(graphdef, params)
+    params = weights.from_canonical(net, net.tables() | canonical)
     mesh = local_mesh()
     params = jax.device_put(params, NamedSharding(mesh, PartitionSpec()))
     return config, make_sampler(config, graphdef, mesh), params

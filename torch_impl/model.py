@@ -30,7 +30,7 @@ def make_network(config, canonical, device):
     device = choose_device() if device is None else torch.device(device)
     with torch.device("meta"):  # names and shapes only: all parameters are loaded
         net = build_net(config)
-    net.load_state_dict(weights.from_canonical(net, canonical), assign=True)
+    net.load_state_dict(weights.from_canonical(net, net.tables() | canonical), assign=True)
     net = net.to(device).eval().requires_grad_(False)
 
     @torch.no_grad()

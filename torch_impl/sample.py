@@ -1,14 +1,13 @@
 """Generate images from a trained model: a PNG grid and an .npz.
 
 python torch_impl/sample.py --workdir=runs/digits --num_samples=100 --steps=1
-python torch_impl/sample.py --weights=weights.safetensors --config=configs/digits.py --output=samples
+python torch_impl/sample.py --weights=hf://he-vision-group/iMF/MiT_XL_2.pth --omega=8 --output=samples
 """
 
 import torch
 
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks
 from meanflow.config.flags import run
 from meanflow.config.workdir import read_workdir
 from meanflow.console_log import setup_logging
@@ -36,7 +35,7 @@ def make_sampler(config, device):
 
     def sampler(canonical, noise, y, c, fresh=None):
         if loaded[0] is not canonical:
-            net.load_state_dict(weights.from_canonical(net, canonical))
+            net.load_state_dict(weights.from_canonical(net, net.tables() | canonical))
             loaded[0] = canonical
         return sample(None, noise, y, c, fresh)
 
@@ -64,18 +63,18 @@ def sampler_of(net, config, device):
 
 
 def load(workdir_path, weights_path, config):
-    """Return config, sampler and its canonical weights of a work directory or of a safetensors file.
+    """Return config, sampler and its canonical weights of a work directory or of other weights.
 
     Samples in the precision in which the model was trained.  Sampling flags on the command line override the config.
     """
-    config = sampling.override(checks.check(config) if weights_path else read_workdir(workdir_path))
-    set_precision(config)
     if weights_path:
-        canonical = weights.load(weights_path)
-        sampling.check_latents(config, weights_path, weights.metadata(weights_path))
+        config, canonical = sampling.read_weights(weights_path, config)
+        set_precision(config)
     else:
+        config = sampling.override(read_workdir(workdir_path))
+        set_precision(config)
         _, canonical = checkpoints.read_weights(workdir_path, config.sample.ema, sampling.step())
-    config, canonical = sampling.without_v_heads(config, canonical)
+        config, canonical = sampling.without_v_heads(config, canonical)
     return config, make_sampler(config, choose_device()), canonical
 
 

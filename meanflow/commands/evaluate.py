@@ -15,6 +15,7 @@ from meanflow.commands import data_metrics, evaluate_images, guidance_sweep, ima
 from meanflow.commands import sample as sampling
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import checks, options, paths
+from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
 from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
@@ -56,29 +57,36 @@ def evaluate(load: sampling.Load, framework: FrozenNetworks, start: Start) -> No
         if flags.FLAGS[flag].value:
             run(framework, start, overridden(options.get_config()))
             return
-    group = start(read_workdir(workdir()))
-    config, sampler, weights = load(workdir(), "", None)
+    sampling.check_source()
+    source = flags.FLAGS.weights
+    output = sampling.output_directory() if source else flags.FLAGS.output or workdir()
+    if source:
+        group = start(config_flag() or options.get_config())
+        config, sampler, weights = load(None, source, config_flag())
+    else:
+        group = start(read_workdir(workdir()))
+        config, sampler, weights = load(workdir(), "", None)
     config = overridden(config)
     configs = guided(config)
     if configs and flags.FLAGS.save:
         raise UserError("--save keeps the images of a single guidance setting: choose it by --omega and --interval")
-    measure = make_measure(config, framework, group)
-    writable = not group.process and is_writable(workdir())
+    measure = make_measure(config, framework, group, pathlib.Path(output))
+    writable = not group.process and is_writable(output)
     if configs:
         rows, images = guidance_sweep.sweep(configs, lambda config: measure(config, sampler, weights))
         if not group.process:
             print(guidance_sweep.table(rows))
             print("\n".join(guidance_sweep.best_lines(rows)), flush=True)
         if writable:
-            print(write(workdir(), config, rows, images))
+            print(write(output, config, rows, images))
         return
     result, images = measure(config, sampler, weights)
     if not group.process:
         result |= image_metrics.provenance(config.evaluation)
         print(json.dumps(result), flush=True)  # before it is written, which may fail
     if writable:
-        data_metrics.write_evaluation(workdir(), result)
-        grids.save_png(pathlib.Path(workdir()) / GRID_NAME, images[:GRID_SAMPLES])
+        data_metrics.write_evaluation(output, result)
+        grids.save_png(pathlib.Path(output) / GRID_NAME, images[:GRID_SAMPLES])
     if not group.process and isinstance(measure, image_metrics.ImageMetrics) and measure.unsaved:
         raise measure.unsaved
 
@@ -105,10 +113,15 @@ def overridden(config: options.Config) -> options.Config:
     return config
 
 
-def make_measure(config: options.Config, framework: FrozenNetworks, group: ProcessGroup) -> Callable:
-    """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c])."""
+def make_measure(
+    config: options.Config, framework: FrozenNetworks, group: ProcessGroup, output: pathlib.Path
+) -> Callable:
+    """Return the function (config, sampler, weights) -> ({metric: value}, samples [n h w c]).
+
+    output: the directory for --save.
+    """
     if config.evaluation.metrics:
-        return image_metrics.ImageMetrics(config, framework, group, pathlib.Path(workdir()) / SAVED, flags.FLAGS.save)
+        return image_metrics.ImageMetrics(config, framework, group, output / SAVED, flags.FLAGS.save)
     if flags.FLAGS.save:
         raise UserError("--save needs --metrics here; the sample command saves images without metrics")
     real = data_metrics.load_real(config)

@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
 import numpy as np
-from absl import flags
+from absl import flags, logging
 from tqdm import tqdm
 
 from meanflow import files
@@ -27,6 +27,7 @@ from meanflow.errors import UserError
 from meanflow.process_group import ALONE, ProcessGroup, gather_rows, pack
 from meanflow.sampling import grids, saving
 from meanflow.sampling import noise as noise_and_labels
+from meanflow.weights import fitting, reading, times
 
 NUM_SAMPLES = 100  # images that the sample commands generate by default
 # Flags that set config.sample.
@@ -62,6 +63,12 @@ def define_flags() -> None:
     flags.DEFINE_integer("step", None, "Checkpoint or snapshot to read; default: the newest checkpoint.", lower_bound=0)
     flags.DEFINE_integer("batch_size", None, "Images generated at once.", lower_bound=1)
     flags.DEFINE_integer("seed", None, "Seed of noise and labels.", lower_bound=0)
+    flags.DEFINE(
+        paths.READ, "weights", "", "Instead of --workdir: any weights that parity.convert reads, such as an official "
+        "file or hf://OWNER/NAME/FILE, with --config where they do not show it.",
+    )  # fmt: skip
+    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for what is written; default: that of the run.")
+    flags.DEFINE_enum("time", None, times.DIRECTIONS, "How the time of a flow model's --weights runs.")
 
 
 def define_saving_flags() -> None:
@@ -73,10 +80,6 @@ def define_saving_flags() -> None:
 def define_sample_flags() -> None:
     """Define the flags of the sample commands."""
     define_flags()
-    flags.DEFINE(
-        paths.READ, "weights", "", "Canonical .safetensors to sample from, with --config, instead of --workdir."
-    )
-    flags.DEFINE(paths.WRITTEN, "output", "", "Directory for samples.png and samples.npz; default: WORKDIR/samples.")
     define_saving_flags()
     flags.DEFINE_list("labels", [], "Classes to cycle through, e.g. 0,1,2; default: random.")
 
@@ -88,13 +91,8 @@ def sample(load: Load, framework: FrozenNetworks) -> None:
     others.  Raises UserError for what cannot be read, sampled or written.
     """
     f = flags.FLAGS
-    if config_flag() is not None and not f.weights:
-        raise UserError(
-            "--config goes with --weights: a work directory has its own, whose sampling options are set by flags"
-        )
-    if f.weights and f.step is not None:
-        raise UserError("--step chooses a checkpoint of a work directory, and --weights is a file: leave one out")
-    output, labels = output_directory(), numbers("labels", f.labels, int)
+    check_source()
+    output, labels = output_directory("samples"), numbers("labels", f.labels, int)
     for name in ("samples.npz", "samples.png"):
         files.check_writable(os.path.join(output, name))
     config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
@@ -175,13 +173,13 @@ def check_labels(labels: Sequence[int], num_classes: int) -> None:
             raise UserError(f"label {label} is outside the classes 0 to {num_classes - 1} ({num_classes}: no class)")
 
 
-def override(config: options.Config) -> options.Config:
+def override(config: options.Config, without: tuple[str, ...] = ()) -> options.Config:
     """Return a copy of the config with the sampling flags that were given.
 
-    Raises UserError for times or intervals that are not numbers, for --omega if the network is not conditioned on
-    guidance, and as `checks.check` does.
+    without: names of flags to leave out.  Raises UserError for times or intervals that are not numbers, for --omega if
+    the network is not conditioned on guidance, and as `checks.check` does.
     """
-    given = {name: flags.FLAGS[name].value for name in OPTIONS}
+    given = {name: flags.FLAGS[name].value for name in OPTIONS if name not in without}
     given = {name: value for name, value in given.items() if value is not None}
     check_told(config, given.keys() & {"omega"})
     for name in given.keys() - set(config.sample):
@@ -247,13 +245,44 @@ def without_v_heads(
     return config, {name: a for name, a in weights.items() if not name.startswith(V_HEADS)}
 
 
-def output_directory() -> str:
-    """Return the directory for the samples.  Raises UserError if no flag names one."""
+def check_source() -> None:
+    """Raise UserError for flags of a work directory beside --weights, or the other way round."""
+    f = flags.FLAGS
+    if f.weights:
+        return
+    if config_flag() is not None:
+        raise UserError(
+            "--config goes with --weights: a work directory has its own, whose sampling options are set by flags"
+        )
+    if f.time:
+        raise UserError("--time goes with --weights: the time of a run runs our way")
+
+
+def read_weights(source: str, config: options.Config | None) -> tuple[options.Config, dict[str, np.ndarray]]:
+    """Return the config, with the sampling flags that were given, and the canonical weights of --weights.
+
+    config: None for the one that the source has, or else the published network of these sizes.
+    Raises UserError as `reading.read` and `override`, and for latents of another convention than the config's.
+    """
+    f = flags.FLAGS
+    found = reading.read(source, reading.Choice(ema=f.ema, step=f.step, time=f.time))
+    logging.info("%s: %s", source, found.kind)
+    config = config if config is not None else found.config
+    if config is None:
+        config = fitting.published_config(found.weights, {})
+    elif found.latents is not None:
+        check_latents(config, source, {"latents": found.latents})
+    config, weights = fitting.fit(override(config, without=("ema",)), found.weights)
+    return without_v_heads(config, weights)
+
+
+def output_directory(name: str = "") -> str:
+    """Return the directory for results, `name` in that of the run.  Raises UserError if no flag names one."""
     if flags.FLAGS.output:
         return flags.FLAGS.output
     if flags.FLAGS.weights and not flags.FLAGS.workdir:
-        raise UserError("--output is missing: name a directory for the samples")
-    return os.path.join(workdir(), "samples")
+        raise UserError("--output is missing: name a directory for what is written")
+    return os.path.join(workdir(), name) if name else workdir()
 
 
 def write(

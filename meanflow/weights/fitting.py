@@ -16,6 +16,8 @@ LOG_VARIANCE_FEATURES = 128  # of each time, in its log-variance
 CONVENTIONS = {"imf_dit": "imf", "edm2": "edm2", "dit": "sd", "dmf_dit": "sd"}  # of published models of latents
 VAE = "stabilityai/sd-vae-ft-mse"
 LATENT_CHANNELS = 4
+UNCONDITIONAL = {"method.guidance": False, "method.label_drop_prob": 0.0, "evaluation.classifier": False}
+INPUT_SIZE = 32  # of the published runs whose weights do not contain it: latents of 256 pixels
 
 
 def fit(config: Any, weights: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.ndarray]]:
@@ -50,7 +52,7 @@ def published_config(weights: dict[str, np.ndarray], model: dict[str, Any]) -> o
     latents, from the convention of the published systems.  model: options of `config.model` that are given instead.
     Raises UserError if a size is not published and nothing gives what is missing.
     """
-    config = inferred_config(weights)
+    config = inferred_config(weights, model.get("input_size", INPUT_SIZE))
     c: Any = config.model
     if c.name in ("dit", "dmf_dit") and not c.get("qk_norm") and "num_heads" not in model:
         sizes = [size for size in DIT_SIZES.values() if (size["depth"], size["width"]) == (c.depth, c.width)]
@@ -71,6 +73,8 @@ def published_config(weights: dict[str, np.ndarray], model: dict[str, Any]) -> o
     if unknown:
         raise UserError(f"{unknown[0]} is no option of the network {c.name}; there are {', '.join(sorted(c))}")
     c.update(model)
+    if c.name == "unet":  # which has no classes
+        config.update_from_flattened_dict(UNCONDITIONAL)
     if c.channels == LATENT_CHANNELS and c.name in CONVENTIONS:
-        config.latents.update(latents.CONVENTIONS[CONVENTIONS[c.name]]._asdict(), vae=VAE)
+        config.latents.update(latents.CONVENTIONS[CONVENTIONS[c.name]]._asdict(), vae=VAE)  # pyright: ignore
     return config

@@ -11,8 +11,10 @@ from meanflow.errors import UserError
 from meanflow.weights import canonical
 
 
-def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+def inferred_config(weights: dict[str, np.ndarray], input_size: int | None = None) -> ml_collections.ConfigDict:
     """Return a config whose network has parameters of these shapes.
+
+    input_size: of a transformer whose weights do not contain it.
 
     Options that do not affect names or shapes keep their defaults: the number of heads without qk_norm, dmf_depth and
     repa_depth; for a U-Net the layout of q, k and v, dropout and the number of classes; for EDM2's U-Net head width and
@@ -28,7 +30,7 @@ def inferred_config(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict
         raise UserError(f"the weights are damaged: {empty[0]} is empty ({len(empty)} such arrays)")
     if any(name.startswith("enc.") for name in weights):
         return inferred_unet(weights)
-    return inferred_imf_dit(weights) if "omega_tokens" in weights else inferred_dit(weights)
+    return inferred_imf_dit(weights, input_size) if "omega_tokens" in weights else inferred_dit(weights, input_size)
 
 
 def check_ranks(weights: dict[str, np.ndarray], ranks: dict[str, int]) -> None:
@@ -41,19 +43,20 @@ def check_ranks(weights: dict[str, np.ndarray], ranks: dict[str, int]) -> None:
             raise UserError(f"{name} has shape {weights[name].shape}, where {rank} axes are needed")
 
 
-def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+def inferred_dit(weights: dict[str, np.ndarray], input_size: int | None = None) -> ml_collections.ConfigDict:
     """Return the config of a transformer of MeanFlow, of a flow model or of decoupled MeanFlow."""
     needed = ("x_embedder.proj.weight", "y_embedder.embedding_table.weight", "blocks.0.mlp.fc1.weight")
     check_ranks(weights, dict(zip(needed, (4, 2, 2), strict=True)))
-    if "pos_embed" not in weights:
+    if "pos_embed" not in weights and input_size is None:
         raise UserError("these weights do not contain the image size: give --config")
-    if weights["pos_embed"].ndim not in (2, 3):
+    if "pos_embed" in weights and weights["pos_embed"].ndim not in (2, 3):
         raise UserError(f"pos_embed has shape {weights['pos_embed'].shape}, where (1, patches, width) is needed")
     width, channels, patch_size, _ = weights[needed[0]].shape
+    if "pos_embed" in weights:
+        input_size = round(weights["pos_embed"].shape[-2] ** 0.5) * patch_size
     config = options.get_config(*kind_of_dit(weights))
     config.model.update(
-        width=width, channels=channels, patch_size=patch_size, num_heads=1,
-        input_size=round(weights["pos_embed"].shape[-2] ** 0.5) * patch_size,
+        width=width, channels=channels, patch_size=patch_size, num_heads=1, input_size=input_size,
         num_classes=len(weights[needed[1]]) - 1, mlp_ratio=len(weights[needed[2]]) / width,
         depth=1 + max(int(name.split(".")[1]) for name in weights if name.startswith("blocks.")),
     )  # fmt: skip
@@ -65,6 +68,7 @@ def inferred_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
     if projectors and "repa_dims" in config.model:
         last = [f"projectors.{i}.4.weight" for i in projectors]
         check_ranks(weights, dict.fromkeys(last, 2))
+        config.model.repa_depth = min(config.model.repa_depth, config.model.depth)
         config.model.projector_dim = weights[last[0]].shape[1]
         config.model.repa_dims = tuple(len(weights[name]) for name in last)
     if config.model.name == "dmf_dit":
@@ -79,7 +83,7 @@ def kind_of_dit(weights: dict[str, np.ndarray]) -> tuple[str, str]:
     return "dit", "meanflow" if "r_embedder.mlp.0.weight" in weights else "flow"
 
 
-def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDict:
+def inferred_imf_dit(weights: dict[str, np.ndarray], input_size: int | None = None) -> ml_collections.ConfigDict:
     """Return the config of improved MeanFlow's transformer."""
     block = "shared_blocks.0" if "shared_blocks.0.norm1.weight" in weights else "u_heads.0"  # there may be no trunk
     table, norm, hidden = (
@@ -101,7 +105,7 @@ def inferred_imf_dit(weights: dict[str, np.ndarray]) -> ml_collections.ConfigDic
     config = options.get_config("imf_dit", "improved")
     config.model.update(
         width=width, channels=channels, patch_size=patch_size, num_heads=width // len(weights[norm]),
-        input_size=16 * patch_size, num_classes=len(weights[table]) - 1,
+        input_size=input_size or 16 * patch_size, num_classes=len(weights[table]) - 1,
         mlp_ratio=(len(weights[hidden]) + 0.5) / width,  # its product with the width is rounded down
         depth=depths["shared_blocks"] + depths["u_heads"], head_depth=depths["u_heads"],
         v_heads=depths["v_heads"] == depths["u_heads"],
