@@ -5,6 +5,7 @@ name and its `_CHECKPOINT_METADATA`; an incomplete one is never read.
 """
 
 import json
+import logging
 import os
 import pathlib
 import re
@@ -45,6 +46,7 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         super().__init__(_path_in(workdir), config, MARKER, f"{_RUN}/metadata", jax.process_index() == 0)
         handler = ocp.CompositeCheckpointHandler(_STATE, _RUN)
         self.checkpointer = ocp.AsyncCheckpointer(handler, timeout_secs=_SAVE_SECONDS)
+        logging.getLogger("asyncio").addFilter(_is_no_echo)
 
     def save(self, state: TrainState, progress: dict) -> None:
         """Start a save; training may continue.  Raises UserError if this or the last save could not be written.
@@ -138,6 +140,15 @@ def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
     writer.save(state, {"loader": "", "window": []})
     writer.close()
     lock.close()
+
+
+def _is_no_echo(record):
+    """Return whether to log a record: not if it says, of an array that Orbax could not write, that nobody asked.
+
+    A full disk stops every array at once; `wait` raises for the first, and asyncio logs a traceback for each other.
+    """
+    message = record.getMessage()
+    return not ("exception was never retrieved" in message and "orbax" in message)
 
 
 def _path_in(workdir):

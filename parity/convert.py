@@ -27,6 +27,7 @@ Writes, by the suffix of DEST:
                   zhuyu, py-meanflow, imf (its PyTorch branch), dmf, edm2 (training state); meanflow-jax, imf-jax
   a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from;
                   with --to hub: model.safetensors, config.json and a model card, to upload as they are
+  hf://OWNER/NAME with --to hub: uploads that folder, with the token of `hf auth login`
 Every name is converted, or it is an error.  The convention of a model's latents, taken from the work directory or from
 --latents, is kept: in the metadata of a .safetensors or in the config of a work directory.
 """
@@ -35,6 +36,7 @@ import argparse
 import copy
 import json
 import pathlib
+import tempfile
 from typing import NamedTuple
 
 import numpy as np
@@ -92,7 +94,7 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     """Return the arguments."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("source", metavar="SOURCE", type=paths.source, help="what to read")
-    parser.add_argument("dest", metavar="DEST", type=paths.written, help="what to write; replaced if it is a file")
+    parser.add_argument("dest", metavar="DEST", type=paths.dest, help="what to write; replaced if it is a file")
     parser.add_argument(
         "--to", choices=("jax", "torch", "hub"),
         help="make DEST a work directory of this framework, or a folder to upload to the Hugging Face hub",
@@ -138,6 +140,8 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
 
     Returns the kind of the source and the number of arrays.  Raises UserError.
     """
+    if hub.is_address(dest):
+        return push(source, str(dest), options)
     dest, to = pathlib.Path(dest), options.to
     check_dest(dest, options)
     if to == "hub" and options.step is None:
@@ -168,6 +172,17 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
         checkpoints.write_weights(dest, with_latents(config, convention), weights)
     return found.kind, len(weights)
+
+
+def push(source, address: str, options: Options) -> tuple[str, int]:
+    """Convert to a folder and upload it to a repository on the hub; see `convert`."""
+    if options.to != "hub":
+        raise UserError(f"{address} is on the hub, where only --to hub writes")
+    hub.check_repository(address)
+    with tempfile.TemporaryDirectory() as name:
+        done = convert(source, pathlib.Path(name) / "folder", options)
+        print(hub.push(pathlib.Path(name) / "folder", address, f"Weights of {pathlib.Path(source).name}"))
+    return done
 
 
 def check_dest(dest: pathlib.Path, options: Options) -> None:

@@ -65,6 +65,7 @@ ONE_SIDED = {
         "copy_beside": "JAX copies on a stream of its own",
         "fold": "JAX has fold_in",
     },
+    "sample.py": {"sampler_of": "JAX's sampler takes the weights of each call, so one serves a network, too"},
     "weights.py": {
         "LEAVES": "PyTorch's names are the canonical ones",
         "canonical_name": "the same",

@@ -55,6 +55,7 @@ WITHOUT = {
     "benchmarks/rehearse.py": "starts those of benchmarks/rehearsal",
     "benchmarks/rehearsal/jax_step.py": "compiles and computes nothing",
     "benchmarks/rehearsal/torch_step.py": "computes nothing",
+    "benchmarks/weights.py": "jax_impl.load and torch_impl.load set it",
     "benchmarks/scaling.py": "starts jax_steps.py or torch_steps.py",
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",
@@ -132,6 +133,7 @@ def test_commands_set_the_precision(path, stop_there, parse_all, tiny, tmp_path,
             part.define_flags()
         if command == "sample":
             module.sampling.define_sample_flags()
+            monkeypatch.setattr(module.sampling, "read_weights", lambda path, config: (config, {}))
         if hasattr(module, "define_flags"):
             module.define_flags()
 

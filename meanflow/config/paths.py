@@ -87,6 +87,11 @@ def source(path: str) -> pathlib.Path | str:
     return path if path.startswith("hf://") else read(path)
 
 
+def dest(path: str) -> pathlib.Path | str:
+    """Return the path to write, or an address on the hub as it is."""
+    return path if path.startswith("hf://") else written(path)
+
+
 def written(path: str) -> pathlib.Path:
     """Return the path of an argument to write."""
     return _argument(path, expand_local)

@@ -15,6 +15,7 @@ from typing import Any
 
 import numpy as np
 
+from meanflow.config import store
 from meanflow.errors import UserError
 from meanflow.weights import entries, files, pickles, sources
 from meanflow.weights.sources import Source, from_flax, from_torch
@@ -60,7 +61,8 @@ def read(path: pathlib.Path, ema: int | None = None, prefix: str = "", step: int
     one = next((path / name for name in ONE_FILE if name in names), None)
     if one is not None and not is_autoencoder(path):
         refuse_two_models(one, names)
-        return sources.read(one, ema, prefix)
+        found = sources.read(one, ema, prefix)
+        return found._replace(config=own_config(path)) if found.ours and found.config is None else found
     return from_flax(read_orbax(path), ema, prefix, path, "Orbax checkpoint")
 
 
@@ -143,6 +145,12 @@ def refuse_two_models(one: pathlib.Path, names: set[str]) -> None:
     others = sorted(name for name in names if re.fullmatch(rf"{one.stem}_\d+{re.escape(one.suffix)}", name))
     if others:
         raise UserError(f"{one.parent} holds several models: name the file, {one.name} or {' or '.join(others)}")
+
+
+def own_config(path: pathlib.Path) -> Any:
+    """Return the config that `parity.convert --to hub` writes beside weights, None without one.  Raises UserError."""
+    file = path / "config.json"
+    return store.from_json(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 
 
 def is_autoencoder(path: pathlib.Path) -> bool:

@@ -61,16 +61,21 @@ def fetch(repo: str, *names: str, what: str) -> pathlib.Path:
         return pathlib.Path(huggingface_hub.hf_hub_download(repo, names[-1]))
 
 
+def check_repository(address: str) -> tuple[str, str | None]:
+    """Return OWNER/NAME and the revision of a repository's address.  Raises UserError if it is none."""
+    match = ADDRESS.fullmatch(address)
+    if not match or match[3]:
+        raise UserError(f"{address} is not a repository on the hub: it is hf://OWNER/NAME[@REVISION]")
+    return match[1], match[2]
+
+
 def push(folder: pathlib.Path, address: str, message: str) -> str:
     """Upload a folder to a repository, which is made if there is none, and return the address of the commit.
 
     Raises UserError if that is not possible.
     """
-    match = ADDRESS.fullmatch(address)
-    if not match or match[3]:
-        raise UserError(f"{address} is not a repository on the hub: it is hf://OWNER/NAME[@REVISION]")
-    repo, revision, _ = match.groups()
-    with reaching(address, repo):
+    repo, revision = check_repository(address)
+    with reaching(address, repo, "upload to"):
         import huggingface_hub
 
         huggingface_hub.create_repo(repo, exist_ok=True)
@@ -82,19 +87,21 @@ def push(folder: pathlib.Path, address: str, message: str) -> str:
 
 
 @contextlib.contextmanager
-def reaching(what: str, repo: str) -> Iterator[None]:
-    """Turn what goes wrong with the hub into a UserError with the way out."""
+def reaching(what: str, repo: str, doing: str = "fetch") -> Iterator[None]:
+    """Turn what goes wrong with the hub into a UserError with the way out.  doing: `fetch` or `upload to`."""
     try:
         from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
     except ModuleNotFoundError as error:
         raise UserError(
-            f"to fetch {what} from the hub needs the package huggingface_hub, which is not installed: "
+            f"to {doing} {what} needs the package huggingface_hub, which is not installed: "
             'pip install --constraint constraints.txt -e ".[latents]"'
         ) from error
     try:
         yield
     except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
         reason = " ".join(str(error).split())
+        if doing != "fetch":
+            raise UserError(f"cannot {doing} {what}: {reason:.300}  (hf auth login stores a token)") from error
         raise UserError(
             f"cannot fetch {what}: {reason:.300}  On a machine without a network, copy the directory from one that has "
             f"it (hf download {repo} --local-dir DIR), and name DIR instead."

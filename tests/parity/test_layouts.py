@@ -3,8 +3,10 @@
 import json
 import pathlib
 import re
+import shutil
 
 import flax.serialization
+import huggingface_hub
 import jax
 import numpy as np
 import optax
@@ -14,6 +16,7 @@ import yaml
 from flax.training import checkpoints as flax_checkpoints
 from flax.training import train_state
 
+import torch_impl
 from meanflow.commands import data_metrics, snapshots
 from meanflow.config import latents, store
 from meanflow.config.workdir import read_workdir
@@ -332,3 +335,44 @@ def test_damaged_results_are_named(run_dir, tmp_path):
     (run_dir[0] / "evaluation.json").write_text("{")
     with pytest.raises(UserError, match=r"cannot read .*evaluation\.json: .*delete it and evaluate again"):
         run(run_dir[0], tmp_path / "hub", "--to", "hub")
+
+
+def test_a_hub_folder_is_a_model(run_dir, tmp_path):
+    """Its config says what the weights do not show."""
+    path, config, _ = run_dir
+    run(path, tmp_path / "hub", "--to", "hub")
+    model = torch_impl.load(tmp_path / "hub")
+    assert model.config.model.num_heads == config.model.num_heads and model.config.name == "tiny"
+    expected = torch_impl.load(path).sample(2, steps=1, decode=False)
+    np.testing.assert_array_equal(model.sample(2, steps=1, decode=False), expected)
+
+
+def test_a_run_is_pushed(run_dir, tmp_path, monkeypatch, capsys):
+    """What the hub is given is the folder; without permission one line says what to do."""
+    path, _, _ = run_dir
+    made = []
+    monkeypatch.setattr(huggingface_hub, "create_repo", lambda repo, exist_ok: made.append((repo, exist_ok)))
+
+    def upload(*, repo_id, folder_path, revision, commit_message):
+        made.append((repo_id, revision, commit_message))
+        shutil.copytree(folder_path, tmp_path / "uploaded")
+        return f"https://the.hub/{repo_id}"
+
+    monkeypatch.setattr(huggingface_hub, "upload_folder", upload)
+    run(path, "hf://me/tiny@v1", "--to", "hub")
+    assert made == [("me/tiny", True), ("me/tiny", "v1", "Weights of run")]
+    assert "https://the.hub/me/tiny" in capsys.readouterr().out
+    assert {f.name for f in (tmp_path / "uploaded").iterdir()} == {"model.safetensors", "config.json", "README.md"}
+
+    def refuse(*_, **__):
+        raise ValueError("no token")
+
+    monkeypatch.setattr(huggingface_hub, "create_repo", refuse)
+    with pytest.raises(UserError, match="cannot upload to hf://me/tiny: no token .*hf auth login"):
+        run(path, "hf://me/tiny", "--to", "hub")
+    for argv, message in (
+        (("hf://me/tiny",), "only --to hub writes"),
+        (("hf://me/tiny/file.pth", "--to", "hub"), "is not a repository on the hub"),
+    ):
+        with pytest.raises(UserError, match=message):
+            run(path, *argv)

@@ -31,7 +31,10 @@ def home(monkeypatch):
         (encode.define_flags, {"source", "data_dir", "dest", "vae"}),
         (reflow.define_flags, {"teacher", "guide", "output"}),
         (sample.define_sample_flags, {"weights", "output", "vae"}),
-        (evaluate.define_flags, {"reference", "inception", "dino", "vae", "make_reference", "samples"}),
+        (
+            evaluate.define_flags,
+            {"reference", "inception", "dino", "vae", "make_reference", "samples", "weights", "output"},
+        ),
         (time_embedding.define_flags, {"teacher", "output"}),
     ],
 )
