@@ -17,11 +17,10 @@ from flax import nnx
 from jax.experimental import multihost_utils
 
 from jax_impl import weights
-from jax_impl.devices import local_mesh, with_float64
-from jax_impl.step import TrainState, abstract_net, create_state
+from jax_impl.devices import with_float64
+from jax_impl.step import TrainState, abstract_net
 from meanflow.commands import checkpoints, snapshots
 from meanflow.config import store
-from meanflow.config.workdir import open_workdir
 from meanflow.errors import UserError
 
 DIRECTORY = "checkpoints/jax"
@@ -125,21 +124,6 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
     params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
-
-
-@with_float64
-def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
-    """Create a work directory whose step-0 checkpoint holds canonical weights {name: array}, also as EMAs."""
-    lock = open_workdir(workdir, config, "jax")
-    mesh = local_mesh()  # whatever config.train.fsdp is: the run that resumes shards the state
-    graphdef, state = create_state(config, mesh)
-    params = weights.from_canonical(nnx.merge(graphdef, state.params), canonical)
-    _, state = create_state(config, mesh, params)
-    writer = Checkpoints(workdir, config)
-    writer.open()
-    writer.save(state, {"loader": "", "window": []})
-    writer.close()
-    lock.close()
 
 
 def _is_no_echo(record):

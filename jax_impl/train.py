@@ -76,21 +76,22 @@ def train(config, workdir):
 def start_state(config, mesh, checkpoints=None):
     """Return the graph definition, the state to train from and its progress (see `Checkpoints.save`).
 
-    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
-    `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
-    may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
+    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights in the directory,
+    or those of `train.load_from`, if there are any, and the progress is None.  A run with a checkpoint never reads that
+    model, which may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
     """
     graphdef, like = abstract_state(config, mesh)  # shapes only, so that no device ever holds two states
     restored = checkpoints.restore(like) if checkpoints else None
     if restored:
         return graphdef, *restored
-    if not config.train.load_from:
+    model, load_classes = training.start_of(config, checkpoints)
+    if not model:
         return *create_state(config, mesh), None
     graphdef, fresh = build_net(config)
     net = nnx.merge(graphdef, fresh)
-    own, canonical = training.read_model(config.train.load_from, config, read_weights)
+    own, canonical = training.read_model(model, config, read_weights)
     checks.check_alike(config, own, "train.load_from")
-    canonical = weights.transfer(net, fresh, canonical, resize=True, load_classes=training.classes_file(config))
+    canonical = weights.transfer(net, fresh, canonical, resize=True, load_classes=load_classes)
     return *create_state(config, mesh, weights.from_canonical(net, canonical)), None
 
 

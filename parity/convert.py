@@ -25,8 +25,8 @@ Writes, by the suffix of DEST:
   *.msgpack       the official Flax tree, if the system has one: MeanFlow's DiT, improved MeanFlow
   either, --for   the checkpoint that an official code loads (meanflow/weights/layouts.py), with its names and entries:
                   zhuyu, py-meanflow, imf (its PyTorch branch), dmf, edm2 (training state); meanflow-jax, imf-jax
-  a directory     with --to jax or --to torch: a work directory that the trainer resumes and samples from;
-                  with --to hub: model.safetensors, config.json and a model card, to upload as they are
+  a directory     with --to run: a work directory of these weights alone, which every command reads and either trainer
+                  starts from; with --to hub: the same and a model card, to upload as they are
   hf://OWNER/NAME with --to hub: uploads that folder, with the token of `hf auth login`
 Every name is converted, or it is an error.  The convention of a model's latents, taken from the work directory or from
 --latents, is kept: in the metadata of a .safetensors or in the config of a work directory.
@@ -42,7 +42,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 
-from jax_impl import checkpoints as jax_checkpoints
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
 from meanflow.errors import UserError, exit_on_user_error
@@ -52,7 +51,6 @@ from meanflow.weights.reading import Choice
 from meanflow.weights.sources import Source
 from parity import hub_folder
 from parity.sources import read as read_source
-from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
 from torch_impl.models.inception import Inception
@@ -68,7 +66,7 @@ LATENTS = (  # what to do about two conventions
 class Options(NamedTuple):
     """The options of the command line, without source and destination."""
 
-    to: str | None = None  # jax | torch: write a work directory; hub: a folder to upload
+    to: str | None = None  # run: write a work directory; hub: a folder to upload
     ema: int | None = None  # which EMA, -1 for the raw parameters; None for the first EMA, or what there is
     config: base.Config | None = None  # of the network; None to use that of a work directory, or to infer it
     prefix: str = ""  # of the names to keep
@@ -96,8 +94,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", type=paths.source, help="what to read")
     parser.add_argument("dest", metavar="DEST", type=paths.dest, help="what to write; replaced if it is a file")
     parser.add_argument(
-        "--to", choices=("jax", "torch", "hub"),
-        help="make DEST a work directory of this framework, or a folder to upload to the Hugging Face hub",
+        "--to", choices=("run", "jax", "torch", "hub"),
+        help="make DEST a work directory for either framework (jax and torch mean the same), or a folder to upload to "
+        "the Hugging Face hub",
     )  # fmt: skip
     parser.add_argument(
         "--for", dest="layout", choices=tuple(layouts.LAYOUTS), default="",
@@ -165,12 +164,9 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
     elif config is None:
         what = "hub folder" if to == "hub" else "work directory"
         raise UserError(f"a {what} needs a config, which {source} does not hold: give --config")
-    elif to == "hub":
-        metadata |= as_metadata(convention)
-        hub_folder.write(dest, weights, metadata, with_latents(config, convention), run)
     else:
-        checkpoints = jax_checkpoints if to == "jax" else torch_checkpoints
-        checkpoints.write_weights(dest, with_latents(config, convention), weights)
+        write_folder = hub_folder.write if to == "hub" else hub_folder.write_weights
+        write_folder(dest, weights, metadata | as_metadata(convention), with_latents(config, convention), run)
     return found.kind, len(weights)
 
 

@@ -1,4 +1,4 @@
-"""Writes a folder to upload to the Hugging Face hub: canonical weights, their config and a model card."""
+"""Writes folders of canonical weights and their config: work directories, and with a model card, for the hub."""
 
 import copy
 import json
@@ -8,7 +8,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from jax_impl import checkpoints as jax_checkpoints
-from meanflow.commands import checkpoints, data_metrics, evaluate, guidance_sweep
+from meanflow.commands import checkpoints, data_metrics, evaluate, guidance_sweep, snapshots
 from meanflow.config import latents, options, paths, store
 from meanflow.config.workdir import FILE_NAME, read_workdir
 from meanflow.errors import UserError
@@ -16,7 +16,7 @@ from meanflow.files import replace_text
 from meanflow.weights import files
 from torch_impl import checkpoints as torch_checkpoints
 
-WEIGHTS, CARD = "model.safetensors", "README.md"
+CARD = "README.md"
 UNCONDITIONAL = ("unet",)  # networks that ignore labels
 METHODS = {  # titles and sources
     "meanflow": ("MeanFlow", "https://arxiv.org/abs/2505.13447"),
@@ -52,13 +52,8 @@ python -m jax_impl.sample --weights={weights} --config=config.json --output=samp
 python torch_impl/sample.py --weights={weights} --config=config.json --output=samples
 ```
 
-Both trainers start from them with `--config.train.load_from={weights}`, and
-
-```
-python parity/convert.py {weights} runs/new --to torch --config config.json
-```
-
-makes a work directory that `evaluate` reads.
+Both trainers start from them with `--config.train.load_from={weights}`, and this folder is a work directory that
+`evaluate` and the other commands read.
 """
 METRICS_TEXT = """
 From the run's last evaluation, `{source}`; it may have been of another checkpoint of the run.
@@ -118,16 +113,23 @@ def read_json(path: pathlib.Path) -> Any:
 def write(
     dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str], config: options.Config, run: Run
 ) -> None:
-    """Write the three files.  metadata: text for the weights.  Raises UserError if they cannot be written."""
+    """Write a folder for the hub.  metadata: text for the weights.  Raises UserError if it cannot be written."""
+    write_weights(dest, weights, metadata, without_paths(config), run)
+    replace_text(dest / CARD, card(config, run, sum(a.size for a in weights.values())))
+
+
+def write_weights(
+    dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str], config: options.Config, run: Run
+) -> None:
+    """Write a work directory of weights alone, see `snapshots`.  Raises UserError if it cannot be written."""
     try:
         dest.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"cannot write {dest}: {error.strerror}") from error
     known = {"step": "" if run.step is None else str(run.step), "ema": run.ema}
     metadata = metadata | {"system": config.method.name, "network": config.model.name}
-    files.save(dest / WEIGHTS, weights, metadata | {key: text for key, text in known.items() if text})
-    replace_text(dest / FILE_NAME, store.to_json(without_paths(config)))
-    replace_text(dest / CARD, card(config, run, sum(a.size for a in weights.values())))
+    files.save(dest / snapshots.ALONE, weights, metadata | {key: text for key, text in known.items() if text})
+    replace_text(dest / FILE_NAME, store.to_json(config))
 
 
 def without_paths(config: options.Config) -> options.Config:
@@ -153,7 +155,7 @@ def card(config: options.Config, run: Run, num_parameters: int) -> str:
         tags="\n".join(f"- {tag}" for tag in dict.fromkeys(tags)),
         title=f"{method}: {config.name or c.name}",
         method=method, source=source, network=c.name, millions=num_parameters / 1e6, conditioned=conditioned,
-        size=c.input_size, channels=c.channels, weights=WEIGHTS,
+        size=c.input_size, channels=c.channels, weights=snapshots.ALONE,
         of_latents=f", latents of the convention {latents.describe(convention)}" if convention else "",
         facts="\n".join(f"| {name} | {value} |" for name, value in facts(config, run).items()),
         metrics=metrics_text(run),

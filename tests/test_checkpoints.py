@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
 from flax import nnx
+from saved import write_run
 from torch.distributed.checkpoint.staging import DefaultStager
 from torch.distributed.device_mesh import init_device_mesh
 from torch.distributed.tensor import DTensor, Replicate, Shard
@@ -24,6 +25,7 @@ from jax_impl import weights as jax_weights
 from meanflow.commands import checkpoints, sample, snapshots
 from meanflow.config import store
 from meanflow.errors import UserError
+from parity import convert
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import train as torch_train
@@ -51,8 +53,8 @@ def canonical(config, value):
 def written(config, tmp_path_factory):
     """Return {framework: work directory with a checkpoint at step 0, of last bias 1}."""
     directory = tmp_path_factory.mktemp("written")
-    for framework, module in MODULES.items():
-        module.write_weights(directory / framework, config, canonical(config, 1))
+    for framework in MODULES:
+        write_run(framework, directory / framework, config, canonical(config, 1))
     return {framework: directory / framework for framework in MODULES}
 
 
@@ -461,9 +463,40 @@ def test_orbax_takes_these_for_clouds(path, config):
 
 @pytest.mark.parametrize("name", ["a b", "a%20b", "a#b", "ünï", "it's", "a:b", "{a}", "$a", "a]b", "gsx", "a,b=c"])
 def test_unusual_names_of_work_directories(name, config, tmp_path):
-    for module in MODULES.values():
-        workdir = tmp_path / module.__name__ / name
-        module.write_weights(workdir, config, canonical(config, 1))
+    for framework, module in MODULES.items():
+        workdir = tmp_path / framework / name
+        write_run(framework, workdir, config, canonical(config, 1))
+        assert module.read_weights(workdir)[1][NAME].ravel()[0] == 1
+
+
+@pytest.mark.parametrize("to", ["run", "jax", "torch"])
+def test_a_work_directory_of_weights_alone(to, config, tmp_path):
+    """It holds nothing else, serves both frameworks, and a run in it starts from them, as one that names it does."""
+    weights = canonical(config, 1)
+    jax_weights.save(tmp_path / "w.safetensors", weights, {})
+    workdir = tmp_path / "run"
+    convert.convert(tmp_path / "w.safetensors", workdir, convert.Options(to=to, config=config))
+    assert {path.name for path in workdir.iterdir()} == {"config.json", "model.safetensors"}
+    assert (workdir / "model.safetensors").stat().st_size < 1.1 * sum(a.nbytes for a in weights.values()) + 10_000
+    named = config.copy_and_resolve_references()
+    named.train.load_from = str(workdir)
+    for framework, module in MODULES.items():
+        for ema, step in ((0, None), (1, None), (-1, 0)):
+            found = module.read_weights(workdir, ema, step)[1]
+            assert found.keys() == weights.keys() and all(np.array_equal(found[n], a) for n, a in weights.items())
+        with pytest.raises(UserError, match="has no step 5, only the weights of step 0"):
+            module.read_weights(workdir, step=5)
+        assert start(framework, named, tmp_path / framework) == (1, False)
+        own = shutil.copytree(workdir, tmp_path / f"{framework}_run")
+        assert start(framework, config, own) == (1, False)
+
+
+def test_a_run_goes_on_from_its_checkpoint_and_not_from_the_weights_it_began_with(config, tmp_path):
+    for framework, module in MODULES.items():
+        workdir = tmp_path / framework
+        write_run(framework, workdir, config, canonical(config, 1))
+        jax_weights.save(workdir / snapshots.ALONE, canonical(config, 2), {})
+        assert start(framework, config, workdir) == (1, True)
         assert module.read_weights(workdir)[1][NAME].ravel()[0] == 1
 
 

@@ -7,20 +7,18 @@ import numpy as np
 import pytest
 import tiny as tiny_configs
 import torch
+from saved import write_run
 
 import jax_impl
 import torch_impl
 from benchmarks import weights as table
-from jax_impl import checkpoints as jax_checkpoints
 from meanflow.commands import sample as sampling
 from meanflow.errors import UserError
 from parity import convert
-from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import weights
 from torch_impl.step import build_net
 
 LOADERS = {"jax": jax_impl.load, "torch": torch_impl.load}
-CHECKPOINTS = {"jax": jax_checkpoints, "torch": torch_checkpoints}
 APART = 1e-4  # of samples, before they are decoded and rounded
 NETWORKS = {
     "dit": "meanflow", "imf_dit": "improved", "dmf_dit": "decoupled", "unet": "meanflow", "edm2": "rectified",
@@ -43,8 +41,8 @@ def test_both_frameworks_draw_the_same_images(network, tmp_path):
     """From a run of each framework, from canonical weights, and from the official state dict with the run's config."""
     config = tiny_configs.make(network, NETWORKS[network])
     given = canonical(config)
-    for name, checkpoints in CHECKPOINTS.items():
-        checkpoints.write_weights(tmp_path / name, config, given)
+    for name in LOADERS:
+        write_run(name, tmp_path / name, config, given)
     convert.convert(tmp_path / "jax", tmp_path / "w.safetensors", convert.Options(ema=1))
     torch.save({"ema": {n: torch.from_numpy(np.array(a)) for n, a in given.items()}}, tmp_path / "w.pth")
     options = {"steps": 2, "seed": 3, "decode": False}
@@ -84,7 +82,7 @@ def test_the_page_is_up_to_date():
 
 def test_what_the_network_is_told(tmp_path):
     config = tiny_configs.make("imf_dit", "improved")
-    torch_checkpoints.write_weights(tmp_path / "torch", config, canonical(config))
+    write_run("torch", tmp_path / "torch", config, canonical(config))
     convert.convert(tmp_path / "torch", tmp_path / "w.safetensors")
     models = {name: load(tmp_path / "w.safetensors") for name, load in LOADERS.items()}
     z = np.random.RandomState(1).normal(size=(3, 8, 8, 1))
@@ -99,7 +97,7 @@ def test_what_the_network_is_told(tmp_path):
 def test_nothing_else_is_changed(tmp_path):
     """Precision and random state are the process's own; a config that is given is not touched."""
     config = tiny_configs.make("dit", "meanflow", {"train.matmul_precision": "default"})
-    torch_checkpoints.write_weights(tmp_path / "torch", config, canonical(config))
+    write_run("torch", tmp_path / "torch", config, canonical(config))
     convert.convert(tmp_path / "torch", tmp_path / "w.safetensors")
     before = torch.get_float32_matmul_precision(), torch.backends.cudnn.allow_tf32, torch.random.get_rng_state()
     jax_before = jax.config.jax_default_matmul_precision, jax.config.jax_enable_x64
@@ -114,8 +112,7 @@ def test_nothing_else_is_changed(tmp_path):
 @pytest.mark.parametrize("load", LOADERS.values(), ids=LOADERS)
 def test_what_is_refused(load, tmp_path):
     config = tiny_configs.make()
-    other = jax_checkpoints if load is torch_impl.load else torch_checkpoints
-    other.write_weights(tmp_path / "other", config, canonical(config))
+    write_run("jax" if load is torch_impl.load else "torch", tmp_path / "other", config, canonical(config))
     with pytest.raises(UserError, match=r"a run of the other framework.*python -m parity.convert"):
         load(tmp_path / "other")
     torch.save({n: torch.from_numpy(np.array(a)) for n, a in canonical(config).items()}, tmp_path / "w.pth")

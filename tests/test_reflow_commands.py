@@ -134,10 +134,12 @@ def test_nobody_waits_for_a_process_that_died(launcher, teacher, tmp_path):
 
 
 def test_a_work_directory_makes_the_same_pairs_of_the_same_weights(launcher, flow, models, made, tmp_path):
-    from torch_impl import checkpoints, weights
+    from saved import write_run
+
+    from torch_impl import weights
 
     run = tmp_path / "run"
-    checkpoints.write_weights(run, flow(), weights.load(models / "teacher.safetensors"))
+    write_run("torch", run, flow(), weights.load(models / "teacher.safetensors"))
     command = launcher.run(REFLOW["torch"], f"--teacher={run}", "--ema=-1", *SIZES, output(tmp_path / "made"))
     assert command.wait() == 0, command.stderr
     assert shards(tmp_path / "made") == shards(made / "torch" / "plain")

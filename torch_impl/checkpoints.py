@@ -22,10 +22,9 @@ from torch.distributed.tensor import DTensor
 from meanflow import files
 from meanflow.commands import checkpoints, snapshots
 from meanflow.config import store
-from meanflow.config.workdir import open_workdir
 from meanflow.errors import UserError
 from torch_impl import weights
-from torch_impl.step import TrainState, build_net, create_state
+from torch_impl.step import TrainState, build_net
 
 DIRECTORY = "checkpoints/torch"
 MARKER = ".metadata"  # the file that is written last
@@ -131,18 +130,6 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
     params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(net, params)
-
-
-def write_weights(workdir: str | os.PathLike, config, canonical) -> None:
-    """Create a work directory whose step-0 checkpoint holds canonical weights {name: array}, also as EMAs."""
-    lock = open_workdir(workdir, config, "torch")
-    cpu = torch.device("cpu")
-    state = create_state(config, None, cpu)
-    state = create_state(config, None, cpu, weights.from_canonical(state.net, canonical))
-    run = {"step": 0, "loader": "", "window": [], "config": store.to_json(config)}
-    writer = _Writer(pathlib.Path(workdir).absolute() / DIRECTORY / "0", json.dumps(run))
-    dcp.save(_named(state), storage_writer=writer, no_dist=True)
-    lock.close()
 
 
 class _Writer(dcp.FileSystemWriter):

@@ -83,19 +83,20 @@ def train(config, workdir, device):
 def start_state(config, mesh, device, checkpoints=None):
     """Return the state to train from and its progress (see `Checkpoints.save`).
 
-    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights of
-    `train.load_from` if that is set, and the progress is None.  A run with a checkpoint never reads that model, which
-    may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
+    They come from the newest checkpoint.  Without one, the state is that of step 0, with the weights in the directory,
+    or those of `train.load_from`, if there are any, and the progress is None.  A run with a checkpoint never reads that
+    model, which may be gone.  Raises UserError if it is needed and differs from this one in channels, heads or path.
     """
     state = create_state(config, mesh, device, teacher=load_teacher(config, device))
     restored = checkpoints.restore(state) if checkpoints else None
     if restored:
         return restored
-    if config.train.load_from:
+    model, load_classes = training.start_of(config, checkpoints)
+    if model:
         net = build_net(config)
-        own, canonical = training.read_model(config.train.load_from, config, read_weights)
+        own, canonical = training.read_model(model, config, read_weights)
         checks.check_alike(config, own, "train.load_from")
-        params, load_classes = dict(net.named_parameters()), training.classes_file(config)
+        params = dict(net.named_parameters())
         canonical = weights.transfer(net, params, canonical, resize=True, load_classes=load_classes)
         replace_params(state, weights.from_canonical(net, canonical))
     return state, None

@@ -1,6 +1,8 @@
-"""Snapshots of a run: each EMA as canonical weights, WORKDIR/snapshots/STEP/ema_DECAY.safetensors.
+"""Canonical weights in a work directory: snapshots of its EMAs, and weights that it was made of.
 
-They are much smaller than a checkpoint, and every command that takes canonical weights reads them.
+Snapshots are WORKDIR/snapshots/STEP/ema_DECAY.safetensors.  They are much smaller than a checkpoint, and every command
+that takes canonical weights reads them.  A directory of weights alone, as `parity.convert` makes it, has no checkpoint
+but WORKDIR/model.safetensors beside its config: a run there starts from them, in either framework.
 """
 
 import contextlib
@@ -18,6 +20,7 @@ from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 
 DIRECTORY = "snapshots"
+ALONE = "model.safetensors"
 
 Weights = dict[str, np.ndarray]
 Save = Callable[[str | os.PathLike, Weights, dict[str, str]], None]
@@ -68,11 +71,11 @@ def metadata(config: options.Config, step: int, decay: float) -> dict[str, str]:
 def locate(
     workdir: str | os.PathLike, path: pathlib.Path, marker: str, ema: int, step: int | None
 ) -> tuple[options.Config, pathlib.Path | None, list[int]]:
-    """Return a run's config, and where its weights are: a snapshot, or None and the steps of checkpoints to try.
+    """Return a run's config, and where its weights are: a file, or None and the steps of checkpoints to try.
 
     path, marker: of the framework's checkpoints.  ema: index into train.ema_decays; -1: the raw parameters, of which
-    there are no snapshots.  step: None for the newest checkpoint.  Raises UserError if there is no such run, step or
-    EMA; it lists those that there are.
+    there are no snapshots.  step: None for the newest checkpoint.  Weights alone are all of these, at step 0.
+    Raises UserError if there is no such run, step or EMA; it lists those that there are.
     """
     config = read_workdir(workdir)
     decays = config.train.ema_decays
@@ -85,14 +88,19 @@ def locate(
     whole = whole_steps(path, marker)
     if step in whole or (step is None and whole):
         return config, None, whole if step is None else [step]
+    alone = pathlib.Path(workdir) / ALONE
+    if alone.is_file() and not step:
+        return config, alone, []
     small = [] if ema < 0 else steps(workdir, decays[ema])
     if step in small:
         return config, path_of(workdir, step, decays[ema]), []
-    there = f"checkpoints of steps {_listed(whole)}" if whole else "no checkpoint"
-    there += f", snapshots of steps {_listed(small)}" if small else ""
-    if step is None:
-        raise UserError(f"{workdir} has {there}" + ("; choose one by --step" if small else " yet"))
-    raise UserError(f"{workdir} has no step {step}, only {there}" if whole or small else f"{workdir} has {there} yet")
+    named = {"checkpoints": whole, "snapshots": small}
+    there = [f"{name} of steps {_listed(found)}" for name, found in named.items() if found]
+    there += ["the weights of step 0"] if alone.is_file() else []
+    if step is not None and there:
+        raise UserError(f"{workdir} has no step {step}, only {', '.join(there)}")
+    way_out = "; choose one by --step" if there else " yet"
+    raise UserError(", ".join([f"{workdir} has no checkpoint", *there]) + way_out)
 
 
 def _listed(numbers: list[int]) -> str:

@@ -11,6 +11,7 @@ from absl import logging
 
 from meanflow import signals
 from meanflow.commands import sample, snapshots
+from meanflow.commands.checkpoints import CheckpointDirectory
 from meanflow.commands.data_metrics import evaluate, evaluate_emas
 from meanflow.commands.frozen_networks import FrozenNetworks, try_decoder
 from meanflow.commands.image_metrics import ImageMetrics
@@ -220,9 +221,15 @@ def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> 
     return read_weights(path, own.sample.ema)
 
 
-def classes_file(config: options.Config) -> str:
-    """Return `train.load_classes`, "" for a network without classes."""
-    return config.train.load_classes if "load_classes" in config.train else ""
+def start_of(config: options.Config, checkpoints: CheckpointDirectory | None) -> tuple[str, str]:
+    """Return the model that a run without a checkpoint starts from, and the file of its classes; "" for none.
+
+    That is the weights in the run's own directory, see `snapshots`, or else `train.load_from`.
+    """
+    alone = checkpoints.path.parents[1] / snapshots.ALONE if checkpoints else None
+    if alone is not None and alone.is_file():
+        return str(alone), ""
+    return config.train.load_from, config.train.load_classes if "load_classes" in config.train else ""
 
 
 def has_teacher(config: options.Config) -> bool:

@@ -148,7 +148,7 @@ def refuse_two_models(one: pathlib.Path, names: set[str]) -> None:
 
 
 def own_config(path: pathlib.Path) -> Any:
-    """Return the config that `parity.convert --to hub` writes beside weights, None without one.  Raises UserError."""
+    """Return the config that `parity.convert` writes into a folder of weights, None without one.  Raises UserError."""
     file = path / "config.json"
     return store.from_json(file.read_text(encoding="utf-8"), str(file)) if file.is_file() else None
 

@@ -15,6 +15,7 @@ import torch
 import yaml
 from flax.training import checkpoints as flax_checkpoints
 from flax.training import train_state
+from saved import write_run
 
 import torch_impl
 from meanflow.commands import data_metrics, snapshots
@@ -265,7 +266,7 @@ def run_dir(tmp_path):
     config.name = "tiny"
     config.latents.update(latents.CONVENTIONS["sd"]._asdict())
     config.data.name = "/somewhere/private/imagenet_latents"
-    torch_checkpoints.write_weights(tmp_path / "run", config, weights)
+    write_run("torch", tmp_path / "run", config, weights)
     result = {"num_samples": 20, "fid": 3.43210, "convention": "official", "reference": "/somewhere/private/in256.npz"}
     data_metrics.write_evaluation(tmp_path / "run", result)
     return tmp_path / "run", config, weights
