@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from meanflow.weights import canonical
 from meanflow.weights.files import load, metadata, save
 
-__all__ = ["from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
+__all__ = ["check", "from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
 
 LEAVES = {"kernel": "weight", "embedding": "weight"}
 
@@ -33,19 +33,24 @@ def _whole(a):
     return a if here else multihost_utils.process_allgather(a, tiled=True)
 
 
+def check(net, weights):
+    """Raise UserError unless canonical `weights` {name: array} fit `net`, see `from_canonical`; copies nothing."""
+    tables = net.tables()
+    shapes = {name: table.shape for name, table in tables.items()}
+    for path, leaf in nnx.to_flat_state(nnx.state(net, nnx.Param)):
+        kernel = path[-1] == "kernel"
+        shapes[canonical_name(path)] = tuple(leaf.shape[i] for i in to_torch(leaf)) if kernel else leaf.shape
+    canonical.check(weights, shapes, tables)
+
+
 def from_canonical(net, weights):
     """Return the parameters (nnx.State, in the dtypes of `net`) held by canonical `weights` {name: array}.
 
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that differs from the computed one.
     """
-    flat, tables = nnx.to_flat_state(nnx.state(net, nnx.Param)), net.tables()
-    shapes = {name: table.shape for name, table in tables.items()}
-    for path, leaf in flat:
-        kernel = path[-1] == "kernel"
-        shapes[canonical_name(path)] = tuple(leaf.shape[i] for i in to_torch(leaf)) if kernel else leaf.shape
-    canonical.check(weights, shapes, tables)
+    check(net, weights)
     leaves = []
-    for path, leaf in flat:
+    for path, leaf in nnx.to_flat_state(nnx.state(net, nnx.Param)):
         array = np.asarray(weights[canonical_name(path)])
         array = array.transpose(to_flax(array)) if path[-1] == "kernel" else array
         leaves.append((path, leaf.replace(jnp.array(array, leaf.dtype))))

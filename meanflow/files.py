@@ -4,7 +4,9 @@ import contextlib
 import errno
 import os
 import pathlib
+import stat
 import tempfile
+from collections.abc import Iterator
 
 from meanflow.errors import UserError
 
@@ -42,18 +44,33 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
     Raises UserError if the path cannot be written.
     """
     path = pathlib.Path(path)
-    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with open(unfinished, "wb") as file:
+        with replacing(path) as unfinished, open(unfinished, "wb") as file:
             file.write(content)
             file.flush()
             os.fsync(file.fileno())  # otherwise a power loss could leave an empty file
-        os.replace(unfinished, path)
     except OSError as error:
-        with contextlib.suppress(OSError):
-            unfinished.unlink()
         raise cannot_write(path, error) from error
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
+    """Yield where to write a file that takes the place of `path` once the context ends, if it does without an error.
+
+    Others may read it if they may read what was there, or else any new file; safetensors 0.8 would allow nobody else.
+    """
+    path = pathlib.Path(path)
+    unfinished = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        unfinished.touch()
+        mode = (path if path.exists() else unfinished).stat().st_mode
+        yield unfinished
+        unfinished.chmod(stat.S_IMODE(mode))
+        os.replace(unfinished, path)
+    finally:
+        with contextlib.suppress(OSError):  # it is gone, or was never there
+            unfinished.unlink()
 
 
 def cannot_write(path: str | os.PathLike, error: OSError) -> UserError:

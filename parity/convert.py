@@ -204,7 +204,7 @@ def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[
     with torch.device("meta"):
         net = Inception()
     weights = {name: a for name, a in weights.items() if not name.endswith(COUNTERS)}
-    canonical_files.from_canonical(net, weights)
+    canonical_files.check(net, weights)
     return weights
 
 
@@ -257,7 +257,7 @@ def checked(weights: dict[str, np.ndarray], config) -> dict[str, np.ndarray]:
     with torch.device("meta"):  # names and shapes only, which cost nothing
         net = torch_step.build_net(config)
     tables = net.tables()
-    canonical_files.from_canonical(net, tables | weights)
+    canonical_files.check(net, tables | weights)
     return weights | tables
 
 

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from meanflow.weights import canonical
 from meanflow.weights.files import load, metadata, save
 
-__all__ = ["from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
+__all__ = ["check", "from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
 
 
 def to_canonical(net, params):
@@ -27,16 +27,20 @@ def to_canonical(net, params):
     return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
 
 
+def check(net, weights):
+    """Raise UserError unless canonical `weights` {name: array} fit `net`, see `from_canonical`; copies nothing."""
+    shapes = {name: () if name.endswith(canonical.SCALARS) else tuple(a.shape) for name, a in net.state_dict().items()}
+    canonical.check(weights, shapes, net.tables())
+
+
 def from_canonical(net, weights):
     """Return the state dict {name: tensor} in the dtypes of `net` held by canonical `weights` {name: array}.
 
     Raises UserError for a missing or unknown name, a wrong shape, or a fixed table that differs from the computed one.
     """
-    params, tables = net.state_dict(), net.tables()
-    shapes = {name: () if name.endswith(canonical.SCALARS) else tuple(tensor.shape) for name, tensor in params.items()}
-    canonical.check(weights, shapes, tables)
-    state = {}
-    for name, tensor in params.items():
+    check(net, weights)
+    state, tables = {}, net.tables()
+    for name, tensor in net.state_dict().items():
         array = tables.get(name, weights[name])
         state[name] = torch.from_numpy(np.array(array)).to(tensor.dtype).reshape(tensor.shape)
     return state

@@ -5,7 +5,6 @@ that takes canonical weights reads them.  A directory of weights alone, as `pari
 but WORKDIR/model.safetensors beside its config: a run there starts from them, in either framework.
 """
 
-import contextlib
 import json
 import os
 import pathlib
@@ -46,16 +45,12 @@ def write(workdir: str | os.PathLike, config: options.Config, step: int, emas: I
     """
     for decay, weights in zip(config.train.ema_decays, emas, strict=True):
         path = path_of(workdir, step, decay)
-        unfinished = path.with_name(f".{path.name}.{os.getpid()}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            save(unfinished, weights, metadata(config, step, decay))
-            os.replace(unfinished, path)
+            with files.replacing(path) as unfinished:
+                save(unfinished, weights, metadata(config, step, decay))
         except OSError as error:
             raise files.cannot_write(path, error) from error
-        finally:
-            with contextlib.suppress(OSError):  # it is gone, or was never there
-                unfinished.unlink()
 
 
 def metadata(config: options.Config, step: int, decay: float) -> dict[str, str]:

@@ -15,9 +15,12 @@ import safetensors
 from safetensors.numpy import save_file
 
 from meanflow.errors import UserError
+from meanflow.files import replacing
 
-# Types of safetensors that numpy has too.
-AS_THEY_ARE = ("F32", "F64", "I64", "U64", "I32", "U32", "I16", "U16", "I8", "U8", "BOOL")
+TYPES = {  # of safetensors, as they are stored
+    "F32": "<f4", "F64": "<f8", "F16": "<f2", "BF16": "<u2", "BOOL": "?", "I64": "<i8", "U64": "<u8", "I32": "<i4",
+    "U32": "<u4", "I16": "<i2", "U16": "<u2", "I8": "i1", "U8": "u1",
+}  # fmt: skip
 LONGEST_HEADER = 100_000_000  # of safetensors, in bytes
 LEGACY_TORCH = b"\x80\x02\x8a\nl\xfc\x9cF\xf9 j\xa8P\x19."  # the magic number that torch.save wrote before 1.6
 MAGIC = {  # files that cannot be read as weights, and what to do about them
@@ -99,10 +102,12 @@ def _kind_of_zip(path: pathlib.Path) -> str:
 
 
 def save(path: str | os.PathLike, weights: dict[str, np.ndarray], metadata: dict[str, str]) -> None:
-    """Write canonical weights and text metadata as safetensors.  Raises UserError if it cannot."""
+    """Atomically write canonical weights and text metadata as safetensors.  Raises UserError if it cannot."""
+    # In C order: safetensors writes the memory of an array as it is, whatever its order, without an error.
+    arrays = {name: np.asarray(a, order="C") for name, a in weights.items()}
     try:
-        # In C order: safetensors writes the memory of an array as it is, whatever its order, without an error.
-        save_file({name: np.array(a, order="C") for name, a in weights.items()}, path, metadata=metadata)
+        with replacing(path) as unfinished:
+            save_file(arrays, unfinished, metadata=metadata)
     except (OSError, safetensors.SafetensorError) as error:
         raise UserError(f"cannot write {path}: {error}") from error
 
@@ -110,11 +115,12 @@ def save(path: str | os.PathLike, weights: dict[str, np.ndarray], metadata: dict
 def load(path: str | os.PathLike) -> dict[str, np.ndarray]:
     """Return the arrays of a safetensors file by name, float16 and bfloat16 as float32.
 
-    Raises UserError if the file is not complete safetensors, or has a type that is not supported, such as float8.
+    They are mapped: the file is read when they are used, and changes to them stay in memory.
+    Raises UserError if it is not complete safetensors, or has a type that is not supported, such as float8.
     """
     header, start = _header(path)
-    with _opened(path) as file:
-        return {name: _array(path, file, name, entry, start) for name, entry in header.items()}
+    content = np.asarray(np.memmap(path, np.uint8, "c"))
+    return {name: _array(path, content[start:], name, entry) for name, entry in header.items()}
 
 
 def metadata(path: str | os.PathLike) -> dict[str, str]:
@@ -157,17 +163,15 @@ def _header(path: str | os.PathLike) -> tuple[dict[str, Any], int]:
     return header, 8 + length
 
 
-def _array(path: str | os.PathLike, file: Any, name: str, entry: dict[str, Any], start: int) -> np.ndarray:
-    """Return one array of an open file.  Raises UserError if its type is not supported."""
-    if entry["dtype"] == "BF16":  # the upper half of a float32
-        first, last = entry["data_offsets"]
-        halves = np.fromfile(path, "<u2", (last - first) // 2, offset=start + first)
-        return (halves.astype(np.uint32) << 16).view(np.float32).reshape(entry["shape"])
-    if entry["dtype"] == "F16":
-        return file.get_tensor(name).astype(np.float32)
-    if entry["dtype"] not in AS_THEY_ARE:
+def _array(path: str | os.PathLike, data: np.ndarray, name: str, entry: dict[str, Any]) -> np.ndarray:
+    """Return one array of a file whose `data` follow its header.  Raises UserError if its type is not supported."""
+    if entry["dtype"] not in TYPES:
         raise UserError(
             f"cannot read {path}: {name} is of type {entry['dtype']}, whose scales only the code that wrote it "
             "knows.  Save it in float32, bfloat16 or float16"
         )
-    return file.get_tensor(name)
+    first, last = entry["data_offsets"]
+    array = data[first:last].view(TYPES[entry["dtype"]]).reshape(entry["shape"])
+    if entry["dtype"] == "BF16":  # the upper half of a float32
+        return (array.astype(np.uint32) << 16).view(np.float32)
+    return array.astype(np.float32) if entry["dtype"] == "F16" else array

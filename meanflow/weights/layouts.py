@@ -13,6 +13,7 @@ import numpy as np
 
 from meanflow.config import latents, options
 from meanflow.errors import UserError
+from meanflow.files import replacing
 from meanflow.weights import infer, sources
 from meanflow.weights.names import canonical_to_flax_tree
 
@@ -48,7 +49,7 @@ def state_dict(weights: Weights) -> dict[str, Any]:
     """
     import torch  # JAX does without
 
-    return {name: torch.from_numpy(np.array(a, order="C")) for name, a in weights.items()}
+    return {name: torch.from_numpy(np.require(a, requirements=("C", "A", "W"))) for name, a in weights.items()}
 
 
 def zhuyu(weights: Weights) -> dict[str, Any]:
@@ -199,13 +200,14 @@ def write(dest: pathlib.Path, weights: Weights, name: str = "") -> None:
     flax_or_torch = flax_tree if dest.suffix in FLAX else state_dict
     content = (LAYOUTS[name].build if name else flax_or_torch)(weights)
     try:
-        if dest.suffix in FLAX:
-            import flax.serialization
+        with replacing(dest) as unfinished:
+            if dest.suffix in FLAX:
+                import flax.serialization
 
-            dest.write_bytes(flax.serialization.msgpack_serialize(content))
-        else:
-            import torch
+                unfinished.write_bytes(flax.serialization.msgpack_serialize(content))
+            else:
+                import torch
 
-            torch.save(content, dest)
+                torch.save(content, unfinished)
     except (OSError, RuntimeError) as error:  # torch.save raises either
         raise UserError(f"cannot write {dest}: {sources.first_line(error)}") from error

@@ -3,6 +3,9 @@
 import pathlib
 from typing import NamedTuple
 
+import numpy as np
+import tqdm
+
 from meanflow.errors import UserError
 from meanflow.weights import files, folders, hub, sources, times
 from meanflow.weights.sources import Source
@@ -18,6 +21,7 @@ class Choice(NamedTuple):
 
 
 FIRST = Choice()
+PAGE = 4096  # bytes
 
 
 def read(source: str | pathlib.Path, choice: Choice = FIRST) -> Source:
@@ -43,7 +47,17 @@ def read(source: str | pathlib.Path, choice: Choice = FIRST) -> Source:
 
 def settled(found: Source, time: str | None, where: object) -> Source:
     """Return a source whose time runs our way; weights that this project wrote do, unless `time` says otherwise."""
+    read_in(found.weights)
     if time is None and found.ours:
         return found
     weights, done = times.settle(found.weights, found.arguments, time, where)
     return found._replace(weights=weights, kind=f"{found.kind}, {done}" if done else found.kind)
+
+
+def read_in(weights: dict[str, np.ndarray]) -> None:
+    """Read mapped arrays from the disk, with a progress bar if that takes long, so that using them does not wait."""
+    total = sum(a.nbytes for a in weights.values())
+    with tqdm.tqdm(total=total, desc="weights", unit="B", unit_scale=True, leave=False, delay=1, disable=None) as bar:
+        for a in weights.values():
+            a.ravel(order="K")[:: PAGE // a.itemsize].max(initial=0)
+            bar.update(a.nbytes)

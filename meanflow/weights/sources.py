@@ -4,11 +4,13 @@ A new format needs a kind in `files.kind_of` and an entry in `READERS`.
 """
 
 import argparse
+import mmap
 import pathlib
 import pickle
 import re
 import struct
 import warnings
+import zipfile
 from typing import Any, NamedTuple
 
 import ml_collections
@@ -85,7 +87,8 @@ def read_msgpack(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
     import msgpack
 
     try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
+        with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
+            tree = flax.serialization.msgpack_restore(content)  # pyright: ignore  # which takes any buffer
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
         raise UserError(f"cannot read {path} as a Flax msgpack file: {first_line(error)}") from error
     if not isinstance(tree, dict):
@@ -168,10 +171,14 @@ def load_torch(path: pathlib.Path) -> Any:
     import torch  # JAX does without
 
     try:
-        # An open file: torch.load takes a name that ends in .safetensors for that format.
         allowed, unwarned = torch.serialization.safe_globals(TORCH_FILES), warnings.catch_warnings(action="ignore")
-        with allowed, unwarned, path.open("rb") as file:
-            return torch.load(file, map_location="cpu", weights_only=True)
+        with allowed, unwarned:
+            # Of a large training checkpoint only the weights that are used are then read.  torch.load takes a name
+            # that ends in .safetensors for that format.
+            if zipfile.is_zipfile(path) and path.suffix != ".safetensors":
+                return torch.load(path, map_location="cpu", weights_only=True, mmap=True)
+            with path.open("rb") as file:
+                return torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         if "Unsupported operand" in str(error):
             raise UserError(

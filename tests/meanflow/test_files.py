@@ -3,6 +3,7 @@
 import errno
 import os
 import pathlib
+import stat
 
 import pytest
 
@@ -29,6 +30,20 @@ def test_a_failure_leaves_the_old_file(tmp_path, monkeypatch):
     with pytest.raises(UserError, match="cannot write .*file: No space left on device"):
         files.replace_text(path, "two")
     assert path.read_text() == "one" and os.listdir(tmp_path) == ["file"]
+
+
+def test_who_may_read_what_is_written(tmp_path):
+    """Everyone whom the umask lets, however private the writer made its file, or as before."""
+    before = os.umask(0o027)
+    try:
+        for path, expected in ((tmp_path / "new", 0o640), (tmp_path / "new", 0o604)):
+            with files.replacing(path) as unfinished:
+                unfinished.unlink()
+                os.close(os.open(unfinished, os.O_CREAT, 0o600))
+            assert stat.S_IMODE(path.stat().st_mode) == expected
+            path.chmod(0o604)
+    finally:
+        os.umask(before)
 
 
 def test_a_check_leaves_nothing_behind(tmp_path, monkeypatch):

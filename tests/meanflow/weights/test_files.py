@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 import pickle
 import tarfile
 
@@ -15,6 +16,11 @@ from meanflow.errors import UserError
 from meanflow.weights import files
 
 NUMBERS = torch.tensor([[1.0, -2.5e-3], [3.0e4, 0.0]])
+
+
+def umask():
+    os.umask(value := os.umask(0))
+    return value
 
 
 def torch_bytes(**options):
@@ -47,6 +53,20 @@ def test_every_precision_is_read_exactly(tmp_path, dtype):
     }
     assert all(np.array_equal(a, given[name].double().numpy()) for name, a in loaded.items())
     assert files.metadata(tmp_path / "w.safetensors") == {"latents": "{}"}
+
+
+def test_a_file_may_be_written_from_itself(tmp_path):
+    """Its arrays are mapped; writing leaves the old file to them, and anyone may read the new one."""
+    path, arrays = tmp_path / "w.safetensors", {"b": np.arange(6.0).reshape(2, 3), "a": np.array(7, np.float32)}
+    files.save(path, arrays, {"format": "canonical"})
+    loaded = files.load(path)
+    loaded["b"] += 1
+    files.save(path, {name: a.T for name, a in loaded.items()}, {})
+    np.testing.assert_array_equal(files.load(path)["b"], arrays["b"].T + 1)
+    np.testing.assert_array_equal(loaded["a"], 7)
+    assert files.load(path)["a"].shape == () and files.metadata(path) == {}
+    assert path.stat().st_mode & 0o777 == 0o666 & ~umask()
+    assert [p.name for p in tmp_path.iterdir()] == [path.name]
 
 
 def test_a_type_that_needs_scales_is_refused(tmp_path):
