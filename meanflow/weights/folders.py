@@ -10,7 +10,7 @@ import pathlib
 import re
 import tempfile
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import numpy as np
@@ -18,7 +18,7 @@ import numpy as np
 from meanflow.config import store
 from meanflow.errors import UserError
 from meanflow.weights import entries, files, pickles, sources
-from meanflow.weights.sources import Source, from_flax, from_torch
+from meanflow.weights.sources import Source, choose_flax, from_flax_network, from_torch
 
 ORBAX = ("_METADATA", "manifest.ocdbt")  # a file in a tree that Orbax saved, current or old
 AGGREGATE = "checkpoint"  # the file in which Orbax before 0.5 kept small trees, as msgpack
@@ -63,7 +63,7 @@ def read(path: pathlib.Path, ema: int | None = None, prefix: str = "", step: int
         refuse_two_models(one, names)
         found = sources.read(one, ema, prefix)
         return found._replace(config=own_config(path)) if found.ours and found.config is None else found
-    return from_flax(read_orbax(path), ema, prefix, path, "Orbax checkpoint")
+    return read_orbax(path, ema, prefix)
 
 
 def at_step(path: pathlib.Path, step: int | None) -> pathlib.Path:
@@ -159,10 +159,10 @@ def is_autoencoder(path: pathlib.Path) -> bool:
 
 
 class Stored:
-    """A tensor of a checkpoint of torch.distributed that has not been read."""
+    """An array of a checkpoint that has not been read."""
 
-    def __init__(self, entry: Any):
-        self.shape, self.dtype = tuple(entry.size), entry.properties.dtype
+    def __init__(self, shape: Iterable[int], dtype: Any):
+        self.shape, self.dtype = tuple(shape), dtype
         self.ndim = len(self.shape)
 
 
@@ -175,7 +175,8 @@ def read_distributed(path: pathlib.Path, ema: int | None, prefix: str) -> Source
     check_metadata(path / DISTRIBUTED)
     try:
         listed = dcp.FileSystemReader(path).read_metadata().state_dict_metadata
-        stored = {name: Stored(entry) for name, entry in listed.items() if isinstance(entry, TensorStorageMetadata)}
+        tensors = {name: entry for name, entry in listed.items() if isinstance(entry, TensorStorageMetadata)}
+        stored = {name: Stored(entry.size, entry.properties.dtype) for name, entry in tensors.items()}
     except sources.DAMAGE as error:
         raise UserError(f"cannot read {path} as a checkpoint of torch.distributed: {error!r:.200}") from error
     network = entries.choose(sources.below(stored, prefix) if prefix else stored, ema, ".", path)
@@ -200,46 +201,57 @@ def check_metadata(path: pathlib.Path) -> None:
         raise UserError(f"cannot read {path}: {error!r:.200}") from error
 
 
-def read_orbax(path: pathlib.Path) -> dict:
-    """Return the tree of an Orbax checkpoint as numpy arrays, whatever devices it was written on.
+def read_orbax(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
+    """Read one network of an Orbax checkpoint, whatever devices it was written on; no other array is loaded.
 
     path: its directory, or one above that holds no other.  Raises UserError.
     """
     import orbax.checkpoint as ocp
 
     path = orbax_in(path)
-    tree = read_aggregate(path / AGGREGATE)
-    try:
-        if tree is None:
-            handler = ocp.PyTreeCheckpointer()
+    tree, handler = (
+        read_aggregate(path / AGGREGATE),
+        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)),
+    )
+    aggregated = tree is not None
+    with named_as_damaged(path):
+        if not aggregated:
             metadata: Any = handler.metadata(path.absolute())
             if metadata.item_metadata is None:
                 raise ValueError("Orbax finds no tree of arrays in it")
-            args = map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), metadata.item_metadata.tree)
-            tree = handler.restore(path.absolute(), restore_args=args)
+            tree = map_leaves(lambda a: Stored(getattr(a, "shape", ()), None), metadata.item_metadata.tree)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is an Orbax checkpoint, but its content is not a tree of parameters")
+    network = choose_flax(tree, ema, prefix, path)
+    if not aggregated:
+        wanted = {id(leaf) for leaf in network.leaves.values()}
+        item = map_leaves(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, tree)
+        args = map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        with named_as_damaged(path):
+            restored = handler.restore(path.absolute(), item=item, restore_args=args)
+        arrays = dict(zip(map(id, leaves_of(tree)), leaves_of(restored), strict=True))
+        network.leaves.update({name: arrays[id(leaf)] for name, leaf in network.leaves.items()})
+        del restored, arrays
+    return from_flax_network(network, path, "Orbax checkpoint")
+
+
+@contextlib.contextmanager
+def named_as_damaged(path: pathlib.Path) -> Iterator[None]:
+    """Turn what Orbax raises into a UserError."""
+    try:
+        yield
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(
             f"cannot read {path} as an Orbax checkpoint, it may be damaged: {sources.first_line(error)}"
         ) from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is an Orbax checkpoint, but its content is not a tree of parameters")
-    return tree
 
 
 def read_aggregate(path: pathlib.Path) -> Any:
     """Return the tree that Orbax before 0.5 kept in one msgpack file; None if there is none that has all arrays."""
-    import flax.serialization
-    import msgpack
-
     if not path.is_file():
         return None
-    try:
-        tree = flax.serialization.msgpack_restore(path.read_bytes())
-    except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
-        raise UserError(f"cannot read {path} as a Flax msgpack file: {sources.first_line(error)}") from error
-    elsewhere: list[str] = []
-    map_leaves(lambda leaf: elsewhere.append(leaf) if str(leaf).startswith(PLACEHOLDER) else None, tree)
-    return None if elsewhere else tree
+    tree = sources.load_msgpack(path)
+    return None if any(isinstance(leaf, str) and leaf.startswith(PLACEHOLDER) for leaf in leaves_of(tree)) else tree
 
 
 def map_leaves(function, tree):
@@ -249,6 +261,13 @@ def map_leaves(function, tree):
     if isinstance(tree, list | tuple):
         return [map_leaves(function, value) for value in tree]
     return function(tree)
+
+
+def leaves_of(tree) -> list:
+    """Return the leaves of nested dicts, lists and tuples, in order of the names in each dict."""
+    if isinstance(tree, dict):
+        return [leaf for key in sorted(tree, key=str) for leaf in leaves_of(tree[key])]
+    return [leaf for value in tree for leaf in leaves_of(value)] if isinstance(tree, list | tuple) else [tree]
 
 
 def orbax_in(path: pathlib.Path) -> pathlib.Path:

@@ -120,14 +120,16 @@ def system_of(names) -> str:
     return "improved" if any("omega_" in name for name in names) else "meanflow"
 
 
-def flax_tree_to_canonical(flat: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+def flax_tree_to_canonical(flat: dict[str, np.ndarray], consume: bool = False) -> dict[str, np.ndarray]:
     """Return canonical weights {name: array} of a flat official tree {'net/x_embedder/proj/kernel': array}.
 
     Bitwise: kernels [... in out] are transposed to [out in ...], other arrays are unchanged.  The fixed table
-    `pos_embed` is not in Flax trees, so it is not in the result.  Raises UserError for an unknown name.
+    `pos_embed` is not in Flax trees, so it is not in the result.  consume: remove each array from `flat` once it is
+    turned, so that memory never holds all of them twice.  Raises UserError for an unknown name.
     """
     weights, system = {}, system_of(flat)
-    for name, array in flat.items():
+    for name in list(flat):
+        array = flat.pop(name) if consume else flat[name]
         is_kernel = name.endswith("/kernel")
         weights[canonical_name(name, system)] = (
             np.ascontiguousarray(to_torch(array)) if is_kernel else np.asarray(array)

@@ -83,17 +83,22 @@ def read_pickle(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
 
 def read_msgpack(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
     """Read an official Flax tree of parameters, or a train state that holds one."""
+    tree = load_msgpack(path)
+    if not isinstance(tree, dict):
+        raise UserError(f"{path} is a msgpack file, but its content is not a tree of parameters")
+    return from_flax_network(choose_flax(tree, ema, prefix, path), path, "Flax msgpack")
+
+
+def load_msgpack(path: pathlib.Path) -> Any:
+    """Return the tree in a Flax msgpack file.  Raises UserError if it is damaged."""
     import flax.serialization
     import msgpack
 
     try:
         with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
-            tree = flax.serialization.msgpack_restore(content)  # pyright: ignore  # which takes any buffer
+            return flax.serialization.msgpack_restore(content)  # pyright: ignore  # which takes any buffer
     except (OSError, ValueError, TypeError, msgpack.UnpackException) as error:
         raise UserError(f"cannot read {path} as a Flax msgpack file: {first_line(error)}") from error
-    if not isinstance(tree, dict):
-        raise UserError(f"{path} is a msgpack file, but its content is not a tree of parameters")
-    return from_flax(tree, ema, prefix, path, "Flax msgpack")
 
 
 READERS = {"safetensors": read_safetensors, "torch": read_torch, "pickle": read_pickle, "msgpack": read_msgpack}
@@ -105,12 +110,19 @@ def from_torch(tree: dict, ema: int | None, prefix: str, path: pathlib.Path, kin
     return Source(to_arrays(network.leaves, path), named(kind, network.label))
 
 
-def from_flax(tree: dict, ema: int | None, prefix: str, path: pathlib.Path, kind: str) -> Source:
-    """Return the canonical weights of an official Flax tree, or of a train state that holds one."""
+def choose_flax(tree: dict, ema: int | None, prefix: str, path: pathlib.Path) -> entries.Network:
+    """Return the network of an official Flax tree, or of a train state that holds one.  Raises UserError."""
     network = entries.choose(below(flatten(tree, "/"), prefix) if prefix else tree, ema, "/", path)
     if not network.leaves:
         raise UserError(f"{path} holds no parameters")
-    weights = flax_tree_to_canonical(to_arrays(network.leaves, path))
+    return network
+
+
+def from_flax_network(network: entries.Network, path: pathlib.Path, kind: str) -> Source:
+    """Return the canonical weights of an official Flax tree, whose leaves are let go one by one."""
+    arrays = to_arrays(network.leaves, path)
+    network.leaves.clear()
+    weights = flax_tree_to_canonical(arrays, consume=True)
     return Source(weights, named(kind, network.label.removesuffix(".net")))
 
 
