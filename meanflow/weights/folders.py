@@ -209,11 +209,9 @@ def read_orbax(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
     import orbax.checkpoint as ocp
 
     path = orbax_in(path)
-    tree, handler = (
-        read_aggregate(path / AGGREGATE),
-        ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1)),
-    )
+    tree = read_aggregate(path / AGGREGATE)
     aggregated = tree is not None
+    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1))
     with named_as_damaged(path):
         if not aggregated:
             metadata: Any = handler.metadata(path.absolute())
