@@ -88,7 +88,6 @@ def test_networks_that_are_no_flow_models_follow_their_own_velocity():
 
 @pytest.mark.slow
 def test_two_devices_take_the_same_step_as_one(in_both, tmp_path, monkeypatch):
-    monkeypatch.setenv("XLA_FLAGS", "--xla_backend_optimization_level=0")  # as the fixture, in their processes
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")
     flow = ["method.flow_fraction=1.0", "method.guidance=False"]  # compiles sooner
 

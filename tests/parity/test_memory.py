@@ -16,7 +16,7 @@ from meanflow.config import store
 from meanflow.weights import layouts
 from torch_impl.step import build_net
 
-# Prints the peak of a process in bytes, after its imports and in all; ru_maxrss would be the parent's where that had
+# Prints the peak of a process in bytes, once the frameworks have started and in all; ru_maxrss would be the parent's where that had
 # more, since a process begins as a copy of it.
 MEASURED = """
 import json, pathlib, re, sys
@@ -26,6 +26,7 @@ from parity import convert
 def peak():
     return 1024 * int(re.search(r"VmHWM:\\s+(\\d+)", pathlib.Path("/proc/self/status").read_text())[1])
 
+jax_impl.model.jnp.zeros(1).block_until_ready()
 before = peak()
 {call}
 print(json.dumps([before, peak()]))
