@@ -16,8 +16,8 @@ from meanflow.config import store
 from meanflow.weights import layouts
 from torch_impl.step import build_net
 
-# Prints the peak of a process in bytes, once the frameworks have started and in all; ru_maxrss would be the parent's where that had
-# more, since a process begins as a copy of it.
+# Prints the peak of a process in bytes, once the frameworks have started and in all.  ru_maxrss would be the parent's
+# where that had more, since a process begins as a copy of it.
 MEASURED = """
 import json, pathlib, re, sys
 import jax_impl.model, torch_impl.model
