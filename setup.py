@@ -44,7 +44,7 @@ setup(
         "repa": ["transformers>=5.0"],
         "latents": ["huggingface_hub>=0.30", "lmdb>=1.4"],
         "dev": [
-            "diffusers>=0.36", "huggingface_hub>=0.30", "ipykernel>=7.0", "lmdb>=1.4", "nbclient>=0.10",
+            "diffusers>=0.40", "huggingface_hub>=0.30", "ipykernel>=7.0", "lmdb>=1.4", "nbclient>=0.10",
             "pre-commit>=3.7", "pyright>=1.1.400", "pytest>=8.2", "pytest-xdist>=3.6", "ruff>=0.6",
             "scikit-image>=0.24", "transformers>=5.0",
         ],

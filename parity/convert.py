@@ -1,7 +1,7 @@
 """Converts weights between the frameworks and from the official code's formats, bitwise.
 
-    python parity/convert.py SOURCE DEST [--to jax|torch|hub] [--for CODE] [--ema N] [--config FILE] [--prefix P]
-                             [--latents NAME]
+    python parity/convert.py SOURCE DEST [--to jax|torch|hub|diffusers] [--for CODE] [--ema N] [--config FILE]
+                             [--prefix P] [--latents NAME]
 
 Reads, recognised by content and not by name:
   a work directory of jax_impl or torch_impl (its newest checkpoint)
@@ -26,7 +26,8 @@ Writes, by the suffix of DEST:
   either, --for   the checkpoint that an official code loads (meanflow/weights/layouts.py), with its names and entries:
                   zhuyu, py-meanflow, imf (its PyTorch branch), dmf, edm2 (training state); meanflow-jax, imf-jax
   a directory     with --to run: a work directory of these weights alone, which every command reads and either trainer
-                  starts from; with --to hub: the same and a model card, to upload as they are
+                  starts from; with --to hub: the same and a model card, to upload as they are;
+                  with --to diffusers: a pipeline of diffusers (parity/diffusers_pipeline.py)
   hf://OWNER/NAME with --to hub: uploads that folder, with the token of `hf auth login`
 Every name is converted, or it is an error.  The convention of a model's latents, taken from the work directory or from
 --latents, is kept: in the metadata of a .safetensors or in the config of a work directory.
@@ -49,7 +50,7 @@ from meanflow.weights import fitting, hub, layouts, times
 from meanflow.weights.infer import inferred_config
 from meanflow.weights.reading import Choice
 from meanflow.weights.sources import Source
-from parity import hub_folder
+from parity import diffusers_folder, hub_folder
 from parity.sources import read as read_source
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
@@ -57,6 +58,7 @@ from torch_impl.models.inception import Inception
 
 IN_INCEPTION = "Conv2d_1a_3x3.conv.weight"  # a name that no other network has
 COUNTERS = ".num_batches_tracked"  # the end of the names under which PyTorch's batch norms count
+FOLDERS = {"hub": "hub folder", "diffusers": "folder of diffusers"}  # what --to makes, besides work directories
 LATENTS = (  # what to do about two conventions
     "the data that the model was trained on decide: give the --latents of their convention, and a --config whose file "
     "sets latents.scale, latents.shift and latents.pixels to it"
@@ -66,7 +68,7 @@ LATENTS = (  # what to do about two conventions
 class Options(NamedTuple):
     """The options of the command line, without source and destination."""
 
-    to: str | None = None  # run: write a work directory; hub: a folder to upload
+    to: str | None = None  # run: write a work directory; hub: a folder to upload; diffusers: its format
     ema: int | None = None  # which EMA, -1 for the raw parameters; None for the first EMA, or what there is
     config: base.Config | None = None  # of the network; None to use that of a work directory, or to infer it
     prefix: str = ""  # of the names to keep
@@ -94,9 +96,9 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("source", metavar="SOURCE", type=paths.source, help="what to read")
     parser.add_argument("dest", metavar="DEST", type=paths.dest, help="what to write; replaced if it is a file")
     parser.add_argument(
-        "--to", choices=("run", "jax", "torch", "hub"),
-        help="make DEST a work directory for either framework (jax and torch mean the same), or a folder to upload to "
-        "the Hugging Face hub",
+        "--to", choices=("run", "jax", "torch", "hub", "diffusers"),
+        help="make DEST a work directory for either framework (jax and torch mean the same), a folder to upload to the "
+        "Hugging Face hub, or a pipeline of diffusers",
     )  # fmt: skip
     parser.add_argument(
         "--for", dest="layout", choices=tuple(layouts.LAYOUTS), default="",
@@ -143,9 +145,9 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         return push(source, str(dest), options)
     dest, to = pathlib.Path(dest), options.to
     check_dest(dest, options)
-    if to == "hub" and options.step is None:
+    if to in FOLDERS and options.step is None:
         options = options._replace(step=hub_folder.newest_step(source))
-    run = hub_folder.run_of(source, options.ema, options.step) if to == "hub" else hub_folder.Run()
+    run = hub_folder.run_of(source, options.ema, options.step) if to in FOLDERS else hub_folder.Run()
     found = read_source(source, Choice(options.ema, options.prefix, options.step, options.time))
     name = source if hub.is_address(source) else pathlib.Path(source).name
     metadata = {"format": "canonical", "source": f"{name} ({found.kind})"}
@@ -162,8 +164,10 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         of_run = {} if config is None else {"config": store.to_json(config)}
         write_file(dest, weights, metadata | of_run | as_metadata(convention), options.layout)
     elif config is None:
-        what = "hub folder" if to == "hub" else "work directory"
+        what = FOLDERS.get(to, "work directory")
         raise UserError(f"a {what} needs a config, which {source} does not hold: give --config")
+    elif to == "diffusers":
+        diffusers_folder.write(dest, weights, metadata | as_metadata(convention), with_latents(config, convention))
     else:
         write_folder = hub_folder.write if to == "hub" else hub_folder.write_weights
         write_folder(dest, weights, metadata | as_metadata(convention), with_latents(config, convention), run)

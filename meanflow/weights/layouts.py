@@ -156,7 +156,9 @@ def system_of(weights: Weights) -> str:
 def check_suffix(dest: pathlib.Path, name: str) -> None:
     """Raise UserError unless a file of this layout, '' for none, may have the suffix of `dest`."""
     if dest.suffix not in SUFFIXES:
-        raise UserError(f"{dest} ends in none of {', '.join(SUFFIXES)}; for a directory, add --to run or hub")
+        raise UserError(
+            f"{dest} ends in none of {', '.join(SUFFIXES)}; for a directory, add --to run, hub or diffusers"
+        )
     if name and dest.suffix not in LAYOUTS[name].suffixes:
         fits = " or ".join(LAYOUTS[name].suffixes)
         raise UserError(f"{LAYOUTS[name].code} reads no {dest.suffix} file: with --for {name}, DEST ends in {fits}")
