@@ -9,8 +9,8 @@ import nbclient
 import nbformat
 import pytest
 import tiny as tiny_configs
+from saved import write_run
 
-from jax_impl import checkpoints
 from parity.cases import objectives
 from torch_impl.step import build_net
 
@@ -51,7 +51,7 @@ def test_it_samples_a_run_in_jax(datasets_dir, tmp_path, monkeypatch):
     config = tiny_configs.make("imf_dit", "improved")
     weights, tables = objectives.random_weights(config), build_net(config).tables()
     weights = {name: (a if name in tables else 3 * a).astype("float32") for name, a in weights.items()}
-    checkpoints.write_weights(tmp_path / "run", config, weights)
+    write_run("jax", tmp_path / "run", config, weights)
     text = execute(monkeypatch, datasets_dir, framework="jax", source=str(tmp_path / "run"))
     assert "canonical safetensors" in text and "difference of jax and torch" in text
     assert len(differences(text)) == 2 and 0 < max(differences(text)) < APART

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import tiny as tiny_configs
 import torch
+from saved import write_run
 
 import jax_impl
 import torch_impl
@@ -44,7 +45,7 @@ def written(path, network="dit", method="meanflow", changes=()):
     weights, tables = objectives.random_weights(config), build_net(config).tables()
     weights = {name: a if name in tables else FACTORS.get(network, 1) * a for name, a in weights.items()}
     weights = {name: a.astype(np.float32) for name, a in weights.items()}
-    checkpoints.write_weights(path / "run", config, weights)
+    write_run("torch", path / "run", config, weights)
     convert.main([str(path / "run"), str(path / "out"), "--to", "diffusers"])
     assert files.load(path / "out" / "transformer" / diffusers_folder.WEIGHTS).keys() == weights.keys()
     return path / "run", path / "out"
