@@ -33,7 +33,8 @@ HEAD = """# Weights of other codes
 Made by `python benchmarks/weights.py{full}`.  Each row is a file as the named code writes it, of a small network of
 that code whose output was recorded with it.  Errors are those of the velocity that `jax_impl.load` and
 `torch_impl.load` give from the file, relative to the recorded one.  *Writes back*: the option of `parity/convert.py`
-whose file holds the same arrays, bit for bit.
+whose file holds the same arrays, bit for bit.  Rows of names alone hold the network above them under the names that the
+other code gives it.
 """
 
 
@@ -84,6 +85,61 @@ def in_torch(*entries: str, prefix: str = "", without: str = "$^") -> Callable:
     return write
 
 
+def renamed(fixture: fixtures.Fixture, names: dict[str, str], without: str = "") -> dict[str, Any]:
+    """Return a fixture's state dict without a prefix, its names changed by these regular expressions, in order."""
+    weights = {name.removeprefix(without): a for name, a in torch_weights(fixture).items()}
+    for pattern, replacement in names.items():
+        weights = {re.sub(pattern, replacement, name): a for name, a in weights.items()}
+    return weights
+
+
+FASTGEN_NAMES = {
+    r"^([tr]_embedder)\.mlp\.": r"\1.proj_net.", r"\.attn\.": ".attention.", r"\.mlp\.": ".feed_forward.",
+    r"y_embedder\.embedding_table": "y_embedder.class_embeddings", r"final_layer\.linear": "final_layer.projection",
+    r"final_layer\.adaLN_modulation": "final_layer.adaptive_params", r"\.adaLN_modulation\.": ".conditioning_net.",
+}  # fmt: skip
+DIFFUSERS_NAMES = {r"_flax_linear": "linear", r"_flax_embedding": "embedding"}
+ENCODER_DEPTH = 2  # of the network of three blocks in REPA's legacy file
+
+
+def of_fastgen(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
+    """Write what FastGen's Checkpointer saves: the student, its EMAs, all with a log-variance, and the optimizer."""
+    import torch
+
+    weights = renamed(fixture, FASTGEN_NAMES)
+    width = weights["x_embedder.proj.bias"]
+    weights |= {"logvar_linear.weight": width[None], "logvar_linear.bias": width[:1]}
+    offsets = {"net": 1, "ema_9999": 0, "ema_99995": 2}  # the first EMA is the recorded network
+    nets = {net: {name: a + offset for name, a in weights.items()} for net, offset in offsets.items()}
+    torch.save(
+        {"model": nets, "optimizer": {"net": {"state": {0: {"exp_avg": width}}}}, "callbacks": {}, "iteration": 100},
+        directory / "0000100.pth",
+    )
+    return directory / "0000100.pth"
+
+
+def of_diffusers_imf(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
+    """Write improved MeanFlow as a pipeline of diffusers has it."""
+    import safetensors.torch
+
+    folder = directory / "iMF-B-2" / "transformer"
+    folder.mkdir(parents=True)
+    (folder.parent / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "IMFPipeline"]}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "IMFTransformer2DModel"}))
+    weights = renamed(fixture, DIFFUSERS_NAMES, without="net.")
+    safetensors.torch.save_file(weights, folder / "diffusion_pytorch_model.safetensors")
+    return folder.parent
+
+
+def of_legacy_repa(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
+    """Write the checkpoint of a network whose blocks are divided into those of an encoder and of a decoder."""
+    import torch
+
+    weights = renamed(fixture, {rf"^blocks\.{ENCODER_DEPTH}\.": "decoder_blocks.0."})
+    torch.save({"ema": weights, "model": {n: a + 1 for n, a in weights.items()}}, directory / "last.pt")
+    return directory / "last.pt"
+
+
 def in_orbax(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
     """Write a train state with Orbax, and return the directory above it."""
     import orbax.checkpoint as ocp
@@ -104,8 +160,8 @@ def in_msgpack(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Pa
     return directory / "weights.msgpack"
 
 
-def of_sit(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
-    """Write the network as the original SiT has it: with a sigma, and its own options beside it."""
+def sit_weights(fixture: fixtures.Fixture) -> dict[str, Any]:
+    """Return the network as the original SiT has it, with a sigma."""
     import torch
 
     weights = {n: a for n, a in torch_weights(fixture).items() if not n.startswith("projectors.")}
@@ -113,6 +169,26 @@ def of_sit(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
     for name in ("final_layer.linear.weight", "final_layer.linear.bias"):
         pixels = weights[name].reshape(-1, channels, *weights[name].shape[1:])
         weights[name] = torch.cat([pixels, pixels + 1], dim=1).flatten(0, 1)
+    return weights
+
+
+def of_diffusers_sit(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
+    """Write a pipeline of diffusers with the original SiT."""
+    import safetensors.torch
+
+    folder = directory / "SiT-XL-2-256" / "transformer"
+    folder.mkdir(parents=True)
+    (folder.parent / "model_index.json").write_text(json.dumps({"_class_name": ["pipeline", "SiTPipeline"]}))
+    (folder / "config.json").write_text(json.dumps({"_class_name": "SiTTransformer2DModel"}))
+    safetensors.torch.save_file(sit_weights(fixture), folder / "diffusion_pytorch_model.safetensors")
+    return folder.parent
+
+
+def of_sit(fixture: fixtures.Fixture, directory: pathlib.Path) -> pathlib.Path:
+    """Write the checkpoint of the original SiT, with its own options beside the weights."""
+    import torch
+
+    weights = sit_weights(fixture)
     torch.save({"ema": weights, "args": {"path_type": "Linear", "prediction": "velocity"}}, directory / "sit.pt")
     return directory / "sit.pt"
 
@@ -139,6 +215,7 @@ ROWS = (
     Row("zhuyu-cs/MeanFlow, DiT", ".pth of `ema` and `model`", "sit_torch", in_torch("ema", "model"), SMALL,
         back="zhuyu"),
     Row("the same", "a folder of diffusers, split", "sit_torch", in_folder, SMALL),
+    Row("NVlabs/FastGen", ".pth of `net` and EMAs, its names", "sit_torch", of_fastgen, SMALL),
     Row("Gsunshine/meanflow", "directory above Orbax's `checkpoint_10`", "meanflow_dit_flax", in_orbax,
         SMALL | {"input_size": 8}),
     Row("the same", ".msgpack", "meanflow_dit_flax", in_msgpack, SMALL | {"input_size": 8}, back="meanflow-jax"),
@@ -147,11 +224,14 @@ ROWS = (
     Row("zhuyu-cs/MeanFlow, branch cifar10", ".pth of `ema`", "sit_cifar_unet_torch", in_torch("ema"),
         {"qkv_layout": "interleaved"}, back="zhuyu"),
     Row("Lyy-iiis/imeanflow, PyTorch", ".pth of `net.`", "imf_dit_torch", in_torch(), {"input_size": 8}, back="imf"),
+    Row("iMF-diffusers", "a folder of diffusers, its names", "imf_dit_torch", of_diffusers_imf, {"input_size": 8}),
     Row("Lyy-iiis/imeanflow, JAX", "directory above Orbax's `checkpoint_10`", "imf_dit_flax", in_orbax,
         {"input_size": 8}, back="imf-jax"),
     Row("kyungmnlee/dmf", ".pt, bare", "dmf_dmft_torch", in_torch(), SMALL | {"dmf_depth": 2}, back="dmf"),
     Row("sihyun-yu/REPA", ".pt of `ema` and `model`", "dmf_sit_torch", in_torch("ema", "model"), SMALL, "v", "dmf"),
+    Row("the same, `--legacy`", ".pt of `decoder_blocks`", "dmf_sit_torch", of_legacy_repa, SMALL, "v"),
     Row("willisma/SiT", ".pt, time reversed, a sigma", "dmf_sit_torch", of_sit, SMALL, "reversed"),
+    Row("SiT-diffusers", "a folder of diffusers, time reversed", "dmf_sit_torch", of_diffusers_sit, SMALL, "reversed"),
     Row("Re-MeanFlow", ".pt of EDM2's network, two times", "remeanflow_edm2_torch", in_torch("ema"),
         {"head_width": 12}),
 )  # fmt: skip

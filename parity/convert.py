@@ -18,7 +18,8 @@ The time of the original SiT (willisma/SiT) runs the other way: its weights are 
 weights tells them from REPA's, so what is assumed is said; --time decides.
 From a training checkpoint it takes the EMA, or the raw parameters if there is none, and says which; --ema chooses: -1
 the raw parameters ('model', 'net', 'params' ...), N an EMA ('ema', 'net_ema', 'ema_params' are 0, 'net_ema1' is 1).
-Wrappers (module., _orig_mod. ...) are dropped from names.  float16 and bfloat16 become float32, which is exact.
+Wrappers (module., _orig_mod. ...) are dropped from names, and those of FastGen, of diffusers' iMF and of REPA's
+--legacy become canonical.  float16 and bfloat16 become float32, which is exact.
 Writes, by the suffix of DEST:
   *.safetensors   canonical weights; both trainers start from them by --config.train.load_from
   *.pt            a PyTorch state dict; also *.pth and *.bin

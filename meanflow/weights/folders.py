@@ -32,7 +32,11 @@ ONE_FILE = (
     "model.safetensors", "diffusion_pytorch_model.safetensors", "pytorch_model.safetensors", "pytorch_model.bin",
     "diffusion_pytorch_model.bin",
 )  # fmt: skip
-NETWORKS = ("transformer", "unet")  # folders of a pipeline of diffusers that hold its network
+PIPELINE = "model_index.json"  # the file of a pipeline of diffusers that lists its parts
+NETWORKS = ("transformer", "unet")  # folders of a pipeline that hold its network
+# What the class that a folder of diffusers names says of its weights: the options of the trainer that made them.
+# Source: Bili-Sakura/SiT-diffusers, pipeline_sit.py, which samples with v = data - noise and data at t = 1.
+MADE_BY = {"SiTTransformer2DModel": {"path_type": "Linear", "prediction": "velocity"}}
 # All that `.metadata` of torch.distributed.checkpoint may name; its library would import anything.
 METADATA = re.compile(
     r"torch\.distributed\.checkpoint\.(metadata|filesystem)\.\w+|torch\.(Size|\w*(float|int|bool)\w*|strided|device)"
@@ -47,22 +51,29 @@ def read(path: pathlib.Path, ema: int | None = None, prefix: str = "", step: int
 
     ema, prefix: see `sources.read`.  step: of several checkpoints in it.
     """
-    path = at_step(only_child(path), step)
+    path = only_child(path)
+    pipelines = sorted(child for child in path.iterdir() if (child / PIPELINE).is_file())
+    if len(pipelines) > 1:
+        raise UserError(f"{path} holds several pipelines of diffusers: name one, {listed(pipelines)}")
+    path = at_step(pipelines[0] if pipelines else path, step)
     names = {child.name for child in path.iterdir()}
     if DISTRIBUTED in names:
         return read_distributed(path, ema, prefix)
-    if "model_index.json" in names:
+    if PIPELINE in names:
         inner = next((path / name for name in NETWORKS if (path / name).is_dir()), None)
         if inner is not None:
             return read(inner, ema, prefix)
     index = next((path / name for name in sorted(names) if name.endswith(INDEX)), None)
+    made_by = MADE_BY.get(class_of(path))
     if index is not None:
-        return read_split(index, ema, prefix)
+        return read_split(index, ema, prefix)._replace(arguments=made_by)
     one = next((path / name for name in ONE_FILE if name in names), None)
     if one is not None and not is_autoencoder(path):
         refuse_two_models(one, names)
         found = sources.read(one, ema, prefix)
-        return found._replace(config=own_config(path)) if found.ours and found.config is None else found
+        if found.ours and found.config is None:
+            return found._replace(config=own_config(path))
+        return found if made_by is None else found._replace(arguments=made_by)
     return read_orbax(path, ema, prefix)
 
 
@@ -289,7 +300,7 @@ def what_is(path: pathlib.Path) -> str:
     if any(name.endswith(".distcp") for name in names):
         return f"it is a checkpoint of torch.distributed without its {DISTRIBUTED}: copy the whole folder"
     kind = class_of(path)
-    if "model_index.json" in names or kind:
+    if PIPELINE in names or kind:
         what = kind or "a pipeline"
         return f"diffusers saved it ({what}); of a pipeline its transformer is read, and an autoencoder by latents.vae"
     weights = [child for child in sorted(path.iterdir()) if child.is_file() and holds_weights(child)]

@@ -7,7 +7,7 @@ import numpy as np
 import tqdm
 
 from meanflow.errors import UserError
-from meanflow.weights import files, folders, hub, sources, times
+from meanflow.weights import dialects, files, folders, hub, sources, times
 from meanflow.weights.sources import Source
 
 
@@ -46,12 +46,16 @@ def read(source: str | pathlib.Path, choice: Choice = FIRST) -> Source:
 
 
 def settled(found: Source, time: str | None, where: object) -> Source:
-    """Return a source whose time runs our way; weights that this project wrote do, unless `time` says otherwise."""
+    """Return a source by canonical names, its time running our way.
+
+    Weights that this project wrote have both, unless `time` says otherwise.
+    """
     read_in(found.weights)
     if time is None and found.ours:
         return found
-    weights, done = times.settle(found.weights, found.arguments, time, where)
-    return found._replace(weights=weights, kind=f"{found.kind}, {done}" if done else found.kind)
+    weights, named = dialects.translate(found.weights, where)
+    weights, turned = times.settle(weights, found.arguments, time, where)
+    return found._replace(weights=weights, kind=", ".join(filter(None, (found.kind, named, turned))))
 
 
 def read_in(weights: dict[str, np.ndarray]) -> None:
