@@ -2,8 +2,10 @@
 
     python -m meanflow.commands.import_couplings SOURCE DEST [--labels FILE] [--shard_size N]
 
-SOURCE holds NAME.npy, an image [c h w], and NAME_noise.npy, its noise.  FILE is a JSON file of labels:
-{"labels": [["00000.npy", 3], ...]} as EDM2's, [["00000", 3], ...] or {"00000": 3, ...}.
+SOURCE holds NAME.npy, an image [c h w], and NAME_noise.npy, its noise.  FILE is a JSON file of labels: the official
+index {"root": DIR, "file_list": ["1.npy", ...], "label_list": [3, ...]}, {"labels": [["00000.npy", 3], ...]} as EDM2's,
+[["00000", 3], ...] or {"00000": 3, ...}.  With the official index SOURCE may be the folder of the index, too, and the
+arrays in its subfolder `samples`, or wherever DIR says.
 If the command is killed, rerun it: only the shard that it was writing is redone.
 """
 

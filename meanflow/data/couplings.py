@@ -1,7 +1,7 @@
 """Couplings as a dataset: `noise`, the `image` that a flow model makes of it, and its `label`.
 
 `make` writes those of a model.  `import_folder` reads the official layout (Xinxi-Zhang/Re-MeanFlow): a folder with
-NAME.npy, an image [c h w], NAME_noise.npy, its noise, and a file of labels (`label_files`).
+NAME.npy, an image [c h w], NAME_noise.npy, its noise, and a file of labels (`label_files`), in it or above it.
 """
 
 import hashlib
@@ -95,12 +95,14 @@ def _couple(plan: Plan, coupler: Coupler, indices: range, bar: tqdm) -> Iterator
 def import_folder(source: pathlib.Path, dest: pathlib.Path, index: pathlib.Path, shard_size: int = SHARD_SIZE) -> int:
     """Write the couplings of a folder in the official layout, see above, as a dataset.  Returns their number.
 
-    index: the file of labels.  Continues a dataset that is not complete.
+    index: the file of labels.  The arrays are in `source`, or in the folder that the index names, see `_folder`.
+    Continues a dataset that is not complete.
     Raises UserError for a file that is missing, of another shape than the first or not of this layout, and as
     `records.begin`.
     """
-    pairs = label_files.read(index)
-    shape = _read_array(source / f"{pairs[0][0]}.npy").shape
+    pairs, root = label_files.read_index(index)
+    folder = _folder(source, root, pairs[0][0])
+    shape = _read_array(folder / f"{pairs[0][0]}.npy").shape
     shards = records.split_into_shards(len(pairs), shard_size)
     layout = records.Layout(dest, NAME, features(shape), len(shards))
     digest = hashlib.sha256(json.dumps(pairs).encode()).hexdigest()
@@ -111,7 +113,7 @@ def import_folder(source: pathlib.Path, dest: pathlib.Path, index: pathlib.Path,
     def read(number: int) -> Iterator[dict[str, Any]]:
         for i in shards[number]:
             name, label = pairs[i]
-            image, noise = (_read_array(source / f"{name}{suffix}.npy", shape) for suffix in ("", "_noise"))
+            image, noise = (_read_array(folder / f"{name}{suffix}.npy", shape) for suffix in ("", "_noise"))
             yield {"image": image, "noise": noise, "label": label}
             bar.update()
 
@@ -119,6 +121,16 @@ def import_folder(source: pathlib.Path, dest: pathlib.Path, index: pathlib.Path,
     with tqdm(total=pending, desc="importing", unit="pair", disable=None) as bar:
         records.write(layout, read, metadata={"source": str(source.resolve())})
     return len(pairs)
+
+
+def _folder(source: pathlib.Path, root: str, name: str) -> pathlib.Path:
+    """Return the folder of the arrays: `source`, its subfolder with the name of `root`, or `root`, if it has the file.
+
+    root: the folder on the machine that made them, '' if unknown.  Officially the index lies beside it, as
+    DIR/dataset.json and DIR/samples.
+    """
+    places = [source, source / pathlib.PurePath(root).name, pathlib.Path(root)] if root else [source]
+    return next((place for place in places if (place / f"{name}.npy").is_file()), source)
 
 
 def _read_array(path: pathlib.Path, shape: tuple[int, int, int] | None = None) -> np.ndarray:

@@ -143,9 +143,40 @@ def test_forms_of_the_index(content, folder):
     assert [pair["label"] for pair in run(folder, f"--labels={folder / 'other.json'}")] == [5, 2]
 
 
+def official(folder, root):
+    """Give the folder Re-MeanFlow's index, of two couplings."""
+    write_index(folder, {"root": root, "file_list": ["1.npy", "0.npy"], "label_list": [5, 2]})
+
+
+@pytest.mark.parametrize("place", [".", "samples", "elsewhere"])
+def test_the_official_index(place, folder, tmp_path):
+    """Its root is a path of the machine that made it; the arrays are in SOURCE, in SOURCE/samples, or still there."""
+    root = tmp_path / "samples" if place == "elsewhere" else "machine/512/reflow/samples"
+    official(folder, str(root))
+    if place != ".":
+        (new := root if place == "elsewhere" else folder / place).mkdir()
+        for path in folder.glob("*.npy"):
+            path.rename(new / path.name)
+    found = run(folder)
+    assert [pair["label"] for pair in found] == [5, 2]
+    first = np.load(next(tmp_path.rglob("1_noise.npy"))).transpose(1, 2, 0)
+    np.testing.assert_array_equal(found[0]["noise"], first.astype(np.float32))
+
+
+def test_an_official_index_without_its_arrays(folder):
+    official(folder, "machine/samples")
+    (folder / "1.npy").unlink()
+    with pytest.raises(UserError, match="cannot read .*official/1.npy"):
+        run(folder)
+
+
 @pytest.mark.parametrize(
     ("content", "words"),
     [
+        ({"root": "a", "file_list": ["0.npy"], "label_list": [1, 2]}, "as many names in .*, and has 1 and 2"),
+        ({"root": "a", "file_list": "0.npy", "label_list": [1]}, "has no list and 1"),
+        ({"root": "a", "file_list": [], "label_list": []}, "dataset.json holds no labels"),
+        ({"root": "a", "file_list": ["0.npy"], "label_list": [1.5]}, r'has the entry \["0.npy", 1.5\]'),
         ({"labels": None}, "dataset.json holds no labels: it must be"),
         ([], "dataset.json holds no labels"),
         ("0", "dataset.json holds no labels"),
