@@ -70,6 +70,4 @@ def conditions(config):
     return METHODS[config.method.name].sampling_conditions(config.sample)
 
 
-FRAMEWORK = model.Framework(
-    checkpoints.DIRECTORY, checkpoints.read_weights, make_network, NETWORKS, make_encoder, conditions
-)
+FRAMEWORK = model.Framework(checkpoints.read_weights, make_network, NETWORKS, make_encoder, conditions)

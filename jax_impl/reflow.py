@@ -9,11 +9,8 @@ processes share the work, each with its own shards: on SLURM or TPU pods add --d
 --coordinator=HOST:PORT --num_processes=N --process=I to each.
 """
 
-import os
-
 import jax
 import numpy as np
-from absl import flags
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
@@ -26,21 +23,6 @@ from meanflow.config.flags import run
 from meanflow.console_log import setup_logging
 from meanflow.errors import UserError
 from meanflow.sampling.noise import in_dtype_of
-
-
-def load(path, config, step=None):
-    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
-
-    step: the work directory's checkpoint; None for the newest.
-    """
-    if not os.path.isdir(path):
-        return weights.load(path)
-    if "distributed" in flags.FLAGS and flags.FLAGS.distributed:
-        raise UserError(
-            f"{path} is a work directory, whose checkpoint --distributed processes cannot read independently: convert "
-            "it to a .safetensors with python -m parity.convert, and pass that with its --config"
-        )
-    return checkpoints.read_weights(path, config.sample.ema, step)[1]
 
 
 def make_coupler(models, sigmas, guidance):
@@ -77,7 +59,7 @@ def _build(config, canonical):
 def main():
     """Load, make couplings, write."""
     setup_logging()
-    reflow.reflow(start_alone, load, make_coupler)
+    reflow.reflow(start_alone, checkpoints.read_weights, make_coupler)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,7 @@
 """Fit the two time embeddings of a Re-MeanFlow network to the single one of its EDM2 teacher, to start training from.
 
     python -m jax_impl.time_embedding --teacher=runs/teacher --output=start.safetensors
+    python -m jax_impl.time_embedding --teacher=edm2-img512-s-2147483-0.070.pkl --output=start.safetensors
 
 Then --config.train.load_from=start.safetensors trains from them.
 Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam; least squares reach a smaller error.
@@ -9,10 +10,9 @@ Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam; least squ
 import jax.numpy as jnp
 from flax import nnx
 
-from jax_impl import weights
+from jax_impl import checkpoints, weights
 from jax_impl.devices import set_precision
 from jax_impl.models.edm2 import log_sigma
-from jax_impl.reflow import load
 from jax_impl.step import abstract_net
 from meanflow.commands import time_embedding
 from meanflow.config.flags import run
@@ -38,7 +38,7 @@ def error(config, canonical, teacher_config, teacher, t, r):
 def main():
     """Load, fit, write."""
     setup_logging()
-    time_embedding.time_embedding(set_precision, load, weights.save, error)
+    time_embedding.time_embedding(set_precision, checkpoints.read_weights, weights.save, error)
 
 
 if __name__ == "__main__":

@@ -13,6 +13,17 @@ class UserError(ValueError):
 
 
 @contextlib.contextmanager
+def naming(what: object) -> Iterator[None]:
+    """Begin the message of any `UserError` with the file or directory at fault, unless it is named already."""
+    try:
+        yield
+    except UserError as error:
+        if str(what) in str(error):
+            raise
+        raise UserError(f"{what}: {error}") from error
+
+
+@contextlib.contextmanager
 def exit_on_user_error() -> Iterator[None]:
     """Turn a `UserError` into one line on stderr and exit code 2; everything else passes through."""
     try:

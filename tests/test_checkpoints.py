@@ -22,9 +22,10 @@ from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import step as jax_step
 from jax_impl import train as jax_train
 from jax_impl import weights as jax_weights
-from meanflow.commands import checkpoints, sample, snapshots
+from meanflow.commands import checkpoints, snapshots
 from meanflow.config import store
 from meanflow.errors import UserError
+from meanflow.weights import fitting
 from parity import convert
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -306,7 +307,7 @@ def test_snapshots_say_what_they_are(config, tmp_path):
     for metadata in (torch_weights.metadata, jax_weights.metadata):
         said = metadata(path / "ema_0.99.safetensors")
         assert (said["step"], said["ema"], said["format"]) == ("40", "0.99", "canonical")
-        sample.check_latents(config, "it", said)
+        fitting.check_latents(config, "it", said)
         assert store.from_json(said["config"]) == config
 
 

@@ -200,9 +200,9 @@ MISTAKES = {
     "evaluate": (("--workdir={tmp}",), "{tmp} is not the work directory of a run"),
     "encode": (("--source={tmp}/none", "--dest={tmp}/latents"), "{tmp}/none"),
     "reflow": ((*FLOW, "--teacher={tmp}/none.safetensors", "--output={tmp}/pairs", "--num_samples=8"),
-               "cannot read {tmp}/none.safetensors"),
+               "there is no {tmp}/none.safetensors"),
     "time_embedding": (("--config=configs/digits.py:edm2_flow", "--teacher={tmp}/none.safetensors",
-                        "--output={tmp}/start.safetensors"), "cannot read {tmp}/none.safetensors"),
+                        "--output={tmp}/start.safetensors"), "there is no {tmp}/none.safetensors"),
 }  # fmt: skip
 
 

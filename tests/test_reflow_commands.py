@@ -35,7 +35,7 @@ def models(flow, tmp_path_factory):
         canonical = weights.to_canonical(net, dict(net.named_parameters()))
         for key in sorted(canonical.keys() - net.tables().keys()):  # a set has another order in every process
             canonical[key] = (canonical[key] + rng.normal(0, 0.3, canonical[key].shape)).astype(np.float32)
-        weights.save(directory / f"{name}.safetensors", canonical, {})
+        weights.save(directory / f"{name}.safetensors", canonical, {"source": "a test"})
     return directory
 
 

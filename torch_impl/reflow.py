@@ -8,8 +8,6 @@ Run again with the same arguments to continue after a kill.  Train on it with --
 processes share the work, each with its own shards.
 """
 
-import os
-
 import torch
 
 from meanflow.commands import reflow
@@ -20,14 +18,6 @@ from torch_impl import checkpoints, weights
 from torch_impl.devices import choose_device, start_alone
 from torch_impl.methods.reflow import couple
 from torch_impl.step import build_net, put_batch
-
-
-def load(path, config, step=None):
-    """Return the canonical weights of a work directory or of a safetensors file.  Raises UserError if it is neither.
-
-    step: the work directory's checkpoint; None for the newest.
-    """
-    return checkpoints.read_weights(path, config.sample.ema, step)[1] if os.path.isdir(path) else weights.load(path)
 
 
 def make_coupler(models, sigmas, guidance):
@@ -58,7 +48,7 @@ def _build(config, canonical):
 def main():
     """Load, make couplings, write."""
     setup_logging()
-    reflow.reflow(start_alone, load, make_coupler)
+    reflow.reflow(start_alone, checkpoints.read_weights, make_coupler)
 
 
 if __name__ == "__main__":

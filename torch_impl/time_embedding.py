@@ -1,6 +1,7 @@
 """Fit the two time embeddings of a Re-MeanFlow network to the single one of its EDM2 teacher, to start training from.
 
     python torch_impl/time_embedding.py --teacher=runs/teacher --output=start.safetensors
+    python torch_impl/time_embedding.py --teacher=edm2-img512-s-2147483-0.070.pkl --output=start.safetensors
 
 Then --config.train.load_from=start.safetensors trains from them.
 Source: Xinxi-Zhang/Re-MeanFlow, init_time_emb.py, which fits by Adam; least squares reach a smaller error.
@@ -11,10 +12,9 @@ import torch
 from meanflow.commands import time_embedding
 from meanflow.config.flags import run
 from meanflow.console_log import setup_logging
-from torch_impl import weights
+from torch_impl import checkpoints, weights
 from torch_impl.devices import set_precision
 from torch_impl.models.edm2 import log_sigma
-from torch_impl.reflow import load
 from torch_impl.step import build_net
 
 
@@ -39,7 +39,7 @@ def error(config, canonical, teacher_config, teacher, t, r):
 def main():
     """Load, fit, write."""
     setup_logging()
-    time_embedding.time_embedding(set_precision, load, weights.save, error)
+    time_embedding.time_embedding(set_precision, checkpoints.read_weights, weights.save, error)
 
 
 if __name__ == "__main__":

@@ -16,9 +16,8 @@ import numpy as np
 from meanflow.commands import sample, snapshots
 from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import checks, latents, options, store
-from meanflow.config.workdir import FILE_NAME
 from meanflow.data.latents import autoencoder, units
-from meanflow.errors import UserError
+from meanflow.errors import UserError, naming
 from meanflow.sampling import grids
 from meanflow.weights import fitting, hub, reading
 
@@ -39,7 +38,6 @@ class Network(NamedTuple):
 class Framework(NamedTuple):
     """What a framework adds to `load`."""
 
-    directory: str  # of its checkpoints in a work directory
     read_run: Callable[[pathlib.Path, int, int | None], tuple[options.Config, Weights]]  # `checkpoints.read_weights`
     make_network: Callable[[options.Config, Weights, Any], Network]  # the last is the device, None for the default
     frozen: FrozenNetworks
@@ -181,32 +179,27 @@ def load(
     `config.model`, such as num_heads, which weights do not show.  Raises UserError.
     """
     given = store.load_file(config) if isinstance(config, str) else config
-    of_run, weights, kind = read(source, framework, ema, step, time)
-    given = given if given is not None else of_run
-    chosen: Any = fitting.published_config(weights, model) if given is None else copy.deepcopy(given)
-    chosen.model.update(model)
+    chosen, weights, kind = read(source, framework, given, reading.Choice(ema, "", step, time), model)
     if dtype is not None:
         chosen.model.compute_dtype = dtype
     if vae is not None:
         chosen.latents.vae = vae
-    chosen, weights = fitting.fit(checks.check(chosen), weights)
-    chosen, weights = sample.without_v_heads(chosen, weights)
-    return Model(chosen, weights, kind, framework, device)
+    chosen, weights = sample.without_v_heads(checks.check(chosen), weights)
+    with naming(source):
+        return Model(chosen, weights, kind, framework, device)
 
 
 def read(
-    source: str | pathlib.Path, framework: Framework, ema: int | None, step: int | None, time: str | None
-) -> tuple[options.Config | None, Weights, str]:
-    """Return the config, if the source has one, the canonical weights and the kind.  Arguments and errors as `load`."""
-    path = pathlib.Path(source)
-    if not hub.is_address(source) and (path / FILE_NAME).is_file():
-        if (path / framework.directory).is_dir() or (path / snapshots.DIRECTORY).is_dir():
-            config, weights = framework.read_run(path, ema or 0, step)
-            return config, weights, "work directory"
-        if (path / "checkpoints").is_dir():
-            raise UserError(
-                f"{path} is a run of the other framework, or has not saved yet: turn it into weights for both, "
-                f"python -m parity.convert {path} weights.safetensors"
-            )
-    found = reading.read(source, reading.Choice(ema, "", step, time))
-    return found.config, found.weights, found.kind
+    source: str | pathlib.Path,
+    framework: Framework,
+    given: options.Config | None,
+    choice: reading.Choice,
+    model: dict[str, Any],
+) -> tuple[Any, Weights, str]:
+    """Return the config, the canonical weights and the kind of a run or of anything else.  As `load`; raises as it."""
+    if hub.is_address(source) or not snapshots.is_run(source):
+        return reading.network(source, given, choice, model)[:3]
+    config, weights = framework.read_run(pathlib.Path(source), choice.ema or 0, choice.step)
+    config = copy.deepcopy(given if given is not None else config)
+    config.model.update(model)
+    return *fitting.fit(checks.check(config), weights), "work directory"

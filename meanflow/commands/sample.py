@@ -7,7 +7,6 @@ noise for the steps that add some, [k b h w c]; None for samplers without.
 """
 
 import copy
-import json
 import os
 import pathlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -20,14 +19,14 @@ from tqdm import tqdm
 from meanflow import files
 from meanflow.commands import frozen_networks
 from meanflow.commands.frozen_networks import FrozenNetworks
-from meanflow.config import checks, latents, options, paths
+from meanflow.config import checks, options, paths
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
 from meanflow.errors import UserError
 from meanflow.process_group import ALONE, ProcessGroup, gather_rows, pack
 from meanflow.sampling import grids, saving
 from meanflow.sampling import noise as noise_and_labels
-from meanflow.weights import fitting, reading, times
+from meanflow.weights import reading, times
 
 NUM_SAMPLES = 100  # images that the sample commands generate by default
 # Flags that set config.sample.
@@ -216,20 +215,6 @@ def numbers(flag: str, texts: Iterable[str], kind: type = float) -> tuple:
         raise UserError(f"--{flag}: {error}") from error
 
 
-def check_latents(config: options.Config, path: str, metadata: dict[str, str]) -> None:
-    """Raise UserError naming both conventions if the weights of `path` were trained on latents of another one.
-
-    metadata: of the .safetensors, in which parity.convert stores the convention.
-    """
-    if "latents" not in metadata:
-        return
-    try:
-        theirs = latents.from_dict(json.loads(metadata["latents"]))
-    except (json.JSONDecodeError, UserError) as error:
-        raise UserError(f"{path} has damaged metadata about its latents ({error}): convert it again") from error
-    latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
-
-
 def without_v_heads(
     config: options.Config, weights: dict[str, np.ndarray]
 ) -> tuple[options.Config, dict[str, np.ndarray]]:
@@ -261,19 +246,12 @@ def check_source() -> None:
 def read_weights(source: str, config: options.Config | None) -> tuple[options.Config, dict[str, np.ndarray]]:
     """Return the config, with the sampling flags that were given, and the canonical weights of --weights.
 
-    config: None for the one that the source has, or else the published network of these sizes.
-    Raises UserError as `reading.read` and `override`, and for latents of another convention than the config's.
+    config: see `reading.network`, as which it raises UserError, and as `override`.
     """
     f = flags.FLAGS
-    found = reading.read(source, reading.Choice(ema=f.ema, step=f.step, time=f.time))
+    found = reading.network(source, config, reading.Choice(ema=f.ema, step=f.step, time=f.time))
     logging.info("%s: %s", source, found.kind)
-    config = config if config is not None else found.config
-    if config is None:
-        config = fitting.published_config(found.weights, {})
-    elif found.latents is not None:
-        check_latents(config, source, {"latents": found.latents})
-    config, weights = fitting.fit(override(config, without=("ema",)), found.weights)
-    return without_v_heads(config, weights)
+    return without_v_heads(override(found.config, without=("ema",)), found.weights)
 
 
 def output_directory(name: str = "") -> str:

@@ -15,7 +15,7 @@ import numpy as np
 from meanflow import files
 from meanflow.commands.checkpoints import STEP, whole_steps
 from meanflow.config import latents, options, store
-from meanflow.config.workdir import read_workdir
+from meanflow.config.workdir import FILE_NAME, read_workdir
 from meanflow.errors import UserError
 
 DIRECTORY = "snapshots"
@@ -23,6 +23,12 @@ ALONE = "model.safetensors"
 
 Weights = dict[str, np.ndarray]
 Save = Callable[[str | os.PathLike, Weights, dict[str, str]], None]
+
+
+def is_run(path: str | os.PathLike) -> bool:
+    """Return whether this is a work directory in which a trainer of either framework has saved."""
+    path = pathlib.Path(path)
+    return (path / FILE_NAME).is_file() and any((path / name).is_dir() for name in ("checkpoints", DIRECTORY))
 
 
 def path_of(workdir: str | os.PathLike, step: int, decay: float) -> pathlib.Path:

@@ -16,6 +16,7 @@ from meanflow.config import checks, paths
 from meanflow.config import options as base
 from meanflow.config.flags import config as config_flag
 from meanflow.errors import UserError
+from meanflow.weights import files, reading
 
 TIME_MIN, TIME_MAX = 1 / 501, 80 / 81  # range of the times at which embeddings are compared, as in the official code
 NUM_TIMES = 20_000  # pairs of times to fit, and as many others to measure the error
@@ -30,23 +31,21 @@ Weights = dict[str, np.ndarray]
 
 def define_flags() -> None:
     """Define the flags of the time-embedding commands, except --config."""
-    flags.DEFINE(paths.READ, "teacher", "", "Flow model: a work directory, or a canonical .safetensors with --config.")
-    flags.DEFINE_integer("ema", None, "EMA of a work directory; -1: raw parameters; default: its config.sample.ema.")
-    flags.DEFINE_integer("step", None, "Checkpoint of the --teacher's work directory; default: newest.", lower_bound=0)
+    reflow.define_teacher_flags()
     flags.DEFINE(paths.WRITTEN, "output", "", "The .safetensors to write, for --config.train.load_from.")
     flags.DEFINE_integer("seed", 0, "Seed of the times.", lower_bound=0)
 
 
 def time_embedding(
     set_precision: Callable[[base.Config], None],
-    load: Callable[[str, base.Config, int | None], Weights],
+    read_run: reflow.ReadRun,
     save: Callable[[str, Weights, dict], None],
     error: Callable[..., float],
 ) -> None:
     """Fit as the command line says, write the weights, and print the remaining error and their path.
 
-    set_precision: called with the teacher's config before anything is loaded.
-    load: (path, config, step) -> canonical weights.  save: (path, weights, metadata).
+    set_precision: called with the teacher's config before a run is read.
+    read_run: (work directory, EMA, step) -> config and canonical weights.  save: (path, weights, metadata).
     error: (config, weights, teacher's config and weights, t, r) -> mean squared error of the embedding.
     Raises UserError for what cannot be read, fitted or written.
     """
@@ -55,15 +54,17 @@ def time_embedding(
         raise UserError(f"--output is {f.output!r}; name the .safetensors to write")
     if f.workdir:
         raise UserError("--workdir is for training and sampling: name the flow model by --teacher")
-    teacher = reflow.read_config("teacher", f.teacher, "config", config_flag(), f.ema, f.step)
+    choice = reading.Choice(f.ema, "", f.step, f.time)
+    model = reflow.read_model("teacher", f.teacher, "config", config_flag(), choice)
+    teacher, config = model.config, two_times(model.config)
     set_precision(teacher)
-    given, config = load(f.teacher, teacher, f.step), two_times(teacher)
+    given = reflow.with_weights(model, f.teacher, f.step, read_run).weights or {}
     if ONE not in given:
         raise UserError(f"--teacher {f.teacher} has no {ONE}: it does not belong to a network of one time")
     rng = np.random.default_rng(f.seed)
     fitted = fit(given, *draw_times(rng, NUM_TIMES))
     save(f.output, fitted, {"format": "canonical", "source": f"{os.path.basename(f.teacher)}, two time embeddings"})
-    fitted = load(f.output, config, None)  # what the trainer will read
+    fitted = files.load(f.output)  # what the trainer will read
     left, before = (error(config, w, teacher, given, *draw_times(rng, NUM_TIMES)) for w in (fitted, copied(given)))
     logging.info("mean squared error of the embedding, whose entries have variance 1: %.4f, before %.4f", left, before)
     print(f"{f.output}: error {left:.4f}")

@@ -24,7 +24,7 @@ from meanflow.data.prefetch import Prefetcher
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
-from meanflow.weights import files
+from meanflow.weights import files, fitting
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 
@@ -212,7 +212,7 @@ def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> 
     Raises UserError naming both if they were trained on latents of another convention than those of `config`.
     """
     if not os.path.isdir(path):
-        sample.check_latents(config, path, files.metadata(path))
+        fitting.check_latents(config, path, files.metadata(path))
         return None, files.load(path)
     own = read_workdir(path)
     theirs = latents.of(own)

@@ -1,6 +1,7 @@
 """Fits weights and config to each other: what published files have too much or too little, or cannot show."""
 
 import copy
+import json
 import sys
 from typing import Any
 
@@ -78,3 +79,23 @@ def published_config(weights: dict[str, np.ndarray], model: dict[str, Any]) -> o
     if c.channels == LATENT_CHANNELS and c.name in CONVENTIONS:
         config.latents.update(latents.CONVENTIONS[CONVENTIONS[c.name]]._asdict(), vae=VAE)  # pyright: ignore
     return config
+
+
+def check_latents(config: options.Config, path: str, metadata: dict[str, str]) -> None:
+    """Raise UserError naming both conventions if the weights of `path` were trained on latents of another one.
+
+    metadata: of the .safetensors, in which parity.convert stores the convention.
+    """
+    theirs = convention_in(path, metadata)
+    if theirs is not None:
+        latents.check_same(latents.of(config), theirs, "the config (config.latents)", path)
+
+
+def convention_in(path: str, metadata: dict[str, str]) -> latents.Convention | None:
+    """Return the convention of latents in the metadata of a .safetensors, None if it has none.  Raises UserError."""
+    if "latents" not in metadata:
+        return None
+    try:
+        return latents.from_dict(json.loads(metadata["latents"]))
+    except (json.JSONDecodeError, UserError) as error:
+        raise UserError(f"{path} has damaged metadata about its latents ({error}): convert it again") from error

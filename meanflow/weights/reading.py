@@ -1,13 +1,17 @@
 """Reads weights from wherever they are: a file, a folder, an archive or an address on the hub."""
 
+import copy
 import pathlib
-from typing import NamedTuple
+import types
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 import numpy as np
 import tqdm
 
-from meanflow.errors import UserError
-from meanflow.weights import dialects, files, folders, hub, sources, times
+from meanflow.config import checks, options
+from meanflow.errors import UserError, naming
+from meanflow.weights import dialects, files, fitting, folders, hub, sources, times
 from meanflow.weights.sources import Source
 
 
@@ -22,6 +26,43 @@ class Choice(NamedTuple):
 
 FIRST = Choice()
 PAGE = 4096  # bytes
+
+
+class Network(NamedTuple):
+    """A network that is read, config and weights fitted to each other."""
+
+    config: options.Config
+    weights: dict[str, np.ndarray]  # canonical
+    kind: str  # see `Source`
+    published: bool  # whether nothing gave a config, so that it is that of the published network of these sizes
+
+
+def network(
+    source: str | pathlib.Path,
+    config: options.Config | None = None,
+    choice: Choice = FIRST,
+    model: Mapping[str, Any] = types.MappingProxyType({}),
+) -> Network:
+    """Return the network of a source that is no work directory.
+
+    config: None for the one that the source has, or else that of the published network.  model: options of
+    `config.model` that are given instead.  Raises UserError as `read`, for weights of no known network, and for latents
+    of another convention than the config's; it names the source.
+    """
+    found = read(source, choice)
+    with naming(source):
+        given = config if config is not None else found.config
+        metadata = {} if found.latents is None else {"latents": found.latents}
+        if given is None:
+            config = fitting.published_config(found.weights, dict(model))
+            convention = fitting.convention_in(str(source), metadata)
+            config.latents.update({} if convention is None else convention._asdict())  # pyright: ignore
+        else:
+            config = copy.deepcopy(given)
+            config.model.update(model)  # pyright: ignore
+            fitting.check_latents(config, str(source), metadata)
+        config, weights = fitting.fit(checks.check(config), found.weights)
+    return Network(config, weights, found.kind, given is None)
 
 
 def read(source: str | pathlib.Path, choice: Choice = FIRST) -> Source:

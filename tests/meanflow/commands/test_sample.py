@@ -18,6 +18,7 @@ from meanflow.config import latents
 from meanflow.errors import UserError
 from meanflow.process_group import ALONE, ProcessGroup
 from meanflow.sampling import grids, noise
+from meanflow.weights import fitting
 
 NETWORKS = FrozenNetworks(lambda files, convention: None, lambda path, convention: None)
 
@@ -368,9 +369,9 @@ def test_labels_in_turn_do_not_depend_on_the_processes(config):
 
 
 def test_weights_of_the_same_latents(of_latents):
-    sampling.check_latents(of_latents, "w", {})
-    sampling.check_latents(digits.get_config(), "w", {"other": "x"})
-    sampling.check_latents(of_latents, "w", {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["imm"]))})
+    fitting.check_latents(of_latents, "w", {})
+    fitting.check_latents(digits.get_config(), "w", {"other": "x"})
+    fitting.check_latents(of_latents, "w", {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["imm"]))})
 
 
 @pytest.mark.parametrize(
@@ -384,10 +385,10 @@ def test_weights_of_the_same_latents(of_latents):
 )  # fmt: skip
 def test_weights_of_other_latents(of_latents, text, message):
     with pytest.raises(UserError, match=message):
-        sampling.check_latents(of_latents, "w.safetensors", {"latents": text})
+        fitting.check_latents(of_latents, "w.safetensors", {"latents": text})
 
 
 def test_weights_of_latents_for_a_model_of_pixels(config):
     theirs = {"latents": json.dumps(latents.to_dict(latents.CONVENTIONS["sd"]))}
     with pytest.raises(UserError, match="config.latents.* has no latents, but w has latents of the convention 'sd'"):
-        sampling.check_latents(config, "w", theirs)
+        fitting.check_latents(config, "w", theirs)

@@ -5,11 +5,16 @@ import itertools
 import numpy as np
 import pytest
 import tiny
+import torch
 
 from configs import digits
 from meanflow.commands import time_embedding
 from meanflow.config import checks, options, store
 from meanflow.errors import UserError
+from meanflow.weights import files, reading
+from parity import check
+from parity.golden import fixtures
+from torch_impl.time_embedding import error as torch_error
 
 NUM = 6  # Fourier features
 
@@ -176,10 +181,12 @@ def command(parse_flags, monkeypatch, teacher):
             heard["errors"].append((weights, t))
             return 0.25
 
-        def load(path, config, step):
-            return heard["saved"] if path == "b.safetensors" else dict(teacher)  # what was written is read again
+        def network(source, config, choice):
+            return reading.Network(config, dict(teacher), "weights", False)
 
-        time_embedding.time_embedding(lambda config: None, load, save, error)
+        monkeypatch.setattr(reading, "network", network)
+        monkeypatch.setattr(time_embedding.files, "load", lambda path: heard["saved"])  # what was written is read again
+        time_embedding.time_embedding(lambda config: None, lambda *_: None, save, error)
         return heard
 
     return run
@@ -211,9 +218,25 @@ def test_the_command_fits_and_measures_at_other_times(command, teacher, monkeypa
         (["--output="], {}, "--output is ''"),
         ([], {"method.name": "rectified"}, "--teacher a.safetensors has config.method.name rectified"),
         ([], {"model.name": "dit"}, "--teacher has config.model.name dit: only edm2 has a time embedding to fit"),
-        (["--ema=0"], {}, "--ema selects weights of a work directory"),
     ],
 )  # fmt: skip
 def test_what_the_command_refuses(command, argv, changes, words):
     with pytest.raises(UserError, match=words):
         command(*argv, changes=changes)
+
+
+def test_an_official_teacher_needs_no_config(parse_flags, monkeypatch, tmp_path, capsys):
+    """EDM2's network as it is published; its log-variance is left out, and what is written is a start for two times."""
+    weights = fixtures.Fixture(check.GOLDEN / "edm2_reflow_torch.npz").under("param/")
+    torch.save({"net": {n: torch.from_numpy(np.array(a)) for n, a in weights.items()}}, tmp_path / "net.pt")
+    monkeypatch.setattr(time_embedding, "NUM_TIMES", 50)
+    monkeypatch.setattr(time_embedding, "config_flag", lambda: None)
+    parse_flags(
+        time_embedding.define_flags, f"--teacher={tmp_path / 'net.pt'}", f"--output={tmp_path / 'start.safetensors'}"
+    )
+    time_embedding.time_embedding(lambda config: None, lambda *_: None, files.save, torch_error)
+    assert 0 < float(capsys.readouterr().out.split()[-1]) < 4
+    written = files.load(tmp_path / "start.safetensors")
+    kept = {n for n in weights if n != time_embedding.ONE and not n.startswith("logvar_")}
+    assert written.keys() == kept | set(time_embedding.TWO)
+    assert all(np.array_equal(written[name], weights[name]) for name in kept)
