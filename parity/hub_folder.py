@@ -14,6 +14,7 @@ from meanflow.config.workdir import FILE_NAME, read_workdir
 from meanflow.errors import UserError
 from meanflow.files import replace_text
 from meanflow.weights import files
+from parity import agreement as agreements
 from torch_impl import checkpoints as torch_checkpoints
 
 CARD = "README.md"
@@ -84,7 +85,7 @@ def newest_step(source: Any) -> int | None:
 
 
 def run_of(source: Any, ema: int | None, step: int | None) -> Run:
-    """Return what a work directory, or the metadata of a snapshot, says of the training of its weights.
+    """Return what a work directory, or the metadata of a snapshot or hub folder, says of the training of its weights.
 
     ema, step: those that are read.  Raises UserError if a file is damaged.
     """
@@ -94,11 +95,14 @@ def run_of(source: Any, ema: int | None, step: int | None) -> Run:
         words = "raw parameters" if ema == -1 else f"EMA of decay {config.train.ema_decays[ema or 0]}"
         metrics, sweep = (read_json(path / name) for name in (data_metrics.FILE_NAME, evaluate.JSON_NAME))
         return Run(config, step, words, metrics or {}, tuple(sweep or ()))
+    path = path / WEIGHTS if (path / WEIGHTS).is_file() else path
     if path.is_file() and files.kind_of(path) == "safetensors":
         metadata = files.metadata(path)
         if "config" in metadata:
             config = store.from_json(metadata["config"], f"the config in {path}")
-            return Run(config, int(metadata["step"]), f"EMA of decay {metadata['ema']}")
+            words = metadata.get("ema", "")
+            words = f"EMA of decay {words}" if words[:1].isdigit() else words  # a snapshot has the number
+            return Run(config, int(metadata["step"]) if "step" in metadata else None, words)
     return Run()
 
 
@@ -113,9 +117,15 @@ def read_json(path: pathlib.Path) -> Any:
 def write(
     dest: pathlib.Path, weights: dict[str, np.ndarray], metadata: dict[str, str], config: options.Config, run: Run
 ) -> None:
-    """Write a folder for the hub.  metadata: text for the weights.  Raises UserError if it cannot be written."""
-    write_weights(dest, weights, metadata, without_paths(config), run)
-    replace_text(dest / CARD, card(config, run, sum(a.size for a in weights.values())))
+    """Write a folder for the hub.  metadata: text for the weights.  Raises UserError if it cannot be written.
+
+    The metadata also say the system, config, step and EMA, and how far both frameworks agree on the written weights.
+    """
+    public = without_paths(config)
+    write_weights(dest, weights, metadata, public, run)
+    agreement = agreements.measure(dest / snapshots.ALONE, config)
+    write_weights(dest, weights, metadata | {"parity": agreement.to_json()}, public, run)
+    replace_text(dest / CARD, card(config, run, sum(a.size for a in weights.values()), agreement))
 
 
 def write_weights(
@@ -128,8 +138,9 @@ def write_weights(
         raise UserError(f"cannot write {dest}: {error.strerror}") from error
     known = {"step": "" if run.step is None else str(run.step), "ema": run.ema}
     metadata = metadata | {"system": config.method.name, "network": config.model.name}
-    files.save(dest / snapshots.ALONE, weights, metadata | {key: text for key, text in known.items() if text})
-    replace_text(dest / FILE_NAME, store.to_json(config))
+    metadata |= {key: text for key, text in known.items() if text} | {"config": store.to_json(config)}
+    files.save(dest / snapshots.ALONE, weights, metadata)
+    replace_text(dest / FILE_NAME, metadata["config"])
 
 
 def without_paths(config: options.Config) -> options.Config:
@@ -144,12 +155,13 @@ def name_of(path: str) -> str:
     return pathlib.PurePath(path).name if pathlib.PurePath(path).is_absolute() else path
 
 
-def card(config: options.Config, run: Run, num_parameters: int) -> str:
+def card(config: options.Config, run: Run, num_parameters: int, agreement: agreements.Agreement) -> str:
     """Return the model card, Markdown with YAML in front."""
     method, source = METHODS[config.method.name]
     c, convention = config.model, latents.of(config)
     tags = ["meanflow", config.method.name, c.name, "image-generation", "jax", "pytorch"]
     tags += ["one-step-generation"] if config.method.name != "flow" else []
+    rows = facts(config, run) | {"JAX and PyTorch differ by": str(agreement)}
     conditioned = "unconditional" if c.name in UNCONDITIONAL else f"conditioned on {c.num_classes} classes"
     return CARD_TEXT.format(
         tags="\n".join(f"- {tag}" for tag in dict.fromkeys(tags)),
@@ -157,7 +169,7 @@ def card(config: options.Config, run: Run, num_parameters: int) -> str:
         method=method, source=source, network=c.name, millions=num_parameters / 1e6, conditioned=conditioned,
         size=c.input_size, channels=c.channels, weights=snapshots.ALONE,
         of_latents=f", latents of the convention {latents.describe(convention)}" if convention else "",
-        facts="\n".join(f"| {name} | {value} |" for name, value in facts(config, run).items()),
+        facts="\n".join(f"| {name} | {value} |" for name, value in rows.items()),
         metrics=metrics_text(run),
     )  # fmt: skip
 

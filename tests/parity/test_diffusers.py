@@ -148,6 +148,15 @@ def test_latents(convention, tmp_path):
     assert images.shape == want.shape == (5, 32, 32, 3) and np.abs(255 * images - want).max() < 0.51
 
 
+def test_a_convention_that_is_given(tmp_path):
+    run, _ = written(tmp_path, changes={"model.channels": 4})
+    convert.main([str(run), str(tmp_path / "given"), "--to", "diffusers", "--latents", "imm"])
+    assert json.loads((tmp_path / "given" / "vae" / "config.json").read_text())["scaling_factor"] == 0.18125
+    assert latents.of(torch_impl.load(tmp_path / "given").config) == latents.CONVENTIONS["imm"]
+    metadata = files.metadata(tmp_path / "given" / "transformer" / diffusers_folder.WEIGHTS)
+    assert latents.from_dict(json.loads(metadata["latents"])) == latents.CONVENTIONS["imm"]
+
+
 def test_what_is_refused(tmp_path):
     run, out = written(tmp_path)
     for argv, message in (

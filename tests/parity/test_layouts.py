@@ -4,6 +4,7 @@ import json
 import pathlib
 import re
 import shutil
+import types
 
 import flax.serialization
 import huggingface_hub
@@ -17,13 +18,14 @@ from flax.training import checkpoints as flax_checkpoints
 from flax.training import train_state
 from saved import write_run
 
+import jax_impl
 import torch_impl
 from meanflow.commands import data_metrics, snapshots
 from meanflow.config import latents, store
 from meanflow.config.workdir import read_workdir
 from meanflow.errors import UserError
 from meanflow.weights import layouts, names, sources
-from parity import convert
+from parity import agreement, convert
 from parity.cases import objectives
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
@@ -283,6 +285,7 @@ def test_a_hub_folder_of_a_run(run_dir, tmp_path):
     assert wanted.items() <= found.items()
     assert found["ema"] == f"EMA of decay {config.train.ema_decays[0]}"
     assert latents.from_dict(json.loads(found["latents"])) == latents.CONVENTIONS["sd"]
+    assert found["config"] == (tmp_path / "hub" / "config.json").read_text()
     stored = read_workdir(tmp_path / "hub")
     assert stored.data.name == "imagenet_latents" and stored.model == config.model
     assert "/somewhere" not in "".join((tmp_path / "hub" / name).read_text() for name in ("README.md", "config.json"))
@@ -346,6 +349,49 @@ def test_a_hub_folder_is_a_model(run_dir, tmp_path):
     assert model.config.model.num_heads == config.model.num_heads and model.config.name == "tiny"
     expected = torch_impl.load(path).sample(2, steps=1, decode=False)
     np.testing.assert_array_equal(model.sample(2, steps=1, decode=False), expected)
+
+
+@pytest.mark.parametrize("network", ["dit", "imf", "edm2_flow"])
+def test_a_hub_folder_says_how_far_the_frameworks_agree(network, tmp_path, capsys):
+    """On the weights that were written, whatever the run's precision."""
+    config, weights = case(network)
+    config.model.compute_dtype = "bfloat16"
+    torch_checkpoints.write_weights(tmp_path / "run", config, weights)
+    run(tmp_path / "run", tmp_path / "hub", "--to", "hub")
+    model = tmp_path / "hub" / "model.safetensors"
+    found = json.loads(canonical_files.metadata(model)["parity"])
+    u = [agreement.velocity(load(model, dtype="float32")) for load in (jax_impl.load, torch_impl.load)]
+    assert found["difference"] == pytest.approx(np.abs(u[0] - u[1]).max(), rel=1e-3)
+    assert found["relative"] == pytest.approx(found["difference"] / np.abs(u[1]).max(), rel=1e-3)
+    assert 0 < found["relative"] < 1e-5
+    assert found["dtype"] == "float32" and found["inputs"] == agreement.INPUTS
+    assert f"| JAX and PyTorch differ by | {found['relative']:.1e} of the" in (tmp_path / "hub/README.md").read_text()
+    assert "warning: the frameworks differ" not in capsys.readouterr().err
+
+
+def test_frameworks_that_disagree_are_named(run_dir, tmp_path, monkeypatch, capsys):
+    def with_other_heads(path, config, **given):
+        config = config.copy_and_resolve_references()
+        config.model.num_heads *= 2
+        return jax_impl.load(path, config=config, **given)
+
+    monkeypatch.setattr(agreement, "jax_impl", types.SimpleNamespace(load=with_other_heads))
+    run(run_dir[0], tmp_path / "hub", "--to", "hub")
+    assert re.search(r"warning: the frameworks differ on .*model\.safetensors by .*check\.py", capsys.readouterr().err)
+    assert json.loads(canonical_files.metadata(tmp_path / "hub" / "model.safetensors")["parity"])["relative"] > 1e-3
+
+
+def test_what_a_hub_folder_says_is_kept(run_dir, tmp_path):
+    """From the folder or its file; canonical weights of a run say the config alone."""
+    path, config, _ = run_dir
+    run(path, tmp_path / "hub", "--to", "hub", "--ema", -1)
+    run(path, tmp_path / "a.safetensors")
+    for name, source in (("of_folder", "hub"), ("of_file", "hub/model.safetensors"), ("of_weights", "a.safetensors")):
+        run(tmp_path / source, tmp_path / name, "--to", "hub")
+        found = canonical_files.metadata(tmp_path / name / "model.safetensors")
+        said = (found.get("step"), found.get("ema"))
+        assert said == ((None, None) if name == "of_weights" else ("0", "raw parameters"))
+        assert read_workdir(tmp_path / name).model == config.model
 
 
 def test_a_run_is_pushed(run_dir, tmp_path, monkeypatch, capsys):
