@@ -95,7 +95,7 @@ def run_of(source: Any, ema: int | None, step: int | None) -> Run:
         words = "raw parameters" if ema == -1 else f"EMA of decay {config.train.ema_decays[ema or 0]}"
         metrics, sweep = (read_json(path / name) for name in (data_metrics.FILE_NAME, evaluate.JSON_NAME))
         return Run(config, step, words, metrics or {}, tuple(sweep or ()))
-    path = path / WEIGHTS if (path / WEIGHTS).is_file() else path
+    path = path / snapshots.ALONE if (path / snapshots.ALONE).is_file() else path
     if path.is_file() and files.kind_of(path) == "safetensors":
         metadata = files.metadata(path)
         if "config" in metadata:

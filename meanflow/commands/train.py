@@ -3,7 +3,6 @@
 import collections
 import contextlib
 import math
-import os
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -24,7 +23,7 @@ from meanflow.data.prefetch import Prefetcher
 from meanflow.errors import UserError
 from meanflow.process_group import ProcessGroup
 from meanflow.sampling import grids
-from meanflow.weights import files, fitting
+from meanflow.weights import files, fitting, reading
 
 GRID_SAMPLES = 64  # images in the grids shown during training
 
@@ -207,13 +206,14 @@ def loop(
 
 
 def read_model(path: str, config: options.Config, read_weights: ReadWeights) -> tuple[options.Config | None, dict]:
-    """Return the config and the canonical weights of a work directory, or None and the weights of a .safetensors.
+    """Return the config, None if there is none, and the canonical weights of a run or of whatever `reading.read` reads.
 
     Raises UserError naming both if they were trained on latents of another convention than those of `config`.
     """
-    if not os.path.isdir(path):
-        fitting.check_latents(config, path, files.metadata(path))
-        return None, files.load(path)
+    if not snapshots.is_run(path):
+        found = reading.read(path)
+        fitting.check_latents(config, path, {} if found.latents is None else {"latents": found.latents})
+        return found.config, found.weights
     own = read_workdir(path)
     theirs = latents.of(own)
     if theirs:

@@ -101,7 +101,7 @@ def decoupled() -> Options:
         **flow_time(),
         **interval(),
         "guidance_type": choice("mg", "default", "distill"),  # by the model itself | none | from a frozen teacher
-        "teacher": "",  # distill: work directory of a flow model, or its .safetensors if it has the same sizes
+        "teacher": "",  # distill: work directory of a flow model, or its weights if it has the same sizes
         "omega": number(1.0, "(-inf, inf)"),  # w: v + w (v(y) - v(no class)), distill: v(no class) + w (...)
         "adaptive_eps": number(0.01, "[0, inf)"),  # eps in log(error / variance + eps)
         "log_variance_pairs": choice("row", "all"),  # pairs of errors and variances; all: official bug; one device

@@ -187,7 +187,7 @@ def train(network: str, method: str) -> Options:
         "keep_every": number(0, "[0, inf)"),  # also keep every checkpoint at a multiple of this step; 0: none
         "checkpoint_at_start": False,  # save before the first step, to fail early if memory or disk runs out
         "snapshot_every": number(0, "[0, inf)"),  # steps between WORKDIR/snapshots/STEP/ema_DECAY.safetensors; 0: never
-        "load_from": "",  # canonical .safetensors or a work directory to start from; empty: fresh weights
+        "load_from": "",  # work directory or any weights to start from; empty: fresh weights
     } | own
 
 

@@ -356,7 +356,7 @@ def test_a_hub_folder_says_how_far_the_frameworks_agree(network, tmp_path, capsy
     """On the weights that were written, whatever the run's precision."""
     config, weights = case(network)
     config.model.compute_dtype = "bfloat16"
-    torch_checkpoints.write_weights(tmp_path / "run", config, weights)
+    write_run("torch", tmp_path / "run", config, weights)
     run(tmp_path / "run", tmp_path / "hub", "--to", "hub")
     model = tmp_path / "hub" / "model.safetensors"
     found = json.loads(canonical_files.metadata(model)["parity"])
