@@ -46,7 +46,7 @@ import torch
 
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
-from meanflow.errors import UserError, exit_on_user_error
+from meanflow.errors import UserError, exit_on_user_error, naming
 from meanflow.weights import fitting, hub, layouts, times
 from meanflow.weights.infer import inferred_config
 from meanflow.weights.reading import Choice
@@ -157,7 +157,8 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         write_file(dest, weights, metadata)
         return f"{found.kind} of Inception", len(weights)
     config, weights = fitting.fit(options.config or found.config or run.config, found.weights)
-    weights = checked(weights, config)
+    with naming(source):
+        weights = checked(weights, config)
     convention = convention_of(source, found, config, options.latents)
     if to is None:
         if options.layout:

@@ -22,7 +22,7 @@ from meanflow.commands.frozen_networks import FrozenNetworks
 from meanflow.config import checks, options, paths
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import workdir
-from meanflow.errors import UserError
+from meanflow.errors import UserError, naming
 from meanflow.process_group import ALONE, ProcessGroup, gather_rows, pack
 from meanflow.sampling import grids, saving
 from meanflow.sampling import noise as noise_and_labels
@@ -94,7 +94,8 @@ def sample(load: Load, framework: FrozenNetworks) -> None:
     output, labels = output_directory("samples"), numbers("labels", f.labels, int)
     for name in ("samples.npz", "samples.png"):
         files.check_writable(os.path.join(output, name))
-    config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
+    with naming(f.weights or workdir()):
+        config, sampler, weights = load(None if f.weights else workdir(), f.weights, config_flag())
     if labels and config.model.name == "unet":
         raise UserError("--labels: this network is unconditional (config.model.name is unet)")
     decode = frozen_networks.decoder(config, framework)

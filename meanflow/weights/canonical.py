@@ -9,7 +9,7 @@ from absl import logging
 
 from meanflow.errors import UserError
 from meanflow.tables import position_table
-from meanflow.weights import classes
+from meanflow.weights import classes, unknown
 
 # Largest difference between a given table and the computed one, relative to the largest entry.  Official trainers
 # average fixed tables with the parameters, which drifts by up to 1.6e-4 in float32; bfloat16 rounds by 2e-3.
@@ -52,7 +52,7 @@ def check(weights: Weights, expected: Shapes, tables: Weights) -> None:
         ("have unknown", shapes.keys() - expected.keys()),
     ):
         if names:
-            why = hint or prefixed(shapes, expected) or "; does the config match them?"
+            why = hint or prefixed(shapes, expected) or without_hint(shapes, expected)
             raise UserError(f"the weights {problem} {some(names)}{why}")
     for name, table in tables.items():
         check_table(name, np.asarray(weights[name]), table, hint)
@@ -172,6 +172,12 @@ def some(names: Iterable[str]) -> str:
     """Return up to three names and the number of names."""
     names = sorted(names)
     return ", ".join(names[:3]) + (" ..." if len(names) > 3 else "") + f" ({len(names)} in all)"
+
+
+def without_hint(given: Shapes, expected: Shapes) -> str:
+    """Return the end of an error message about names, from which no option can be told: the nearest ones."""
+    described = unknown.describe(given.keys() - expected.keys(), expected.keys() - given.keys())
+    return "; ".join(filter(None, ("; does the config match them?", described)))
 
 
 def prefixed(given: Shapes, expected: Shapes) -> str:

@@ -90,7 +90,7 @@ def push(folder: pathlib.Path, address: str, message: str) -> str:
 def reaching(what: str, repo: str, doing: str = "fetch") -> Iterator[None]:
     """Turn what goes wrong with the hub into a UserError with the way out.  doing: `fetch` or `upload to`."""
     try:
-        from huggingface_hub.errors import EntryNotFoundError, HfHubHTTPError
+        from huggingface_hub import errors
     except ModuleNotFoundError as error:
         raise UserError(
             f"to {doing} {what} needs the package huggingface_hub, which is not installed: "
@@ -98,11 +98,26 @@ def reaching(what: str, repo: str, doing: str = "fetch") -> Iterator[None]:
         ) from error
     try:
         yield
-    except (HfHubHTTPError, EntryNotFoundError, OSError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        if doing != "fetch":
-            raise UserError(f"cannot {doing} {what}: {reason:.300}  (hf auth login stores a token)") from error
+    except errors.LocalEntryNotFoundError as error:  # neither in the cache nor within reach
+        raise out_of_reach(what, repo, error) from error
+    except (errors.RepositoryNotFoundError, errors.RevisionNotFoundError, errors.EntryNotFoundError) as error:
         raise UserError(
-            f"cannot fetch {what}: {reason:.300}  On a machine without a network, copy the directory from one that has "
-            f"it (hf download {repo} --local-dir DIR), and name DIR instead."
+            f"cannot {doing} {what}: {one_line(error)}  See what there is at https://huggingface.co/{repo}; a private "
+            "repository needs a token (hf auth login)"
         ) from error
+    except (errors.HfHubHTTPError, OSError, ValueError) as error:
+        if doing != "fetch":
+            raise UserError(f"cannot {doing} {what}: {one_line(error)}  (hf auth login stores a token)") from error
+        raise out_of_reach(what, repo, error) from error
+
+
+def out_of_reach(what: str, repo: str, error: Exception) -> UserError:
+    """Return the error for what is neither in the cache nor can be fetched."""
+    return UserError(
+        f"cannot fetch {what}: {one_line(error)}  On a machine without a network, copy the directory from one that has "
+        f"it (hf download {repo} --local-dir DIR), and name DIR instead."
+    )
+
+
+def one_line(error: Exception) -> str:
+    return f"{' '.join(str(error).split()):.300}"

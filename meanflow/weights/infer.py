@@ -8,7 +8,7 @@ import numpy as np
 
 from meanflow.config import options
 from meanflow.errors import UserError
-from meanflow.weights import canonical
+from meanflow.weights import canonical, unknown
 
 
 def inferred_config(weights: dict[str, np.ndarray], input_size: int | None = None) -> ml_collections.ConfigDict:
@@ -38,7 +38,8 @@ def check_ranks(weights: dict[str, np.ndarray], ranks: dict[str, int]) -> None:
     for name, rank in ranks.items():
         if name not in weights:
             there = canonical.some(weights) if weights else "no arrays at all"
-            raise UserError(f"the weights lack {name}: no network of this project has such weights ({there})")
+            problem = f"the weights lack {name}: no network of this project has such weights ({there})"
+            raise UserError("; ".join(filter(None, (problem, unknown.describe(weights)))))
         if weights[name].ndim != rank:
             raise UserError(f"{name} has shape {weights[name].shape}, where {rank} axes are needed")
 

@@ -13,6 +13,7 @@ from typing import NamedTuple
 import numpy as np
 
 from meanflow.errors import UserError
+from meanflow.weights import unknown
 
 EMBEDDINGS = {"y_embedder.embedding_table", "y_embedder.embedding_table._flax_embedding"}
 TABLES = {"pos_embed"}  # the official Flax network computes it; canonical weights contain it
@@ -131,9 +132,11 @@ def flax_tree_to_canonical(flat: dict[str, np.ndarray], consume: bool = False) -
     for name in list(flat):
         array = flat.pop(name) if consume else flat[name]
         is_kernel = name.endswith("/kernel")
-        weights[canonical_name(name, system)] = (
-            np.ascontiguousarray(to_torch(array)) if is_kernel else np.asarray(array)
-        )
+        try:
+            canonical = canonical_name(name, system)
+        except UserError as error:
+            raise UserError("; ".join(filter(None, (str(error), unknown.describe(flat))))) from error
+        weights[canonical] = np.ascontiguousarray(to_torch(array)) if is_kernel else np.asarray(array)
     return weights
 
 

@@ -76,7 +76,10 @@ def read(source: str | pathlib.Path, choice: Choice = FIRST) -> Source:
         raise UserError(f"there is no {path}")
     if path.is_file() and files.is_archive(path):
         with folders.unpacked(path) as inner:
-            return read(inner, choice)
+            try:
+                return read(inner, choice)
+            except UserError as error:  # the folder is gone when the message is read
+                raise UserError(str(error).replace(str(inner), str(path))) from error
     if path.is_dir():
         found = folders.read(path, choice.ema, choice.prefix, choice.step)
     elif choice.step is not None:

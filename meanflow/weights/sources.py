@@ -17,7 +17,7 @@ import ml_collections
 import numpy as np
 
 from meanflow.config import store
-from meanflow.errors import UserError
+from meanflow.errors import UserError, naming
 from meanflow.weights import edm2, entries, files
 from meanflow.weights.canonical import SCALARS
 from meanflow.weights.names import flax_tree_to_canonical
@@ -122,7 +122,8 @@ def from_flax_network(network: entries.Network, path: pathlib.Path, kind: str) -
     """Return the canonical weights of an official Flax tree, whose leaves are let go one by one."""
     arrays = to_arrays(network.leaves, path)
     network.leaves.clear()
-    weights = flax_tree_to_canonical(arrays, consume=True)
+    with naming(path):
+        weights = flax_tree_to_canonical(arrays, consume=True)
     return Source(weights, named(kind, network.label.removesuffix(".net")))
 
 
@@ -203,6 +204,7 @@ def load_torch(path: pathlib.Path) -> Any:
     except DAMAGE as error:
         advises = "weights_only" in str(error)  # to read it unsafely
         reason = "it is of an old format; save it again" if advises else first_line(error).split(". ")[0]
+        reason += "; it is cut short or damaged: copy it again" if "zip archive" in reason else ""
         raise UserError(f"cannot read {path} as a PyTorch file: {reason}") from error
 
 

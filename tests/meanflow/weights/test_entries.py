@@ -1,7 +1,6 @@
 """Which network of a checkpoint is read, whatever its trainer calls its entries and wraps them in."""
 
 import argparse
-import io
 import pathlib
 
 import flax.serialization
