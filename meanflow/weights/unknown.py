@@ -4,7 +4,7 @@ import difflib
 import re
 from collections.abc import Iterable
 
-# Parts of names, of `.` or `/`, and what has them.  Sources: the classes of diffusers and transformers that are named;
+# Parts of names and what has them.  Sources: the classes of diffusers and transformers that are named;
 # Lyy-iiis/pMF, models/embedder.py; diffusers, loaders/single_file_utils.py and loaders/lora_pipeline.py.
 LOOKS = {
     r"\blora_[AB]\b": "a LoRA, which changes another model",
@@ -39,7 +39,7 @@ def describe(found: Iterable[str], wanted: Iterable[str] = KNOWN) -> str:
 def nearest(found: Iterable[str], wanted: Iterable[str]) -> str:
     """Return up to five wanted names, each with the name found that is most like it; blocks count as one."""
     ours, theirs = (
-        {re.sub(r"(?<=\.)\d+(?=\.)", "0", name.replace("/", ".")): name for name in sorted(names, reverse=True)}
+        {re.sub(r"(?<=\.)\d+(?=\.)", "0", name): name for name in sorted(names, reverse=True)}
         for names in (wanted, found)
     )
     pairs = []

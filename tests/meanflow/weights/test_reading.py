@@ -18,8 +18,9 @@ import safetensors.torch
 import torch
 import torch.distributed.checkpoint as dcp
 
+from meanflow.config import latents
 from meanflow.errors import UserError
-from meanflow.weights import names, reading
+from meanflow.weights import files, names, reading
 from parity import check
 from parity.golden import fixtures
 
@@ -281,3 +282,15 @@ def test_without_a_network_the_cache_serves(hub, monkeypatch):
     assert same(reading.read("hf://owner/name/a.pth").weights, RAW)
     with pytest.raises(UserError, match="cannot fetch hf://owner/name/b.pth: .*without a network"):
         reading.read("hf://owner/name/b.pth")
+
+
+def test_the_latents_that_weights_state_are_those_of_their_network(tmp_path):
+    """Without a config, the published network's are assumed unless the file says others."""
+    imm = latents.CONVENTIONS["imm"]
+    metadata = {"source": "a test", "latents": json.dumps(latents.to_dict(imm))}
+    files.save(tmp_path / "imm.safetensors", RAW, metadata)
+    files.save(tmp_path / "none.safetensors", RAW, {"source": "a test"})
+    found = [reading.network(tmp_path / f"{name}.safetensors", model={"num_heads": 4}) for name in ("imm", "none")]
+    assert [latents.of(network.config) for network in found] == [imm, latents.CONVENTIONS["sd"]]
+    with pytest.raises(UserError, match="imm.safetensors"):
+        reading.network(tmp_path / "imm.safetensors", found[1].config)
