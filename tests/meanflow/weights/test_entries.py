@@ -14,7 +14,7 @@ from safetensors.torch import save_file
 from configs import digits
 from meanflow.commands import train
 from meanflow.errors import UserError
-from meanflow.weights import entries, sources
+from meanflow.weights import entries, layouts, sources
 from parity import check, convert
 from parity.golden import fixtures
 from torch_impl import weights as canonical_files
