@@ -128,14 +128,14 @@ def flax_tree_to_canonical(flat: dict[str, np.ndarray], consume: bool = False) -
     `pos_embed` is not in Flax trees, so it is not in the result.  consume: remove each array from `flat` once it is
     turned, so that memory never holds all of them twice.  Raises UserError for an unknown name.
     """
-    weights, system = {}, system_of(flat)
-    for name in list(flat):
+    weights, system, names = {}, system_of(flat), list(flat)
+    for name in names:
         array = flat.pop(name) if consume else flat[name]
         is_kernel = name.endswith("/kernel")
         try:
             canonical = canonical_name(name, system)
         except UserError as error:
-            raise UserError("; ".join(filter(None, (str(error), unknown.describe(flat))))) from error
+            raise UserError("; ".join(filter(None, (str(error), unknown.describe(names))))) from error
         weights[canonical] = np.ascontiguousarray(to_torch(array)) if is_kernel else np.asarray(array)
     return weights
 
