@@ -18,6 +18,8 @@ from meanflow.data.images import digits  # noqa: F401  importing the module regi
 from meanflow.data.record_reader import FEATURES, FILE_FORMAT
 from meanflow.errors import UserError
 
+FREE_SPACE = "Free space on that disk, or set --config.data.dir to another."
+UNWRITTEN = "write() failed: "  # in the RuntimeErrors of array_record
 DISK_FULL = (errno.ENOSPC, errno.EDQUOT)
 NOT_WRITABLE = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOENT, errno.ENOTDIR, errno.EEXIST)
 
@@ -93,6 +95,11 @@ def _prepare(name: str, directory: str, root: pathlib.Path) -> tfds.core.Dataset
                 builder.download_and_prepare(file_format=FILE_FORMAT)
     except OSError as error:
         raise UserError(f"cannot prepare dataset {name!r} in {root}: {error}.  {_way_out(error)}") from error
+    except RuntimeError as error:  # of array_record's writer
+        if UNWRITTEN not in str(error):
+            raise
+        reason = str(error).split(UNWRITTEN)[1].split(";")[0]
+        raise UserError(f"cannot prepare dataset {name!r} in {root}: {reason}.  {FREE_SPACE}") from error
     except (AssertionError, util.DownloadError, download_manager.NonMatchingChecksumError) as error:
         # TFDS raises AssertionError for files that must be fetched by hand (ImageNet, for example).
         raise UserError(f"cannot download dataset {name!r}: {error}") from error
@@ -110,7 +117,7 @@ def _lock(root: pathlib.Path, name: str) -> Iterator[None]:
 
 def _way_out(error: OSError) -> str:
     if error.errno in DISK_FULL or "disk space" in str(error):
-        return "Free space on that disk, or set --config.data.dir to another."
+        return FREE_SPACE
     if error.errno in NOT_WRITABLE:
         return "Set --config.data.dir to a directory that you can write."
     return "If this machine has no network, prepare the dataset on one that has, and copy its directory here."

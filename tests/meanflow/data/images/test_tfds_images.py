@@ -199,6 +199,12 @@ def test_directory_that_cannot_be_written(tmp_path):
     [
         (OSError(errno.ENOSPC, "No space left on device"), "No space left.*Free space"),
         (OSError("Not enough disk space. Needed: 1 GiB"), "Not enough disk space.*Free space"),
+        (
+            RuntimeError(
+                'Failed to finalize writing of split "train": write() failed: No space left on device; at byte 9'
+            ),
+            "patches' in .*: No space left on device.  Free space",
+        ),
         (requests.exceptions.ConnectionError("Failed to resolve 'host'"), "Failed to resolve.*no network"),
     ],
 )
