@@ -7,6 +7,7 @@ from typing import Any
 
 from absl import flags, logging
 
+_silent: list[bool] = []
 VERBOSE = ("orbax", "jax/_src")  # parts of the paths of their sources
 
 
@@ -27,6 +28,13 @@ def setup_logging() -> None:
 def show_only_warnings() -> None:
     """Show no INFO lines from here on: for all processes except the first, whose lines are the same."""
     logging.set_verbosity(logging.WARNING)
+    _silent.append(True)
+
+
+def say(text: str) -> None:
+    """Print a line on stderr for whoever waits for a command, but not in processes that `show_only_warnings`."""
+    if not _silent:
+        print(text, file=sys.stderr)
 
 
 def _show_unless_late(show: Callable[[Any], None], unraisable: Any) -> None:

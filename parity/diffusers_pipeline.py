@@ -3,7 +3,7 @@
     from parity.diffusers_pipeline import MeanFlowPipeline
 
     pipe = MeanFlowPipeline.from_pretrained("DEST").to("cuda")
-    images = pipe([207, 360], num_inference_steps=1, generator=torch.manual_seed(0)).images
+    images = pipe([207, 360], num_inference_steps=1, generator=torch.Generator("cuda").manual_seed(0)).images
 
 diffusers has no network of two times for images, and looks for the classes that a folder names here only if this module
 is imported.  Source: diffusers, pipelines/anyflow, which drives another network with the same scheduler.

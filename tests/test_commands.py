@@ -146,7 +146,7 @@ def test_help(programs, flags, launcher):
         ({"train.batch_size": 15, "train.accumulate": 2}, "batch_size 15 is not divisible by 2"),
         ({"model.num_classes": 5}, "outside [0, 5)"),
         ({"model.input_size": 16}, "the model expects (16, 16, 1)"),
-        ({"train.load_from": "/none.safetensors"}, "cannot read /none.safetensors"),
+        ({"train.load_from": "/none.safetensors"}, "there is no /none.safetensors"),
     ],
 )
 def test_mistakes_of_training(framework, changes, message, refused, options, tmp_path):

@@ -114,7 +114,7 @@ def test_a_process_that_fails_at_the_start_ends_all(in_both, launcher, options, 
         began = time.monotonic()
         assert second.wait() == 1, second.stderr
         assert time.monotonic() - began < SECONDS
-        assert first.stderr.splitlines()[-1].startswith("error: cannot read missing.safetensors")
+        assert first.stderr.splitlines()[-1].startswith("error: there is no missing.safetensors")
         assert second.stderr.splitlines()[-1] == "error: process 0 failed, see its message; stopping this one too"
         assert "Traceback" not in first.stderr + second.stderr
 

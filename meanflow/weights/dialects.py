@@ -7,12 +7,12 @@ and its later version in Visual-Generative-Foundation-Model-Collection, src/diff
 """
 
 import re
-import sys
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from meanflow.console_log import say
 from meanflow.errors import UserError
 
 Weights = dict[str, np.ndarray]
@@ -61,7 +61,7 @@ def fastgen(weights: Weights, where: Any) -> Weights:
         )
     unused = sorted(name for name in weights if name.startswith(LOG_VARIANCE))
     if unused:
-        print(f"left out of {where}, which only sCM trains: {', '.join(unused)}", file=sys.stderr)
+        say(f"left out of {where}, which only sCM trains: {', '.join(unused)}")
 
     def renamed(name: str) -> str:
         for theirs, ours in FASTGEN.items():

@@ -6,10 +6,10 @@ name is the root of a network.  A root whose name mentions an average is an EMA.
 """
 
 import re
-import sys
 from collections.abc import Iterator
 from typing import Any, NamedTuple
 
+from meanflow.console_log import say
 from meanflow.errors import UserError
 
 # Parameters that identify a network, in PyTorch and in Flax: first what we train, else Inception and autoencoders.
@@ -55,7 +55,7 @@ def choose(tree: dict, ema: int | None, separator: str, where: Any) -> Network:
     others = [separator.join(p) for p, leaf in leaves.items() if owner(p, roots) is None and is_weight(p, leaf)]
     if others:
         shown = ", ".join(others[:3]) + (" ..." if len(others) > 3 else "")
-        print(f"left out of {where}, not part of a known network: {shown} ({len(others)} in all)", file=sys.stderr)
+        say(f"left out of {where}, not part of a known network: {shown} ({len(others)} in all)")
     return Network({separator.join(parts[len(root) :]): leaf for parts, leaf in mine.items()}, label(root))
 
 

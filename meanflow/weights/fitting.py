@@ -2,13 +2,13 @@
 
 import copy
 import json
-import sys
 from typing import Any
 
 import numpy as np
 
 from meanflow.config import latents, options
 from meanflow.config.networks import DIT_SIZES
+from meanflow.console_log import say
 from meanflow.errors import UserError
 from meanflow.weights.infer import inferred_config
 
@@ -34,10 +34,10 @@ def fit(config: Any, weights: dict[str, np.ndarray]) -> tuple[Any, dict[str, np.
     if c is not None and c.name == "edm2" and not c.logvar_channels:
         unused |= {name for name in weights if name.startswith("logvar_")}
     for name in sorted(unused & weights.keys()):
-        print(f"left out {name}, which the network does not read", file=sys.stderr)
+        say(f"left out {name}, which the network does not read")
     weights = {name: a for name, a in weights.items() if name not in unused}
     if c is not None and c.name == "dmf_dit" and "logvar_linear.weight" not in weights:
-        print("the weights lack logvar_linear, which sampling does not read: it is 0", file=sys.stderr)
+        say("the weights lack logvar_linear, which sampling does not read: it is 0")
         zeros = {"weight": (1, 2 * LOG_VARIANCE_FEATURES), "bias": (1,)}
         weights |= {f"logvar_linear.{name}": np.zeros(shape, np.float32) for name, shape in zeros.items()}
     if c is not None and c.name == "imf_dit" and c.head_depth:

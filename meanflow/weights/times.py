@@ -6,11 +6,11 @@ Sources: willisma/SiT, models.py, transport/path.py and train_utils.py; sihyun-y
 """
 
 import math
-import sys
 from typing import Any
 
 import numpy as np
 
+from meanflow.console_log import say
 from meanflow.errors import UserError
 
 DIRECTIONS = ("ours", "reversed")
@@ -41,12 +41,12 @@ def settle(
     learns_sigma = patches.ndim == 4 and len(last) == 2 * patches[0].size
     direction, why = (time, "by --time") if time else judge(learns_sigma, arguments, where)
     if not time and why:
-        print(f"{where}: its time is taken to run {sense(direction)}: {why}", file=sys.stderr)
+        say(f"{where}: its time is taken to run {sense(direction)}: {why}")
     done = []
     if learns_sigma:
         weights = without_sigma(weights)
         done.append("without its sigma")
-        print(f"left out of {where}, a sigma that sampling does not read: the second half of {LAST}*", file=sys.stderr)
+        say(f"left out of {where}, a sigma that sampling does not read: the second half of {LAST}*")
     if direction == "reversed":
         weights = turned(weights)
         done.append("its time turned round")

@@ -4,9 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from meanflow.config import options
 from meanflow.sampling import edm
-from torch_impl import reflow as command
 from torch_impl.methods import reflow
 
 MEAN, STD = 2.0, 0.5  # of the data
@@ -100,11 +98,3 @@ def test_errs_in_second_order():
         for steps in (40, 80, 160)
     ]
     assert 3.5 < errors[0] / errors[1] < 4.5 and 3.5 < errors[1] / errors[2] < 4.5 and errors[2] < 1e-3
-
-
-def test_weights_of_a_work_directory(tmp_path, monkeypatch):
-    config = options.get_config()
-    config.sample.ema = 2
-    monkeypatch.setattr(command.checkpoints, "read_weights", lambda path, ema, step: (config, (path, ema, step)))
-    assert command.load(str(tmp_path), config) == (str(tmp_path), 2, None)
-    assert command.load(str(tmp_path), config, 40) == (str(tmp_path), 2, 40)
