@@ -39,10 +39,10 @@ def config_of(system, num_classes, changes=()):
 
 @pytest.fixture
 def pretrained(tmp_path):
-    """Return a function (system) -> file of canonical weights of seven classes, random everywhere, and these."""
+    """Return a function (system, classes) -> file of canonical weights of so many, random everywhere, and these."""
 
-    def make(system):
-        given = objectives.random_weights(config_of(system, OLD))
+    def make(system, num_classes=OLD):
+        given = objectives.random_weights(config_of(system, num_classes))
         given = {name: np.asarray(a, np.float32) for name, a in given.items()}
         files.save(tmp_path / f"{system}.safetensors", given, {})
         return str(tmp_path / f"{system}.safetensors"), given
@@ -85,19 +85,21 @@ def losses(f, config, start):
     return np.array(found)
 
 
-def test_both_frameworks_fine_tune_alike_from_rows_of_other_classes(pretrained, tmp_path):
+@pytest.mark.parametrize(("old", "rows"), [(OLD, [5, 2, 0]), (1000, list(range(999, 0, -100)))])
+def test_both_frameworks_fine_tune_alike_from_rows_of_other_classes(old, rows, pretrained, tmp_path):
     """All rows are taken from the file, so that nothing depends on the frameworks' own random numbers."""
-    path, given = pretrained("dit")
-    (tmp_path / "names.json").write_text(json.dumps({"from": list("abcdefg"), "to": ["f", "c", "a"]}))
-    config = config_of("dit", NEW, {"train.load_from": path, "train.load_classes": str(tmp_path / "names.json")})
+    path, given = pretrained("dit", old)
+    names = [f"class {i}" for i in range(old)]
+    (tmp_path / "names.json").write_text(json.dumps({"from": names, "to": [names[i] for i in rows]}))
+    config = config_of("dit", len(rows), {"train.load_from": path, "train.load_classes": str(tmp_path / "names.json")})
     name = canonical.CLASSES[0]
     with frameworks.full_precision():
         start = starts(config)
         for own in start.values():
-            np.testing.assert_array_equal(own[name], given[name][[5, 2, 0, OLD]])
+            np.testing.assert_array_equal(own[name], given[name][[*rows, old]])
             assert all(np.array_equal(own[other], given[other]) for other in given if other != name)
         found = {key: losses(f, config, start[key]) for key, f in frameworks.FRAMEWORKS.items()}
-        start["torch"][name] = given[name][[0, 2, 5, OLD]]
+        start["torch"][name] = given[name][[*reversed(rows), old]]
         others = losses(frameworks.FRAMEWORKS["torch"], config, start["torch"])
     np.testing.assert_allclose(found["jax"], found["torch"], rtol=BOUND)
     assert np.abs(others / found["torch"] - 1).max() > 100 * BOUND  # the rows matter
