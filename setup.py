@@ -25,7 +25,7 @@ setup(
         "ml-collections>=1.0",
         "numpy>=2.0",
         "optax>=0.2.5",
-        "orbax-checkpoint>=0.11",
+        "orbax-checkpoint>=0.11.15",  # has PLACEHOLDER, which leaves an array unread
         "pillow>=10.0",
         "safetensors>=0.4.5",
         "scikit-learn>=1.5",

@@ -46,10 +46,8 @@ def replace_bytes(path: str | os.PathLike, content: bytes) -> None:
     path = pathlib.Path(path)
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        with replacing(path) as unfinished, open(unfinished, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())  # otherwise a power loss could leave an empty file
+        with replacing(path) as unfinished:
+            unfinished.write_bytes(content)
     except OSError as error:
         raise cannot_write(path, error) from error
 
@@ -66,6 +64,8 @@ def replacing(path: str | os.PathLike) -> Iterator[pathlib.Path]:
         unfinished.touch()
         mode = (path if path.exists() else unfinished).stat().st_mode
         yield unfinished
+        with open(unfinished, "r+b") as file:
+            os.fsync(file.fileno())  # otherwise a power loss could leave an empty file
         unfinished.chmod(stat.S_IMODE(mode))
         os.replace(unfinished, path)
     finally:
