@@ -6,6 +6,7 @@ diffusers, and a .zip of any of these.  Work directories of this project are rea
 
 import contextlib
 import json
+import math
 import pathlib
 import re
 import tempfile
@@ -23,6 +24,7 @@ from meanflow.weights.sources import Source, choose_flax, from_flax_network, fro
 ORBAX = ("_METADATA", "manifest.ocdbt")  # a file in a tree that Orbax saved, current or old
 AGGREGATE = "checkpoint"  # the file in which Orbax before 0.5 kept small trees, as msgpack
 PLACEHOLDER = "PLACEHOLDER://"  # there, of an array that is stored beside it
+IN_FLIGHT = 2**27  # bytes that Orbax decompresses at a time, or twice its largest array
 DISTRIBUTED = ".metadata"  # the file of torch.distributed.checkpoint that lists its tensors
 DEPTH = 2  # of the items of a step, in a directory of steps
 STEP = re.compile(r"(?:.*\D)?(\d+)")  # the name of a directory of one step: 10, checkpoint_10, checkpoint-10
@@ -222,7 +224,7 @@ def read_orbax(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
     path = orbax_in(path)
     tree = read_aggregate(path / AGGREGATE)
     aggregated = tree is not None
-    handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=1))
+    handler = ocp.PyTreeCheckpointer()
     with named_as_damaged(path):
         if not aggregated:
             metadata: Any = handler.metadata(path.absolute())
@@ -236,7 +238,11 @@ def read_orbax(path: pathlib.Path, ema: int | None, prefix: str) -> Source:
         wanted = {id(leaf) for leaf in network.leaves.values()}
         item = map_leaves(lambda leaf: leaf if id(leaf) in wanted else ocp.PLACEHOLDER, tree)
         args = map_leaves(lambda _: ocp.RestoreArgs(restore_type=np.ndarray), tree)
+        # Orbax holds what it decompresses at a time twice, and refuses an array that alone is more.
+        sizes = (math.prod(leaf.shape) for leaf in network.leaves.values())
+        limit = max(16 * max(sizes, default=0), IN_FLIGHT)  # float64 has 8 bytes
         with named_as_damaged(path):
+            handler = ocp.Checkpointer(ocp.PyTreeCheckpointHandler(restore_concurrent_gb=limit / 1e9))  # pyright: ignore
             restored = handler.restore(path.absolute(), item=item, restore_args=args)
         arrays = dict(zip(map(id, leaves_of(tree)), leaves_of(restored), strict=True))
         network.leaves.update({name: arrays[id(leaf)] for name, leaf in network.leaves.items()})
