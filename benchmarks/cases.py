@@ -12,6 +12,7 @@ from meanflow.config import checks
 from meanflow.config import options as base
 from meanflow.config.networks import DIT_SIZES
 from meanflow.config.sections import find
+from meanflow.data import draws
 from meanflow.errors import UserError
 
 FLOW_MATCHING = "flow matching"
@@ -179,7 +180,7 @@ def make_batch(config: base.Config) -> dict[str, np.ndarray]:
         batch["augment"] = rng.standard_normal((num, c.augment_dim), np.float32)
     if "repa_dims" in c and c.repa_dims:
         batch["features"] = rng.standard_normal((num, num_tokens(config), sum(c.repa_dims)), np.float32)
-    return batch
+    return batch | draws.of_process(config, step=0)
 
 
 def num_tokens(config: base.Config) -> int:

@@ -24,6 +24,7 @@ from jax_impl.devices import local_mesh, set_precision
 from jax_impl.methods import METHODS
 from jax_impl.sample import make_sampler
 from meanflow.config import store
+from meanflow.data import draws
 
 MATMULS = 8  # per run
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
@@ -103,8 +104,8 @@ def count_forward(config, batch):
     method = METHODS[config.method.name]
 
     def loss(params, batch):
-        draws = method.draw(jax.random.key(0), batch["image"].shape, config.method)
-        return method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]
+        data, drawn = draws.split(batch)
+        return method.loss(nnx.merge(graphdef, params), data, method.Draws(**drawn), config.method)[0]
 
     with jax.default_device(jax.devices("cpu")[0]):  # as in `count_step`
         cost: Any = jax.jit(loss).lower(params, batch).cost_analysis()

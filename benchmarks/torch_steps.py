@@ -20,6 +20,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import cases, measure
 from meanflow.config import store
+from meanflow.data import draws
 from torch_impl import step, weights
 from torch_impl.devices import choose_device, set_precision, start_torch
 from torch_impl.methods import METHODS
@@ -109,13 +110,12 @@ def _count(config, batch, backward):
     method = METHODS[config.method.name]
     loss = step.Loss(step.build_net(config), method, (SimpleNamespace(**config.method),)).to("meta")
     rows = step.put_batch(batch, torch.device("cpu"))
-    draws = method.draw(torch.Generator().manual_seed(0), rows["image"].shape, config.method)
-    rows, draws = {name: a.to("meta") for name, a in rows.items()}, method.Draws(*(a.to("meta") for a in draws))
+    rows, drawn = draws.split({name: a.to("meta") for name, a in rows.items()})
     counter: Any = FlopCounterMode(display=False)
     tracker: Any = contextlib.nullcontext()  # the default's hooks fail on modules whose parameters need no gradient
     tracker.parents, counter.mod_tracker = ("Global",), tracker
     with counter, torch.set_grad_enabled(backward):
-        value, _ = loss(rows, draws)
+        value, _ = loss(rows, method.Draws(**drawn))
         if backward:
             value.backward()
     return counter.get_total_flops()

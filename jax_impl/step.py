@@ -14,10 +14,10 @@ from jax.sharding import NamedSharding, PartitionSpec
 from jax_impl.devices import AXES, compiled_for, device_mesh, shard
 from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
-from jax_impl.methods.common import arrange
 from jax_impl.models import ARCHITECTURES, PROJECTIONS
 from jax_impl.models.tape import gather_outside_blocks
 from meanflow.config.stages import stages
+from meanflow.data import draws
 
 BATCH = PartitionSpec(AXES)  # batch rows over all devices
 
@@ -26,7 +26,7 @@ KEEP_BARRIERS = {"xla_disable_hlo_passes": "cse_barrier_expander"}
 
 
 class TrainState(NamedTuple):
-    """The optimisation state in a checkpoint; the draws of a step follow from its number and the seed."""
+    """The optimisation state in a checkpoint; its draws follow from the step and the seed."""
 
     step: jax.Array  # optimizer steps done
     params: Any  # nnx.State of the network, float32
@@ -154,25 +154,27 @@ def apply_gradients(state, grads, c):
     return TrainState(step, params, opt_state, emas), norm
 
 
-def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
+def make_train_step(config, graphdef, mesh, teacher=None):
     """Return the compiled step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b h w c] float32, 'label' [b] int32, and the loader's other features}, rows sharded over all
-    devices.  stage: index of the stage (see `stages`); each one compiles.  The state is donated.
-    draw: (key, shape, cfg) -> Draws; the method's own if None.
+    batch: {'image' [b h w c] float32, 'label' [b] int32, the loader's other features, and the step's draws (see
+    `draws.of_process`)}, rows sharded over all devices.  stage: index of the stage (see `stages`); each one compiles.
+    The state is donated.
     teacher: (graph definition, parameters) of a frozen network for the method's loss, or None.
-    Draws depend only on (seed, step) and micro-batches are taken within each device's shard, so the result does not
-    depend on the number of devices or micro-batches.
+    Micro-batches are taken within each device's shard; the result does not depend on their number or that of devices.
     """
     method, c, settings = METHODS[config.method.name], config.train, stages(config)
-    draw = draw or method.draw
+    dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
     rows_sharding, whole = NamedSharding(mesh, BATCH), NamedSharding(mesh, PartitionSpec())
 
-    def loss_fn(params, frozen, batch, draws, stage):
+    def loss_fn(params, frozen, batch, drawn, stage):
         net = gather_outside_blocks(nnx.merge(graphdef, params))
         given = {"teacher": nnx.merge(teacher[0], frozen)} if teacher else {}
-        loss, aux = method.loss(net, batch, draws, settings[stage].method, **given)
+        loss, aux = method.loss(net, batch, drawn, settings[stage].method, **given)
         return loss, measure(loss, aux)
+
+    def in_dtype(a):  # float64 steps have no float32 in them
+        return a.astype(dtype) if jnp.issubdtype(a.dtype, jnp.floating) else a
 
     def micro_batches(a):
         """[b ...] -> [accumulate b/accumulate ...]; each device keeps its rows."""
@@ -197,9 +199,8 @@ def make_train_step(config, graphdef, mesh, draw=None, teacher=None):
 
     def train_step(state, batch, stage=0, frozen=None):
         state = project(state, config)
-        key = jax.random.fold_in(jax.random.fold_in(jax.random.key(config.seed), 1), state.step)
-        draws = arrange(draw(key, batch["image"].shape, config.method), config.method)
-        rows = jax.lax.with_sharding_constraint((batch, draws), rows_sharding)
+        data, drawn = draws.split(jax.tree.map(in_dtype, batch))
+        rows = jax.lax.with_sharding_constraint((data, method.Draws(**drawn)), rows_sharding)
         if c.accumulate > 1:
             rows = jax.tree.map(micro_batches, rows)
         frozen = jax.lax.with_sharding_constraint(frozen, whole)

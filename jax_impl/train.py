@@ -32,6 +32,7 @@ from meanflow.commands.train import Termination
 from meanflow.config import checks
 from meanflow.config.workdir import check_workdir, open_workdir
 from meanflow.console_log import show_only_warnings
+from meanflow.data import draws
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
 from meanflow.data.prefetch import Prefetcher
@@ -54,8 +55,10 @@ def train(config, workdir):
     check_workdir(workdir, config, "jax", alone=not jax.distributed.is_initialized())
     checks.check_divisible(config, jax.device_count(), "devices")
     mesh = make_mesh(config)
-    loader = make_loader(config, config.train.batch_size, jax.process_index(), jax.process_count())
-    loader = Prefetcher(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch)
+    process = jax.process_index(), jax.process_count()
+    loader = make_loader(config, config.train.batch_size, *process)
+    draw = functools.partial(draws.of_process, config, process=process)
+    loader = Prefetcher(loader, functools.partial(put_batch, mesh=mesh), config.data.prefetch, draw)
     teacher = load_teacher(config, mesh)
     checkpoints = Checkpoints(workdir, config)
     graphdef, state, progress = start_state(config, mesh, checkpoints)

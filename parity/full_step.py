@@ -11,7 +11,6 @@ Exit code 0 if all agree to 1e-4, 1 if not, 2 for a usage error.
 
 import argparse
 import copy
-import functools
 import itertools
 import sys
 import time
@@ -19,7 +18,6 @@ from collections.abc import Sequence
 from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 import torch
 from flax import nnx
@@ -29,7 +27,7 @@ from jax_impl import devices as jax_devices
 from jax_impl import sample as jax_sample
 from jax_impl import step as jax_step
 from jax_impl import weights as jax_weights
-from jax_impl.methods import METHODS as JAX_METHODS
+from meanflow.data import draws
 from meanflow.errors import UserError, exit_on_user_error
 from parity.adapters import frameworks
 from parity.adapters.frameworks import FRAMEWORKS
@@ -39,7 +37,6 @@ from torch_impl import devices as torch_devices
 from torch_impl import sample as torch_sample
 from torch_impl import step as torch_step
 from torch_impl import weights as torch_weights
-from torch_impl.methods import METHODS as TORCH_METHODS
 
 BOUND = 1e-4
 FLOOR = 1e-3  # fraction of the full gradient's norm: the least norm that differences are measured against
@@ -92,13 +89,13 @@ def compare(config, platforms: Sequence[str] = ("cpu",)) -> bool:
     tables = FRAMEWORKS["torch"].tables(FRAMEWORKS["torch"].build(config, canonical))
     num_parameters = sum(a.size for name, a in canonical.items() if name not in tables)
     print(f"{config.model.name}: {num_parameters / 1e6:.2f} million parameters", flush=True)
-    batch, draws = random_rows(config)
+    batch = random_rows(config)
     results = {}
     for platform, (framework, take) in itertools.product(platforms, (("jax", jax_result), ("torch", torch_result))):
         name = f"{framework}, {platform}"
         chosen = copy.deepcopy(config)
         chosen.train.compile &= platform == platforms[-1]
-        found = take(chosen, canonical, batch, draws, platform)
+        found = take(chosen, canonical, batch, platform)
         results[name] = found._replace(grads={key: g for key, g in found.grads.items() if key not in tables})
         first, second = found.seconds
         print(f"{name}: {first:.0f} s with compilation, then {second:.2f} s a step", flush=True)
@@ -149,8 +146,8 @@ def random_weights(config) -> dict[str, np.ndarray]:
     return weights
 
 
-def random_rows(config) -> tuple[dict, dict]:
-    """Return a batch and its draws, by name."""
+def random_rows(config) -> dict:
+    """Return a batch with its draws, by name."""
     c, num, rng = config.model, config.train.batch_size, np.random.RandomState(1)
     shape = (num, c.input_size, c.input_size, c.channels)
     batch = {
@@ -162,26 +159,19 @@ def random_rows(config) -> tuple[dict, dict]:
     if "repa_dims" in c and c.repa_dims:
         tokens = (c.input_size // c.patch_size) ** 2
         batch["features"] = rng.normal(size=(num, tokens, sum(c.repa_dims))).astype(np.float32)
-    draw = functools.partial(JAX_METHODS[config.method.name].draw, shape=shape, cfg=config.method)
-    shapes = jax.eval_shape(lambda: draw(jax.random.key(0)))._asdict()
-    normals = ("noise",) if config.method.time_sampler == "uniform" else ("noise", "times")
     if config.method.name == "rectified":
-        normals, batch["noise"] = ("interval",), rng.normal(size=shape).astype(np.float32)
-    draws = {
-        name: (rng.normal if name.startswith(normals) else rng.uniform)(size=a.shape) for name, a in shapes.items()
-    }
-    return batch, {name: a.astype(np.float32) for name, a in draws.items()}
+        batch["noise"] = rng.normal(size=shape).astype(np.float32)
+    return batch | draws.of_process(config, step=0)
 
 
-def jax_result(config, canonical, batch, draws, platform="cpu") -> Outcome:
+def jax_result(config, canonical, batch, platform="cpu") -> Outcome:
     """Return the outcome of JAX on a platform, `cpu` or `gpu`."""
     [device, *_] = jax.devices(platform)
     mesh = jax_devices.local_mesh([device])
     with jax.default_device(device):
         graphdef, fresh = jax_step.build_net(config)
         net = nnx.merge(graphdef, fresh)
-        given = JAX_METHODS[config.method.name].Draws(**{name: jnp.asarray(a) for name, a in draws.items()})
-        train_step = jax_step.make_train_step(config, graphdef, mesh, draw=lambda *_: given)
+        train_step = jax_step.make_train_step(config, graphdef, mesh)
         seconds = []
         for _ in range(2):  # of the same state
             params = jax_weights.from_canonical(net, canonical)
@@ -199,13 +189,10 @@ def jax_result(config, canonical, batch, draws, platform="cpu") -> Outcome:
     return Outcome(jax.tree.map(np.asarray, metrics), grads, np.asarray(samples), seconds)
 
 
-def torch_result(config, canonical, batch, draws, platform="cpu") -> Outcome:
+def torch_result(config, canonical, batch, platform="cpu") -> Outcome:
     """Return that of PyTorch."""
     device = torch.device(PLATFORMS[platform])
-    given = {name: torch.from_numpy(a) for name, a in draws.items()}
-    given = {name: a.permute(0, 3, 1, 2).contiguous() if a.ndim == 4 else a for name, a in given.items()}
-    given = TORCH_METHODS[config.method.name].Draws(**{name: a.to(device) for name, a in given.items()})
-    train_step = torch_step.make_train_step(config, draw=lambda *_: given)
+    train_step = torch_step.make_train_step(config)
     params = torch_weights.from_canonical(torch_step.build_net(config), canonical)
     state = torch_step.create_state(config, None, device, params)
     results, seconds = [], []

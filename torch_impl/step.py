@@ -19,14 +19,14 @@ from torch.nn.parallel import DistributedDataParallel
 
 from meanflow.commands import cluster
 from meanflow.config.stages import stages
+from meanflow.data import draws
 from torch_impl.measures import measure, of_kinds
 from torch_impl.methods import METHODS
-from torch_impl.methods.common import arrange
 from torch_impl.models import ARCHITECTURES, PROJECTIONS
 
 
 class TrainState(NamedTuple):
-    """The optimisation state in a checkpoint; the draws of a step follow from its number and the seed."""
+    """The optimisation state in a checkpoint; its draws follow from the step and the seed."""
 
     step: int  # optimizer steps done
     net: nn.Module  # the bare network, float32 parameters
@@ -47,10 +47,10 @@ class Loss(nn.Module):
         super().__init__()
         self.net, self.method, self.settings, self.teacher = net, method, settings, teacher
 
-    def forward(self, batch, draws, stage=0):
+    def forward(self, batch, drawn, stage=0):
         """Return the mean loss of the rows in a stage, and the scalars to log."""
         given = {} if self.teacher is None else {"teacher": self.teacher}
-        loss, aux = self.method.loss(self.net, batch, draws, self.settings[stage], **given)
+        loss, aux = self.method.loss(self.net, batch, drawn, self.settings[stage], **given)
         return loss, measure(loss.detach(), aux)
 
 
@@ -203,36 +203,35 @@ def apply_gradients(state, c):
     return state._replace(step=step), norm
 
 
-def make_train_step(config, draw=None):
+def make_train_step(config):
     """Return the step: (state, batch, stage=0) -> (state, metrics).
 
-    batch: {'image' [b c h w] float32, 'label' [b] int, and the loader's other features}, this process's rows.  stage:
-    index of the stage (see `stages`); each one compiles.  The state's tensors change in place.
-    draw: (key, shape, cfg) -> Draws; the method's own if None.
-    Draws depend only on (seed, step) and each process takes its rows of them, so the result does not depend on the
-    number of processes or micro-batches.  Metrics are scalars: tensors on the device, averaged over this process's rows
-    until `reduce_metrics`, or numbers known to the host.  A step does not wait for the device.
+    batch: {'image' [b c h w] float32, 'label' [b] int, the loader's other features, and the step's draws (see
+    `draws.of_process`)}, this process's rows.  stage: index of the stage (see `stages`); each one compiles.  The
+    state's tensors change in place.
+    The result does not depend on the number of processes or micro-batches.  Metrics are scalars: tensors on the device,
+    averaged over this process's rows until `reduce_metrics`, or numbers known to the host.  A step does not wait for
+    the device.
     """
     method, c, settings = METHODS[config.method.name], config.train, stages(config)
-    draw, type_of_draws = draw or method.draw, method.Draws
+    dtype = torch.float64 if config.model.compute_dtype == "float64" else torch.float32
 
-    def gradients(state, batch, draws, stage):
+    def gradients(state, batch, stage):
         total = {}
-        parts = [a.chunk(c.accumulate) for a in (*batch.values(), *draws)]
+        parts = [a.chunk(c.accumulate) for a in batch.values()]
         for i, rows in enumerate(zip(*parts, strict=True)):
             with synchronised(state.loss, i == c.accumulate - 1):
-                micro_batch = dict(zip(batch, rows[: len(batch)], strict=True))
-                loss, metrics = state.loss(micro_batch, type_of_draws(*rows[len(batch) :]), stage)
+                data, drawn = draws.split(dict(zip(batch, rows, strict=True)))
+                loss, metrics = state.loss(data, method.Draws(**drawn), stage)
                 (loss / c.accumulate).backward()
             total = {name: total.get(name, 0) + a / c.accumulate for name, a in metrics.items()}
         return total
 
     def train_step(state, batch, stage=0):
-        state, x = project(state, config), batch["image"]
-        rank, world = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
-        key = torch.Generator(x.device).manual_seed(fold(config.seed, 1, state.step))
-        draws = arrange(draw(key, (world * len(x), *x.shape[1:]), config.method), config.method)
-        metrics = gradients(state, batch, [a[rank * len(x) : (rank + 1) * len(x)] for a in draws], stage)
+        state = project(state, config)
+        # Float64 steps have no float32 in them.
+        batch = {name: a.to(dtype) if a.is_floating_point() else a for name, a in batch.items()}
+        metrics = gradients(state, batch, stage)
         rate = learning_rate(state.step, c)
         state, norm = apply_gradients(state, settings[stage].train)
         return state, metrics | {"grad_norm": norm, "learning_rate": rate}
@@ -274,7 +273,7 @@ def put_batch(batch, device):
     """
     rows = {name: torch.from_numpy(np.ascontiguousarray(a)) for name, a in batch.items()}
     rows = copy_beside(rows, device) if device.type == "cuda" else {name: a.to(device) for name, a in rows.items()}
-    images = {name: rows[name].permute(0, 3, 1, 2) for name in ("image", "noise") if name in rows}
+    images = {name: a.permute(0, 3, 1, 2) for name, a in rows.items() if a.ndim == 4}
     return rows | images | {"label": rows["label"].long()}
 
 

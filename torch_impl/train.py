@@ -25,6 +25,7 @@ from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import run, workdir
 from meanflow.config.workdir import check_workdir, open_workdir
 from meanflow.console_log import setup_logging, show_only_warnings
+from meanflow.data import draws
 from meanflow.data.examples import with_latents
 from meanflow.data.loader import make_loader
 from meanflow.data.prefetch import Prefetcher
@@ -62,8 +63,10 @@ def train(config, workdir, device):
     check_workdir(workdir, config, "torch", alone=dist.get_world_size() == 1)
     checks.check_divisible(config, dist.get_world_size(), "processes")
     mesh = make_mesh(config, device)
-    loader = make_loader(config, config.train.batch_size, dist.get_rank(), dist.get_world_size())
-    loader = Prefetcher(loader, functools.partial(put_batch, device=device), config.data.prefetch)
+    process = dist.get_rank(), dist.get_world_size()
+    loader = make_loader(config, config.train.batch_size, *process)
+    draw = functools.partial(draws.of_process, config, process=process)
+    loader = Prefetcher(loader, functools.partial(put_batch, device=device), config.data.prefetch, draw)
     checkpoints = Checkpoints(workdir, config)
     state, progress = start_state(config, mesh, device, checkpoints)
     reports = make_reports(config, device, workdir)

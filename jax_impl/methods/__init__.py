@@ -1,4 +1,4 @@
-"""Methods, one file per system: draw, loss, loss_reference and sample; see docs/methods.md."""
+"""Methods, one file per system: loss, loss_reference and sample; see docs/methods.md."""
 
 from jax_impl.methods import decoupled, flow, improved, meanflow, rectified
 

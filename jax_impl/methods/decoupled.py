@@ -17,7 +17,6 @@ from jax.lax import stop_gradient
 from jax_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     interleave,
@@ -32,7 +31,7 @@ from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from jax_impl.methods.samplers import sample_flow_map as sample
 from meanflow.sampling.steps import flow_map_steps as sampling_steps
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -43,18 +42,6 @@ class Draws(NamedTuple):
     times: jax.Array  # [b 2] unit normals, or uniforms (time_sampler = uniform), of the MeanFlow term
     times_flow: jax.Array  # [b] the same of the flow term
     drop: jax.Array  # [b] uniforms: which rows lose their label, in both terms
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
-    keys = jax.random.split(key, 5)
-    return Draws(
-        noise=jax.random.normal(keys[0], shape),
-        noise_flow=jax.random.normal(keys[1], shape),
-        times=draw_times(keys[2], (shape[0], 2), cfg),
-        times_flow=draw_times(keys[3], shape[:1], cfg),
-        drop=jax.random.uniform(keys[4], shape[:1]),
-    )
 
 
 def loss(net, batch, draws, cfg, teacher=None):

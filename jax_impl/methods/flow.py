@@ -9,12 +9,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from jax_impl.methods.common import draw_times, drop_labels, path, sum_squares, to_time
+from jax_impl.methods.common import drop_labels, path, sum_squares, to_time
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from jax_impl.methods.samplers import sample_flow as sample
 from meanflow.sampling.steps import flow_steps as sampling_steps
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -23,14 +23,6 @@ class Draws(NamedTuple):
     noise: jax.Array  # [b h w c] unit normals
     times: jax.Array  # [b] unit normals, or uniforms (time_sampler = uniform)
     drop: jax.Array  # [b] uniforms: which rows lose their label
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
-    noise, times, drop = jax.random.split(key, 3)
-    return Draws(
-        jax.random.normal(noise, shape), draw_times(times, shape[:1], cfg), jax.random.uniform(drop, shape[:1])
-    )
 
 
 def loss(net, batch, draws, cfg):

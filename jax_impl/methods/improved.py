@@ -23,7 +23,6 @@ from jax.lax import stop_gradient
 from jax_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     is_flow,
@@ -39,7 +38,7 @@ from jax_impl.methods.common import (
 from jax_impl.methods.samplers import integrate
 from meanflow.sampling.steps import flow_map_steps as sampling_steps
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -52,16 +51,6 @@ class Draws(NamedTuple):
     omega: jax.Array  # [b] uniforms: guidance scales
     t_min: jax.Array  # [b] uniforms: starts of guidance intervals
     t_max: jax.Array  # [b] uniforms: their ends
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
-    noise, times, *uniforms = jax.random.split(key, 7)
-    return Draws(
-        jax.random.normal(noise, shape),
-        draw_times(times, (shape[0], 2), cfg),
-        *(jax.random.uniform(key, shape[:1]) for key in uniforms),
-    )
 
 
 def loss(net, batch, draws, cfg):

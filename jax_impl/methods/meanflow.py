@@ -17,7 +17,6 @@ from jax.lax import stop_gradient
 from jax_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     join,
@@ -33,7 +32,7 @@ from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from jax_impl.methods.samplers import sample_flow_map as sample
 from meanflow.sampling.steps import flow_map_steps as sampling_steps
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -44,18 +43,6 @@ class Draws(NamedTuple):
     coin: jax.Array  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: jax.Array  # [b] uniforms: which rows lose their label
     dropout: jax.Array  # [b] uniforms: seeds of the network's dropout masks
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
-    keys = jax.random.split(key, 4)
-    return Draws(
-        noise=jax.random.normal(keys[0], shape),
-        times=draw_times(keys[1], (shape[0], 2), cfg),
-        coin=jax.random.uniform(keys[2], shape[:1]),
-        drop=jax.random.uniform(keys[3], shape[:1]),
-        dropout=jax.random.uniform(jax.random.fold_in(key, 4), shape[:1]),
-    )
 
 
 def loss(net, batch, draws, cfg):

@@ -29,7 +29,7 @@ from jax_impl.methods.samplers import integrate
 from jax_impl.methods.samplers import no_conditions as sampling_conditions
 from meanflow.sampling.steps import flow_map_steps
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
 
 TIME_MAX = 80 / 81  # t of the largest sigma of the teacher's noise, 80
 STEEPNESS = 4.0  # a of the exponential density exp(a t) whose sum with its mirror image is the U
@@ -45,13 +45,6 @@ class Draws(NamedTuple):
     coin: jax.Array  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: jax.Array  # [b] uniforms: which rows lose their label
     omega: jax.Array  # [b] uniforms, of the guidance scale (omega_sampler = uniform)
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b h w c).  The only random function."""
-    keys = jax.random.split(key, len(Draws._fields))
-    uniform = {name: jax.random.uniform(k, shape[:1]) for name, k in zip(Draws._fields, keys, strict=True)}
-    return Draws(**uniform | {"interval": jax.random.normal(keys[2], shape[:1])})
 
 
 def loss(net, batch, draws, cfg):

@@ -55,7 +55,7 @@ class Loader(Iterator):
         self._identity = identity
         self._num_workers = num_workers
         self._encode = encode
-        self._step = 0
+        self.step = 0  # of the next batch
         self._iterator = None
 
     def __next__(self) -> dict[str, np.ndarray]:
@@ -68,7 +68,7 @@ class Loader(Iterator):
                 raise
             self._do_without(int(lost[1]))
             batch = self._read()
-        self._step += 1
+        self.step += 1
         # Worker processes return a subclass of Grain's; a plain view of it keeps the shared memory alive.
         batch = {key: np.asarray(value) for key, value in batch.items()}
         if self._encode:
@@ -77,7 +77,7 @@ class Loader(Iterator):
 
     def get_state(self) -> str:
         """Return the position after the last batch returned, as JSON text; the same in every process."""
-        return json.dumps({"step": self._step} | self._identity)
+        return json.dumps({"step": self.step} | self._identity)
 
     def set_state(self, state: str) -> None:
         """Continue exactly after the batch at which `state` was taken, whatever the number of processes or workers.
@@ -92,7 +92,7 @@ class Loader(Iterator):
                     "a new work directory"
                 )
         self.close()
-        self._step = saved["step"]
+        self.step = saved["step"]
 
     def close(self) -> None:
         """Stop the threads and worker processes; the next batch starts them again."""
@@ -121,7 +121,7 @@ class Loader(Iterator):
 
     def _start(self) -> grain.DatasetIterator:
         # A batch depends only on its step, so resuming means slicing and needs no state of Grain's.
-        batches = self._batches[self._step :].to_iter_dataset(READ_OPTIONS)
+        batches = self._batches[self.step :].to_iter_dataset(READ_OPTIONS)
         if self._num_workers > 0:
             if not flags.FLAGS.is_parsed():
                 flags.FLAGS.mark_as_parsed()  # Grain reads its absl flags; outside absl.app they keep their defaults

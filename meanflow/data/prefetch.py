@@ -17,9 +17,15 @@ class Prefetcher(Iterator):
     batches are on the device at once.
     """
 
-    def __init__(self, loader: Loader, put: Callable[[dict[str, np.ndarray]], Any], depth: int = 2):
-        """depth: 0 reads each batch when it is asked for, without a thread."""
-        self._loader, self._put, self._depth = loader, put, depth
+    def __init__(
+        self,
+        loader: Loader,
+        put: Callable[[dict[str, np.ndarray]], Any],
+        depth: int = 2,
+        draw: Callable[[int], dict[str, np.ndarray]] | None = None,
+    ):
+        """depth: 0 reads each batch when it is asked for, without a thread.  draw: (step) -> what joins the data."""
+        self._loader, self._put, self._depth, self._draw = loader, put, depth, draw
         self._state = loader.get_state()
         self._thread = None
         self._pending = collections.deque()
@@ -58,5 +64,6 @@ class Prefetcher(Iterator):
         self._loader.close()
 
     def _read(self) -> tuple[Any, str]:
-        batch = self._put(next(self._loader))
-        return batch, self._loader.get_state()
+        drawn = self._draw(self._loader.step) if self._draw else None
+        batch = next(self._loader)
+        return self._put(batch if drawn is None else batch | drawn), self._loader.get_state()

@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from meanflow.data.draws import arrange
 from meanflow.sampling import edm, steps
 
 
@@ -231,8 +232,8 @@ class Adapter(abc.ABC):
 
     def _draws(self, net, method, draws, cfg):
         """Return the method's draws, arranged as a step arranges them; those not given are None."""
-        draws = method.Draws(**dict.fromkeys(method.Draws._fields) | self._by_name(net, draws))
-        return self.impl.common.arrange(draws, cfg)
+        draws = self._by_name(net, arrange(draws, cfg))
+        return method.Draws(**dict.fromkeys(method.Draws._fields) | draws)
 
     @abc.abstractmethod
     def sees_gpu(self) -> bool:

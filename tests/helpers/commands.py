@@ -86,14 +86,18 @@ class Launcher:
 
     def start_two(self, framework, *argv, own=((), ())):
         """Start a command in two processes, as torchrun does or by hand; return them.  own: more arguments of each."""
+        return self.start_processes(framework, 2, *argv, own=own)
+
+    def start_processes(self, framework, num, *argv, own=()):
+        """Do the same in `num` processes."""
         with socket.socket() as server:
             server.bind(("localhost", 0))
-            port = str(server.getsockname()[1])
+            port, own = str(server.getsockname()[1]), own or [()] * num
         if framework == "torch":
-            env = {"WORLD_SIZE": "2", "MASTER_ADDR": "localhost", "MASTER_PORT": port}
-            return [self.start(*argv, *own[rank], **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(2)]
-        joined = (f"--coordinator=localhost:{port}", "--num_processes=2")
-        return [self.start(*argv, *own[process], *joined, f"--process={process}") for process in range(2)]
+            env = {"WORLD_SIZE": str(num), "MASTER_ADDR": "localhost", "MASTER_PORT": port}
+            return [self.start(*argv, *own[rank], **env, RANK=str(rank), LOCAL_RANK=str(rank)) for rank in range(num)]
+        joined = (f"--coordinator=localhost:{port}", f"--num_processes={num}")
+        return [self.start(*argv, *own[process], *joined, f"--process={process}") for process in range(num)]
 
     def run(self, *argv, **env):
         """Run a command to its end; return it."""

@@ -15,6 +15,7 @@ import numpy as np
 
 from jax_impl import step
 from meanflow.config import store
+from meanflow.data import draws
 
 KINDS = "all-reduce|all-gather|reduce-scatter|collective-permute|all-to-all|collective-broadcast"
 
@@ -26,7 +27,7 @@ def measure(config):
     size, rows = config.model.input_size, config.train.batch_size
     images = np.zeros((rows, size, size, config.model.channels), np.float32)
     batch = {"image": images, "label": np.zeros(rows, int)}
-    batch |= {"noise": images} if config.method.name == "rectified" else {}
+    batch |= ({"noise": images} if config.method.name == "rectified" else {}) | draws.of_process(config, 0)
     compiled = step.make_train_step(config, graphdef, mesh).lower(state, step.put_batch(batch, mesh)).compile()
     found = re.findall(rf"[ )] ?({KINDS})(?:-start)?\(", compiled.as_text())
     after = jax.tree.leaves(compiled.output_shardings[0])

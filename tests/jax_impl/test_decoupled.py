@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import make_draws
 import numpy as np
 import pytest
 
@@ -19,7 +20,7 @@ def settings(**changes):
 
 
 def draws(cfg, seed=0):
-    return decoupled.draw(jax.random.key(seed), (8, 2, 2, 1), cfg)
+    return make_draws.in_jax(cfg, (8, 2, 2, 1), seed)
 
 
 def batch():

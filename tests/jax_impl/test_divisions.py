@@ -8,6 +8,7 @@ import pytest
 
 from jax_impl import measures, step
 from meanflow.config import division
+from meanflow.data import draws
 
 COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6, "method.time_order": "truncated"}
 FRONT = {"method.label_drop": "front", "method.label_drop_prob": 0.4}
@@ -40,7 +41,7 @@ def rows_of(config):
     rng = np.random.RandomState(0)
     tokens = (config.model.input_size // config.model.patch_size) ** 2
     more = {"features": rng.randn(16, tokens, sum(config.model.repa_dims))} if config.method.name == "flow" else {}
-    return {"image": rng.randn(16, 8, 8, 1), "label": rng.randint(0, 10, 16)} | more
+    return {"image": rng.randn(16, 8, 8, 1), "label": rng.randint(0, 10, 16)} | more | draws.of_process(config, 0)
 
 
 def taken(config, accumulate):

@@ -2,10 +2,11 @@
 
 import jax
 import jax.numpy as jnp
+import make_draws
 import numpy as np
 import pytest
 
-from jax_impl.methods import common, improved
+from jax_impl.methods import improved
 from jax_impl.models.tape import under_jvp
 from meanflow.config import options
 
@@ -19,7 +20,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return common.arrange(improved.draw(jax.random.key(seed), (batch_size, 2, 2, 1), cfg), cfg)
+    return make_draws.in_jax(cfg, (batch_size, 2, 2, 1), seed)
 
 
 def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():

@@ -1,7 +1,7 @@
 """What MeanFlow's parts promise, beyond what the parity suite compares."""
 
-import jax
 import jax.numpy as jnp
+import make_draws
 import numpy as np
 import pytest
 
@@ -19,7 +19,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return common.arrange(meanflow.draw(jax.random.key(seed), (batch_size, 4, 4, 1), cfg), cfg)
+    return make_draws.in_jax(cfg, (batch_size, 4, 4, 1), seed)
 
 
 @pytest.mark.parametrize("sampler", ["logit_normal", "uniform"])

@@ -2,6 +2,7 @@
 
 import jax
 import jax.numpy as jnp
+import make_draws
 import numpy as np
 import pytest
 
@@ -26,7 +27,7 @@ def settings(**changes):
 
 
 def draws(cfg, num=8, seed=0):
-    return rectified.draw(jax.random.key(seed), (num, 2, 2, 1), cfg)
+    return make_draws.in_jax(cfg, (num, 2, 2, 1), seed)
 
 
 def batch():

@@ -14,6 +14,7 @@ from jax_impl import step
 from jax_impl.methods import rectified
 from jax_impl.models import edm2
 from meanflow.config import options, store
+from meanflow.data import draws
 
 CHANGES = {
     "model.input_size": 4, "model.width": 4, "model.channel_mult": (1,), "model.dropout": 0.4,
@@ -46,8 +47,9 @@ def trained(num_steps=2, **changes):
     train_step = compiled(store.to_json(config))
     rng = np.random.RandomState(0)
     metrics = {}
-    for _ in range(num_steps):
+    for i in range(num_steps):
         batch = {"image": rng.randn(16, 4, 4, 1), "label": rng.randint(0, 10, 16), "augment": rng.randn(16, 6)}
+        batch |= draws.of_process(config, i)
         state, metrics = train_step(state, step.put_batch(batch, mesh))
     return state, {name: float(a) for name, a in metrics.items()}
 
@@ -115,7 +117,7 @@ def test_learning_rates(schedule, end, at, expected):
 STAGES = {
     "model.compute_dtype": "float64", "method.stage1_steps": 3, "train.learning_rate": 1e-2, "train.clip_norm": 1e-3,
     "train.clip_stage": "guided", "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.ema_decays": (0.5,),
-    "train.schedule": "constant",
+    "train.schedule": "constant", "train.batch_size": 8,
 }  # fmt: skip
 
 
@@ -155,7 +157,7 @@ def staged():
         begun = jax.tree.map(jnp.copy, state)._replace(params=params, emas=(jax.tree.map(jnp.copy, params),))
         return jax.device_put(begun, step.state_shardings(begun, mesh))
 
-    return step.make_train_step(config, graphdef, mesh), mesh, start
+    return step.make_train_step(config, graphdef, mesh), mesh, start, config
 
 
 def flat(params):
@@ -167,11 +169,12 @@ def step_of_stage(monkeypatch, stage, factor=1.0, num_steps=1):
     """Return {path: array} before and after some steps of a stage, their first moments, the EMA, and the metrics."""
     monkeypatch.setattr(rectified, "loss", error_of_forwards)
     monkeypatch.setitem(step.ARCHITECTURES, "edm2", Layers)
-    train_step, mesh, start = staged()
+    train_step, mesh, start, config = staged()
     state, rng, metrics = start(factor), np.random.RandomState(0), {}
     before = flat(state.params)
-    for _ in range(num_steps):
+    for i in range(num_steps):
         batch = {"image": rng.randn(8, 4, 4, 1), "noise": rng.randn(8, 4, 4, 1), "label": rng.randint(0, 10, 8)}
+        batch |= draws.of_process(config, i)
         state, metrics = train_step(state, step.put_batch(batch, mesh), stage)
     trees = (before, flat(state.params), flat(optax.tree.get(state.opt_state, "mu")), flat(state.emas[0]))
     return *trees, {name: float(a) for name, a in metrics.items()}

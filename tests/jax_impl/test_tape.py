@@ -5,6 +5,7 @@ import threading
 
 import jax
 import jax.numpy as jnp
+import make_draws
 import numpy as np
 import pytest
 import tiny
@@ -16,6 +17,7 @@ from jax_impl.models import dit
 from jax_impl.models.layers import Linear
 from jax_impl.models.tape import name_layers, under_jvp
 from meanflow.config import checks
+from meanflow.data import draws
 
 TRANSFORMER = {"model.depth": 2, "model.width": 16, "model.num_heads": 2}
 NETWORKS = {
@@ -87,7 +89,7 @@ def loss_of(config, graphdef, params):
     method, shape = METHODS[config.method.name], (8, c.input_size, c.input_size, c.channels)
     batch = {name: jnp.asarray(rng.standard_normal(shape)) for name in ("image", "noise")}
     batch |= {"label": jnp.arange(8) % 10, "augment": jnp.asarray(rng.standard_normal((8, 6)))}
-    draws = method.draw(jax.random.key(0), shape, config.method)
+    draws = make_draws.in_jax(config.method, shape, 0)
     return jax.jit(jax.grad(lambda params: method.loss(nnx.merge(graphdef, params), batch, draws, config.method)[0]))
 
 
@@ -129,7 +131,7 @@ def planned(config):
     mesh = step.make_mesh(config)
     graphdef, state = step.create_state(config, mesh)
     shape = (config.train.batch_size, config.model.input_size, config.model.input_size, config.model.channels)
-    batch = {"image": np.zeros(shape), "label": np.zeros(shape[0], np.int32)}
+    batch = {"image": np.zeros(shape), "label": np.zeros(shape[0], np.int32)} | draws.of_process(config, 0)
     compiled = step.make_train_step(config, graphdef, mesh).lower(state, step.put_batch(batch, mesh)).compile()
     return compiled.memory_analysis().temp_size_in_bytes
 

@@ -2,6 +2,7 @@
 
 import math
 
+import make_draws
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ def settings(**changes):
 
 
 def draws(cfg, seed=0):
-    return decoupled.draw(torch.Generator().manual_seed(seed), (8, 1, 2, 2), cfg)
+    return make_draws.in_torch(cfg, (8, 1, 2, 2), seed)
 
 
 def batch():

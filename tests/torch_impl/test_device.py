@@ -10,9 +10,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from meanflow.config.stages import stages
+from meanflow.data import draws
 from torch_impl import step, weights
 from torch_impl.measures import FRACTION
-from torch_impl.methods import METHODS
 from torch_impl.sample import make_sampler
 
 META = torch.device("meta")
@@ -77,7 +77,7 @@ def make_batch(config):
     }
     if "repa_dims" in c and c.repa_dims:
         batch["features"] = np.zeros((rows, (c.input_size // c.patch_size) ** 2, sum(c.repa_dims)), np.float32)
-    return batch
+    return batch | draws.of_process(config, 0)
 
 
 @pytest.fixture
@@ -95,16 +95,13 @@ def read_backs(monkeypatch):
     return sizes
 
 
-def test_a_step_stays_on_its_device(config, monkeypatch, read_backs, tiny, tiny_flow):
+def test_a_step_stays_on_its_device(config, read_backs, tiny, tiny_flow):
     """Forward, JVP, backward, optimizer, EMA and metrics; one window of metrics is one read-back."""
-    method, host = METHODS[config.method.name], torch.Generator()
-    monkeypatch.setattr(torch, "Generator", lambda device: host)  # there is none for META
     batch = step.put_batch(make_batch(config), META)
     distilled = config.method.name == "decoupled" and config.method.guidance_type == "distill"
     teacher = step.build_net(tiny(tiny_flow)).to(META).requires_grad_(False) if distilled else None
     state = step.create_state(config, None, META, teacher=teacher)
-    draws = method.Draws(*(a.to(META) for a in method.draw(host, batch["image"].shape, config.method)))
-    train_step, window = step.make_train_step(config, draw=lambda *_: draws), []
+    train_step, window = step.make_train_step(config), []
     with OneDevice() as mode:
         for stage in range(len(stages(config))):
             state, metrics = train_step(state, batch, stage)

@@ -1,12 +1,14 @@
 """A step is the step of the whole batch, into however many micro-batches that is divided, for every method."""
 
+import make_draws
 import numpy as np
 import pytest
 import torch
 
 from meanflow.config import division
+from meanflow.data import draws
 from torch_impl import measures, step
-from torch_impl.methods import METHODS, common
+from torch_impl.methods import common
 
 COIN = {"method.flow_rows": "coin", "method.flow_fraction": 0.6}
 FRONT = {"method.label_drop": "front", "method.label_drop_prob": 0.4}
@@ -47,7 +49,7 @@ def rows_of(config):
     if "repa_dims" in config.model:
         tokens = (config.model.input_size // config.model.patch_size) ** 2
         more["features"] = rng.randn(16, tokens, sum(config.model.repa_dims))
-    return {"image": images, "label": rng.randint(0, 10, 16)} | more
+    return {"image": images, "label": rng.randint(0, 10, 16)} | more | draws.of_process(config, 0)
 
 
 def taken(config, accumulate):
@@ -79,8 +81,7 @@ def test_micro_batches_take_the_step_of_the_batch(config):
 @pytest.mark.parametrize("name", ["split", "front", "coin"])
 def test_the_flow_rows_of_a_part_are_the_part_of_the_flow_rows(tiny, name, parts):
     c = tiny({"method.flow_rows": name, "method.label_drop": "front"}).method
-    draws = METHODS["meanflow"].draw(torch.Generator().manual_seed(0), (64, 1, 2, 2), c)
-    draws = common.arrange(draws, c)
+    draws = make_draws.in_torch(c, (64, 1, 2, 2))
     pieces = [type(draws)(*rows) for rows in zip(*(a.chunk(parts) for a in draws), strict=True)]
     assert torch.equal(torch.cat([common.is_flow(piece, c) for piece in pieces]), common.is_flow(draws, c))
     labels = [common.drop_labels(torch.arange(64 // parts), piece, 99, c)[1] for piece in pieces]

@@ -4,6 +4,7 @@ import importlib
 import importlib.util
 import sys
 
+import make_draws
 import pytest
 import tiny
 import torch
@@ -126,7 +127,7 @@ def gradients(model, method, attention, kernel):
     for p in net.parameters():
         p.data.normal_(0, 0.1, generator=generator)
     batch = {"image": torch.randn(8, 1, 8, 8, generator=generator), "label": torch.arange(8)}
-    draws = METHODS[method].draw(generator, batch["image"].shape, config.method)
+    draws = make_draws.in_torch(config.method, batch["image"].shape)
     loss, aux = METHODS[method].loss(net, batch, draws, config.method)
     loss.backward()
     assert aux["du_dt"].any()

@@ -2,6 +2,7 @@
 
 import math
 
+import make_draws
 import numpy as np
 import pytest
 import torch
@@ -17,7 +18,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return flow.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 2, 2), cfg)
+    return make_draws.in_torch(cfg, (batch_size, 1, 2, 2), seed)
 
 
 def batch_of(num):

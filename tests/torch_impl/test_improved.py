@@ -2,6 +2,7 @@
 
 import math
 
+import make_draws
 import numpy as np
 import pytest
 import torch
@@ -18,7 +19,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return common.arrange(improved.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 2, 2), cfg), cfg)
+    return make_draws.in_torch(cfg, (batch_size, 1, 2, 2), seed)
 
 
 def test_a_draw_is_a_function_of_its_key_and_no_two_draws_are_the_same():

@@ -1,5 +1,6 @@
 """What MeanFlow's parts promise, beyond what the parity suite compares."""
 
+import make_draws
 import numpy as np
 import pytest
 import torch
@@ -16,7 +17,7 @@ def settings(**changes):
 
 
 def draws(batch_size, cfg, seed=0):
-    return common.arrange(meanflow.draw(torch.Generator().manual_seed(seed), (batch_size, 1, 4, 4), cfg), cfg)
+    return make_draws.in_torch(cfg, (batch_size, 1, 4, 4), seed)
 
 
 @pytest.mark.parametrize("sampler", ["logit_normal", "uniform"])
@@ -156,7 +157,7 @@ def batch_of(num):
 )
 def test_guidance_sees_no_dropout_and_shares_no_forward_with_it(kappa, guidance):
     cfg, net, batch = settings(kappa=kappa, omega=0.3, flow_fraction=0.75), Masked(), batch_of(16)
-    drawn = meanflow.draw(torch.Generator().manual_seed(0), batch["image"].shape, cfg)
+    drawn = make_draws.in_torch(cfg, batch["image"].shape, 0)
     _, aux = meanflow.loss(net, batch, drawn, cfg)
     assert net.calls == [(16, True, True, False), *guidance, (4, True, True, True)]
     z, v = common.path(batch["image"], drawn.noise, aux["t"], cfg)

@@ -1,10 +1,12 @@
 """What Re-MeanFlow's parts promise, beyond what the parity suite compares."""
 
+import make_draws
 import numpy as np
 import pytest
 import torch
 
 from meanflow.config import options
+from meanflow.data.draws import arrange
 from torch_impl.methods import common, rectified
 from torch_impl.models.tape import under_jvp
 
@@ -20,7 +22,7 @@ def settings(**changes):
 
 def draws(cfg, num=8, seed=0):
     """Return draws in float64."""
-    drawn = rectified.draw(torch.Generator().manual_seed(seed), (num, 1, 2, 2), cfg)
+    drawn = make_draws.in_torch(cfg, (num, 1, 2, 2), seed)
     return rectified.Draws(*(a.double() for a in drawn))
 
 
@@ -134,8 +136,9 @@ def test_uniform_times():
 @pytest.mark.parametrize("sampler", ["re2_truncate", "uniform"])
 def test_flow_rows(rows, expected, sampler):
     cfg = settings(flow_rows=rows, time_sampler=sampler)
-    drawn = draws(cfg)._replace(coin=torch.tensor([0.5, 0.4, 0.9, 0.6, 0.7, 0.8, 0.1, 0.49]))
-    t, r = rectified.sample_times(common.arrange(drawn, cfg), cfg)
+    coin = torch.tensor([0.5, 0.4, 0.9, 0.6, 0.7, 0.8, 0.1, 0.49])
+    drawn = draws(cfg)._replace(coin=torch.from_numpy(arrange({"coin": coin.numpy()}, cfg)["coin"]))
+    t, r = rectified.sample_times(drawn, cfg)
     assert (t == r).tolist() == [bool(flow) for flow in expected]
     assert torch.equal(t, rectified.sample_times(drawn, settings(time_sampler=sampler))[0])
 

@@ -6,6 +6,7 @@ import torch
 
 from configs import digits
 from meanflow.config import options
+from meanflow.data import draws
 from torch_impl import step
 from torch_impl.methods import rectified
 from torch_impl.models import edm2
@@ -32,8 +33,9 @@ def trained(num_steps=2, **changes):
     config.train.update(changes)
     state, train_step = step.create_state(config, None, torch.device("cpu")), step.make_train_step(config)
     rng = np.random.RandomState(0)
-    for _ in range(num_steps):
+    for i in range(num_steps):
         batch = {"image": rng.randn(16, 4, 4, 1), "label": rng.randint(0, 10, 16), "augment": rng.randn(16, 6)}
+        batch |= draws.of_process(config, i)
         state, metrics = train_step(state, step.put_batch(batch, torch.device("cpu")))
     return state, step.reduce_metrics([metrics])[0]
 
@@ -137,7 +139,7 @@ def test_noise_is_laid_out_as_its_image():
 STAGES = {
     "model.compute_dtype": "float64", "method.stage1_steps": 3, "train.learning_rate": 1e-2, "train.clip_norm": 1e-3,
     "train.clip_stage": "guided", "train.optimizer": "adamw", "train.weight_decay": 0.1, "train.ema_decays": (0.5,),
-    "train.schedule": "constant", "train.compile": False,
+    "train.schedule": "constant", "train.batch_size": 8, "train.compile": False,
 }  # fmt: skip
 
 
@@ -171,8 +173,9 @@ def step_of_stage(monkeypatch, stage, factor=1.0, num_steps=1):
     before = {name: a * factor if name.endswith(".weight") else a for name, a in drawn.items()}
     state = step.create_state(config, None, torch.device("cpu"), before)
     train_step, metrics = step.make_train_step(config), {}
-    for _ in range(num_steps):
+    for i in range(num_steps):
         batch = {"image": rng.randn(8, 4, 4, 1), "noise": rng.randn(8, 4, 4, 1), "label": rng.randint(0, 10, 8)}
+        batch |= draws.of_process(config, i)
         state, metrics = train_step(state, step.put_batch(batch, torch.device("cpu")), stage)
     after = {name: p.detach() for name, p in state.net.named_parameters()}
     moments = {name: state.optimizer.state[p]["exp_avg"] for name, p in state.net.named_parameters()}

@@ -5,6 +5,7 @@ import itertools
 import threading
 from types import SimpleNamespace
 
+import make_draws
 import numpy as np
 import pytest
 import tiny
@@ -12,6 +13,7 @@ import torch
 from torch import nn
 
 from meanflow.config import checks
+from meanflow.data import draws
 from torch_impl import step
 from torch_impl.methods import METHODS, common
 from torch_impl.models.layers import Linear
@@ -80,7 +82,7 @@ def grads_of(config, net, backend=None):
     method, shape = METHODS[config.method.name], (8, c.channels, c.input_size, c.input_size)
     batch = {name: torch.from_numpy(rng.standard_normal(shape)) for name in ("image", "noise")}
     batch |= {"label": torch.arange(8) % 10, "augment": torch.from_numpy(rng.standard_normal((8, 6)))}
-    draws = method.draw(torch.Generator().manual_seed(0), shape, config.method)
+    draws = make_draws.in_torch(config.method, shape, 0)
     loss = step.Loss(net, method, (SimpleNamespace(**config.method),))
     if backend:
         torch._dynamo.reset()  # else it counts how often each module is compiled
@@ -137,7 +139,7 @@ def peak_of_a_step(remat):
     config, _ = build("dit", **sizes, **{"method.flow_fraction": 1.0, "method.guidance": False})
     state = step.create_state(config, None, torch.device("cpu"))
     shape = (16, config.model.input_size, config.model.input_size, config.model.channels)
-    batch = {"image": np.zeros(shape), "label": np.zeros(16, np.int32)}
+    batch = {"image": np.zeros(shape), "label": np.zeros(16, np.int32)} | draws.of_process(config, 0)
     batch, run = step.put_batch(batch, torch.device("cpu")), step.make_train_step(config)
     state, _ = run(state, batch)
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:

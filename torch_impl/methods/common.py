@@ -53,30 +53,12 @@ def to_time(drawn, mean, std, cfg):
     return torch.sigmoid(normal) if cfg.time_sampler == "logit_normal" else drawn
 
 
-def draw_times(key, shape, cfg):
-    """Draw the input of `to_time`: unit normals, or uniforms if time_sampler = uniform."""
-    return (torch.rand if cfg.time_sampler == "uniform" else torch.randn)(shape, generator=key, device=key.device)
-
-
-def arrange(draws, cfg):
-    """Return the draws of a whole batch, rearranged so that `front` rows, if any, are the first ones.
-
-    `front`, of flow rows or dropped labels, then works as `coin`: what happens to a row follows from its own draws,
-    however the batch is divided among devices and micro-batches.
-    """
-    if "coin" in draws._fields and cfg.flow_rows == "front":
-        num_flow = int(len(draws.coin) * cfg.flow_fraction)
-        row = torch.arange(len(draws.coin), device=draws.coin.device)
-        draws = draws._replace(coin=(row >= num_flow).to(draws.coin.dtype))
-    return draws._replace(drop=draws.drop.sort().values) if cfg.label_drop == "front" else draws
-
-
 def is_flow(draws, cfg):
     """Return [b] bool: the rows with r = t.
 
     `split`: a fixed interleaving (see `Rows`).  `front`: the first int(b * flow_fraction) rows of the whole batch (the
-    official JAX code: of each device's); see `arrange`.  `coin`: each row with probability flow_fraction, as in the
-    PyTorch reproduction.
+    official JAX code: of each device's); see `meanflow.data.draws.arrange`.  `coin`: each row with probability
+    flow_fraction, as in the PyTorch reproduction.
     """
     if cfg.flow_rows != "split":
         return draws.coin < cfg.flow_fraction
@@ -106,7 +88,7 @@ def drop_labels(y, draws, null, cfg):
     """Return labels [b] with some replaced by `null`, and [b] bool: the rows that keep theirs.
 
     `coin`: each row with probability label_drop_prob.  `front`: the same number of rows, but the first ones of the
-    whole batch (the official JAX code: of each device's); see `arrange`.
+    whole batch (the official JAX code: of each device's); see `meanflow.data.draws.arrange`.
     """
     dropped = draws.drop < cfg.label_drop_prob
     return torch.where(dropped, null, y), ~dropped

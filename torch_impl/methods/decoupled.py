@@ -16,7 +16,6 @@ from meanflow.sampling.steps import flow_map_steps as sampling_steps
 from torch_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     interleave,
@@ -30,7 +29,7 @@ from torch_impl.methods.common import (
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -41,20 +40,6 @@ class Draws(NamedTuple):
     times: torch.Tensor  # [b 2] unit normals, or uniforms (time_sampler = uniform), of the MeanFlow term
     times_flow: torch.Tensor  # [b] the same of the flow term
     drop: torch.Tensor  # [b] uniforms: which rows lose their label, in both terms
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
-
-    key: a `torch.Generator`; the draws are on its device.
-    """
-    return Draws(
-        noise=torch.randn(shape, generator=key, device=key.device),
-        noise_flow=torch.randn(shape, generator=key, device=key.device),
-        times=draw_times(key, (shape[0], 2), cfg),
-        times_flow=draw_times(key, shape[:1], cfg),
-        drop=torch.rand(shape[:1], generator=key, device=key.device),
-    )
 
 
 def loss(net, batch, draws, cfg, teacher=None):

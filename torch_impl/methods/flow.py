@@ -8,11 +8,11 @@ from typing import NamedTuple
 import torch
 
 from meanflow.sampling.steps import flow_steps as sampling_steps
-from torch_impl.methods.common import draw_times, drop_labels, path, sum_squares, to_time
+from torch_impl.methods.common import drop_labels, path, sum_squares, to_time
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow as sample
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -21,18 +21,6 @@ class Draws(NamedTuple):
     noise: torch.Tensor  # [b c h w] unit normals
     times: torch.Tensor  # [b] unit normals, or uniforms (time_sampler = uniform)
     drop: torch.Tensor  # [b] uniforms: which rows lose their label
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
-
-    key: a `torch.Generator`; the draws are on its device.
-    """
-    return Draws(
-        torch.randn(shape, generator=key, device=key.device),
-        draw_times(key, shape[:1], cfg),
-        torch.rand(shape[:1], generator=key, device=key.device),
-    )
 
 
 def loss(net, batch, draws, cfg):

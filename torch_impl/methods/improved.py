@@ -22,7 +22,6 @@ from meanflow.sampling.steps import flow_map_steps as sampling_steps
 from torch_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     is_flow,
@@ -37,7 +36,7 @@ from torch_impl.methods.common import (
 )
 from torch_impl.methods.samplers import integrate
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -50,18 +49,6 @@ class Draws(NamedTuple):
     omega: torch.Tensor  # [b] uniforms: guidance scales
     t_min: torch.Tensor  # [b] uniforms: starts of guidance intervals
     t_max: torch.Tensor  # [b] uniforms: their ends
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
-
-    key: a `torch.Generator`; the draws are on its device.
-    """
-    return Draws(
-        torch.randn(shape, generator=key, device=key.device),
-        draw_times(key, (shape[0], 2), cfg),
-        *(torch.rand(shape[:1], generator=key, device=key.device) for _ in Draws._fields[2:]),
-    )
 
 
 def loss(net, batch, draws, cfg):

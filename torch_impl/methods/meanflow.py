@@ -16,7 +16,6 @@ from meanflow.sampling.steps import flow_map_steps as sampling_steps
 from torch_impl.methods.common import (
     Rows,
     average_velocity,
-    draw_times,
     drop_labels,
     expand,
     join,
@@ -31,7 +30,7 @@ from torch_impl.methods.common import (
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 from torch_impl.methods.samplers import sample_flow_map as sample
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sampling_conditions", "sampling_steps"]
 
 
 class Draws(NamedTuple):
@@ -42,20 +41,6 @@ class Draws(NamedTuple):
     coin: torch.Tensor  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: torch.Tensor  # [b] uniforms: which rows lose their label
     dropout: torch.Tensor  # [b] uniforms: seeds of the network's dropout masks
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function.
-
-    key: a `torch.Generator`; the draws are on its device.
-    """
-    return Draws(
-        noise=torch.randn(shape, generator=key, device=key.device),
-        times=draw_times(key, (shape[0], 2), cfg),
-        coin=torch.rand(shape[:1], generator=key, device=key.device),
-        drop=torch.rand(shape[:1], generator=key, device=key.device),
-        dropout=torch.rand(shape[:1], generator=key, device=key.device),
-    )
 
 
 def loss(net, batch, draws, cfg):

@@ -27,7 +27,7 @@ from torch_impl.methods.meanflow import conditional_and_null
 from torch_impl.methods.samplers import integrate
 from torch_impl.methods.samplers import no_conditions as sampling_conditions
 
-__all__ = ["Draws", "draw", "loss", "loss_reference", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
+__all__ = ["Draws", "loss", "loss_reference", "sample", "sample_times", "sampling_conditions", "sampling_steps"]
 
 TIME_MAX = 80 / 81  # t of the largest sigma of the teacher's noise, 80
 STEEPNESS = 4.0  # a of the exponential density exp(a t) whose sum with its mirror image is the U
@@ -43,13 +43,6 @@ class Draws(NamedTuple):
     coin: torch.Tensor  # [b] uniforms: which rows are flow rows (flow_rows = coin)
     drop: torch.Tensor  # [b] uniforms: which rows lose their label
     omega: torch.Tensor  # [b] uniforms, of the guidance scale (omega_sampler = uniform)
-
-
-def draw(key, shape, cfg):
-    """Draw the randomness of the loss for a batch of shape (b c h w).  The only random function."""
-    options = {"generator": key, "device": key.device}
-    uniform = {name: torch.rand(shape[:1], **options) for name in Draws._fields}
-    return Draws(**uniform | {"interval": torch.randn(shape[:1], **options)})
 
 
 def loss(net, batch, draws, cfg):
