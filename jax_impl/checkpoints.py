@@ -16,12 +16,13 @@ import orbax.checkpoint as ocp
 from flax import nnx
 from jax.experimental import multihost_utils
 
-from jax_impl import weights
-from jax_impl.devices import with_float64
-from jax_impl.step import TrainState, abstract_net
+from jax_impl import portable, weights
+from jax_impl.devices import local_mesh, with_float64
+from jax_impl.step import TrainState, abstract_net, abstract_state
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import store
+from meanflow.config import options, store
 from meanflow.errors import UserError
+from meanflow.weights.training_state import TrainingState
 
 DIRECTORY = "checkpoints/jax"
 MARKER = "_CHECKPOINT_METADATA"  # the file that Orbax writes last, before it gives the directory its name
@@ -63,10 +64,10 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         except (OSError, ValueError) as error:
             raise checkpoints.cannot_save(self.path, error) from error
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
+    def restore(self, like: TrainState, steps: list[int] | None = None) -> tuple[TrainState, dict] | None:
         """Return the newest readable state and its progress; None if there is no checkpoint.
 
-        like: arrays or shapes that give the state's shapes and shardings.
+        like: arrays or shapes that give the state's shapes and shardings.  steps: those to try, None for all.
         A damaged checkpoint is logged and skipped, and `open` sets it aside.
         Raises UserError if all are damaged, or if the disk keeps one from being read.
         """
@@ -84,7 +85,8 @@ class Checkpoints(checkpoints.CheckpointDirectory):
                 raise checkpoints.Damaged(problem or "another process cannot read it")
             return jax.tree.unflatten(jax.tree.structure(like), [arrays[name] for name in wanted]), run
 
-        found, self.damaged = checkpoints.newest(self.steps(), read, self.path, checkpoints.START_AGAIN)
+        steps = self.steps() if steps is None else steps
+        found, self.damaged = checkpoints.newest(steps, read, self.path, checkpoints.START_AGAIN)
         return found
 
     def wait(self) -> None:
@@ -124,6 +126,32 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
     params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(nnx.merge(graphdef, params), params)
+
+
+@with_float64
+def read_state(workdir: str | os.PathLike, step: int | None = None) -> tuple[options.Config, TrainingState]:
+    """Return the config of a run and the whole state of its newest readable checkpoint, or of that of a step.
+
+    Changes nothing in the directory.  Raises UserError if there is no such checkpoint.
+    """
+    config, steps = snapshots.locate_state(workdir, pathlib.Path(workdir).absolute() / DIRECTORY, MARKER, step)
+    saved = Checkpoints(workdir, config)
+    graphdef, like = abstract_state(config, local_mesh())
+    found = saved.restore(like, steps)
+    saved.close()
+    assert found is not None  # there are steps
+    return config, portable.export(graphdef, found[0], checkpoints.progress_of(found[1]))
+
+
+@with_float64
+def write_state(workdir: str | os.PathLike, config: options.Config, given: TrainingState) -> None:
+    """Write the checkpoint of a state in canonical form.  Raises UserError for another network, or a full disk."""
+    saved = Checkpoints(workdir, config)
+    graphdef, like = abstract_state(config, local_mesh())
+    state = portable.adopt(graphdef, like, given)
+    saved.open()
+    saved.save(state, given.progress)
+    saved.close()
 
 
 def _is_no_echo(record):

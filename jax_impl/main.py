@@ -12,13 +12,14 @@ from meanflow import signals
 from meanflow.commands.processes import ending_together
 from meanflow.config import checks
 from meanflow.config.flags import config, run, workdir
+from meanflow.config.workdir import config_of
 from meanflow.console_log import setup_logging
 
 
 def main():
     """Check the config and train."""
     setup_logging()
-    c = checks.check(config())
+    c = checks.check(config_of(config(), workdir()))
     start_jax(c)
     with ending_together(make_board(), wait_for_all), signals.caught():
         train(c, workdir())

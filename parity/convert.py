@@ -1,7 +1,7 @@
-"""Converts weights between the frameworks and from the official code's formats, bitwise.
+"""Converts runs between the frameworks, and weights from and to the official codes' formats, bitwise.
 
-    python parity/convert.py SOURCE DEST [--to jax|torch|hub|diffusers] [--for CODE] [--ema N] [--config FILE]
-                             [--prefix P] [--latents NAME]
+    python parity/convert.py SOURCE DEST [--to jax|torch|run|hub|diffusers] [--weights_only] [--step N] [--ema N]
+                             [--for CODE] [--config FILE] [--prefix P] [--latents NAME]
 
 Reads, recognised by content and not by name:
   a work directory of jax_impl or torch_impl (its newest checkpoint)
@@ -26,7 +26,9 @@ Writes, by the suffix of DEST:
   *.msgpack       the official Flax tree, if the system has one: MeanFlow's DiT, improved MeanFlow
   either, --for   the checkpoint that an official code loads (meanflow/weights/layouts.py), with its names and entries:
                   zhuyu, py-meanflow, imf (its PyTorch branch), dmf, edm2 (training state); meanflow-jax, imf-jax
-  a directory     with --to run: a work directory of these weights alone, which every command reads and either trainer
+  a directory     with --to jax or torch: a work directory in which that framework goes on with the run in SOURCE: all
+                  that its next step depends on, and its log (if SOURCE is no run, or with --weights_only: as --to run)
+                  with --to run: a work directory of these weights alone, which every command reads and either trainer
                   starts from; with --to hub: the same and a model card, to upload as they are;
                   with --to diffusers: a pipeline of diffusers (parity/diffusers_pipeline.py)
   hf://OWNER/NAME with --to hub: uploads that folder, with the token of `hf auth login`
@@ -46,12 +48,13 @@ import torch
 
 from meanflow.config import checks, latents, paths, store
 from meanflow.config import options as base
+from meanflow.config.workdir import FRAMEWORKS
 from meanflow.errors import UserError, exit_on_user_error, naming
 from meanflow.weights import fitting, hub, layouts, times
 from meanflow.weights.infer import inferred_config
 from meanflow.weights.reading import Choice
 from meanflow.weights.sources import Source
-from parity import diffusers_folder, hub_folder
+from parity import diffusers_folder, hub_folder, run_state
 from parity.sources import read as read_source
 from torch_impl import step as torch_step
 from torch_impl import weights as canonical_files
@@ -77,6 +80,7 @@ class Options(NamedTuple):
     step: int | None = None  # of a checkpoint or snapshot in a directory; None for the newest of a work directory
     time: str | None = None  # how the time of a flow model runs, one of `times.DIRECTIONS`; None to judge by the source
     layout: str = ""  # a name in `layouts.LAYOUTS`; '' for a bare state dict or Flax tree
+    weights_only: bool = False  # of a run, to jax or torch: not its optimizer, EMAs and step
 
 
 AS_IT_IS = Options()
@@ -86,7 +90,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the command line.  Raises UserError for a wrong flag or a source that cannot be converted."""
     args = parse(argv)
     config = load_config(args.config) if args.config else None
-    options = Options(args.to, args.ema, config, args.prefix, args.latents, args.step, args.time, args.layout)
+    options = Options(
+        args.to, args.ema, config, args.prefix, args.latents, args.step, args.time, args.layout, args.weights_only
+    )
     kind, num = convert(args.source, args.dest, options)
     print(f"{args.source} ({kind}) -> {args.dest}: {num} arrays")
 
@@ -98,9 +104,12 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("dest", metavar="DEST", type=paths.dest, help="what to write; replaced if it is a file")
     parser.add_argument(
         "--to", choices=("run", "jax", "torch", "hub", "diffusers"),
-        help="make DEST a work directory for either framework (jax and torch mean the same), a folder to upload to the "
-        "Hugging Face hub, or a pipeline of diffusers",
+        help="make DEST a work directory: jax, torch: of a run that goes on in this framework; run: of weights alone, "
+        "for either; or a folder to upload to the Hugging Face hub, or a pipeline of diffusers",
     )  # fmt: skip
+    parser.add_argument(
+        "--weights_only", action="store_true", help="with --to jax or torch: of a run take the weights alone"
+    )
     parser.add_argument(
         "--for", dest="layout", choices=tuple(layouts.LAYOUTS), default="",
         help="write what the loader of this official code reads (meanflow/weights/layouts.py names the files)",
@@ -146,6 +155,9 @@ def convert(source, dest, options: Options = AS_IT_IS) -> tuple[str, int]:
         return push(source, str(dest), options)
     dest, to = pathlib.Path(dest), options.to
     check_dest(dest, options)
+    if to in FRAMEWORKS and not options.weights_only and run_state.framework_of(source):
+        refuse_choices(options)
+        return run_state.carry(pathlib.Path(source), dest, to, options.step)
     if to in FOLDERS and options.step is None:
         options = options._replace(step=hub_folder.newest_step(source))
     run = hub_folder.run_of(source, options.ema, options.step) if to in FOLDERS else hub_folder.Run()
@@ -196,6 +208,20 @@ def check_dest(dest: pathlib.Path, options: Options) -> None:
         raise UserError("--for writes a file and --to a directory: leave out one of them")
     if dest.exists() and (not dest.is_dir() or any(dest.iterdir())):
         raise UserError(f"{dest} exists already; name a new directory")
+
+
+def refuse_choices(options: Options) -> None:
+    """Raise UserError for options that choose or change weights, where a whole state is carried over."""
+    given = {
+        "--ema": options.ema is not None, "--config": options.config, "--prefix": options.prefix,
+        "--latents": options.latents, "--time": options.time,
+    }  # fmt: skip
+    for option, value in given.items():
+        if value:
+            raise UserError(
+                f"--to {options.to} carries the run's whole training state, to which {option} does not apply: leave it "
+                "out, or add --weights_only"
+            )
 
 
 def checked_inception(weights: dict[str, np.ndarray], options: Options) -> dict[str, np.ndarray]:

@@ -56,6 +56,7 @@ ONE_SIDED = {
         "abstract_net": "PyTorch has its meta device, or draws in no time",
         "abstract_state": "PyTorch restores into the tensors that are there",
         "replace_params": "JAX makes the state of the parameters it is to have",
+        "copy_whole": "the same",
         "is_fixed": "PyTorch knows what needs no gradient",
         "Loss": "DDP and FSDP wrap a module",
         "Sharded": "the same",
@@ -75,7 +76,7 @@ ONE_SIDED = {
     "train.py": {"main": "JAX's entry is main.py", "fetch": "PyTorch's, reduce_metrics, is in step.py"},
 }
 # Same-named functions whose arguments differ: JAX passes state and mesh, PyTorch modules and devices.
-OTHER_ARGUMENTS = {"train.py", "step.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",
+OTHER_ARGUMENTS = {"train.py", "step.py", "portable.py", "models/edm2.py", "sample.py", "evaluate.py", "models/dit.py",
                    "models/layers.py", "models/attention.py"}  # fmt: skip
 
 

@@ -5,6 +5,8 @@ is there, which is written last; an incomplete one is never read.
 """
 
 import collections
+import contextlib
+import copy
 import json
 import os
 import pathlib
@@ -21,10 +23,11 @@ from torch.distributed.tensor import DTensor
 
 from meanflow import files
 from meanflow.commands import checkpoints, snapshots
-from meanflow.config import store
+from meanflow.config import options, store
 from meanflow.errors import UserError
-from torch_impl import weights
-from torch_impl.step import TrainState, build_net
+from meanflow.weights.training_state import TrainingState
+from torch_impl import portable, weights
+from torch_impl.step import TrainState, build_net, create_state
 
 DIRECTORY = "checkpoints/torch"
 MARKER = ".metadata"  # the file that is written last
@@ -64,8 +67,8 @@ class Checkpoints(checkpoints.CheckpointDirectory):
         finally:
             stager.close()
 
-    def restore(self, like: TrainState) -> tuple[TrainState, dict] | None:
-        """Load the newest readable state into the tensors of `like`.
+    def restore(self, like: TrainState, steps: list[int] | None = None) -> tuple[TrainState, dict] | None:
+        """Load the newest readable state into the tensors of `like`.  steps: those to try, None for all.
 
         Returns the state and its progress; None if there is no checkpoint.
         A damaged checkpoint is logged and skipped, and `open` sets it aside.
@@ -79,8 +82,8 @@ class Checkpoints(checkpoints.CheckpointDirectory):
             _load(self.path / str(step), _named(like), self.group)
             return like._replace(step=step), run
 
-        steps = self._from_first(self.steps)
-        found, self.damaged = checkpoints.newest(steps, read, self.path, checkpoints.START_AGAIN)
+        chosen = self._from_first(self.steps) if steps is None else steps
+        found, self.damaged = checkpoints.newest(chosen, read, self.path, checkpoints.START_AGAIN)
         return found
 
     def wait(self) -> None:
@@ -130,6 +133,34 @@ def read_weights(workdir: str | os.PathLike, ema: int = 0, step: int | None = No
 
     params, _ = checkpoints.newest(steps, read, path, checkpoints.CHOOSE_STEP)
     return config, weights.to_canonical(net, params)
+
+
+def read_state(workdir: str | os.PathLike, step: int | None = None) -> tuple[options.Config, TrainingState]:
+    """Return the config of a run and the whole state of its newest readable checkpoint, or of that of a step.
+
+    Changes nothing in the directory.  Raises UserError if there is no such checkpoint.
+    """
+    config, steps = snapshots.locate_state(workdir, pathlib.Path(workdir).absolute() / DIRECTORY, MARKER, step)
+    found = Checkpoints(workdir, config).restore(_empty_state(config), steps)
+    assert found is not None  # there are steps
+    return config, portable.export(found[0], checkpoints.progress_of(found[1]))
+
+
+def write_state(workdir: str | os.PathLike, config: options.Config, given: TrainingState) -> None:
+    """Write the checkpoint of a state in canonical form.  Raises UserError for another network, or a full disk."""
+    saved = Checkpoints(workdir, config)
+    state = portable.adopt(_empty_state(config), given)
+    saved.open()
+    with _alone():
+        saved.save(state, given.progress)
+        saved.close()
+
+
+def _empty_state(config):
+    """Return a state on the CPU whose content does not matter, in this process alone."""
+    config = copy.deepcopy(config)
+    config.train.compile = False
+    return create_state(config, None, torch.device("cpu"))
 
 
 class _Writer(dcp.FileSystemWriter):
@@ -189,8 +220,7 @@ def _load(directory, tensors, group=None):
             there = "is missing" if size is None else f"has shape {tuple(size)}"
             raise UserError(f"{directory}: {name} {there}, this network needs {tuple(tensor.shape)}")
     try:
-        with warnings.catch_warnings():  # a single process without a group is intended
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        with _alone():
             dcp.load(tensors, checkpoint_id=directory, process_group=group, no_dist=group is None)
     except CheckpointException as error:
         for cause in (failure[0] for failure in error.failures.values()):
@@ -199,6 +229,14 @@ def _load(directory, tensors, group=None):
             if not _is_damage(cause):
                 raise cause from error
         raise checkpoints.Damaged(checkpoints.first_line(_cause(error))) from error
+
+
+@contextlib.contextmanager
+def _alone():
+    """Silence the warning that a process has no group, which is intended."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")
+        yield
 
 
 def _is_damage(error):

@@ -133,11 +133,16 @@ def replace_params(state, params):
     """
     with torch.no_grad():
         for name, p in state.net.named_parameters():
-            whole = params[name].to(p.device)
-            if isinstance(p, DTensor):  # without a source rank: every process has the whole tensor
-                whole = distribute_tensor(whole, p.device_mesh, p.placements, src_data_rank=None)
             for own in (p, *(ema[name] for ema in state.emas)):
-                own.copy_(whole)
+                copy_whole(own, params[name])
+
+
+def copy_whole(own, whole):
+    """Copy a tensor that every process has whole into `own`, which may be sharded."""
+    whole = whole.to(own.device)
+    if isinstance(own, DTensor):  # without a source rank: every process has the whole tensor
+        whole = distribute_tensor(whole, own.device_mesh, own.placements, src_data_rank=None)
+    own.copy_(whole)
 
 
 def learning_rate(step, c):

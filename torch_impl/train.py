@@ -23,7 +23,7 @@ from meanflow.commands.train import Termination
 from meanflow.config import checks
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import run, workdir
-from meanflow.config.workdir import check_workdir, open_workdir
+from meanflow.config.workdir import check_workdir, config_of, open_workdir
 from meanflow.console_log import setup_logging, show_only_warnings
 from meanflow.data import draws
 from meanflow.data.examples import with_latents
@@ -188,7 +188,7 @@ def make_reports(config, device, workdir):
 def main():
     """Check the config and train."""
     setup_logging()
-    c = checks.check(config_flag())
+    c = checks.check(config_of(config_flag(), workdir()))
     device = start_torch(c)
     with ending_together(make_board(), wait_for_all), signals.caught():
         train(c, workdir(), device)

@@ -130,6 +130,11 @@ def can_resume(run: Any) -> bool:
     )
 
 
+def progress_of(run: dict[str, Any]) -> dict[str, Any]:
+    """Return of the JSON object stored with a checkpoint's arrays what goes on in another framework; see `Run`."""
+    return {name: run[name] for name in ("loader", "window", "pending", "origin") if name in run}
+
+
 def expired(steps: list[int], c: Any) -> list[int]:
     """Return which `steps` (ascending) to delete: all but the newest and the milestones.  c: `config.train`."""
     return [step for step in steps[: -c.keep_checkpoints] if not (step and c.keep_every and step % c.keep_every == 0)]

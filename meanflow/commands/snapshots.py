@@ -80,10 +80,7 @@ def locate(
     """
     config = read_workdir(workdir)
     decays = config.train.ema_decays
-    ours, other = ("JAX", "torch") if path.name == "jax" else ("PyTorch", "jax")
-    if not path.is_dir() and (path.parent / other).is_dir():
-        theirs = "PyTorch" if other == "torch" else "JAX"
-        raise UserError(f"{workdir} holds a {theirs} checkpoint, not {ours}: convert it with python -m parity.convert")
+    _check_framework(workdir, path)
     if not -1 <= ema < len(decays):
         raise UserError(f"there is no EMA {ema}; {workdir} has {len(decays)}, -1 is the raw parameters")
     whole = whole_steps(path, marker)
@@ -102,6 +99,31 @@ def locate(
         raise UserError(f"{workdir} has no step {step}, only {', '.join(there)}")
     way_out = "; choose one by --step" if there else " yet"
     raise UserError(", ".join([f"{workdir} has no checkpoint", *there]) + way_out)
+
+
+def locate_state(
+    workdir: str | os.PathLike, path: pathlib.Path, marker: str, step: int | None
+) -> tuple[options.Config, list[int]]:
+    """Return a run's config and the steps of checkpoints to try, of which there is one at least.
+
+    See `locate`, which it is like, but for whole training states: snapshots and weights alone are none.
+    """
+    config = read_workdir(workdir)
+    _check_framework(workdir, path)
+    whole = whole_steps(path, marker)
+    if not whole:
+        raise UserError(f"{workdir} has no checkpoint to go on from, only weights at most: add --weights_only")
+    if step is not None and step not in whole:
+        raise UserError(f"{workdir} has no checkpoint of step {step}, only of {_listed(whole)}")
+    return config, whole if step is None else [step]
+
+
+def _check_framework(workdir, path):
+    """Raise UserError if the checkpoints of a run are those of the other framework."""
+    ours, other = ("JAX", "torch") if path.name == "jax" else ("PyTorch", "jax")
+    if not path.is_dir() and (path.parent / other).is_dir():
+        theirs = "PyTorch" if other == "torch" else "JAX"
+        raise UserError(f"{workdir} holds a {theirs} checkpoint, not {ours}: convert it with python -m parity.convert")
 
 
 def _listed(numbers: list[int]) -> str:

@@ -103,6 +103,7 @@ class Run:
         self.log, self.window, self.reports, self.lock = log, window, reports, lock
         self.per_step: dict[str, float] = {}  # see `Progress`
         self.pending = False  # whether the reports of the step the run starts from are still to be made
+        self.origin = ""  # of a run that another framework began: by which, and until which step
 
     def resume(self, step: int, progress: dict | None) -> None:
         """Continue from the `progress` that the checkpoint of `step` holds, None for a new run."""
@@ -110,8 +111,8 @@ class Run:
             self.window.steps = progress["window"]
             if progress["loader"]:
                 self.loader.set_state(progress["loader"])
-            self.pending = progress.get("pending", False)
-            logging.info("resuming from step %d", step)
+            self.pending, self.origin = progress.get("pending", False), progress.get("origin", "")
+            logging.info("resuming from step %d%s", step, self.origin and f"; trained by {self.origin}")
         self.log.rewind(step, "learning_rate" if self.pending else "")
 
     def save(self, state: Any, pending: bool = False) -> None:
@@ -121,6 +122,7 @@ class Run:
         """
         self.window.check()
         progress = {"loader": self.loader.get_state(), "window": list(self.window.steps), "pending": pending}
+        progress |= {"origin": self.origin} if self.origin else {}
         self.checkpoints.save(state, progress)
 
     def due(self, step: int) -> list:

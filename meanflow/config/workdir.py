@@ -59,6 +59,14 @@ def open_workdir(
     return lock
 
 
+def config_of(given: options.Config | None, workdir: str | os.PathLike) -> options.Config | None:
+    """Return the given config, or that of the run in the work directory if there is none.
+
+    Returns None without either.  Raises UserError if the directory's cannot be read.
+    """
+    return read_workdir(workdir) if given is None and (pathlib.Path(workdir) / FILE_NAME).exists() else given
+
+
 def check_workdir(workdir: str | os.PathLike, config: options.Config, framework: str, alone: bool = False) -> None:
     """Raise UserError if the work directory holds a run that cannot resume with `config`.  Writes nothing.
 
@@ -71,7 +79,7 @@ def check_workdir(workdir: str | os.PathLike, config: options.Config, framework:
         if (path.parent / "checkpoints" / other).is_dir():
             raise UserError(
                 f"{workdir} is the work directory of a run in {FRAMEWORKS[other]}, this is {FRAMEWORKS[framework]}.  "
-                "Choose another --workdir; python -m parity.convert carries weights over"
+                f"To go on with it here: python -m parity.convert {workdir} ANOTHER --to {framework}"
             )
     if not path.exists():
         return
