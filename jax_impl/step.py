@@ -11,6 +11,7 @@ import optax
 from flax import nnx
 from jax.sharding import NamedSharding, PartitionSpec
 
+from jax_impl import weights
 from jax_impl.devices import AXES, compiled_for, device_mesh, shard
 from jax_impl.measures import measure, of_kinds
 from jax_impl.methods import METHODS
@@ -18,6 +19,7 @@ from jax_impl.models import ARCHITECTURES, PROJECTIONS
 from jax_impl.models.tape import gather_outside_blocks
 from meanflow.config.stages import stages
 from meanflow.data import draws
+from meanflow.weights import initial
 
 BATCH = PartitionSpec(AXES)  # batch rows over all devices
 
@@ -35,23 +37,29 @@ class TrainState(NamedTuple):
 
 
 def build_net(config):
-    """Return the network's graph definition and fresh parameters (nnx.State) drawn from config.seed.
+    """Return the network's graph definition and fresh parameters (nnx.State): `initial.draw` from config.seed.
 
     Parameters are float32; float64 where that is the compute dtype, which needs `jax_enable_x64`.
     """
-    rngs = nnx.Rngs(jax.random.fold_in(jax.random.key(config.seed), 0))
-    net = ARCHITECTURES[config.model.name](config.model, rngs)
-    for _, module in nnx.iter_modules(net):
-        if hasattr(module, "remat"):
-            module.remat = config.train.remat  # pyright: ignore
-    graphdef, params = nnx.split(net)
-    dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
-    return graphdef, jax.tree.map(lambda a: a.astype(dtype), params)
+    graphdef, params = abstract_net(config)
+    net = nnx.merge(graphdef, params)
+    drawn = initial.draw(config.model.name, weights.shapes(net), config.seed)
+    return graphdef, weights.from_canonical(net, drawn | net.tables())
 
 
 def abstract_net(config):
     """Return the same with shapes and dtypes in place of parameters, for networks whose weights are loaded."""
-    return jax.eval_shape(lambda: build_net(config))
+
+    def build():
+        net = ARCHITECTURES[config.model.name](config.model)
+        for _, module in nnx.iter_modules(net):
+            if hasattr(module, "remat"):
+                module.remat = config.train.remat  # pyright: ignore
+        graphdef, params = nnx.split(net)
+        dtype = jnp.promote_types(config.model.compute_dtype, jnp.float32)
+        return graphdef, jax.tree.map(lambda a: a.astype(dtype), params)
+
+    return jax.eval_shape(build)
 
 
 def make_mesh(config):
@@ -74,15 +82,15 @@ def create_state(config, mesh, params=None):
         emas = tuple(jax.tree.map(jnp.copy, params) for _ in config.train.ema_decays)
         return TrainState(jnp.zeros((), jnp.int32), params, make_optimizer(config.train).init(params), emas)
 
-    graphdef, fresh = build_net(config)
-    params = fresh if params is None else params
+    graphdef, params = build_net(config) if params is None else (abstract_net(config)[0], params)
     shardings = state_shardings(jax.eval_shape(create, params), mesh)
     return graphdef, jax.jit(create, out_shardings=shardings)(params)
 
 
 def abstract_state(config, mesh):
     """Return the same as shapes, dtypes and shardings, to restore a state into."""
-    graphdef, state = jax.eval_shape(lambda: create_state(config, mesh))
+    graphdef, params = abstract_net(config)
+    state = jax.eval_shape(lambda params: create_state(config, mesh, params)[1], params)
     shardings = state_shardings(state, mesh)
     return graphdef, jax.tree.map(lambda a, s: jax.ShapeDtypeStruct(a.shape, a.dtype, sharding=s), state, shardings)
 

@@ -13,7 +13,7 @@ from jax.experimental import multihost_utils
 from meanflow.weights import canonical
 from meanflow.weights.files import load, metadata, save
 
-__all__ = ["check", "from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
+__all__ = ["check", "from_canonical", "load", "metadata", "save", "shapes", "to_canonical", "transfer"]
 
 LEAVES = {"kernel": "weight", "embedding": "weight"}
 
@@ -33,14 +33,18 @@ def _whole(a):
     return a if here else multihost_utils.process_allgather(a, tiled=True)
 
 
+def shapes(net):
+    """Return {canonical name: shape} of the parameters of `net`."""
+    return {
+        canonical_name(path): tuple(leaf.shape[i] for i in to_torch(leaf)) if path[-1] == "kernel" else leaf.shape
+        for path, leaf in nnx.to_flat_state(nnx.state(net, nnx.Param))
+    }
+
+
 def check(net, weights):
     """Raise UserError unless canonical `weights` {name: array} fit `net`, see `from_canonical`; copies nothing."""
     tables = net.tables()
-    shapes = {name: table.shape for name, table in tables.items()}
-    for path, leaf in nnx.to_flat_state(nnx.state(net, nnx.Param)):
-        kernel = path[-1] == "kernel"
-        shapes[canonical_name(path)] = tuple(leaf.shape[i] for i in to_torch(leaf)) if kernel else leaf.shape
-    canonical.check(weights, shapes, tables)
+    canonical.check(weights, {name: table.shape for name, table in tables.items()} | shapes(net), tables)
 
 
 def from_canonical(net, weights):

@@ -20,6 +20,8 @@ from torch.nn.parallel import DistributedDataParallel
 from meanflow.commands import cluster
 from meanflow.config.stages import stages
 from meanflow.data import draws
+from meanflow.weights import initial
+from torch_impl import weights
 from torch_impl.measures import measure, of_kinds
 from torch_impl.methods import METHODS
 from torch_impl.models import ARCHITECTURES, PROJECTIONS
@@ -67,17 +69,21 @@ class Sharded(nn.Module):
 
 
 def build_net(config):
-    """Return the network with fresh parameters drawn from config.seed, without touching the global random state.
+    """Return the network with fresh parameters: `initial.draw` from config.seed; under torch.device("meta"), with none.
 
     Parameters are float32; float64 where that is the compute dtype.
     """
-    with torch.random.fork_rng(devices=[]):
-        torch.default_generator.manual_seed(fold(config.seed, 0))  # torch.manual_seed would seed every GPU too
+    with_values = torch.get_default_device().type != "meta"
+    with torch.device("meta"):
         net = ARCHITECTURES[config.model.name](config.model)
     for module in net.modules():
         if hasattr(module, "remat"):
             module.remat = config.train.remat
-    return net.double() if config.model.compute_dtype == "float64" else net
+    net = net.double() if config.model.compute_dtype == "float64" else net
+    if with_values:
+        drawn = initial.draw(config.model.name, weights.shapes(net), config.seed)
+        net.load_state_dict(weights.from_canonical(net, drawn | net.tables()), assign=True)
+    return net
 
 
 def make_mesh(config, device):

@@ -11,7 +11,7 @@ from torch.distributed.tensor import DTensor
 from meanflow.weights import canonical
 from meanflow.weights.files import load, metadata, save
 
-__all__ = ["check", "from_canonical", "load", "metadata", "save", "to_canonical", "transfer"]
+__all__ = ["check", "from_canonical", "load", "metadata", "save", "shapes", "to_canonical", "transfer"]
 
 
 def to_canonical(net, params):
@@ -27,10 +27,15 @@ def to_canonical(net, params):
     return {name: np.array(a, order="C") for name, a in sorted(weights.items())}
 
 
+def shapes(net):
+    """Return {canonical name: shape} of the parameters of `net`."""
+    return {name: () if name.endswith(canonical.SCALARS) else tuple(p.shape) for name, p in net.named_parameters()}
+
+
 def check(net, weights):
     """Raise UserError unless canonical `weights` {name: array} fit `net`, see `from_canonical`; copies nothing."""
-    shapes = {name: () if name.endswith(canonical.SCALARS) else tuple(a.shape) for name, a in net.state_dict().items()}
-    canonical.check(weights, shapes, net.tables())
+    tables = net.tables()
+    canonical.check(weights, {name: table.shape for name, table in tables.items()} | shapes(net), tables)
 
 
 def from_canonical(net, weights):

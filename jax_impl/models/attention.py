@@ -14,7 +14,7 @@ class HeadNorm(nnx.Module):
     """RMS-normalise the channels of each head and scale them; in float32 at least."""
 
     def __init__(self, dim):
-        self.scale = nnx.Param(jnp.ones(dim))
+        self.scale = nnx.Param(jnp.zeros(dim))
 
     def __call__(self, x):
         return rms_norm(x) * self.scale
@@ -26,13 +26,13 @@ class Attention(nnx.Module):
     kernels: (normal, under JVP), names from `KERNELS`.  qk_norm: RMS-normalise queries and keys per head.
     """
 
-    def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype, rngs):
+    def __init__(self, width, num_heads, *, qk_norm=False, kernels=("plain", "plain"), dtype):
         self.num_heads, self.qk_norm, self.kernels = num_heads, qk_norm, kernels
-        self.qkv = Linear(width, 3 * width, dtype=dtype, rngs=rngs)
+        self.qkv = Linear(width, 3 * width, dtype=dtype)
         if qk_norm:
             self.q_norm = HeadNorm(width // num_heads)
             self.k_norm = HeadNorm(width // num_heads)
-        self.proj = Linear(width, width, dtype=dtype, rngs=rngs)
+        self.proj = Linear(width, width, dtype=dtype)
 
     def __call__(self, x, tape=None):
         batch, tokens, width = x.shape

@@ -18,7 +18,6 @@ from jax_impl.models.layers import (
     layer_norm,
     modulate,
     unpatchify,
-    zeros,
 )
 from jax_impl.models.tape import in_turn, name_layers, rematerialised
 from meanflow.tables import position_table
@@ -27,9 +26,9 @@ from meanflow.tables import position_table
 class Mlp(nnx.Module):
     """Two-layer MLP over tokens with the tanh-approximate GELU."""
 
-    def __init__(self, width, hidden, *, dtype, rngs):
-        self.fc1 = Linear(width, hidden, dtype=dtype, rngs=rngs)
-        self.fc2 = Linear(hidden, width, dtype=dtype, rngs=rngs)
+    def __init__(self, width, hidden, *, dtype):
+        self.fc1 = Linear(width, hidden, dtype=dtype)
+        self.fc2 = Linear(hidden, width, dtype=dtype)
 
     def __call__(self, x, tape=None):
         return self.fc2(nnx.gelu(self.fc1(x, tape), approximate=True), tape)
@@ -40,10 +39,10 @@ class Block(nnx.Module):
 
     remat = False
 
-    def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype, rngs):
-        self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype, rngs=rngs)
-        self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
-        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 6 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
+    def __init__(self, width, num_heads, mlp_ratio, *, qk_norm, kernels, dtype):
+        self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype)
+        self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype)
+        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 6 * width, dtype=dtype)})
 
     @rematerialised
     def __call__(self, x, c, tape=None):
@@ -55,11 +54,11 @@ class Block(nnx.Module):
 
 
 class FinalLayer(nnx.Module):
-    """Map tokens [b n d] to patches [b n p*p*c], modulated by c like a block; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c], modulated by c like a block."""
 
-    def __init__(self, width, out_features, *, dtype, rngs):
-        self.linear = Linear(width, out_features, dtype=dtype, kernel_init=zeros, rngs=rngs)
-        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 2 * width, dtype=dtype, kernel_init=zeros, rngs=rngs)})
+    def __init__(self, width, out_features, *, dtype):
+        self.linear = Linear(width, out_features, dtype=dtype)
+        self.adaLN_modulation = nnx.Dict({"1": Linear(width, 2 * width, dtype=dtype)})
 
     def __call__(self, x, c, tape=None):
         shift, scale = jnp.split(self.adaLN_modulation["1"](c, tape), 2, axis=-1)
@@ -69,10 +68,10 @@ class FinalLayer(nnx.Module):
 class Projector(nnx.Module):
     """Map tokens [b n d] to an encoder's features [b n out] with a three-layer MLP."""
 
-    def __init__(self, width, hidden, out_features, *, dtype, rngs):
+    def __init__(self, width, hidden, out_features, *, dtype):
         sizes = {"0": (width, hidden), "2": (hidden, hidden), "4": (hidden, out_features)}
         for name, (in_features, out) in sizes.items():
-            setattr(self, name, Linear(in_features, out, dtype=dtype, rngs=rngs))
+            setattr(self, name, Linear(in_features, out, dtype=dtype))
 
     def __call__(self, x):
         first, second, last = (getattr(self, name) for name in ("0", "2", "4"))
@@ -95,7 +94,7 @@ class DiT(nnx.Module):
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, width, num_heads, mlp_ratio=4.0,
                  qk_norm=False, kernels=("plain", "plain"), interval_embedder=True, repa_dims=(), repa_depth=8,
-                 projector_dim=2048, dtype=jnp.float32, rngs):  # fmt: skip
+                 projector_dim=2048, dtype=jnp.float32):  # fmt: skip
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if width % num_heads or width % 4:
@@ -103,24 +102,24 @@ class DiT(nnx.Module):
         self.num_classes, self.channels = num_classes, channels
         self.grid_size, self.width = input_size // patch_size, width
         self.interval_embedder, self.repa_depth = interval_embedder, repa_depth
-        self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype, rngs=rngs)
-        self.t_embedder = TimestepEmbedder(width, rngs=rngs)
+        self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype)
+        self.t_embedder = TimestepEmbedder(width)
         if interval_embedder:
-            self.r_embedder = TimestepEmbedder(width, rngs=rngs)
-        self.y_embedder = LabelEmbedder(num_classes, width, rngs=rngs)
-        options = {"qk_norm": qk_norm, "kernels": kernels, "dtype": dtype, "rngs": rngs}
+            self.r_embedder = TimestepEmbedder(width)
+        self.y_embedder = LabelEmbedder(num_classes, width)
+        options = {"qk_norm": qk_norm, "kernels": kernels, "dtype": dtype}
         self.blocks = nnx.List([Block(width, num_heads, mlp_ratio, **options) for _ in range(depth)])
-        self.projectors = nnx.List([Projector(width, projector_dim, dim, dtype=dtype, rngs=rngs) for dim in repa_dims])
-        self.final_layer = FinalLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
+        self.projectors = nnx.List([Projector(width, projector_dim, dim, dtype=dtype) for dim in repa_dims])
+        self.final_layer = FinalLayer(width, patch_size**2 * channels, dtype=dtype)
         name_layers(self)
 
     @classmethod
-    def from_config(cls, c, rngs):
+    def from_config(cls, c):
         """Build from `config.model`."""
         repa = {}
         if "repa_dims" in c:  # of flow models
             repa = {"repa_dims": c.repa_dims, "repa_depth": c.repa_depth, "projector_dim": c.projector_dim}
-        return cls(**sizes_of(c), interval_embedder=c.interval_embedder, **repa, rngs=rngs)
+        return cls(**sizes_of(c), interval_embedder=c.interval_embedder, **repa)
 
     def tables(self):
         """Return the fixed tables of the canonical state dict, {name: array}; they are computed, never trained."""

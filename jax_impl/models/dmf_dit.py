@@ -9,7 +9,7 @@ import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl.models.dit import DiT, sizes_of
-from jax_impl.models.layers import Linear, timestep_features, zeros
+from jax_impl.models.layers import Linear, timestep_features
 
 LOG_VARIANCE_FEATURES = 128  # of each time
 
@@ -20,17 +20,17 @@ class DMFDiT(DiT):
     Raises ValueError for sizes that do not divide.
     """
 
-    def __init__(self, *, dmf_depth, rngs, **sizes):
-        super().__init__(**sizes, interval_embedder=False, rngs=rngs)
+    def __init__(self, *, dmf_depth, **sizes):
+        super().__init__(**sizes, interval_embedder=False)
         if dmf_depth > len(self.blocks):
             raise ValueError(f"dmf_depth {dmf_depth} is more than the {len(self.blocks)} blocks")
         self.dmf_depth = dmf_depth
-        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None, kernel_init=zeros, rngs=rngs)
+        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None)
 
     @classmethod
-    def from_config(cls, c, rngs):
+    def from_config(cls, c):
         """Build from `config.model`."""
-        return cls(**sizes_of(c), dmf_depth=c.dmf_depth, rngs=rngs)
+        return cls(**sizes_of(c), dmf_depth=c.dmf_depth)
 
     def __call__(self, z, t, r, y, tape=None):
         label = self.y_embedder(y)

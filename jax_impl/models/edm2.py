@@ -28,7 +28,6 @@ TIME_MAX = 80 / 81  # t of EDM's largest sigma, 80; replaces t = 1, whose sigma 
 TIME_MIN = 1e-8  # smallest t of a network of one time, which takes its logarithm
 LABEL_BALANCE, CONCAT_BALANCE, RESIDUAL_BALANCE, ATTENTION_BALANCE = 0.5, 0.5, 0.3, 0.3
 MAX_ACTIVATION = 256.0
-unit_normal = nnx.initializers.normal(1.0)
 
 
 def normalize(x, axes, eps=1e-4):
@@ -90,9 +89,9 @@ def normalize_weights(params):
 class MPFourier(nnx.Module):
     """Features [b dim] of numbers [b]: cosines at random frequencies and phases.  Loaded, never trained."""
 
-    def __init__(self, dim, *, rngs):
-        self.freqs = nnx.Param(jax.random.normal(rngs.params(), (dim,)) * (2 * math.pi))
-        self.phases = nnx.Param(jax.random.uniform(rngs.params(), (dim,)) * (2 * math.pi))
+    def __init__(self, dim):
+        self.freqs = nnx.Param(jnp.zeros(dim))
+        self.phases = nnx.Param(jnp.zeros(dim))
 
     def __call__(self, x):
         x = x.astype(jnp.promote_types(x.dtype, jnp.float32))
@@ -108,10 +107,10 @@ class MPConv(nnx.Module):
 
     name = None  # see `name_layers`
 
-    def __init__(self, in_features, out_features, kernel_size, *, dtype=None, rngs):
+    def __init__(self, in_features, out_features, kernel_size, *, dtype=None):
         self.kernel_size, self.dtype = kernel_size, dtype
         window = (kernel_size, kernel_size) if kernel_size else ()
-        self.kernel = nnx.Param(unit_normal(rngs.params(), (*window, in_features, out_features)))
+        self.kernel = nnx.Param(jnp.zeros((*window, in_features, out_features)))
 
     def __call__(self, x, tape=None, gain: Any = 1.0):
         kernel = normalize(self.kernel[...], tuple(range(self.kernel.ndim - 1)))
@@ -145,23 +144,23 @@ class Block(nnx.Module):
     remat = False
 
     def __init__(self, in_features, out_features, emb_features, flavor, *, mode=None, attention=False, head_width=64,
-                 dtype, rngs):  # fmt: skip
+                 dtype):  # fmt: skip
         self.flavor, self.mode, self.attention = flavor, mode, attention
         self.head_width = min(head_width, out_features)
         if attention and out_features % self.head_width:
             raise UserError(f"model.head_width {head_width} does not divide the {out_features} channels of a block")
         inner = out_features if flavor == "enc" else in_features
         self.emb_gain = nnx.Param(jnp.zeros(()))
-        self.conv_res0 = MPConv(inner, out_features, 3, dtype=dtype, rngs=rngs)
-        self.emb_linear = MPConv(emb_features, out_features, 0, rngs=rngs)
-        self.conv_res1 = MPConv(out_features, out_features, 3, dtype=dtype, rngs=rngs)
+        self.conv_res0 = MPConv(inner, out_features, 3, dtype=dtype)
+        self.emb_linear = MPConv(emb_features, out_features, 0)
+        self.conv_res1 = MPConv(out_features, out_features, 3, dtype=dtype)
         if in_features != out_features:
-            self.conv_skip = MPConv(in_features, out_features, 1, dtype=dtype, rngs=rngs)
+            self.conv_skip = MPConv(in_features, out_features, 1, dtype=dtype)
         else:
             self.conv_skip = None
         if attention:
-            self.attn_qkv = MPConv(out_features, 3 * out_features, 1, dtype=dtype, rngs=rngs)
-            self.attn_proj = MPConv(out_features, out_features, 1, dtype=dtype, rngs=rngs)
+            self.attn_qkv = MPConv(out_features, 3 * out_features, 1, dtype=dtype)
+            self.attn_proj = MPConv(out_features, out_features, 1, dtype=dtype)
 
     def skip(self, x, tape=None):
         """Return x with the block's number of channels."""
@@ -193,25 +192,25 @@ class UNet(nnx.Module):
     """EDM2's U-Net: (x [b h w c], emb [b d]) -> [b h w c]; `embed` computes emb from times and labels."""
 
     def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
-                 num_blocks, attn_resolutions, head_width, interval_embedder, dtype, rngs):  # fmt: skip
+                 num_blocks, attn_resolutions, head_width, interval_embedder, dtype):  # fmt: skip
         self.sizes = tuple(input_size >> level for level in range(len(channel_mult)))
         self.num_blocks, self.num_classes, self.interval_embedder = num_blocks, num_classes, interval_embedder
         noise, emb = width * channel_mult_noise, width * channel_mult_emb
         self.out_gain = nnx.Param(jnp.zeros(()))
-        self.emb_fourier = MPFourier(noise, rngs=rngs)
+        self.emb_fourier = MPFourier(noise)
         if interval_embedder:
-            self.emb_noise_t = MPConv(noise, emb, 0, rngs=rngs)
-            self.emb_noise_r = MPConv(noise, emb, 0, rngs=rngs)
+            self.emb_noise_t = MPConv(noise, emb, 0)
+            self.emb_noise_r = MPConv(noise, emb, 0)
         else:
-            self.emb_noise = MPConv(noise, emb, 0, rngs=rngs)
-        self.emb_label = MPConv(num_classes, emb, 0, rngs=rngs)
-        options = {"head_width": head_width, "dtype": dtype, "rngs": rngs}
+            self.emb_noise = MPConv(noise, emb, 0)
+        self.emb_label = MPConv(num_classes, emb, 0)
+        options = {"head_width": head_width, "dtype": dtype}
         enc, dec, features, skips = {}, {}, width, []
         for level, (size, mult) in enumerate(zip(self.sizes, channel_mult, strict=True)):
             name, attention = f"{size}x{size}", size in attn_resolutions
             if level == 0:
                 features = width * mult
-                enc[f"{name}_conv"] = MPConv(channels + 1, features, 3, dtype=dtype, rngs=rngs)
+                enc[f"{name}_conv"] = MPConv(channels + 1, features, 3, dtype=dtype)
             else:
                 enc[f"{name}_down"] = Block(features, features, emb, "enc", mode="down", **options)
             skips.append(features)
@@ -231,7 +230,7 @@ class UNet(nnx.Module):
                 dec[f"{name}_block{i}"] = Block(wide, width * mult, emb, "dec", attention=attention, **options)
                 features = width * mult
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
-        self.out_conv = MPConv(features, channels, 3, dtype=dtype, rngs=rngs)
+        self.out_conv = MPConv(features, channels, 3, dtype=dtype)
 
     def embed_times(self, t, r, tape=None):
         """Return the embedding [b d] of times t, r [b].
@@ -280,23 +279,23 @@ class EDM2(nnx.Module):
 
     takes_tape = True
 
-    def __init__(self, *, interval_embedder, logvar_channels, sigma_data, dtype=jnp.float32, rngs, **sizes):
+    def __init__(self, *, interval_embedder, logvar_channels, sigma_data, dtype=jnp.float32, **sizes):
         self.num_classes, self.interval_embedder, self.sigma_data = sizes["num_classes"], interval_embedder, sigma_data
-        self.unet = UNet(**sizes, interval_embedder=interval_embedder, dtype=dtype, rngs=rngs)
+        self.unet = UNet(**sizes, interval_embedder=interval_embedder, dtype=dtype)
         if logvar_channels:
-            self.logvar_fourier = MPFourier(logvar_channels, rngs=rngs)
-            self.logvar_linear = MPConv(logvar_channels, 1, 0, rngs=rngs)
+            self.logvar_fourier = MPFourier(logvar_channels)
+            self.logvar_linear = MPConv(logvar_channels, 1, 0)
         name_layers(self)
 
     @classmethod
-    def from_config(cls, c, rngs):
+    def from_config(cls, c):
         """Build from `config.model`."""
         return cls(
             input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, width=c.width,
             channel_mult=c.channel_mult, channel_mult_emb=c.channel_mult_emb, channel_mult_noise=c.channel_mult_noise,
             num_blocks=c.num_blocks, attn_resolutions=c.attn_resolutions, head_width=c.head_width,
             interval_embedder=c.interval_embedder, logvar_channels=c.logvar_channels, sigma_data=c.sigma_data,
-            dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+            dtype=jnp.dtype(c.compute_dtype),
         )  # fmt: skip
 
     def tables(self):

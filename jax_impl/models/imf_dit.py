@@ -4,28 +4,21 @@ Source: arXiv:2512.02012; Lyy-iiis/imeanflow, models/imfDiT.py, whose state-dict
 including the wrappers `_flax_linear` and `_flax_embedding`, without the prefix `net.` of the class around the network.
 """
 
-import math
-
-import jax
 import jax.numpy as jnp
 from flax import nnx
 
 from jax_impl.models import layers
 from jax_impl.models.attention import attend
-from jax_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify, zeros
+from jax_impl.models.layers import PatchEmbed, embedding, rms_norm, timestep_features, unpatchify
 from jax_impl.models.tape import in_turn, name_layers, rematerialised, under_jvp
 from meanflow.tables import rotary_table
 
-BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
-
 
 class Linear(nnx.Module):
-    """A linear layer with normal initial weights of deviation gain / sqrt(in); the bias, if any, starts at zero."""
+    """A linear layer under the name that the official code gives it."""
 
-    def __init__(self, in_features, out_features, gain, *, dtype, rngs, bias=False):
-        init = nnx.initializers.normal(gain / math.sqrt(in_features)) if gain else zeros
-        options = {"dtype": dtype, "kernel_init": init, "bias": bias, "rngs": rngs}
-        self._flax_linear = layers.Linear(in_features, out_features, **options)
+    def __init__(self, in_features, out_features, *, dtype, bias=False):
+        self._flax_linear = layers.Linear(in_features, out_features, dtype=dtype, bias=bias)
 
     def __call__(self, x, tape=None):
         return self._flax_linear(x, tape)
@@ -35,7 +28,7 @@ class RMSNorm(nnx.Module):
     """RMS-normalise the last axis and scale it; in float32 at least."""
 
     def __init__(self, width):
-        self.weight = nnx.Param(jnp.ones(width))
+        self.weight = nnx.Param(jnp.zeros(width))
 
     def __call__(self, x):
         return rms_norm(x) * self.weight
@@ -44,12 +37,12 @@ class RMSNorm(nnx.Module):
 class Embedder(nnx.Module):
     """Embed numbers [b] into vectors [b width]: sinusoidal features, then a two-layer MLP in float32."""
 
-    def __init__(self, width, *, rngs, features=256):
+    def __init__(self, width, *, features=256):
         self.features = features
         self.mlp = nnx.Dict(
             {
-                "0": Linear(features, width, 1.0, dtype=None, bias=True, rngs=rngs),
-                "2": Linear(width, width, 1.0, dtype=None, bias=True, rngs=rngs),
+                "0": Linear(features, width, dtype=None, bias=True),
+                "2": Linear(width, width, dtype=None, bias=True),
             }
         )
 
@@ -61,11 +54,8 @@ class Embedder(nnx.Module):
 class ClassEmbedder(nnx.Module):
     """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
 
-    def __init__(self, num_classes, width, *, rngs):
-        init = nnx.initializers.normal(width**-0.5)
-        self.embedding_table = nnx.Dict(
-            {"_flax_embedding": nnx.Embed(num_classes + 1, width, embedding_init=init, rngs=rngs)}
-        )
+    def __init__(self, num_classes, width):
+        self.embedding_table = nnx.Dict({"_flax_embedding": embedding(num_classes + 1, width)})
 
     def __call__(self, y):
         return self.embedding_table["_flax_embedding"].embedding[y]  # nnx.Embed would cast to float32
@@ -84,14 +74,14 @@ def rotate(x, cos, sin):
 class RotaryAttention(nnx.Module):
     """Multi-head self-attention over tokens x [b n d]; queries and keys RMS-normalised per head, then rotated."""
 
-    def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype, rngs):
+    def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype):
         self.num_heads, self.kernels = num_heads, kernels
-        self.q_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
-        self.k_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
-        self.v_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
+        self.q_proj = Linear(width, width, dtype=dtype)
+        self.k_proj = Linear(width, width, dtype=dtype)
+        self.v_proj = Linear(width, width, dtype=dtype)
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
-        self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
+        self.out_proj = Linear(width, width, dtype=dtype)
 
     def __call__(self, x, cos, sin, tape=None):
         batch, tokens, width = x.shape
@@ -107,10 +97,10 @@ class RotaryAttention(nnx.Module):
 class SwiGLU(nnx.Module):
     """Gated MLP over tokens: w2(silu(w1 x) w3 x)."""
 
-    def __init__(self, width, hidden, *, dtype, rngs):
-        self.w1 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype, rngs=rngs)
-        self.w3 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype, rngs=rngs)
-        self.w2 = Linear(hidden, width, BLOCK_GAIN, dtype=dtype, rngs=rngs)
+    def __init__(self, width, hidden, *, dtype):
+        self.w1 = Linear(width, hidden, dtype=dtype)
+        self.w3 = Linear(width, hidden, dtype=dtype)
+        self.w2 = Linear(hidden, width, dtype=dtype)
 
     def __call__(self, x, tape=None):
         return self.w2(nnx.silu(self.w1(x, tape)) * self.w3(x, tape), tape)
@@ -121,11 +111,11 @@ class RotaryBlock(nnx.Module):
 
     remat = False
 
-    def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype, rngs):
+    def __init__(self, width, num_heads, mlp_ratio, *, kernels, dtype):
         self.norm1 = RMSNorm(width)
-        self.attn = RotaryAttention(width, num_heads, kernels=kernels, dtype=dtype, rngs=rngs)
+        self.attn = RotaryAttention(width, num_heads, kernels=kernels, dtype=dtype)
         self.norm2 = RMSNorm(width)
-        self.mlp = SwiGLU(width, int(width * mlp_ratio), dtype=dtype, rngs=rngs)
+        self.mlp = SwiGLU(width, int(width * mlp_ratio), dtype=dtype)
         self.attn_scale = nnx.Param(jnp.zeros(width))
         self.mlp_scale = nnx.Param(jnp.zeros(width))
 
@@ -137,11 +127,11 @@ class RotaryBlock(nnx.Module):
 
 
 class NormedLayer(nnx.Module):
-    """Map tokens [b n d] to patches [b n p*p*c]; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c]."""
 
-    def __init__(self, width, out_features, *, dtype, rngs):
+    def __init__(self, width, out_features, *, dtype):
         self.norm = RMSNorm(width)
-        self.linear = Linear(width, out_features, 0.0, dtype=dtype, bias=True, rngs=rngs)
+        self.linear = Linear(width, out_features, dtype=dtype, bias=True)
 
     def __call__(self, x, tape=None):
         return self.linear(self.norm(x), tape)
@@ -163,8 +153,7 @@ class IMFDiT(nnx.Module):
     takes_tape = True
 
     def __init__(self, *, input_size, channels, num_classes, patch_size, depth, head_depth, width, num_heads,
-                 mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"), dtype=jnp.float32,
-                 rngs):  # fmt: skip
+                 mlp_ratio, num_tokens, v_heads=True, kernels=("plain", "plain"), dtype=jnp.float32):  # fmt: skip
         if input_size % patch_size:
             raise ValueError(f"input_size {input_size} is not a multiple of patch_size {patch_size}")
         if width % (2 * num_heads) or head_depth > depth:
@@ -175,35 +164,35 @@ class IMFDiT(nnx.Module):
         self.rope_shape = (self.prefix + (input_size // patch_size) ** 2, width // num_heads)
 
         def tokens(num):
-            return nnx.Param(jax.random.normal(rngs.params(), (num, width)) * width**-0.5)
+            return nnx.Param(jnp.zeros((num, width)))
 
         def blocks(num):
-            options = {"kernels": kernels, "dtype": dtype, "rngs": rngs}
+            options = {"kernels": kernels, "dtype": dtype}
             return nnx.List([RotaryBlock(width, num_heads, mlp_ratio, **options) for _ in range(num)])
 
         self.time_tokens, self.class_tokens, self.omega_tokens = tokens(num_time), tokens(num_class), tokens(num_omega)
         self.t_min_tokens, self.t_max_tokens = tokens(num_interval), tokens(num_interval)
-        self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype, rngs=rngs)
-        self.h_embedder = Embedder(width, rngs=rngs)
-        self.omega_embedder = Embedder(width, rngs=rngs)
-        self.cfg_t_start_embedder = Embedder(width, rngs=rngs)
-        self.cfg_t_end_embedder = Embedder(width, rngs=rngs)
-        self.y_embedder = ClassEmbedder(num_classes, width, rngs=rngs)
+        self.x_embedder = PatchEmbed(patch_size, channels, width, dtype=dtype)
+        self.h_embedder = Embedder(width)
+        self.omega_embedder = Embedder(width)
+        self.cfg_t_start_embedder = Embedder(width)
+        self.cfg_t_end_embedder = Embedder(width)
+        self.y_embedder = ClassEmbedder(num_classes, width)
         self.shared_blocks = blocks(depth - head_depth)
         self.u_heads = blocks(head_depth)
         self.v_heads = blocks(head_depth if v_heads else 0)
-        self.u_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
-        self.v_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype, rngs=rngs)
+        self.u_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype)
+        self.v_final_layer = NormedLayer(width, patch_size**2 * channels, dtype=dtype)
         name_layers(self)
 
     @classmethod
-    def from_config(cls, c, rngs):
+    def from_config(cls, c):
         """Build from `config.model`."""
         return cls(
             input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, patch_size=c.patch_size,
             depth=c.depth, head_depth=c.head_depth, width=c.width, num_heads=c.num_heads, mlp_ratio=c.mlp_ratio,
             num_tokens=(c.num_class_tokens, c.num_omega_tokens, c.num_interval_tokens, c.num_time_tokens),
-            v_heads=c.v_heads, kernels=(c.attention, c.attention_jvp), dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+            v_heads=c.v_heads, kernels=(c.attention, c.attention_jvp), dtype=jnp.dtype(c.compute_dtype),
         )  # fmt: skip
 
     def tables(self):

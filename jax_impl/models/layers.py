@@ -1,6 +1,7 @@
-"""Layers that several networks share: initialisers, norms, embeddings of time, label and position.
+"""Layers that several networks share: norms, embeddings of time, label and position.
 
-Parameters are kept in `param_dtype`; matmuls run in `dtype`; time features and norms in at least float32.
+Parameters are made of zeros, for `meanflow.weights.initial` or loaded weights to replace, and kept in
+`param_dtype`; matmuls run in `dtype`; time features and norms in at least float32.
 Attribute names are those of the official PyTorch checkpoints, so a parameter's path is its canonical name except for
 the leaf (`kernel` here is `weight` there, transposed).
 """
@@ -15,19 +16,23 @@ from flax import nnx
 
 from jax_impl.models.tape import affine
 
-xavier_uniform = nnx.initializers.xavier_uniform()
-normal_002 = nnx.initializers.normal(0.02)
 zeros = nnx.initializers.zeros_init()
 
 
 class Linear(nnx.Linear):
-    """An affine layer computed in `dtype` (None: the input's) from float32 parameters; a bias starts at zero."""
+    """An affine layer computed in `dtype` (None: the input's) from float32 parameters."""
 
     name = None  # see `name_layers`
 
-    def __init__(self, in_features, out_features, *, dtype, rngs, kernel_init=xavier_uniform, bias=True):
+    def __init__(self, in_features, out_features, *, dtype, bias=True):
         super().__init__(
-            in_features, out_features, use_bias=bias, dtype=dtype, kernel_init=kernel_init, bias_init=zeros, rngs=rngs
+            in_features,
+            out_features,
+            use_bias=bias,
+            dtype=dtype,
+            kernel_init=zeros,
+            bias_init=zeros,
+            rngs=nnx.Rngs(0),
         )
 
     def __call__(self, x, tape=None):  # pyright: ignore
@@ -86,12 +91,12 @@ def timestep_features(t, dim=256, max_period=10_000.0):
 class TimestepEmbedder(nnx.Module):
     """Embed times [b] into vectors [b width]: sinusoidal features, then a two-layer MLP in float32."""
 
-    def __init__(self, width, *, rngs, features=256):
+    def __init__(self, width, *, features=256):
         self.features = features
         self.mlp = nnx.Dict(
             {
-                "0": Linear(features, width, dtype=None, kernel_init=normal_002, rngs=rngs),
-                "2": Linear(width, width, dtype=None, kernel_init=normal_002, rngs=rngs),
+                "0": Linear(features, width, dtype=None),
+                "2": Linear(width, width, dtype=None),
             }
         )
 
@@ -101,11 +106,16 @@ class TimestepEmbedder(nnx.Module):
         return self.mlp["2"](x, tape)
 
 
+def embedding(num, width):
+    """Return a table of `num` vectors of this width."""
+    return nnx.Embed(num, width, embedding_init=zeros, rngs=nnx.Rngs(0))
+
+
 class LabelEmbedder(nnx.Module):
     """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
 
-    def __init__(self, num_classes, width, *, rngs):
-        self.embedding_table = nnx.Embed(num_classes + 1, width, embedding_init=normal_002, rngs=rngs)
+    def __init__(self, num_classes, width):
+        self.embedding_table = embedding(num_classes + 1, width)
 
     def __call__(self, y):
         return self.embedding_table.embedding[y]  # nnx.Embed would cast to float32
@@ -116,21 +126,16 @@ class PatchEmbed(nnx.Module):
 
     name = None  # see `name_layers`
 
-    def __init__(self, patch_size, channels, width, *, dtype, rngs):
+    def __init__(self, patch_size, channels, width, *, dtype):
         window = (patch_size, patch_size)
-        self.proj = nnx.Conv(channels, width, window, window, kernel_init=xavier_patches, bias_init=zeros, rngs=rngs)
+        options = {"kernel_init": zeros, "bias_init": zeros, "rngs": nnx.Rngs(0)}
+        self.proj = nnx.Conv(channels, width, window, window, **options)
         self.dtype = dtype
 
     def __call__(self, x, tape=None):
         x, kernel, bias = (a.astype(self.dtype) for a in (x, self.proj.kernel[...], self.proj.bias[...]))  # pyright: ignore
         x = affine(functools.partial(convolve, padding=0, strides=self.proj.strides), x, kernel, self.name, tape) + bias
         return x.reshape(x.shape[0], -1, x.shape[-1])
-
-
-def xavier_patches(key, shape, dtype=jnp.float32):
-    """Draw a patch kernel [p p c width] as the matrix (p p c) -> width, Xavier-uniform."""
-    *window, out_features = shape
-    return xavier_uniform(key, (math.prod(window), out_features), dtype).reshape(shape)
 
 
 def unpatchify(x, channels):

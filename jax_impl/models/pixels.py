@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 from flax import nnx
 
-from jax_impl.models.layers import convolve, xavier_uniform
+from jax_impl.models.layers import convolve
 from jax_impl.models.tape import affine
 from meanflow.tables import resample_matrix
 
@@ -56,11 +56,11 @@ def dropout(x, prob, keep):
 class FourierFeatures(nnx.Module):
     """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, never trained.
 
-    scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
+    The frequencies are in periods.  Source: arXiv:2011.13456 (NCSN++).
     """
 
-    def __init__(self, dim, *, rngs, scale=16.0):
-        self.freqs = nnx.Param(jax.random.normal(rngs.params(), (dim // 2,)) * scale)
+    def __init__(self, dim):
+        self.freqs = nnx.Param(jnp.zeros(dim // 2))
 
     def __call__(self, t):
         t = t.astype(jnp.promote_types(t.dtype, jnp.float32))
@@ -73,7 +73,7 @@ class GroupNorm(nnx.Module):
 
     def __init__(self, features, groups, *, dtype=jnp.float32):
         self.groups = groups
-        self.weight = nnx.Param(jnp.ones(features, dtype))
+        self.weight = nnx.Param(jnp.zeros(features, dtype))
         self.bias = nnx.Param(jnp.zeros(features, dtype))
 
     def __call__(self, x):
@@ -93,13 +93,12 @@ class Conv(nnx.Module):
 
     name = None  # see `name_layers`
 
-    def __init__(self, in_features, out_features, kernel_size, *, dtype, rngs, kernel_init=xavier_uniform,
-                 resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
+    def __init__(self, in_features, out_features, kernel_size, *, dtype, resample=None, taps=(1, 1), size=0,
+                 filter_last=False):  # fmt: skip
         self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
         self.kernel_size, self.dtype = kernel_size, dtype
         if kernel_size:
-            shape = (kernel_size, kernel_size, in_features, out_features)
-            self.kernel = nnx.Param(kernel_init(rngs.params(), shape))
+            self.kernel = nnx.Param(jnp.zeros((kernel_size, kernel_size, in_features, out_features)))
             self.bias = nnx.Param(jnp.zeros(out_features))
 
     def resampled(self, x):

@@ -28,8 +28,6 @@ from meanflow.errors import UserError
 from meanflow.tables import filter_table
 
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
-nearly_zero = nnx.initializers.variance_scaling(1e-10, "fan_avg", "uniform")  # Xavier-uniform times 1e-5
-for_attention = nnx.initializers.variance_scaling(0.2, "fan_avg", "uniform")  # Xavier-uniform times sqrt(0.2)
 
 
 class Block(nnx.Module):
@@ -42,22 +40,22 @@ class Block(nnx.Module):
     remat = False
 
     def __init__(self, in_features, out_features, emb_features, *, first, size, attention, dropout, qkv_layout, taps,
-                 dtype, rngs, resample=None):  # fmt: skip
+                 dtype, resample=None):  # fmt: skip
         self.first, self.prob, self.attention, self.qkv_layout = first, dropout, attention, qkv_layout
-        sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype, "rngs": rngs}
+        sampling = {"resample": resample, "taps": taps, "size": size, "dtype": dtype}
         self.norm0 = group_norm(in_features)
         self.conv0 = Conv(in_features, out_features, 3, **sampling)
-        self.affine = Linear(emb_features, out_features, dtype=dtype, rngs=rngs)
+        self.affine = Linear(emb_features, out_features, dtype=dtype)
         self.norm1 = group_norm(out_features)
-        self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
+        self.conv1 = Conv(out_features, out_features, 3, dtype=dtype)
         if in_features != out_features or resample:
             self.skip = Conv(in_features, out_features, 1, **sampling)
         else:
             self.skip = None
         if attention:
             self.norm2 = group_norm(out_features)
-            self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention, rngs=rngs)
-            self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero, rngs=rngs)
+            self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype)
+            self.proj = Conv(out_features, out_features, 1, dtype=dtype)
 
     @rematerialised
     def __call__(self, x, emb, keep, tape=None):
@@ -110,7 +108,7 @@ class UNet(nnx.Module):
 
     def __init__(self, *, input_size, channels, num_classes, width, channel_mult, channel_mult_emb, channel_mult_noise,
                  num_blocks, attn_resolutions, dropout, augment_dim, embedding_type, encoder_type, decoder_type,
-                 resample_filter, time_embedding, qkv_layout, dtype=jnp.float32, rngs):  # fmt: skip
+                 resample_filter, time_embedding, qkv_layout, dtype=jnp.float32):  # fmt: skip
         check_sizes(input_size, channel_mult, resample_filter)
         if time_embedding == "separate" and augment_dim:
             raise UserError("model.time_embedding separate has no place for labels: model.augment_dim must be 0")
@@ -118,7 +116,7 @@ class UNet(nnx.Module):
         self.sizes = tuple(input_size >> level for level in range(len(channel_mult)))
         self.num_blocks, self.encoder_type, self.decoder_type = num_blocks, encoder_type, decoder_type
         self.time_embedding, self.features = time_embedding, width * channel_mult_noise
-        self.add_embedding(width * channel_mult_emb, embedding_type, rngs)
+        self.add_embedding(width * channel_mult_emb, embedding_type)
         self.num_entries, widths = 0, [width * mult for mult in channel_mult]
 
         def block(in_features, out_features, size, attention=False, resample=None):
@@ -126,30 +124,30 @@ class UNet(nnx.Module):
             self.num_entries += out_size**2 * out_features
             return Block(
                 in_features, out_features, width * channel_mult_emb, first=first, size=size, attention=attention,
-                dropout=dropout, qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, rngs=rngs, resample=resample,
+                dropout=dropout, qkv_layout=qkv_layout, taps=resample_filter, dtype=dtype, resample=resample,
             )  # fmt: skip
 
         def conv(in_features, out_features, kernel_size, **options):
-            return Conv(in_features, out_features, kernel_size, taps=resample_filter, dtype=dtype, rngs=rngs, **options)
+            return Conv(in_features, out_features, kernel_size, taps=resample_filter, dtype=dtype, **options)
 
         enc, features, skips = self.make_encoder(block, conv, channels, width, widths, attn_resolutions)
         dec = self.make_decoder(block, conv, channels, features, skips, widths, attn_resolutions)
         self.enc, self.dec = nnx.Dict(enc), nnx.Dict(dec)
         name_layers(self)
 
-    def add_embedding(self, emb, embedding_type, rngs):
+    def add_embedding(self, emb, embedding_type):
         """Create the layers that embed times and augmentation labels into [b emb]."""
-        self.map_noise = FourierFeatures(self.features, rngs=rngs) if embedding_type == "fourier" else None
+        self.map_noise = FourierFeatures(self.features) if embedding_type == "fourier" else None
         if self.time_embedding == "joint":
-            self.map_layer0 = Linear(2 * self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1 = Linear(emb, emb, dtype=None, rngs=rngs)
+            self.map_layer0 = Linear(2 * self.features, emb, dtype=None)
+            self.map_layer1 = Linear(emb, emb, dtype=None)
         else:
-            self.map_layer0 = Linear(self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1 = Linear(emb, emb // 2, dtype=None, rngs=rngs)
-            self.map_layer0_s = Linear(self.features, emb, dtype=None, rngs=rngs)
-            self.map_layer1_s = Linear(emb, emb // 2, dtype=None, rngs=rngs)
+            self.map_layer0 = Linear(self.features, emb, dtype=None)
+            self.map_layer1 = Linear(emb, emb // 2, dtype=None)
+            self.map_layer0_s = Linear(self.features, emb, dtype=None)
+            self.map_layer1_s = Linear(emb, emb // 2, dtype=None)
         if self.augment_dim:
-            self.map_augment = Linear(self.augment_dim, 2 * self.features, bias=False, dtype=None, rngs=rngs)
+            self.map_augment = Linear(self.augment_dim, 2 * self.features, bias=False, dtype=None)
 
     def make_encoder(self, block, conv, channels, features, widths, attn_resolutions):
         """Return the encoder's layers by name, the channels it ends with, and those of each skip connection.
@@ -194,11 +192,11 @@ class UNet(nnx.Module):
                 dec[f"{name}_aux_up"] = conv(channels, channels, 0, resample="up", size=size // 2)
             if self.decoder_type == "skip" or size == self.sizes[0]:
                 dec[f"{name}_aux_norm"] = group_norm(features)
-                dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
+                dec[f"{name}_aux_conv"] = conv(features, channels, 3)
         return dec
 
     @classmethod
-    def from_config(cls, c, rngs):
+    def from_config(cls, c):
         """Build from `config.model`."""
         return cls(
             input_size=c.input_size, channels=c.channels, num_classes=c.num_classes, width=c.width,
@@ -206,7 +204,7 @@ class UNet(nnx.Module):
             num_blocks=c.num_blocks, attn_resolutions=c.attn_resolutions, dropout=c.dropout, augment_dim=c.augment_dim,
             embedding_type=c.embedding_type, encoder_type=c.encoder_type, decoder_type=c.decoder_type,
             resample_filter=c.resample_filter, time_embedding=c.time_embedding, qkv_layout=c.qkv_layout,
-            dtype=jnp.dtype(c.compute_dtype), rngs=rngs,
+            dtype=jnp.dtype(c.compute_dtype),
         )  # fmt: skip
 
     def tables(self):

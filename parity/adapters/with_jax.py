@@ -97,9 +97,8 @@ class Jax(Adapter):
         """Return canonical weights {name: array} freshly drawn from each of `seeds`."""
         module, _ = _network(_model(config))
         jax.config.update(OPTIMIZE_LESS, True)
-        settings = {"model": config.model, "train": config.train}
-        draw = jax.jit(lambda seed: step.build_net(SimpleNamespace(seed=seed, **settings))[1])
-        return [weights.to_canonical(module, draw(seed)) for seed in seeds]
+        configs = [SimpleNamespace(seed=seed, model=config.model, train=config.train) for seed in seeds]
+        return [weights.to_canonical(module, step.build_net(config)[1]) for config in configs]
 
     @staticmethod
     def bound(net):

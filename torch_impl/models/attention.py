@@ -14,7 +14,7 @@ class HeadNorm(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.scale = nn.Parameter(torch.ones(dim))
+        self.scale = nn.Parameter(torch.zeros(dim))
 
     def forward(self, x):
         return rms_norm(x) * self.scale

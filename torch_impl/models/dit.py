@@ -21,7 +21,6 @@ from torch_impl.models.layers import (
     layer_norm,
     modulate,
     unpatchify,
-    zeros,
 )
 from torch_impl.models.tape import name_layers, rematerialised
 
@@ -47,7 +46,7 @@ class Block(nn.Module):
         super().__init__()
         self.attn = Attention(width, num_heads, qk_norm=qk_norm, kernels=kernels, dtype=dtype)
         self.mlp = Mlp(width, int(width * mlp_ratio), dtype=dtype)
-        self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 6 * width, dtype=dtype, kernel_init=zeros)})
+        self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 6 * width, dtype=dtype)})
 
     @rematerialised
     def forward(self, x, c, tape=None):
@@ -59,12 +58,12 @@ class Block(nn.Module):
 
 
 class FinalLayer(nn.Module):
-    """Map tokens [b n d] to patches [b n p*p*c], modulated by c like a block; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c], modulated by c like a block."""
 
     def __init__(self, width, out_features, *, dtype):
         super().__init__()
-        self.linear = Linear(width, out_features, dtype=dtype, kernel_init=zeros)
-        self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 2 * width, dtype=dtype, kernel_init=zeros)})
+        self.linear = Linear(width, out_features, dtype=dtype)
+        self.adaLN_modulation = nn.ModuleDict({"1": Linear(width, 2 * width, dtype=dtype)})
 
     def forward(self, x, c, tape=None):
         shift, scale = self.adaLN_modulation["1"](c, tape).chunk(2, dim=-1)

@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 
 from torch_impl.models.dit import DiT, sizes_of
-from torch_impl.models.layers import Linear, timestep_features, zeros
+from torch_impl.models.layers import Linear, timestep_features
 
 LOG_VARIANCE_FEATURES = 128  # of each time
 
@@ -25,7 +25,7 @@ class DMFDiT(DiT):
         if dmf_depth > len(self.blocks):
             raise ValueError(f"dmf_depth {dmf_depth} is more than the {len(self.blocks)} blocks")
         self.dmf_depth = dmf_depth
-        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None, kernel_init=zeros)
+        self.logvar_linear = Linear(2 * LOG_VARIANCE_FEATURES, 1, dtype=None)
 
     @classmethod
     def from_config(cls, c):

@@ -87,8 +87,8 @@ class MPFourier(nn.Module):
 
     def __init__(self, dim):
         super().__init__()
-        self.freqs = nn.Parameter(torch.randn(dim) * (2 * math.pi), requires_grad=False)
-        self.phases = nn.Parameter(torch.rand(dim) * (2 * math.pi), requires_grad=False)
+        self.freqs = nn.Parameter(torch.zeros(dim), requires_grad=False)
+        self.phases = nn.Parameter(torch.zeros(dim), requires_grad=False)
 
     def forward(self, x):
         x = x.to(torch.promote_types(x.dtype, torch.float32))
@@ -107,7 +107,7 @@ class MPConv(nn.Module):
         super().__init__()
         self.kernel_size, self.compute_dtype = kernel_size, dtype
         window = (kernel_size, kernel_size) if kernel_size else ()
-        self.weight = nn.Parameter(torch.randn(out_features, in_features, *window))
+        self.weight = nn.Parameter(torch.zeros(out_features, in_features, *window))
 
     def forward(self, x, tape=None, gain=1.0):
         weight = normalize(self.weight, tuple(range(1, self.weight.ndim)))

@@ -4,9 +4,6 @@ Source: arXiv:2512.02012; Lyy-iiis/imeanflow, models/imfDiT.py, whose state-dict
 including the wrappers `_flax_linear` and `_flax_embedding`, without the prefix `net.` of the class around the network.
 """
 
-import functools
-import math
-
 import torch
 import torch.nn.functional as F
 from torch import nn
@@ -14,19 +11,16 @@ from torch import nn
 from meanflow.tables import rotary_table
 from torch_impl.models import layers
 from torch_impl.models.attention import attend
-from torch_impl.models.layers import PatchEmbed, rms_norm, timestep_features, unpatchify
+from torch_impl.models.layers import PatchEmbed, embedding, rms_norm, timestep_features, unpatchify
 from torch_impl.models.tape import name_layers, rematerialised, under_jvp
-
-BLOCK_GAIN = 0.32  # standard deviation of a block's initial weights, times sqrt(fan_in)
 
 
 class Linear(nn.Module):
-    """A linear layer with normal initial weights of deviation gain / sqrt(in); the bias, if any, starts at zero."""
+    """A linear layer under the name that the official code gives it."""
 
-    def __init__(self, in_features, out_features, gain, *, dtype, bias=False):
+    def __init__(self, in_features, out_features, *, dtype, bias=False):
         super().__init__()
-        init = functools.partial(nn.init.normal_, std=gain / math.sqrt(in_features))
-        self._flax_linear = layers.Linear(in_features, out_features, dtype=dtype, kernel_init=init, bias=bias)
+        self._flax_linear = layers.Linear(in_features, out_features, dtype=dtype, bias=bias)
 
     def forward(self, x, tape=None):
         return self._flax_linear(x, tape)
@@ -37,7 +31,7 @@ class RMSNorm(nn.Module):
 
     def __init__(self, width):
         super().__init__()
-        self.weight = nn.Parameter(torch.ones(width))
+        self.weight = nn.Parameter(torch.zeros(width))
 
     def forward(self, x):
         return rms_norm(x) * self.weight
@@ -51,8 +45,8 @@ class Embedder(nn.Module):
         self.features = features
         self.mlp = nn.ModuleDict(
             {
-                "0": Linear(features, width, 1.0, dtype=None, bias=True),
-                "2": Linear(width, width, 1.0, dtype=None, bias=True),
+                "0": Linear(features, width, dtype=None, bias=True),
+                "2": Linear(width, width, dtype=None, bias=True),
             }
         )
 
@@ -66,9 +60,7 @@ class ClassEmbedder(nn.Module):
 
     def __init__(self, num_classes, width):
         super().__init__()
-        table = nn.Embedding(num_classes + 1, width)
-        nn.init.normal_(table.weight, std=width**-0.5)
-        self.embedding_table = nn.ModuleDict({"_flax_embedding": table})
+        self.embedding_table = nn.ModuleDict({"_flax_embedding": embedding(num_classes + 1, width)})
 
     def forward(self, y):
         return self.embedding_table["_flax_embedding"](y)
@@ -90,12 +82,12 @@ class RotaryAttention(nn.Module):
     def __init__(self, width, num_heads, *, kernels=("plain", "plain"), dtype):
         super().__init__()
         self.num_heads, self.kernels = num_heads, kernels
-        self.q_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
-        self.k_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
-        self.v_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+        self.q_proj = Linear(width, width, dtype=dtype)
+        self.k_proj = Linear(width, width, dtype=dtype)
+        self.v_proj = Linear(width, width, dtype=dtype)
         self.q_norm = RMSNorm(width // num_heads)
         self.k_norm = RMSNorm(width // num_heads)
-        self.out_proj = Linear(width, width, BLOCK_GAIN, dtype=dtype)
+        self.out_proj = Linear(width, width, dtype=dtype)
 
     def forward(self, x, cos, sin, tape=None):
         batch, tokens, width = x.shape
@@ -114,9 +106,9 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width, hidden, *, dtype):
         super().__init__()
-        self.w1 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype)
-        self.w3 = Linear(width, hidden, BLOCK_GAIN, dtype=dtype)
-        self.w2 = Linear(hidden, width, BLOCK_GAIN, dtype=dtype)
+        self.w1 = Linear(width, hidden, dtype=dtype)
+        self.w3 = Linear(width, hidden, dtype=dtype)
+        self.w2 = Linear(hidden, width, dtype=dtype)
 
     def forward(self, x, tape=None):
         return self.w2(F.silu(self.w1(x, tape)) * self.w3(x, tape), tape)
@@ -144,12 +136,12 @@ class RotaryBlock(nn.Module):
 
 
 class NormedLayer(nn.Module):
-    """Map tokens [b n d] to patches [b n p*p*c]; zero at initialisation."""
+    """Map tokens [b n d] to patches [b n p*p*c]."""
 
     def __init__(self, width, out_features, *, dtype):
         super().__init__()
         self.norm = RMSNorm(width)
-        self.linear = Linear(width, out_features, 0.0, dtype=dtype, bias=True)
+        self.linear = Linear(width, out_features, dtype=dtype, bias=True)
 
     def forward(self, x, tape=None):
         return self.linear(self.norm(x), tape)
@@ -184,7 +176,7 @@ class IMFDiT(nn.Module):
         self.rope_shape = (self.prefix + (input_size // patch_size) ** 2, width // num_heads)
 
         def tokens(num):
-            return nn.Parameter(torch.randn(num, width) * width**-0.5)
+            return nn.Parameter(torch.zeros(num, width))
 
         def blocks(num):
             options = {"kernels": kernels, "dtype": dtype}

@@ -1,6 +1,7 @@
-"""Layers that several networks share: initialisers, norms, embeddings of time, label and position.
+"""Layers that several networks share: norms, embeddings of time, label and position.
 
-Parameters are kept in float32 (or float64); matmuls run in `dtype`; time features and norms in at least float32.
+Parameters are made of zeros, for `meanflow.weights.initial` or loaded weights to replace, and kept in float32 (or
+float64); matmuls run in `dtype`; time features and norms in at least float32.
 Attribute names are those of the official PyTorch checkpoints: the canonical names.
 """
 
@@ -14,35 +15,24 @@ from torch import nn
 from torch_impl.models.tape import affine
 
 
-def xavier_uniform(weight):
-    """Fill a weight [out ...] as the matrix (all else) -> out, Xavier-uniform."""
-    nn.init.xavier_uniform_(weight.view(weight.shape[0], -1))
-
-
-def normal_002(weight):
-    """Fill a weight with normals of standard deviation 0.02."""
-    nn.init.normal_(weight, std=0.02)
-
-
-def zeros(weight):
-    """Fill a weight with zeros."""
-    nn.init.zeros_(weight)
+def zeros(layer):
+    """Fill the parameters of a layer, which PyTorch would draw from the global random state."""
+    for parameter in layer.parameters():
+        nn.init.zeros_(parameter)
 
 
 class Linear(nn.Linear):
-    """An affine layer computed in `dtype` (None: the input's) from float32 parameters; a bias starts at zero.
+    """An affine layer computed in `dtype` (None: the input's) from float32 parameters.
 
     The bias is added to the product, not inside it: compiled, the addition fuses with what follows and costs no pass.
     """
 
     name = None  # see `name_layers`
+    reset_parameters = zeros
 
-    def __init__(self, in_features, out_features, *, dtype, kernel_init=xavier_uniform, bias=True):
+    def __init__(self, in_features, out_features, *, dtype, bias=True):
         super().__init__(in_features, out_features, bias=bias)
         self.compute_dtype = dtype
-        kernel_init(self.weight)
-        if bias:
-            zeros(self.bias)
 
     def forward(self, x, tape=None):
         dtype = self.compute_dtype or x.dtype
@@ -96,8 +86,8 @@ class TimestepEmbedder(nn.Module):
         self.features = features
         self.mlp = nn.ModuleDict(
             {
-                "0": Linear(features, width, dtype=None, kernel_init=normal_002),
-                "2": Linear(width, width, dtype=None, kernel_init=normal_002),
+                "0": Linear(features, width, dtype=None),
+                "2": Linear(width, width, dtype=None),
             }
         )
 
@@ -107,16 +97,24 @@ class TimestepEmbedder(nn.Module):
         return self.mlp["2"](x, tape)
 
 
+def embedding(num, width):
+    """Return a table of `num` vectors of this width."""
+    return nn.Embedding.from_pretrained(torch.zeros(num, width), freeze=False)
+
+
 class LabelEmbedder(nn.Module):
     """Embed labels [b] in [0, num_classes] into vectors [b width]; the last row is the null class."""
 
     def __init__(self, num_classes, width):
         super().__init__()
-        self.embedding_table = nn.Embedding(num_classes + 1, width)
-        normal_002(self.embedding_table.weight)
+        self.embedding_table = embedding(num_classes + 1, width)
 
     def forward(self, y):
         return self.embedding_table(y)
+
+
+class _Patches(nn.Conv2d):
+    reset_parameters = zeros
 
 
 class PatchEmbed(nn.Module):
@@ -127,9 +125,7 @@ class PatchEmbed(nn.Module):
     def __init__(self, patch_size, channels, width, *, dtype):
         super().__init__()
         self.compute_dtype = dtype
-        self.proj = nn.Conv2d(channels, width, patch_size, patch_size)
-        xavier_uniform(self.proj.weight)
-        zeros(self.proj.bias)
+        self.proj = _Patches(channels, width, patch_size, patch_size)
 
     def forward(self, x, tape=None):
         x, weight, bias = (a.to(self.compute_dtype) for a in (x, self.proj.weight, self.proj.bias))  # pyright: ignore

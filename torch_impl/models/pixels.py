@@ -58,12 +58,12 @@ def dropout(x, prob, keep):
 class FourierFeatures(nn.Module):
     """Features [b dim] of times t [b] at random frequencies: cosines, then sines.  Loaded, never trained.
 
-    scale: standard deviation of the frequencies, in periods.  Source: arXiv:2011.13456 (NCSN++).
+    The frequencies are in periods.  Source: arXiv:2011.13456 (NCSN++).
     """
 
-    def __init__(self, dim, *, scale=16.0):
+    def __init__(self, dim):
         super().__init__()
-        self.freqs = nn.Parameter(torch.randn(dim // 2) * scale, requires_grad=False)
+        self.freqs = nn.Parameter(torch.zeros(dim // 2), requires_grad=False)
 
     def forward(self, t):
         t = t.to(torch.promote_types(t.dtype, torch.float32))
@@ -80,7 +80,7 @@ class GroupNorm(nn.Module):
     def __init__(self, features, groups, *, dtype=torch.float32):
         super().__init__()
         self.groups = groups
-        self.weight = nn.Parameter(torch.ones(features, dtype=dtype))
+        self.weight = nn.Parameter(torch.zeros(features, dtype=dtype))
         self.bias = nn.Parameter(torch.zeros(features, dtype=dtype))
 
     def forward(self, x):
@@ -100,15 +100,14 @@ class Conv(nn.Module):
 
     name = None  # see `name_layers`
 
-    def __init__(self, in_features, out_features, kernel_size, *, dtype, kernel_init=nn.init.xavier_uniform_,
-                 resample=None, taps=(1, 1), size=0, filter_last=False):  # fmt: skip
+    def __init__(self, in_features, out_features, kernel_size, *, dtype, resample=None, taps=(1, 1), size=0,
+                 filter_last=False):  # fmt: skip
         super().__init__()
         self.resample, self.taps, self.size, self.filter_last = resample, tuple(taps), size, filter_last
         self.kernel_size, self.compute_dtype = kernel_size, dtype
         if kernel_size:
-            self.weight = nn.Parameter(torch.empty(out_features, in_features, kernel_size, kernel_size))
+            self.weight = nn.Parameter(torch.zeros(out_features, in_features, kernel_size, kernel_size))
             self.bias = nn.Parameter(torch.zeros(out_features))
-            kernel_init(self.weight)
         if resample:
             self.register_buffer("resample_filter", torch.from_numpy(filter_table(taps)))
             matrix = resample_matrix(taps, size, resample, valid=filter_last)

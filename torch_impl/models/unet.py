@@ -31,16 +31,6 @@ from torch_impl.models.tape import name_layers, rematerialised
 SKIP_SCALE = math.sqrt(0.5)  # keeps the variance of a sum of two
 
 
-def nearly_zero(weight):
-    """Fill a weight [out in k k] Xavier-uniformly, times 1e-5."""
-    nn.init.xavier_uniform_(weight, gain=1e-5)
-
-
-def for_attention(weight):
-    """Fill a weight [out in k k] Xavier-uniformly, times sqrt(0.2)."""
-    nn.init.xavier_uniform_(weight, gain=math.sqrt(0.2))
-
-
 class Block(nn.Module):
     """Residual block conditioned on emb [b d], with optional attention; the residual stays in float32.
 
@@ -59,15 +49,15 @@ class Block(nn.Module):
         self.conv0 = Conv(in_features, out_features, 3, **sampling)
         self.affine = Linear(emb_features, out_features, dtype=dtype)
         self.norm1 = group_norm(out_features)
-        self.conv1 = Conv(out_features, out_features, 3, dtype=dtype, kernel_init=nearly_zero)
+        self.conv1 = Conv(out_features, out_features, 3, dtype=dtype)
         if in_features != out_features or resample:
             self.skip = Conv(in_features, out_features, 1, **sampling)
         else:
             self.skip = None
         if attention:
             self.norm2 = group_norm(out_features)
-            self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype, kernel_init=for_attention)
-            self.proj = Conv(out_features, out_features, 1, dtype=dtype, kernel_init=nearly_zero)
+            self.qkv = Conv(out_features, 3 * out_features, 1, dtype=dtype)
+            self.proj = Conv(out_features, out_features, 1, dtype=dtype)
 
     @rematerialised
     def forward(self, x, emb, keep, tape=None):
@@ -205,7 +195,7 @@ class UNet(nn.Module):
                 dec[f"{name}_aux_up"] = conv(channels, channels, 0, resample="up", size=size // 2)
             if self.decoder_type == "skip" or size == self.sizes[0]:
                 dec[f"{name}_aux_norm"] = group_norm(features)
-                dec[f"{name}_aux_conv"] = conv(features, channels, 3, kernel_init=nearly_zero)
+                dec[f"{name}_aux_conv"] = conv(features, channels, 3)
         return dec
 
     @classmethod

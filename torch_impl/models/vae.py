@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from meanflow.errors import UserError
-from torch_impl.models.layers import Linear, zeros
+from torch_impl.models.layers import Linear
 from torch_impl.models.pixels import GroupNorm, add, attend
 
 LOG_VARIANCE = (-30.0, 20.0)  # log-variances are clipped to this range
@@ -69,7 +69,7 @@ class Attention(nn.Module):
         self.group_norm = group_norm(features, groups, dtype=dtype)
 
         def linear():
-            return Linear(features, features, dtype=dtype, kernel_init=zeros).to(param_dtype(dtype))
+            return Linear(features, features, dtype=dtype).to(param_dtype(dtype))
 
         self.to_q = linear()
         self.to_k = linear()
