@@ -17,7 +17,6 @@ ONE_SIDED = {
         "matmul": "PyTorch's linear layers are one product already",
         "convolve": "PyTorch has conv2d",
         "gelu": "it is another form for inductor, whose tanh was seen to cost more",
-        "xavier_patches": "PyTorch's kernels have the output first, where one initialiser serves all",
     },
     "models/tape.py": {
         "remembered": "PyTorch makes dual numbers by hand",
@@ -29,7 +28,6 @@ ONE_SIDED = {
         "has_kernel": "PyTorch asks itself which kernel it can use",
     },
     "models/pixels.py": {"MASK32": "JAX has unsigned integers"},
-    "models/edm2.py": {"unit_normal": "PyTorch draws a parameter where it is made"},
     "devices.py": {
         "define_flags": "torchrun says in the environment what JAX needs flags for",
         "with_float64": "PyTorch needs no switch for float64",

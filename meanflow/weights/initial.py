@@ -108,7 +108,7 @@ EDM2: Table = {
     "*_gain": ZEROS,
     "*.weight": normal(1.0),
 }
-NETWORKS: Mapping[str, Table] = {  # by config.model.name
+NETWORKS: dict[str, Table] = {  # by config.model.name
     "dit": {**TRANSFORMER, "projectors.*.weight": xavier()},
     "dmf_dit": {**TRANSFORMER, "logvar_linear.weight": ZEROS},
     "imf_dit": IMPROVED_TRANSFORMER,

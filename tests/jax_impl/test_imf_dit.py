@@ -6,7 +6,7 @@ import pytest
 import tiny
 from flax import nnx
 
-from jax_impl.step import build_net
+from jax_impl.step import abstract_net, build_net
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {
@@ -21,11 +21,9 @@ def inputs(dtype=jnp.float32):
     return z, t, t / 2, y, 1 + 3 * t, t / 4, 1 - t / 4
 
 
-def build(**changes):
-    """Return the graph definition and fresh parameters of a network of the tiny sizes."""
-    config = tiny.of_network(SIZES | changes)
-    graphdef, _ = jax.eval_shape(lambda: build_net(config))
-    return graphdef, jax.jit(lambda: build_net(config)[1])()
+def build(make=build_net, **changes):
+    """Return the graph definition and fresh parameters of a network of the tiny sizes, or what `make` returns."""
+    return make(tiny.of_network(SIZES | changes))
 
 
 @pytest.mark.parametrize(
@@ -33,7 +31,7 @@ def build(**changes):
 )
 def test_dtypes(dtype, expected):
     with jax.enable_x64(expected == "float64"):
-        graphdef, params = jax.eval_shape(lambda: build(compute_dtype=dtype))
+        graphdef, params = build(abstract_net, compute_dtype=dtype)
         assert {str(a.dtype) for a in jax.tree.leaves(params)} == {expected}
         u = jax.eval_shape(lambda params, *args: nnx.merge(graphdef, params)(*args), params, *inputs(expected))
         assert u.dtype == expected and u.shape == (2, 8, 8, 3)

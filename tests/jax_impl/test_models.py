@@ -8,7 +8,7 @@ from flax import nnx
 
 from configs import digits
 from jax_impl.models.dit import DiT
-from jax_impl.step import build_net
+from jax_impl.step import abstract_net, build_net
 
 pytestmark = pytest.mark.usefixtures("optimize_less")
 SIZES = {"input_size": 8, "channels": 3, "num_classes": 5, "patch_size": 2, "depth": 1, "width": 16, "num_heads": 2}
@@ -18,14 +18,13 @@ def inputs(dtype=jnp.float32):
     return jnp.ones((2, 8, 8, 3), dtype), jnp.array([0.5, 1.0], dtype), jnp.zeros(2, dtype), jnp.array([0, 5])
 
 
-def build(make=lambda init: jax.jit(init)(), **changes):
-    """Return a merged network of the tiny sizes; make: of the function without arguments that draws its weights."""
+def build(make=build_net, **changes):
+    """Return a merged network of the tiny sizes; make: the function that builds it from its config."""
     config = digits.get_config()
     seed = changes.pop("seed", 0)
     config.model.update(SIZES | changes)
     config.seed = seed
-    graphdef, _ = jax.eval_shape(lambda: build_net(config))
-    return nnx.merge(graphdef, make(lambda: build_net(config)[1]))
+    return nnx.merge(*make(config))
 
 
 def test_the_output_is_zero_at_initialisation():
@@ -38,7 +37,7 @@ def test_the_output_is_zero_at_initialisation():
 )
 def test_dtypes(dtype, expected):
     with jax.enable_x64(expected == "float64"):
-        net = build(jax.eval_shape, compute_dtype=dtype)
+        net = build(abstract_net, compute_dtype=dtype)
         assert {str(a.dtype) for a in jax.tree.leaves(nnx.state(net))} == {expected}
         graphdef, params = nnx.split(net)
         output = jax.eval_shape(lambda params, *args: nnx.merge(graphdef, params)(*args), params, *inputs(expected))
@@ -54,4 +53,4 @@ def test_a_fresh_network_is_a_function_of_the_seed():
 @pytest.mark.parametrize("change", [{"patch_size": 3}, {"num_heads": 3}, {"width": 18, "num_heads": 2}])
 def test_sizes_that_do_not_divide(change):
     with pytest.raises(ValueError, match="multiple"):
-        DiT(**SIZES | change, rngs=nnx.Rngs(0))
+        DiT(**SIZES | change)

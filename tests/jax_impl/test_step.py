@@ -124,10 +124,13 @@ STAGES = {
 class Layers(nnx.Module):
     """In the place of EDM2's network its layers, few enough to be compiled at once."""
 
-    def __init__(self, c, rngs):
-        self.fourier = edm2.MPFourier(4, rngs=rngs)
-        self.time, self.conv, self.out = (edm2.MPConv(*sizes, rngs=rngs) for sizes in ((4, 4, 0), (1, 4, 3), (4, 1, 3)))
+    def __init__(self, c):
+        self.fourier = edm2.MPFourier(4)
+        self.time, self.conv, self.out = (edm2.MPConv(*sizes) for sizes in ((4, 4, 0), (1, 4, 3), (4, 1, 3)))
         self.out_gain = nnx.Param(jnp.ones(()))
+
+    def tables(self):
+        return {}
 
     def __call__(self, z, t):
         h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, None, None])

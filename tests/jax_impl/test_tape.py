@@ -117,7 +117,7 @@ def kept_by(block, x, c):
 def test_a_block_keeps_its_products_alone(monkeypatch):
     """Six modulations, the MLP's hidden units, queries, keys and values, the scores, and what they weigh and give."""
     num, tokens, width, heads = 3, 16, 32, 2
-    options = {"qk_norm": False, "kernels": ("plain", "plain"), "dtype": jnp.float32, "rngs": nnx.Rngs(0)}
+    options = {"qk_norm": False, "kernels": ("plain", "plain"), "dtype": jnp.float32}
     block, x, c = dit.Block(width, heads, 4.0, **options), jnp.ones((num, tokens, width)), jnp.ones((num, width))
     rows = num * tokens
     expected = [6 * width * num, 4 * width * rows, 3 * width * rows, heads * tokens * rows, *[width * rows] * 3]
@@ -158,7 +158,7 @@ class Sum(nnx.Module):
         self.plans, self.teacher, self.meet = (forward, jvp or forward), teacher, meet
         rng = np.random.default_rng(2)
         for name in "ab":
-            setattr(self, name, Linear(3, 3, dtype=None, rngs=nnx.Rngs(0)))
+            setattr(self, name, Linear(3, 3, dtype=None))
             getattr(self, name).kernel[...] = jnp.asarray(rng.standard_normal((3, 3)))
         if named:
             name_layers(self)

@@ -152,8 +152,7 @@ def test_a_truncated_or_missing_file_is_named(net_and_weights, tmp_path):
 def fresh_network(name):
     """Return a fresh one of `NETWORKS`, its parameters, and its canonical weights."""
     config = tiny.of_network(SIZES | NETWORKS[name])
-    graphdef, _ = jax.eval_shape(lambda: build_net(config))
-    params = jax.jit(lambda: build_net(config)[1])()
+    graphdef, params = build_net(config)
     net = nnx.merge(graphdef, params)
     return net, params, weights.to_canonical(net, params)
 

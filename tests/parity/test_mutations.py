@@ -28,6 +28,7 @@ from jax_impl.models import edm2 as jax_edm2
 from jax_impl.models import imf_dit as jax_imf_dit
 from jax_impl.models import unet as jax_unet
 from meanflow.sampling import steps
+from meanflow.weights import initial
 from parity import check
 from parity.adapters.frameworks import FRAMEWORKS
 from parity.cases import objectives, settings
@@ -157,6 +158,22 @@ def test_the_same_mistake_in_both_frameworks_is_seen_by_the_fixtures(mutate, cap
     swap(mutate, "torch")
     out = expect_failure(capsys, "golden/meanflow_dit_flax/fwd", "golden/meanflow_dit_flax/fwd jax")
     assert "FAILED: golden/meanflow_dit_flax/fwd torch u" in out
+
+
+@pytest.mark.parametrize(
+    ("pattern", "other", "quantity"),
+    [
+        ("blocks.*.mlp.*.weight", initial.xavier(1.1), "std"),
+        ("blocks.*.attn.*.weight", lambda rng, shape: initial.normal((2 / sum(shape)) ** 0.5)(rng, shape), "range"),
+        ("final_layer.linear.weight", initial.normal(1e-3), "mean"),
+    ],
+)
+def test_another_distribution_of_initial_weights(pattern, other, quantity, monkeypatch, capsys):
+    monkeypatch.setitem(initial.NETWORKS, "dit", {**initial.NETWORKS["dit"], pattern: other})
+    case = "golden/sit_torch/init"
+    out = expect_failure(capsys, case, f"{case} jax")
+    for framework in ("jax", "torch"):
+        assert f"FAILED: {case} {framework} initial {quantity} " in out
 
 
 def test_sines_and_cosines_that_keep_their_places_in_both_frameworks(mutate, capsys):

@@ -36,6 +36,15 @@ def build(**changes):
     return net
 
 
+def layer_of_attention(qk_norm):
+    """Return a layer of random weights without biases; norms, if any, have scales of 1."""
+    net, rng = attention.Attention(16, 2, qk_norm=qk_norm, dtype=torch.float64).double(), np.random.RandomState(1)
+    for name, p in net.requires_grad_(False).named_parameters():
+        if not name.endswith("bias"):
+            p.copy_(torch.from_numpy(0.3 * rng.randn(*p.shape)) if name.endswith("weight") else torch.ones(p.shape))
+    return net
+
+
 def changed(net, begins, factor):
     """Return the network with parameters whose name begins so times a factor."""
     named = [p for name, p in net.named_parameters() if name.startswith(begins)]
@@ -120,7 +129,7 @@ def test_normed_queries_and_keys_have_no_scale():
     x = torch.from_numpy(np.random.RandomState(0).randn(2, 5, 16))
     scales = torch.tensor([3.0, 0.5, 1.0]).repeat_interleave(16)[:, None]
     for qk_norm in (True, False):
-        net = attention.Attention(16, 2, qk_norm=qk_norm, dtype=torch.float64).double().requires_grad_(False)
+        net = layer_of_attention(qk_norm)
         before = net(x)
         net.qkv.weight.mul_(scales)
         assert (distance(net(x), before) < 1e-4) == qk_norm
@@ -130,7 +139,7 @@ def test_normed_queries_and_keys_have_no_scale():
 
 def test_scales_of_the_norm_are_learnt():
     x = torch.from_numpy(np.random.RandomState(0).randn(2, 5, 16))
-    net = attention.Attention(16, 2, qk_norm=True, dtype=torch.float64).double().requires_grad_(False)
+    net = layer_of_attention(qk_norm=True)
     before = net(x)
     for norm in (net.q_norm, net.k_norm):
         norm.scale[0] = 5.0

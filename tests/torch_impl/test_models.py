@@ -18,7 +18,9 @@ def inputs(dtype=torch.float32):
 
 
 def test_the_output_is_zero_at_initialisation():
-    assert not DiT(**SIZES)(*inputs()).any()
+    config = digits.get_config()
+    config.model.update(SIZES)
+    assert not build_net(config)(*inputs()).any()
 
 
 @pytest.mark.parametrize(

@@ -152,6 +152,9 @@ class Layers(torch.nn.Module):
         self.time, self.conv, self.out = (edm2.MPConv(*sizes) for sizes in ((4, 4, 0), (1, 4, 3), (4, 1, 3)))
         self.out_gain = torch.nn.Parameter(torch.ones(1))
 
+    def tables(self):
+        return {}
+
     def forward(self, z, t):
         h = edm2.mp_silu(self.conv(z) + self.time(self.fourier(t))[:, :, None, None])
         return self.out(h, gain=self.out_gain)

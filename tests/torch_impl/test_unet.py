@@ -48,6 +48,8 @@ def outer(taps, channels):
 
 def conv(taps, resample, kernel_size=0, **options):
     layer = unet.Conv(4, 4, kernel_size, dtype=torch.float64, resample=resample, taps=taps, size=6, **options)
+    for p in layer.parameters():
+        p.data.normal_()
     return layer.double()
 
 
@@ -187,7 +189,7 @@ def test_time_features_are_sines_then_cosines_down_to_the_slowest(net):
 def test_random_frequencies_are_never_trained():
     net, config = unet.FourierFeatures(8), base.get_config().train
     net.other = torch.nn.Parameter(torch.ones(2))
-    before = net.freqs.clone()
+    before = net.freqs.normal_().clone()
     config.update(optimizer="adamw", weight_decay=0.1, ema_decays=(0.5,))
     emas = ({name: p.detach().clone() for name, p in net.named_parameters()},)
     (net(torch.tensor([0.5])).sum() + net.other.sum()).backward()

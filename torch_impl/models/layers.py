@@ -15,9 +15,9 @@ from torch import nn
 from torch_impl.models.tape import affine
 
 
-def zeros(layer):
-    """Fill the parameters of a layer, which PyTorch would draw from the global random state."""
-    for parameter in layer.parameters():
+def zeros(self):
+    """Fill a layer's parameters with zeros; PyTorch's own method draws them from the global random state."""
+    for parameter in self.parameters():
         nn.init.zeros_(parameter)
 
 
