@@ -69,9 +69,9 @@ class Sharded(nn.Module):
 
 
 def build_net(config):
-    """Return the network with fresh parameters: `initial.draw` from config.seed; under torch.device("meta"), with none.
+    """Return the network with fresh parameters: `initial.draw` from config.seed.
 
-    Parameters are float32; float64 where that is the compute dtype.
+    Parameters are float32; float64 where that is the compute dtype.  Under torch.device("meta") nothing is drawn.
     """
     with_values = torch.get_default_device().type != "meta"
     with torch.device("meta"):
