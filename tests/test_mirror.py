@@ -62,7 +62,6 @@ ONE_SIDED = {
         "synchronised": "JAX reduces gradients itself",
         "reduce_metrics": "the same",
         "copy_beside": "JAX copies on a stream of its own",
-        "fold": "JAX has fold_in",
     },
     "sample.py": {"sampler_of": "JAX's sampler takes the weights of each call, so one serves a network, too"},
     "weights.py": {

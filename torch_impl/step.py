@@ -302,8 +302,3 @@ def copy_beside(rows, device):
 @functools.cache
 def _copies(device):
     return torch.cuda.Stream(device)
-
-
-def fold(*numbers):
-    """Return one 63-bit seed for a sequence of integers, such as (seed, purpose, step)."""
-    return int(np.random.SeedSequence(numbers).generate_state(1, np.uint64)[0] >> 1)
