@@ -32,13 +32,13 @@ def carry(source: pathlib.Path, dest: pathlib.Path, to: str, step: int | None = 
     where = f"{FRAMEWORKS[framework]} until step {state.step} ({source})"
     earlier = state.progress.get("origin", "")
     state.progress["origin"] = f"{earlier}, {where}" if earlier else where
+    CHECKPOINTS[to].write_state(dest, config, state)
     try:
-        dest.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(source / FILE_NAME, dest / FILE_NAME)  # with the digests of what its paths hold
         if (source / METRICS).is_file():
             shutil.copyfile(source / METRICS, dest / METRICS)
+        # Last, with the digests of what its paths hold: without it nothing goes on from what was interrupted.
+        shutil.copyfile(source / FILE_NAME, dest / FILE_NAME)
     except OSError as error:
         raise files.cannot_write(dest, error) from error
-    CHECKPOINTS[to].write_state(dest, config, state)
     arrays = (state.params, state.first_moments, state.second_moments, *state.emas)
     return f"{FRAMEWORKS[framework]} work directory, its whole state at step {state.step}", sum(map(len, arrays))

@@ -1,8 +1,11 @@
 """Trains like the command of a framework, but fails in one process: FRAMEWORK PROCESS BATCH KIND [flags].
 
-Process PROCESS raises an error of KIND, `user` or `other`, when it puts batch number BATCH on its device.
+Process PROCESS raises an error of KIND, `user` or `other`, or is killed (`kill`), when it puts batch number BATCH on
+its device.
 """
 
+import os
+import signal
 import sys
 
 from absl import flags
@@ -33,6 +36,8 @@ def put_or_fail(*args, **kwargs):
     global count
     count += 1
     if count == batch and number() == process:
+        if kind == "kill":
+            os.kill(os.getpid(), signal.SIGKILL)
         raise UserError("this batch is bad") if kind == "user" else ValueError("this step is bad")
     return put(*args, **kwargs)
 

@@ -545,12 +545,18 @@ def test_what_a_run_keeps_is_there_for_every_command(in_both, launcher, options,
 @pytest.mark.parametrize(("framework", "fsdp"), [("jax", 2), ("torch", 1), ("torch", 2)])
 def test_two_processes_save_on_the_way_and_one_goes_on(framework, fsdp, launcher, options, tmp_path):
     """Saves and gradients do not wait for each other; each process writes a part."""
-    trainer = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}[framework]
+    trainers = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
+    trainer, other = trainers[framework], {"jax": "torch", "torch": "jax"}[framework]
     changes, workdir = {"train.checkpoint_every": 1, "train.fsdp": fsdp}, tmp_path / "run"
     for command in launcher.start_two(framework, trainer, *options(changes), f"--workdir={workdir}"):
         assert command.wait() == 0, command.stderr
     newest = workdir / path_of(framework, 5)
     parts = list(newest.glob("*.distcp" if framework == "torch" else "state/ocdbt.process_*"))
     assert len(parts) == 2
+    convert.main([str(workdir), str(tmp_path / "there"), "--to", other])
     command = launcher.run(trainer, *options({"train.steps": 6}), f"--workdir={workdir}")
     assert command.wait() == 0 and "resuming from step 5" in command.stderr
+    more = options(changes | {"train.steps": 6})
+    for command in launcher.start_two(other, trainers[other], *more, f"--workdir={tmp_path / 'there'}"):
+        assert command.wait() == 0, command.stderr
+    assert MODULES[other].read_state(tmp_path / "there")[1].step == 6

@@ -1,6 +1,8 @@
 """Runs carried to the other framework: nothing is lost, and the next steps are those of a run that stayed."""
 
 import json
+import pathlib
+import signal
 
 import numpy as np
 import pytest
@@ -8,18 +10,24 @@ import pytest
 from jax_impl import checkpoints as jax_checkpoints
 from jax_impl import portable as jax_portable
 from jax_impl import weights as jax_weights
+from meanflow.config import store
 from meanflow.config.workdir import FRAMEWORKS
 from meanflow.errors import UserError
+from meanflow.weights.training_state import TrainingState
 from parity import convert
 from torch_impl import checkpoints as torch_checkpoints
+from torch_impl import step as torch_step
+from torch_impl import weights
 
 READ = {"jax": jax_checkpoints.read_state, "torch": torch_checkpoints.read_state}
+WRITE = {"jax": jax_checkpoints.write_state, "torch": torch_checkpoints.write_state}
 OTHER = {"jax": "torch", "torch": "jax"}
 TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 SYSTEMS = {
     "dit": "meanflow", "unet": "meanflow", "imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "flow",
 }  # fmt: skip
 STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "train.log_every": 2}
+FAIL_AT = pathlib.Path(__file__).parents[1] / "fail_at.py"
 BOUND = 1e-5  # relative, in float32 after three steps
 
 
@@ -86,6 +94,54 @@ def test_a_run_goes_on_in_the_other_framework(network, framework, train, tmp_pat
     assert [line["step"] for line in logs[0]] == [line["step"] for line in logs[1]] == [2, 4, 6]
     for one, two in zip(*logs, strict=True):
         assert one["raw_error"] == pytest.approx(two["raw_error"], rel=1e-4)
+
+
+@pytest.mark.parametrize("framework", READ)
+def test_float64(framework, tiny, tmp_path):
+    """Random moments and EMAs, which all differ, with -0, infinity and a subnormal number among them."""
+    config = tiny({"model.name": "imf_dit", "method.name": "improved", "model.compute_dtype": "float64"})
+    net, rng = torch_step.build_net(config), np.random.default_rng(0)
+    tables = net.tables()
+
+    def tree():
+        shapes = {name: a.shape for name, a in weights.to_canonical(net, dict(net.named_parameters())).items()}
+        arrays = {name: tables.get(name, rng.standard_normal(shape)) for name, shape in shapes.items()}
+        for name in arrays.keys() - tables.keys():
+            arrays[name].flat[0] = rng.choice([-0.0, np.inf, np.finfo(np.float64).smallest_subnormal])
+        return arrays
+
+    progress = {"loader": "", "window": [[6, {"loss": 1.5}]], "pending": True}
+    state = TrainingState(7, tree(), tree(), tree(), (tree(), tree()), progress)
+    first, second, third = (tmp_path / name for name in "abc")
+    WRITE[framework](first, config, state)
+    (first / "config.json").write_text(store.to_json(config))
+    convert.main([str(first), str(second), "--to", OTHER[framework]])
+    convert.main([str(second), str(third), "--to", framework])
+    for reader, workdir in ((framework, first), (OTHER[framework], second), (framework, third)):
+        assert_same(READ[reader](workdir)[1], state)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("framework", READ)
+def test_a_run_that_is_killed_before_and_after_it_moves_is_the_same(framework, train, launcher, options, tmp_path):
+    """Right before the switch, after step 3, and right after it, after the first step in the other framework."""
+    stayed, begun, moved = (tmp_path / name for name in ("stayed", "begun", "moved"))
+    changes = {"train.steps": 8, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "data.prefetch": 0}
+    train(framework, stayed, changes)
+
+    def kill(framework, batch, *flags):
+        command = launcher.run(FAIL_AT, framework, 0, batch, "kill", *flags)
+        assert command.wait() == -signal.SIGKILL, command.stderr
+
+    kill(framework, 4, *options(STEPS | changes), f"--workdir={begun}")
+    train(framework, begun, changes)
+    convert.main([str(begun), str(moved), "--to", OTHER[framework], "--step", "4"])
+    kill(OTHER[framework], 2, f"--workdir={moved}")
+    train(OTHER[framework], moved)
+    expected, found = READ[framework](stayed)[1], READ[OTHER[framework]](moved)[1]
+    assert found.step == expected.step == 8
+    error, name = distance(parts(expected), parts(found))
+    assert error < BOUND, name
 
 
 MUTATIONS = {
