@@ -44,8 +44,9 @@ class Trainer(Protocol):
 class JaxTrainer:
     """See `Trainer`."""
 
-    def __init__(self, config, given=None):
-        self.config, self.mesh = config, jax_devices.local_mesh(jax.local_devices()[:1])
+    def __init__(self, config, given=None, device=None):
+        """device: the first of this process if None."""
+        self.config, self.mesh = config, jax_devices.local_mesh([device or jax.local_devices()[0]])
         self.graphdef, self.state, _ = jax_train.start_state(config, self.mesh)
         if given is not None:
             self.state = jax_portable.adopt(self.graphdef, self.state, given)
@@ -68,9 +69,9 @@ class JaxTrainer:
 class TorchTrainer:
     """See `Trainer`."""
 
-    def __init__(self, config, given=None, num_threads=0):
-        """num_threads: of this process while it takes a step, 0 for those it has."""
-        self.config, self.device, self.num_threads = config, torch_devices.choose_device(), num_threads
+    def __init__(self, config, given=None, device=None, num_threads=0):
+        """device: that of this process if None.  num_threads: while it takes a step, 0 for those the process has."""
+        self.config, self.device, self.num_threads = config, device or torch_devices.choose_device(), num_threads
         self.state, _ = torch_train.start_state(config, None, self.device)
         if given is not None:
             self.state = torch_portable.adopt(self.state, given)

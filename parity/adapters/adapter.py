@@ -11,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from meanflow.data.draws import arrange
+from meanflow.data.draws import METHODS, PREFIX, arrange
 from meanflow.sampling import edm, steps
+from meanflow.weights.training_state import TrainingState
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -279,11 +280,25 @@ class Adapter(abc.ABC):
         """Return the cosines and sines [tokens, dim/2] of rotary positions."""
 
     @abc.abstractmethod
-    def train(self, net, config, batches) -> Any:
-        """Take an optimizer and EMA step for each (batch, draws) of `batches`, by the trainer's own step functions.
+    def trainer(self, config, given) -> Any:
+        """Return the `parity.trainers.Trainer` of a config on the adapter's device, at a canonical training state."""
 
-        Returns {params, ema0, ema1, ...}, each by canonical name, and {grad_norm, learning_rate}, [steps] each.
+    def train(self, net, config, batches):
+        """Take the trainer's own step, not compiled in PyTorch, for each (batch, draws) of `batches`.
+
+        Returns {params, ema0, ema1, ...}, each by canonical name, and {name: [steps]} of what it logs.
         """
+        start_at, tables = self.canonical(net), self.tables(net)
+        zeros = {name: a if name in tables else np.zeros_like(a) for name, a in start_at.items()}
+        emas = (start_at,) * len(config.train.ema_decays)
+        trainer = self.trainer(config, TrainingState(0, start_at, zeros, zeros, emas, {}))
+        logged = []
+        for batch, draws in batches:
+            drawn = arrange(draws, config.method)
+            logged.append(trainer.step(batch | {PREFIX + name: drawn[name] for name in METHODS[config.method.name]}))
+        state = trainer.export()
+        trees = {"params": state.params} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
+        return trees, {name: [scalars[name] for scalars in logged] for name in logged[0]}
 
     @abc.abstractmethod
     def optimize(self, start_at, grads, c, params=None) -> Any:

@@ -21,6 +21,7 @@ from jax_impl.models.tape import Tape, under_jvp
 from meanflow.config import options as base
 from meanflow.config import store
 from meanflow.tables import rotary_table
+from parity import trainers
 from parity.adapters.adapter import Adapter, Network
 
 OPTIMIZE_LESS = "jax_disable_most_optimizations"
@@ -126,23 +127,9 @@ class Jax(Adapter):
         """Return the cosines and sines [tokens, dim/2] of rotary positions."""
         return rotary_table(*net.module.rope_shape)
 
-    def train(self, net, config, batches):
-        """See `Adapter.train`."""
-        opt_state = step.make_optimizer(config.train).init(net.params)
-        emas = (net.params,) * len(config.train.ema_decays)
-        state = step.TrainState(jnp.zeros((), jnp.int32), net.params, opt_state, emas)
-        apply_gradients = jax.jit(lambda state, grads: step.apply_gradients(state, grads, config.train))
-        fixed = {name: np.zeros_like(a) for name, a in self.canonical(net).items() if step.is_fixed(name)}
-        scalars = {"grad_norm": [], "learning_rate": []}
-        for batch, draws in batches:
-            state = step.project(state, config)
-            _, _, grads = self.loss(net.replace(params=state.params), batch, draws, config.method)
-            scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
-            grads = weights.from_canonical(net.module, grads | fixed | self.tables(net))
-            state, norm = apply_gradients(state, grads)
-            scalars["grad_norm"].append(float(norm))
-        trees = {"params": state.params} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
-        return {name: weights.to_canonical(net.module, tree) for name, tree in trees.items()}, scalars
+    def trainer(self, config, given):
+        """See `Adapter.trainer`."""
+        return trainers.JaxTrainer(config, given, device=jnp.zeros(()).device)
 
     def optimize(self, start_at, grads, c, params=None):
         """See `Adapter.optimize`."""

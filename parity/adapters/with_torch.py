@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from meanflow.torch_precision import full_float32
+from parity import trainers
 from parity.adapters.adapter import Adapter, Network
 from torch_impl import step, time_embedding, weights
 from torch_impl.methods import METHODS, common, flow, improved, reflow
@@ -130,23 +131,11 @@ class Torch(Adapter):
         """Return the cosines and sines [tokens, dim/2] of rotary positions."""
         return self.to_numpy((net.module.cos, net.module.sin))
 
-    def train(self, net, config, batches):
-        """See `Adapter.train`."""
-        module = copy.deepcopy(net.module)
-        weights_now = {name: p.detach() for name, p in module.named_parameters()}
-        emas = tuple({name: p.clone() for name, p in weights_now.items()} for _ in config.train.ema_decays)
-        state = step.TrainState(0, module, step.make_optimizer(module, config.train), emas, module)
-        scalars = {"grad_norm": [], "learning_rate": []}
-        for batch, draws in batches:
-            state = step.project(state, config)
-            _, _, grads = self.loss(net.replace(module=state.net), batch, draws, config.method)
-            for name, p in state.net.named_parameters():
-                p.grad = self._tensor(net, grads[name]).reshape(p.shape) if p.requires_grad else None
-            scalars["learning_rate"].append(float(step.learning_rate(state.step, config.train)))
-            state, norm = step.apply_gradients(state, config.train)
-            scalars["grad_norm"].append(float(norm))
-        trees = {"params": dict(state.net.named_parameters())} | {f"ema{i}": ema for i, ema in enumerate(state.emas)}
-        return {name: weights.to_canonical(net.module, tree) for name, tree in trees.items()}, scalars
+    def trainer(self, config, given):
+        """See `Adapter.trainer`."""
+        config = copy.deepcopy(config)
+        config.train.compile = False
+        return trainers.TorchTrainer(config, given, device=torch.device(self.device))
 
     def optimize(self, start_at, grads, c, params=None):
         """See `Adapter.optimize`."""

@@ -189,7 +189,7 @@ def parts(network: str, setting: dict, measure: Measure) -> None:
 
 
 def train(network: str, method: dict, options: dict, measure: Measure) -> None:
-    """Parameters and EMAs after ten steps of the trainers' own update, with each framework's own gradients."""
+    """Parameters, EMAs and what is logged, in ten of the trainers' own steps."""
     cfg = config(network, train=options, method=method)
     batches = [batch(cfg, seed) for seed in range(STEPS)]
     result = {name: f.train(net, cfg, batches) for name, f, net in nets(cfg)}
