@@ -34,18 +34,21 @@ from meanflow.errors import UserError
 from parity import train_page
 from parity.trainers import TRAINERS, TorchTrainer, Trainer, set_precision
 
-_STEPS = flags.DEFINE_integer("steps", 200, "Steps to take, the first of the recipe.", lower_bound=1)
-_SWITCH = flags.DEFINE_integer("switch", None, "Step after which two runs change framework; 0: none (default: half).")
-_DTYPE = flags.DEFINE_enum("dtype", "float32", ["float32", "float64"], "Precision of everything.")
-_EVERY = flags.DEFINE_integer("every", 1, "Compare parameters and EMAs after every so many steps.", lower_bound=1)
-_YARDSTICK = flags.DEFINE_bool("yardstick", None, "Train in PyTorch with another number of threads (default: float32).")
-_OUTPUT = flags.DEFINE(paths.WRITTEN, "output", "runs/parity_train", "Directory of the page.")
-
 BOUNDS = {"float64": {"": 1e-9}, "float32": {"loss": 1e-3}}  # of a quantity; '': of every one
 SCALARS = ("loss", "raw_error", "grad_norm")  # of those logged
 SHOWN = 10  # lines of the table
 REFERENCE, OTHER = "jax", "torch"
 Curves = dict[str, dict[str, list[float]]]  # {run: {scalar: by step}}
+
+
+def define_flags() -> None:
+    """Define the flags of the command."""
+    flags.DEFINE_integer("steps", 200, "Steps to take, the first of the recipe.", lower_bound=1)
+    flags.DEFINE_integer("switch", None, "Step after which two runs change framework; 0: none (default: half).")
+    flags.DEFINE_enum("dtype", "float32", ["float32", "float64"], "Precision of everything.")
+    flags.DEFINE_integer("every", 1, "Compare parameters and EMAs after every so many steps.", lower_bound=1)
+    flags.DEFINE_bool("yardstick", None, "Train in PyTorch with another number of threads (default: float32).")
+    flags.DEFINE(paths.WRITTEN, "output", "runs/parity_train", "Directory of the page.")
 
 
 def compare(
@@ -146,28 +149,27 @@ def settings(config: options.Config, dtype: str) -> options.Config:
 def main():
     """Train, compare, and write the page."""
     setup_logging()
-    config = settings(checks.check(config_flag()), _DTYPE.value)
-    steps = _STEPS.value
-    switch = steps // 2 if _SWITCH.value is None else _SWITCH.value
+    f = flags.FLAGS
+    config, steps = settings(checks.check(config_flag()), f.dtype), f.steps
+    switch = steps // 2 if f.switch is None else f.switch
     if not 0 <= switch < steps:
         raise UserError(f"--switch is {switch}; it must be below --steps, {steps}, or 0 for runs that stay")
-    yardstick = _DTYPE.value == "float32" if _YARDSTICK.value is None else _YARDSTICK.value
-    curves, differences = compare(config, steps, switch, _EVERY.value, yardstick)
+    yardstick = f.dtype == "float32" if f.yardstick is None else f.yardstick
+    curves, differences = compare(config, steps, switch, f.every, yardstick)
     print(table(differences, steps))
-    output = pathlib.Path(_OUTPUT.value)
-    problems = beyond(differences, _DTYPE.value)
+    output = pathlib.Path(f.output)
+    problems = beyond(differences, f.dtype)
     try:
         output.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise files.cannot_write(output, error) from error
     files.replace_text(output / "train.json", json.dumps({"curves": curves, "differences": differences}))
-    files.replace_text(
-        output / "train.html", train_page.html(config, _DTYPE.value, curves, differences, switch, problems)
-    )
+    files.replace_text(output / "train.html", train_page.html(config, f.dtype, curves, differences, switch, problems))
     train_page.curves(curves, switch).savefig(output / "train.png", dpi=110)
     print(*problems, f"see {output / 'train.html'}", sep="\n")
     sys.exit(1 if problems else 0)
 
 
 if __name__ == "__main__":
+    define_flags()
     run(main)

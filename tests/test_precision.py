@@ -60,6 +60,7 @@ WITHOUT = {
     "benchmarks/scaling.py": "starts jax_steps.py or torch_steps.py",
     "parity/check.py": "full_precision, tested below",
     "parity/compare.py": "compares files",
+    "parity/train.py": "`trainers.set_precision` sets that of both, or tests/parity/test_train.py would see float32",
     "parity/convert.py": "computes nothing; float64 is tested below",
     "meanflow/commands/import_couplings.py": "moves files",
     "meanflow/commands/import_latents.py": "moves files",
