@@ -24,7 +24,6 @@ from meanflow import files
 from meanflow.config import checks, options, paths
 from meanflow.config.flags import config as config_flag
 from meanflow.config.flags import run
-from meanflow.config.sections import find
 from meanflow.console_log import setup_logging
 from meanflow.data import draws
 from meanflow.data.examples import with_latents
@@ -140,9 +139,9 @@ def settings(config: options.Config, dtype: str) -> options.Config:
     """Return the config in a precision, as both frameworks can take its steps in one process."""
     config.model.compute_dtype, config.train.matmul_precision = dtype, "highest"
     config.train.update(fsdp=1)
-    for section in ("attention", "attention_jvp"):
-        if find(config, f"model.{section}") is not None and dtype == "float64":
-            config.model[section] = "plain"
+    for name in ("attention", "attention_jvp"):  # whose kernels are for lower precisions
+        if dtype == "float64" and name in config.model:
+            config.model[name] = "plain"
     return checks.check(config)
 
 
