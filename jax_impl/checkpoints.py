@@ -138,7 +138,7 @@ def read_state(workdir: str | os.PathLike, step: int | None = None) -> tuple[opt
     saved = Checkpoints(workdir, config)
     graphdef, like = abstract_state(config, local_mesh())
     found = saved.restore(like, steps)
-    saved.close()
+    saved.checkpointer.close()  # not `close`, which deletes what the run no longer keeps
     assert found is not None  # there are steps
     return config, portable.export(graphdef, found[0], checkpoints.progress_of(found[1]))
 

@@ -14,7 +14,7 @@ from meanflow.config import store
 from meanflow.config.workdir import FRAMEWORKS
 from meanflow.errors import UserError
 from meanflow.weights.training_state import TrainingState
-from parity import convert
+from parity import convert, run_state
 from torch_impl import checkpoints as torch_checkpoints
 from torch_impl import step as torch_step
 from torch_impl import weights
@@ -169,6 +169,27 @@ def test_what_is_lost_is_seen(mutation, train, tmp_path, monkeypatch):
     train("torch", tmp_path / "moved")
     expected, found = READ["jax"](tmp_path / "stayed")[1], READ["torch"](tmp_path / "moved")[1]
     assert found.step == 6 and distance(parts(expected), parts(found))[0] > 10 * BOUND
+
+
+@pytest.mark.parametrize("framework", READ)
+def test_the_source_stays_as_it_is(framework, train, tmp_path, monkeypatch):
+    """Checkpoints too that the run would delete next; and what is interrupted has no config to go on with."""
+    run = tmp_path / "run"
+    train(framework, run, {"train.checkpoint_every": 2, "train.keep_checkpoints": 9})
+    text = (run / "config.json").read_text().replace('"keep_checkpoints": 9', '"keep_checkpoints": 1')
+    assert '"keep_checkpoints": 1' in text
+    (run / "config.json").write_text(text)
+
+    def files():
+        return {path: path.read_bytes() for path in run.rglob("*") if path.is_file()}
+
+    before = files()
+    convert.main([str(run), str(tmp_path / "moved"), "--to", OTHER[framework], "--step", "2"])
+    assert files() == before and len(list((run / "checkpoints" / framework).iterdir())) == 3
+    monkeypatch.setattr(run_state.CHECKPOINTS[OTHER[framework]], "write_state", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        convert.main([str(run), str(tmp_path / "interrupted"), "--to", OTHER[framework]])
+    assert not (tmp_path / "interrupted/config.json").exists()
 
 
 def test_weights_alone_and_options_that_do_not_apply(train, tmp_path):
