@@ -26,6 +26,8 @@ TRAINERS = {"jax": "jax_impl.main", "torch": "torch_impl/train.py"}
 SYSTEMS = {
     "dit": "meanflow", "unet": "meanflow", "imf_dit": "improved", "dmf_dit": "decoupled", "edm2": "flow",
 }  # fmt: skip
+# Each network one way, the first both ways; the other test has all.
+ONE_WAY = [("dit", "jax"), *((network, ("torch", "jax")[i % 2]) for i, network in enumerate(SYSTEMS))]
 STEPS = {"train.steps": 6, "train.checkpoint_every": 3, "train.log_every": 2}
 FAIL_AT = pathlib.Path(__file__).parents[1] / "fail_at.py"
 BOUND = 1e-5  # relative, in float32 after three steps
@@ -122,11 +124,14 @@ def test_float64(framework, tiny, tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("framework", READ)
-def test_a_run_that_is_killed_before_and_after_it_moves_is_the_same(framework, train, launcher, options, tmp_path):
+@pytest.mark.parametrize(("network", "framework"), ONE_WAY)
+def test_a_run_that_is_killed_before_and_after_it_moves_is_the_same(
+    network, framework, train, launcher, options, tmp_path
+):
     """Right before the switch, after step 3, and right after it, after the first step in the other framework."""
     stayed, begun, moved = (tmp_path / name for name in ("stayed", "begun", "moved"))
-    changes = {"train.steps": 8, "train.checkpoint_every": 2, "train.keep_checkpoints": 9, "data.prefetch": 0}
+    changes = {"model.name": network, "method.name": SYSTEMS[network], "data.prefetch": 0}
+    changes |= {"train.steps": 8, "train.checkpoint_every": 2, "train.keep_checkpoints": 9}
     train(framework, stayed, changes)
 
     def kill(framework, batch, *flags):
