@@ -46,6 +46,7 @@ METADATA = re.compile(
     r"|torch\.distributed\.(_shard|tensor)[\w.]*\.(ShardMetadata|TensorProperties|MEM_FORMAT_ENCODING)"
     r"|pathlib(\._local)?\.(Pure)?PosixPath"
 )
+ENUMS = re.compile(r"torch\.distributed\..*MEM_FORMAT_ENCODING")  # of these, which is written by value or by name
 
 
 def read(path: pathlib.Path, ema: int | None = None, prefix: str = "", step: int | None = None) -> Source:
@@ -207,7 +208,7 @@ def read_distributed(path: pathlib.Path, ema: int | None, prefix: str) -> Source
 def check_metadata(path: pathlib.Path) -> None:
     """Raise UserError if a pickle that torch.distributed would load names anything else than that library's records."""
     try:
-        pickles.load_records(path.read_bytes(), pickles.Matching(METADATA))
+        pickles.load_records(path.read_bytes(), pickles.Matching(METADATA, ENUMS))
     except UserError as error:
         raise UserError(f"{path} {error}, which no list of tensors needs, and building it may run any code") from error
     except pickles.DAMAGE as error:

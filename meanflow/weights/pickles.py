@@ -172,18 +172,37 @@ NETWORKS: dict[tuple[str, str], type] = ARRAYS | {
 }
 
 
+GETATTR = (("builtins", "getattr"), ("__builtin__", "getattr"))
+
+
+class Enum(Record):
+    """A member of an enumeration, by its value."""
+
+
+class Member(Record):
+    """The same by its name, getattr(enumeration, name), as Python 3.11.0 to 3.11.3 write it."""
+
+    def __new__(cls, *args: Any):
+        if len(args) != 2 or args[0] is not Enum or not re.fullmatch("[A-Z][A-Z_]*", str(args[1])):
+            raise UserError("is refused: it calls 'builtins.getattr'")
+        return super().__new__(cls, *args)
+
+
 class Matching(dict):
     """Stands for a plain `Record` under every name, MODULE.NAME, that a pattern matches."""
 
-    def __init__(self, pattern: re.Pattern):
+    def __init__(self, pattern: re.Pattern, enums: re.Pattern):
+        """enums: matches those that are enumerations, whose members a pickle may get by name."""
         super().__init__()
-        self.pattern = pattern
+        self.pattern, self.enums = pattern, enums
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, tuple) and bool(self.pattern.fullmatch(".".join(name)))
+        return isinstance(name, tuple) and (name in GETATTR or bool(self.pattern.fullmatch(".".join(name))))
 
     def __missing__(self, name: tuple[str, str]) -> type:
-        return Record
+        if name in GETATTR:
+            return Member
+        return Enum if self.enums.fullmatch(".".join(name)) else Record
 
 
 class InertUnpickler(pickle.Unpickler):

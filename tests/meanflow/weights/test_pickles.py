@@ -12,9 +12,11 @@ import struct
 import numpy as np
 import pytest
 import torch
+import torch.distributed._shard.sharded_tensor.metadata as shard_metadata
+import torch.distributed.checkpoint.metadata as dcp_metadata
 
 from meanflow.errors import UserError
-from meanflow.weights import pickles
+from meanflow.weights import folders, pickles
 
 X = np.random.default_rng(0).normal(size=(4, 3, 2)).astype(np.float32)
 ARRAYS = {
@@ -215,3 +217,34 @@ def test_classes_cannot_be_altered(name):
         with pytest.raises(UserError):
             pickles.loads(content, "a")
     assert {key: dict(vars(record)) for key, record in pickles.ARRAYS.items()} == before
+
+
+class Got:
+    """Pickles as a call of getattr, as Python 3.11.0 to 3.11.3 pickle a member of an enumeration."""
+
+    def __init__(self, *args):
+        self.args = args
+
+    def __reduce__(self):
+        return getattr, self.args
+
+
+@pytest.mark.parametrize("protocol", [2, 4])
+@pytest.mark.parametrize("enum", [dcp_metadata._MEM_FORMAT_ENCODING, shard_metadata.MEM_FORMAT_ENCODING])
+def test_members_of_the_enumerations_of_torch_distributed_by_name(enum, protocol):
+    allowed = pickles.Matching(folders.METADATA, folders.ENUMS)
+    for value in (Got(enum, "TORCH_CHANNELS_LAST"), enum.TORCH_CHANNELS_LAST):
+        assert isinstance(pickles.load_records(pickle.dumps(value, protocol), allowed), pickles.Record)
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        (dcp_metadata._MEM_FORMAT_ENCODING, "__class__"), (dcp_metadata._MEM_FORMAT_ENCODING, "mro"),
+        (dcp_metadata.Metadata, "TORCH_CHANNELS_LAST"), ("text", "A"), (dcp_metadata._MEM_FORMAT_ENCODING, "A", 1),
+        (Got(dcp_metadata._MEM_FORMAT_ENCODING, "TORCH_CHANNELS_LAST"), "A"),
+    ],
+)  # fmt: skip
+def test_nothing_else_is_got_by_name(args):
+    with pytest.raises(UserError, match="it calls 'builtins.getattr'"):
+        pickles.load_records(pickle.dumps(Got(*args)), pickles.Matching(folders.METADATA, folders.ENUMS))
